@@ -13,8 +13,8 @@ import typing
 from collections import abc
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union
+from types import UnionType
+from typing import Any, Literal, Union
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -29,14 +29,6 @@ LISTS = (list, tuple, abc.Sequence, abc.Collection, abc.Iterable)
 DICTS = (dict, abc.Mapping, abc.MutableMapping)
 
 
-class Problem(NamedTuple):
-    """One thing wrong at the dotted `key` of a config."""
-
-    key: str
-    what: str
-    remedy: str = ""
-
-
 def load_config(paths: Sequence[str | Path], dotlist: Sequence[str] = ()) -> DictConfig:
     """Merge YAML files left to right, then `a.b=value` items (`a.0=x` sets an entry of a list)."""
     config = OmegaConf.create({})
@@ -47,9 +39,8 @@ def load_config(paths: Sequence[str | Path], dotlist: Sequence[str] = ()) -> Dic
         if not equals or not all(key.strip().split(".")):
             raise UserError(f"`{item}` is not an override", remedy="Write it as `key.sub=value`.")
         try:
-            OmegaConf.update(
-                config, key.strip(), OmegaConf.from_dotlist([f"value={value}"])._get_node("value")
-            )
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+            OmegaConf.update(config, key.strip(), parsed["value"])
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
             raise UserError(f"The override `{item}` cannot be applied: {_first_line(error)}") from error
     return config
@@ -65,21 +56,22 @@ def save_config(config: DictConfig, path: str | Path) -> Path:
 def get_class(target: str) -> type:
     """The class that a dotted name stands for, if it is defined under one of the ALLOWED prefixes."""
     if not isinstance(target, str) or not target.startswith(ALLOWED):
-        raise UserError(f"the target {target!r} is not allowed", remedy=f"Allowed are {' '.join(ALLOWED)}")
+        raise UserError(
+            f"`{target}` is not an allowed target", remedy=f"It may start with {' '.join(ALLOWED)}"
+        )
     module_name, _, name = target.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, something that it imports is not
-        raise UserError(f"the target {target} names no module: there is no `{error.name}`") from error
-    found = getattr(module, name, None)
-    if not inspect.isclass(found) or not found.__module__.startswith(ALLOWED):
-        classes = [
-            n for n, c in vars(module).items() if inspect.isclass(c) and c.__module__.startswith(ALLOWED)
-        ]
-        raise UserError(f"there is no class `{name}` in {module_name}", remedy=_nearest(name, classes))
-    return found
+        raise UserError(f"`{target}` names no module: there is no `{error.name}`") from error
+    classes = {
+        n: c for n, c in vars(module).items() if inspect.isclass(c) and c.__module__.startswith(ALLOWED)
+    }
+    if name not in classes:
+        raise UserError(f"`{name}` is not a class of {module_name}", remedy=_nearest(name, classes))
+    return classes[name]
 
 
 def instantiate(node: DictConfig | Mapping[str, Any], **from_code: Any) -> Any:
@@ -90,10 +82,10 @@ def instantiate(node: DictConfig | Mapping[str, Any], **from_code: Any) -> Any:
 
 def to_plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """Plain dicts, lists and scalars, with every `${...}` resolved."""
-    try:
-        if OmegaConf.is_config(config):
-            return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    if not OmegaConf.is_config(config):
         return copy.deepcopy(dict(config))
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"`{error.full_key}` cannot be resolved: {_first_line(error)}") from error
 
@@ -109,52 +101,57 @@ def check(
 ) -> None:
     """Raise one UserError that names all that does not fit: its key, its file and the nearest valid name.
 
-    `schema` maps the allowed top-level keys to annotations, `{"model": dict, "seed": int, "trainer": Trainer}`;
-    a class stands for a mapping of its constructor's parameters. `from_code` are dotted keys that code
-    supplies ("data.params.seed"). `paths` and `dotlist` say what the config was loaded from.
+    `schema` maps the allowed top-level keys to annotations, `{"model": dict, "trainer": Trainer}`;
+    a class that is no built-in stands for a mapping of its constructor's parameters. `from_code` are dotted keys
+    that code supplies ("data.params.seed"). `paths` and `dotlist` are what the config was loaded from.
     """
     plain = to_plain(config)
-    problems = [Problem(key, "is missing") for key in required if key not in plain]
+    found = [UserError("A section is missing", where=key) for key in required if key not in plain]
     for key, value in plain.items():
         if key not in schema:
-            problems.append(Problem(key, "is not a section of the config", _nearest(key, schema)))
-        elif inspect.isclass(schema[key]) and schema[key].__module__ != "builtins":
-            problems += _check_params(schema[key], value, key)
+            found.append(UserError(f"`{key}` is not a section", where=key, remedy=_nearest(key, schema)))
+        elif inspect.isclass(schema[key]) and schema[key].__module__ not in ("builtins", "typing"):
+            found += _check_params(schema[key], value, key)
         else:
-            problems += _check_value(value, schema[key], key)
-    lines = [f"\n- {_sentence(p, paths, dotlist)}" for p in problems if p.key not in from_code]
-    if lines:
-        raise UserError("The config does not fit", remedy="".join(lines))
+            found += _check_value(value, schema[key], key)
+    found = [error for error in found if error.where not in from_code]
+    for error in found:
+        error.where = ", ".join([error.where, *_origins(error.where, paths, dotlist)[-1:]])
+    if found:
+        earlier = "".join(f"{UserError(e.what, where=e.where, remedy=e.remedy)}\n" for e in found[:-1])
+        raise UserError(earlier + found[-1].what, where=found[-1].where, remedy=found[-1].remedy)
 
 
-def _check_node(node: dict[str, Any], key: str) -> Iterator[Problem]:
+def _check_node(node: dict[str, Any], key: str) -> Iterator[UserError]:
+    """What is wrong with `{target, params}`; `where` of each error is its dotted key, here and below."""
     for name in node.keys() - {"target", "params"}:
-        yield Problem(
-            f"{key}.{name}", "stands beside `target`", "Constructor arguments belong under `params`."
-        )
+        yield UserError(f"`{name}` stands beside `target`", where=f"{key}.{name}", remedy="Is it a param?")
     try:
-        yield from _check_params(get_class(node["target"]), node.get("params") or {}, f"{key}.params")
+        kind = get_class(node["target"])
     except UserError as error:
-        yield Problem(f"{key}.target", f"cannot be built: {error.what}", error.remedy or "")
+        yield UserError(error.what, where=f"{key}.target", remedy=error.remedy)
+    else:
+        yield from _check_params(kind, node.get("params") or {}, f"{key}.params")
 
 
-def _check_params(kind: type, params: Any, key: str) -> Iterator[Problem]:
+def _check_params(kind: type, params: Any, key: str) -> Iterator[UserError]:
     """Names and types of `params` against the signature of `kind`."""
     if not isinstance(params, dict):
-        yield Problem(key, f"must be a mapping of the parameters of {kind.__name__}, not {params!r}")
+        yield UserError(f"{params!r} is not a mapping of the parameters of {kind.__name__}", where=key)
         return
-    signature = inspect.signature(kind).parameters.values()
-    hints = _hints(kind)
+    signature, hints = inspect.signature(kind).parameters.values(), _hints(kind)
     known = {p.name: p for p in signature if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in signature)
     for name, value in params.items():
+        where = f"{key}.{name}"
         if name in known or takes_any:
-            yield from _check_value(value, hints.get(name, Any), f"{key}.{name}")
+            yield from _check_value(value, hints.get(name, Any), where)
         else:
-            yield Problem(f"{key}.{name}", f"is not a parameter of {kind.__name__}", _nearest(name, known))
+            what = f"`{name}` is not a parameter of {kind.__name__}"
+            yield UserError(what, where=where, remedy=_nearest(name, known))
     for name in known.keys() - params.keys() - FROM_CODE:
         if known[name].default is inspect.Parameter.empty:
-            yield Problem(f"{key}.{name}", f"is missing: {kind.__name__} needs it")
+            yield UserError(f"{kind.__name__} needs `{name}`", where=f"{key}.{name}")
 
 
 def _hints(kind: type) -> dict[str, Any]:
@@ -165,10 +162,11 @@ def _hints(kind: type) -> dict[str, Any]:
         return {}
 
 
-def _check_value(value: Any, annotation: Any, key: str) -> Iterator[Problem]:
+def _check_value(value: Any, annotation: Any, key: str) -> Iterator[UserError]:
+    """Type of a value, and the nodes anywhere inside it."""
     if not _fits(value, annotation):
-        wanted = getattr(annotation, "__name__", None) if inspect.isclass(annotation) else annotation
-        yield Problem(key, f"must be {wanted}, not {value!r} ({type(value).__name__})")
+        wanted = annotation.__name__ if type(annotation) is type else str(annotation)
+        yield UserError(f"{value!r} ({type(value).__name__}) should be {wanted}", where=key)
     if isinstance(value, dict) and "target" in value:
         yield from _check_node(value, key)
     elif isinstance(value, dict | list):
@@ -189,8 +187,8 @@ def _fits(value: Any, annotation: Any) -> bool:
         return not inner or all(_fits(item, inner[0]) for item in value)
     if kind in DICTS and isinstance(value, dict):
         return not inner or all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
-    exact = {float: (int, float), None: (NoneType,), object: (type(value),)}.get(kind, (kind,))
-    return type(value) in exact or kind is Any or not inspect.isclass(kind) and kind is not None
+    exact = {float: (int, float), object: (type(value),)}.get(kind, (kind,))
+    return type(value) in exact or kind is Any or not inspect.isclass(kind)
 
 
 def _read(path: Path) -> DictConfig:
@@ -209,24 +207,24 @@ def _read(path: Path) -> DictConfig:
     return config
 
 
-def _sentence(problem: Problem, paths: Sequence[str | Path], dotlist: Sequence[str]) -> str:
-    """The problem in words, with the last file (or the override) that sets its key."""
-    key = problem.key
-    origins = [str(path) for path in paths if OmegaConf.select(_read(Path(path)), key) is not None]
-    origins += [f"override {item}" for item in dotlist if f"{item.partition('=')[0]}.".startswith(f"{key}.")]
-    where = f" ({origins[-1]})" if origins else ""
-    return f"`{key}`{where} {problem.what}. {problem.remedy}".rstrip()
+def _origins(key: str, paths: Sequence[str | Path], dotlist: Sequence[str]) -> list[str]:
+    """The files, then the overrides, that set a dotted key or, failing that, the node around it."""
+    origins = [str(path) for path in paths if _sets(_read(Path(path)), key)]
+    origins += [item for item in dotlist if f"{item.partition('=')[0].strip()}.".startswith(f"{key}.")]
+    around = key.rpartition(".")[0]
+    return origins if origins or not around else _origins(around, paths, dotlist)
+
+
+def _sets(config: DictConfig, key: str) -> bool:
+    return OmegaConf.select(config, key, throw_on_resolution_failure=False) is not None
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:
     """The remedy for a mistyped name."""
     by_lower = {str(known).lower(): str(known) for known in valid}
     close = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
-    return (
-        f"Did you mean `{by_lower[close[0]]}`?"
-        if close
-        else f"Known are: {', '.join(sorted(by_lower.values()))}."
-    )
+    known = ", ".join(sorted(by_lower.values())) or "none"
+    return f"Did you mean `{by_lower[close[0]]}`?" if close else f"Known: {known}."
 
 
 def _first_line(error: BaseException) -> str:
