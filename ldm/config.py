@@ -101,9 +101,9 @@ def check(
 ) -> None:
     """Raise one UserError that names all that does not fit: its key, its file and the nearest valid name.
 
-    `schema` maps the allowed top-level keys to annotations, `{"model": dict, "trainer": Trainer}`;
-    a class that is no built-in stands for a mapping of its constructor's parameters. `from_code` are dotted keys
-    that code supplies ("data.params.seed"). `paths` and `dotlist` are what the config was loaded from.
+    `schema` maps the allowed top-level keys to annotations, `{"model": dict, "trainer": Trainer}`; a class
+    that is no built-in stands for a mapping of its constructor's parameters. `from_code` are dotted keys that
+    code supplies ("data.params.seed"). `paths` and `dotlist` are what the config was loaded from.
     """
     plain = to_plain(config)
     found = [UserError("A section is missing", where=key) for key in required if key not in plain]

@@ -1,0 +1,76 @@
+"""Writing model files: whole or not at all, in the names and the formats that other tools read."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm.checkpoints import layout
+from ldm.errors import UserError
+from ldm.files import atomic_write
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HEADER_BYTES = 2**20  # room for names and metadata, beside the tensors
+
+
+def save_model(
+    path: str | Path,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    *,
+    alphas_cumprod: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write one SD v1 file of the networks `parts` (see `layout.split`): .safetensors or, by suffix, .ckpt.
+
+    Weights are stored in `dtype`, integers as they are, the schedule [T] always in float32. None for
+    `alphas_cumprod` leaves the schedule out (an autoencoder alone has none).
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".ckpt"):
+        raise UserError(
+            f"`{path.suffix}` is not a model format", where=path, remedy="Use .safetensors or .ckpt."
+        )
+    cast = {part: {n: _cast(n, t, dtype) for n, t in inner.items()} for part, inner in parts.items()}
+    write_tensors(path, layout.join(cast, alphas_cumprod), metadata=metadata)
+    return path
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as they are, in the format of the suffix; creates the folder."""
+    path, text = Path(path), dict(metadata or {})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(path, sum(tensor.nbytes for tensor in tensors.values()) + HEADER_BYTES)
+        with atomic_write(path) as temporary:
+            if path.suffix == ".ckpt":
+                torch.save({"state_dict": tensors, "metadata": text, "global_step": 0}, temporary)
+            else:
+                save_file(tensors, temporary, metadata={"format": "pt"} | text)
+    except OSError as error:
+        raise UserError(f"The model cannot be written: {error.strerror or error}", where=path) from error
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float tensor in the dtype of the file; refuses to turn a finite weight into infinity."""
+    if not tensor.is_floating_point():
+        return tensor
+    cast = tensor.detach().to(dtype)
+    if cast.isinf().any() and not tensor.isinf().any():
+        what = f"`{name}` holds values up to {tensor.abs().max():.3g}, too large for {dtype}"
+        raise UserError(what, remedy="Save as bf16 or fp32.")
+    return cast
+
+
+def _check_space(path: Path, needed: int) -> None:
+    """The old file, if any, stays until the new one is whole: it does not count as free."""
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        what = f"The disk has {free / 2**30:.2f} GiB free, the model takes {needed / 2**30:.2f} GiB"
+        raise UserError(what, where=path, remedy="Free some space, save as fp16, or choose another folder.")
