@@ -92,7 +92,7 @@ def test_bad_overrides_are_named(write, item):
     [
         ("a: ${b}\nb: ${a}", "a"),
         ("a: {b: '${nope.c}'}", "a.b"),
-        ("a: {b: ???}", "a.b"),
+        ("a: {b: '???'}", "a.b"),
         ("a: ${nope:1}", "a"),
     ],
 )
