@@ -130,9 +130,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors under `state_dict`, where there is one, and the text under `metadata`."""
     try:
-        with torch.serialization.safe_globals(INERT):
-            mapped = zipfile.is_zipfile(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"  # torch.load goes by that suffix
+        with path.open("rb") as file, torch.serialization.safe_globals(INERT):
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         needed = re.search(r"GLOBAL (\S+)", str(error))
         if needed is None:

@@ -1,5 +1,6 @@
 """Writing model files: whole or not at all, in the names and the formats that other tools read."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,7 @@ def save_model(
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as they are, in the format of the suffix; creates the folder."""
+    """Write tensors as they are, in the format of the suffix: equal content gives equal bytes."""
     path, text = Path(path), dict(metadata or {})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
@@ -50,9 +51,11 @@ def write_tensors(
         _check_space(path, sum(tensor.nbytes for tensor in tensors.values()) + HEADER_BYTES)
         with atomic_write(path) as temporary:
             if path.suffix == ".ckpt":
-                torch.save({"state_dict": tensors, "metadata": text, "global_step": 0}, temporary)
+                with temporary.open("wb") as file:  # given a name, torch would write that into the file
+                    torch.save({"state_dict": tensors, "metadata": text, "global_step": 0}, file)
             else:
                 save_file(tensors, temporary, metadata={"format": "pt"} | text)
+                _sort_metadata(temporary)
     except OSError as error:
         raise UserError(f"The model cannot be written: {error.strerror or error}", where=path) from error
 
@@ -66,6 +69,17 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         what = f"`{name}` holds values up to {tensor.abs().max():.3g}, too large for {dtype}"
         raise UserError(what, remedy="Save as bf16 or fp32.")
     return cast
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata, which safetensors writes in random order, in order: 8 bytes of length, then JSON."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def _check_space(path: Path, needed: int) -> None:
