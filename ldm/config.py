@@ -43,6 +43,7 @@ def load_config(paths: Sequence[str | Path], dotlist: Sequence[str] = ()) -> Dic
             OmegaConf.update(config, key.strip(), parsed["value"])
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
             raise UserError(f"The override `{item}` cannot be applied: {_first_line(error)}") from error
+    to_plain(config)  # every value is there and every interpolation resolves
     return config
 
 
@@ -107,7 +108,7 @@ def check(
     """
     plain = to_plain(config)
     found = [UserError("A section is missing", where=key) for key in required if key not in plain]
-    for key, value in plain.items():
+    for key, value in ((str(key), value) for key, value in plain.items()):
         if key not in schema:
             found.append(UserError(f"`{key}` is not a section", where=key, remedy=_nearest(key, schema)))
         elif inspect.isclass(schema[key]) and schema[key].__module__ not in ("builtins", "typing"):
@@ -216,7 +217,8 @@ def _origins(key: str, paths: Sequence[str | Path], dotlist: Sequence[str]) -> l
 
 
 def _sets(config: DictConfig, key: str) -> bool:
-    return OmegaConf.select(config, key, throw_on_resolution_failure=False) is not None
+    nothing = object()
+    return OmegaConf.select(config, key, default=nothing, throw_on_resolution_failure=False) is not nothing
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:

@@ -97,9 +97,10 @@ def test_bad_overrides_are_named(write, item):
     ],
 )
 def test_values_that_cannot_be_resolved_are_named(write, text, key):
-    config = load_config([write(text)])
     with pytest.raises(UserError, match=f"`{key}` cannot be resolved"):
-        check(config, {"a": object, "b": object})
+        load_config([write(text)])
+    with pytest.raises(UserError, match=f"`{key}` cannot be resolved"):
+        check(OmegaConf.load(write(text)), {"a": object, "b": object})
 
 
 def test_unknown_names_tell_key_file_and_nearest(write):

@@ -1,0 +1,150 @@
+"""The house keeps its order: who imports whom, how long things may be, that all is typed."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = sorted((ROOT / "ldm").rglob("*.py"))
+ENTRIES = [path for path in [ROOT / "main.py", *sorted((ROOT / "scripts").glob("*.py"))] if path.exists()]
+
+LEAVES = {"errors", "files", "randomness", "contact_sheet"}  # may be imported from anywhere
+MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
+    "diffusion": set(),
+    "models": set(),
+    "checkpoints": set(),
+    "config": set(),
+    "data": set(),
+    "storybook": {"data"},
+    "pipeline": {"checkpoints", "config", "diffusion", "models"},
+    "evaluation": {"pipeline", "storybook", "data"},
+    "training": {
+        "checkpoints",
+        "config",
+        "data",
+        "diffusion",
+        "evaluation",
+        "models",
+        "pipeline",
+        "storybook",
+    },
+}
+FILE_LINES, FUNCTION_LINES, NETWORK_INIT_LINES = 350, 40, 60
+LONG_FUNCTIONS: dict[str, str] = {}  # "ldm/file.py:function" -> why it is one idea; 60 lines at most
+
+
+def dotted(path: Path) -> str:
+    """ldm/data/priors.py -> ldm.data.priors; a package stands for its __init__."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {dotted(path) for path in LIBRARY}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of ldm that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in inner}
+    return {name for name in found if name == "ldm" or name.startswith("ldm.")}
+
+
+def room(module: str) -> str:
+    """ldm.data.priors -> data; ldm itself -> ldm."""
+    return (module.split(".") + ["ldm"])[1] if module != "ldm" else "ldm"
+
+
+def functions() -> list[tuple[Path, ast.FunctionDef]]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    trees = [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in LIBRARY]
+    return [(path, node) for path, tree in trees for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=dotted)
+def test_imports_follow_the_table(path):
+    here = room(dotted(path))
+    assert here in MAY_IMPORT or here in LEAVES | {"ldm"}, f"{path} stands in no room of the table"
+    allowed = MAY_IMPORT.get(here, set()) | LEAVES | {here, "ldm"}
+    assert {name for name in imports(path) if room(name) not in allowed} == set()
+
+
+@pytest.mark.parametrize("path", ENTRIES, ids=dotted)
+def test_entries_import_modules_that_exist(path):
+    assert imports(path) - {"ldm"} <= MODULES
+
+
+def test_leaves_import_nothing_but_leaves():
+    for path in LIBRARY:
+        if room(dotted(path)) in LEAVES:
+            assert {room(name) for name in imports(path)} <= LEAVES, path
+
+
+def test_no_import_cycle():
+    TopologicalSorter({dotted(path): imports(path) - {dotted(path)} for path in LIBRARY}).prepare()
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=dotted)
+def test_files_stay_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= FILE_LINES
+
+
+def test_functions_stay_short():
+    def limit(path: Path, node: ast.FunctionDef) -> int:
+        long = node.name == "__init__" or f"{path.relative_to(ROOT)}:{node.name}" in LONG_FUNCTIONS
+        return NETWORK_INIT_LINES if long else FUNCTION_LINES
+
+    lengths = {(path, node): node.end_lineno - node.lineno + 1 for path, node in functions()}
+    too_long = {
+        f"{path.relative_to(ROOT)}:{node.name}": length
+        for (path, node), length in lengths.items()
+        if length > limit(path, node)
+    }
+    assert too_long == {}
+
+
+def test_every_function_is_annotated():
+    bare = []
+    for path, node in functions():
+        arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        arguments += [argument for argument in (node.args.vararg, node.args.kwarg) if argument]
+        named = [a for a in arguments if a.arg not in ("self", "cls")]
+        if any(a.annotation is None for a in named) or (node.returns is None and node.name != "__init__"):
+            bare.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert bare == []
+
+
+def test_every_module_says_what_it_is():
+    silent = [
+        path for path in LIBRARY if path.read_text() and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert silent == []
+
+
+def test_the_library_imports_without_diffusers():
+    """Every module of ldm, in a fresh interpreter that has no diffusers."""
+    script = f"""
+import importlib, sys
+sys.modules["diffusers"] = None  # importing it now raises ImportError
+for name in {sorted(MODULES)!r}:
+    importlib.import_module(name)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_the_table_can_fail(tmp_path):
+    """A file that breaks the order is seen: a plain, a nested and an aliased import."""
+    path = tmp_path / "wrong.py"
+    path.write_text(
+        "import ldm.training.resume\nfrom ldm import config as c\ndef f():\n    from ldm.models.unet import X"
+    )
+    assert imports(path) == {"ldm.training.resume", "ldm.config", "ldm.models.unet"}
+    assert {room(name) for name in imports(path)} == {"training", "config", "models"}
