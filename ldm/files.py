@@ -1,5 +1,6 @@
 """Files that are either whole or absent, whatever moment the process dies at."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,13 +22,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        _sync(temporary)
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private
+        _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,242 @@
+"""DreamBooth's data module: a folder of photos and a set of prior images -> endless batches.
+
+It knows no network: `attach` hands it the encoder and the prior images.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ldm.data.images import load_image
+from ldm.data.items import DreamBoothDataset, ItemBatches, Part, Photo, read_photos
+from ldm.data.latents import Encode, cached_moments
+from ldm.data.priors import PriorSet
+from ldm.data.prompts import (
+    PRIOR_TEMPLATE,
+    SUBJECT_TEMPLATE,
+    check_prompts,
+    fill,
+    read_caption,
+    require_identifier,
+)
+from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class DreamBoothDataModule(pl.LightningDataModule):
+    """A folder of a few photos of the subject, and prior images: drawn by the base model or given.
+
+    Call `check`, then `attach`, then train. With a Trainer of several devices, pass it
+    `use_distributed_sampler=False`: the batches are already each rank's own.
+
+    Args:
+        subject_root: folder of photos of the subject.
+        class_word: what the subject is: dog.
+        identifier: rare word that will name the subject.
+        subject_prompt, prior_prompt: templates with {identifier} and {class_word}; None is
+            "a photo of sks dog" and "a photo of a dog".
+        size: pixels a side.
+        batch_size, prior_batch_size: items per micro-batch and device; None is as many as the subject's.
+            Without prior images (num_priors 0 and no prior_root) there are no prior items.
+        crop: the largest square in the middle, or anywhere: one of `crop_variants` fixed ones per photo.
+        flip: mirrors half of the photos; turn it off for a subject with lettering or a parting.
+        prior_root: folder of your own photos of the class, all of which are used, none drawn.
+        num_priors: prior images that the base model draws. They are used as drawn, never mirrored.
+        captions: a photo's caption is the .txt file beside it, if there is one.
+        caption_dropout: share of the items with an empty caption, 0 to 1.
+        cache_latents: encode each view once before training rather than at every step.
+        cache_root: folder that keeps the encoded views for later runs; None keeps them in memory.
+        skip_unreadable: leave pictures out that cannot be decoded rather than stop.
+        num_workers: processes that decode when latents are not cached; any number gives the same items.
+        accumulate: micro-batches per optimizer step, as the Trainer has it.
+    """
+
+    def __init__(
+        self,
+        *,
+        subject_root: str,
+        class_word: str,
+        size: int,
+        identifier: str = "sks",
+        subject_prompt: str | None = None,
+        prior_prompt: str | None = None,
+        batch_size: int = 1,
+        prior_batch_size: int | None = None,
+        seed: int = 23,
+        crop: Literal["center", "random"] = "center",
+        crop_variants: int = 8,
+        flip: bool = True,
+        prior_root: str | None = None,
+        num_priors: int = 64,
+        captions: bool = False,
+        caption_dropout: float = 0.0,
+        cache_latents: bool = True,
+        cache_root: str | None = None,
+        skip_unreadable: bool = False,
+        num_workers: int = 0,
+        accumulate: int = 1,
+    ):
+        super().__init__()
+        self.subject_root, self.prior_root, self.num_priors = subject_root, prior_root, num_priors
+        self.words = {"identifier": identifier, "class_word": class_word}
+        self.subject_prompt = fill(subject_prompt or SUBJECT_TEMPLATE, **self.words)
+        self.prior_prompt = fill(prior_prompt or PRIOR_TEMPLATE, **self.words)
+        has_priors = prior_root is not None or num_priors > 0
+        self.batch_size, self.prior_batch_size = batch_size, batch_size if has_priors else 0
+        if prior_batch_size is not None:
+            self.prior_batch_size = prior_batch_size
+        self.size, self.seed, self.accumulate, self.num_workers = size, seed, accumulate, num_workers
+        self.crop_variants, self.flip = crop_variants if crop == "random" else None, flip
+        self.captions, self.caption_dropout, self.skip_unreadable = captions, caption_dropout, skip_unreadable
+        self.cache_latents, self.cache_root = cache_latents, cache_root
+        self.start_step = 0  # optimizer steps already done: set it before training to resume
+        self.attach()
+
+    def attach(
+        self, *, encode: Encode | None = None, vae_hash: str = "", priors: PriorSet | None = None
+    ) -> None:
+        """Hands over the VAE (images -> moments), the hash that names it, and the drawn prior images."""
+        self.encode, self.vae_hash, self.priors = encode, vae_hash, priors
+        self.dataset: DreamBoothDataset | None = None
+
+    @property
+    def draws_priors(self) -> bool:
+        """Whether the base model has to draw `num_priors` prior images of `prior_prompt`."""
+        return self.prior_batch_size > 0 and self.prior_root is None
+
+    def check(self, *, size_multiple: int = 1) -> None:
+        """Finds whatever a user got wrong, before any network is built."""
+        self._check_numbers(size_multiple)
+        has_priors = self.prior_batch_size > 0
+        prior_prompt = self.prior_prompt if has_priors else None
+        check_prompts(**self.words, subject_prompt=self.subject_prompt, prior_prompt=prior_prompt)
+        if has_priors and self.prior_root is not None:
+            if Path(self.prior_root).resolve() == Path(self.subject_root).resolve():
+                remedy = "Give another folder of the class, or none to have them drawn."
+                raise UserError("Subject and prior are the same folder", where=self.prior_root, remedy=remedy)
+            log.info("%s: %d photos of the class", self.prior_root, len(self.prior_photos))
+        small = [p.path.name for p in self.subject_photos if min(load_image(p.path).size) < self.size]
+        if small:
+            log.warning("%s: enlarged to %d pixels: %s", self.subject_root, self.size, ", ".join(small))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the photos and encodes their views, once."""
+        if self.dataset is not None:
+            return
+        parts = {False: self._part("subject", self.subject_photos)}
+        if self.prior_batch_size:
+            parts[True] = self._part("prior", self.prior_photos)
+        self.dataset = DreamBoothDataset(parts, self._moments(parts) if self.cache_latents else None)
+
+    def train_dataloader(self) -> DataLoader:
+        """Endless batches of this rank from `start_step` on, for the Trainer."""
+        ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return self.loader(rank=ranks[0], world_size=ranks[1], start_step=self.start_step)
+
+    def loader(self, *, rank: int = 0, world_size: int = 1, start_step: int = 0) -> DataLoader:
+        """Batches: {"moments" [B, 2z, h, w] or "image" [B, 3, H, W], "caption" list[str],
+        "is_prior" [B] bool, "item" [B] int64}, subject items first."""
+        batches = ItemBatches(
+            batch_size=self.batch_size,
+            prior_batch_size=self.prior_batch_size,
+            accumulate=self.accumulate,
+            rank=rank,
+            world_size=world_size,
+            start_step=start_step,
+        )
+        return DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            num_workers=0 if self.cache_latents else self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else making an iterator draws from the global one
+        )
+
+    @cached_property
+    def subject_photos(self) -> tuple[Photo, ...]:
+        """The photos of the subject, with their captions."""
+
+        def caption(path: Path) -> str:
+            own = self._own_caption(path)
+            if own is not None:
+                require_identifier(own, identifier=self.words["identifier"], where=path.with_suffix(".txt"))
+            return own or self.subject_prompt
+
+        return read_photos(self.subject_root, caption=caption, skip_unreadable=self.skip_unreadable)
+
+    @cached_property
+    def prior_photos(self) -> tuple[Photo, ...]:
+        """The pictures of the class: the user's own, or those that the base model drew."""
+        if self.prior_root is not None:
+            return read_photos(
+                self.prior_root,
+                caption=lambda path: self._own_caption(path) or self.prior_prompt,
+                skip_unreadable=self.skip_unreadable,
+            )
+        if self.priors is None:
+            raise ValueError("prior images have to be drawn and attached before setup")
+        images = self.priors.images(self.num_priors)
+        if len(images) < self.num_priors:
+            what = f"{self.num_priors - len(images)} of {self.num_priors} prior images are missing"
+            raise UserError(what, where=self.priors.folder, remedy="Run scripts/generate_priors.py.")
+        return tuple(
+            Photo(self.priors.picture(i), image.sha256, self.prior_prompt) for i, image in images.items()
+        )
+
+    def _own_caption(self, path: Path) -> str | None:
+        return read_caption(path, **self.words) if self.captions else None
+
+    def _part(self, name: Literal["subject", "prior"], photos: tuple[Photo, ...]) -> Part:
+        drawn = name == "prior" and self.draws_priors
+        return Part(
+            name,
+            photos,
+            size=self.size,
+            seed=self.seed,
+            crop_variants=None if drawn else self.crop_variants,
+            flip=self.flip and not drawn,
+            caption_dropout=self.caption_dropout,
+        )
+
+    def _moments(self, parts: Mapping[bool, Part]) -> dict[str, Tensor]:
+        """Moments of every view, by key. Drawn priors have theirs from the sampler, without spread."""
+        moments = {}
+        if self.draws_priors:
+            for i, view in enumerate(parts[True].views()):
+                mean = self.priors.latents(i)
+                moments[view.key] = torch.cat([mean, torch.zeros_like(mean)])
+        views = {view.key: view.render for part in parts.values() for view in part.views()}
+        todo: dict[str, Callable[[], Tensor]] = {k: render for k, render in views.items() if k not in moments}
+        folder = Path(self.cache_root) if self.cache_root else None
+        with tqdm(total=len(todo), desc="encoding", unit="view", disable=None) as bar:
+            encoded = cached_moments(
+                todo, self.encode, vae_hash=self.vae_hash, folder=folder, progress=bar.update
+            )
+        return moments | encoded
+
+    def _check_numbers(self, size_multiple: int) -> None:
+        least = {"size": 1, "batch_size": 1, "prior_batch_size": 0, "num_priors": 0}
+        for name, bound in (least | {"num_workers": 0, "accumulate": 1}).items():
+            if getattr(self, name) < bound:
+                remedy = f"It must be at least {bound}."
+                raise UserError(f"{name} is {getattr(self, name)}", where=name, remedy=remedy)
+        if self.crop_variants is not None and self.crop_variants < 1:
+            raise UserError("There is no crop to choose", where="crop_variants", remedy="Take 1 or more.")
+        if self.size % size_multiple:
+            near = max(size_multiple, round(self.size / size_multiple) * size_multiple)
+            remedy = f"It must be a multiple of {size_multiple}; {near} is near."
+            raise UserError(f"size is {self.size} pixels", where="size", remedy=remedy)
+        if not 0 <= self.caption_dropout <= 1:
+            raise UserError(f"{self.caption_dropout} is no share", where="caption_dropout", remedy="0 to 1.")
+        if self.draws_priors and not self.num_priors:
+            remedy = "Raise num_priors, give prior_root, or set prior_batch_size to 0."
+            raise UserError("Prior items are wanted without images", where="prior_batch_size", remedy=remedy)

@@ -1,0 +1,125 @@
+"""Picture files: which they are, and from file to [3, H, W] in [-1, 1] and back."""
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Only decoders that live inside Pillow: others (EPS, for one) start foreign programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # JPEG includes phones' MPO
+# Names that promise a picture. HEIC (phones) is among them so that it is refused rather than ignored.
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm .pgm .heic .heif".split()
+)
+RESAVE = "Convert it to an ordinary JPEG or PNG, or remove it."
+
+
+def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Path]:
+    """Pictures that lie directly in `folder`, sorted by name. Decided by decoding them wholly.
+
+    Hidden files, subfolders and files that neither decode nor have a picture's suffix are ignored with
+    one log line; a picture that cannot be decoded stops the run unless `skip_unreadable`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError("There is no such folder of pictures", where=folder, remedy="Check the path.")
+    pictures, stray, unreadable = [], [], []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.is_file():
+            stray.append(path)
+            continue
+        try:
+            load_image(path)
+            pictures.append(path)
+        except UserError as error:
+            if path.suffix.lower() not in SUFFIXES:
+                stray.append(path)
+            elif not skip_unreadable:
+                raise
+            else:
+                unreadable.append(path)
+                log.warning("Skipped: %s", error)
+    if stray:
+        log.info("%s: ignored what is not a picture: %s", folder, ", ".join(p.name for p in stray))
+    if not pictures:
+        found = f"{len(unreadable)} unreadable pictures" if unreadable else "no picture"
+        raise UserError(
+            f"The folder holds {found}",
+            where=folder,
+            remedy="Put photos (JPEG, PNG, WebP, ...) directly into it; subfolders are not searched.",
+        )
+    return pictures
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """A file's first frame as 8-bit RGB: turned upright by its EXIF data, transparency over white."""
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            file.load()  # decodes to the end, so that truncation shows here
+            return _to_rgb(ImageOps.exif_transpose(file))
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"The picture is too large: {error}",
+            where=path,
+            remedy="Scale it down; training needs no more than a few thousand pixels a side.",
+        ) from error
+    except Exception as error:  # whatever a decoder raises on foreign bytes
+        raise UserError(f"The picture cannot be read: {error}", where=path, remedy=RESAVE) from error
+
+
+def fit_image(
+    image: Image.Image,
+    size: int,
+    *,
+    crop: Literal["center", "random"] = "center",
+    flip: bool = False,
+    generator: torch.Generator | None = None,
+) -> Image.Image:
+    """The largest square of a picture (in the middle, or anywhere), scaled to size x size pixels.
+
+    The aspect ratio stays; scaling is antialiased (Lanczos). A random crop draws from `generator`.
+    """
+    side = min(image.size)
+    room = [length - side for length in image.size]
+    if crop == "random":
+        left, top = (int(torch.randint(free + 1, (), generator=generator)) for free in room)
+    else:
+        left, top = (free // 2 for free in room)
+    box = (left, top, left + side, top + side)
+    square = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    return ImageOps.mirror(square) if flip else square
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> [3, H, W] float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
+    return (pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1] (clamped, any dtype or device) -> RGB picture; undoes `to_tensor` exactly."""
+    levels = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round()
+    return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB. 16-bit grey is scaled (Pillow would clip it); transparency goes over white."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image, dtype=np.float64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("32-bit grey values, whose white is unknown")
+        image = Image.fromarray((grey / 257).round().astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point values, whose white is unknown")
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+    return image.convert("RGB")

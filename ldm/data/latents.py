@@ -1,0 +1,96 @@
+"""Latents on disk, and a cache of moments: what the VAE says of a view, computed once.
+
+The moments are the posterior's mean and standard deviation, so a cached item samples its posterior
+afresh at every step, as an uncached one does. The network comes as a callable.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+Encode = Callable[[Tensor], Tensor]  # [B, 3, H, W] in [-1, 1] -> moments [B, 2z, h, w]
+
+
+def save_latents(path: Path, latents: Tensor, *, metadata: Mapping[str, str]) -> None:
+    """One tensor as float32 safetensors: whole or absent, with its checksum among the metadata.
+
+    Float32, because 64 KiB for an SD latent are little beside its picture, and half precision would
+    change what the sampler or the VAE said.
+    """
+    latents = latents.detach().float().cpu().contiguous()
+    with atomic_write(path) as temporary:
+        save_file({"latents": latents}, temporary, metadata={**metadata, "sha256": _checksum(latents)})
+
+
+def load_latents(path: Path) -> tuple[Tensor, dict[str, str]] | None:
+    """The tensor and the metadata of a file of `save_latents`; None if it is absent or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            latents, metadata = file.get_tensor("latents").clone(), file.metadata() or {}
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return (latents, metadata) if metadata.get("sha256") == _checksum(latents) else None
+
+
+def require_finite(latents: Tensor, *, where: object) -> None:
+    """Latents with NaN or infinity teach nothing: UserError."""
+    if not torch.isfinite(latents).all():
+        remedy = "Half precision overflows in some autoencoders; use bf16 or float32."
+        raise UserError("The latents hold NaN or infinity", where=where, remedy=remedy)
+
+
+@torch.no_grad()
+def cached_moments(
+    views: Mapping[str, Callable[[], Tensor]],
+    encode: Encode,
+    *,
+    vae_hash: str,
+    folder: Path | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Tensor]:
+    """Moments [2z, h, w] (float32, CPU) of each view, given as key -> function that renders [3, H, W].
+
+    A key says all that decides the pixels. With `folder`, moments are kept there under key and
+    `vae_hash`, and only those that are absent or damaged are encoded. `progress(n)` hears of n more.
+    """
+    if folder is not None and not vae_hash:
+        raise ValueError("moments can only be kept on disk under the hash of their VAE")
+    names = {key: hashlib.sha256(f"{vae_hash}/{key}".encode()).hexdigest()[:32] for key in views}
+    moments = {}
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for key, name in names.items():
+            if kept := load_latents(folder / f"{name}.safetensors"):
+                moments[key] = kept[0]
+        log.info("%s: %d of %d views are encoded already", folder, len(moments), len(views))
+    if progress:
+        progress(len(moments))
+    wanted = [key for key in views if key not in moments]
+    for first in range(0, len(wanted), batch_size):
+        keys = wanted[first : first + batch_size]
+        encoded = encode(torch.stack([views[key]() for key in keys])).float().cpu()
+        for key, item in zip(keys, encoded, strict=True):
+            require_finite(item, where=key)
+            moments[key] = item.clone()
+            if folder is not None:
+                metadata = {"view": key, "vae": vae_hash}
+                save_latents(folder / f"{names[key]}.safetensors", item, metadata=metadata)
+        if progress:
+            progress(len(keys))
+    return moments
+
+
+def _checksum(latents: Tensor) -> str:
+    return hashlib.sha256(latents.numpy().tobytes()).hexdigest()

@@ -1,0 +1,116 @@
+"""Prompts: templates filled with the identifier and the class word, and checks of what users write."""
+
+import logging
+import re
+from pathlib import Path
+
+from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+SUBJECT_TEMPLATE = "a photo of {identifier} {class_word}"  # Ruiz et al. 2023, section 3.2: "a [V] [class]"
+PRIOR_TEMPLATE = "a photo of a {class_word}"
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Words that mean something to every base model, so that a subject bound to one fights with its meaning.
+COMMON_WORDS = frozenset(
+    """
+    a about all an and any are as at baby back bag ball bear beautiful bed best big bird black blue boat
+    body book bottle bowl box boy bread brown cake camera can candle car cartoon cat chair child city clock
+    cloud coat color colour computer cow cup cute dark day desk dog doll door dress duck ear earth eye face
+    family fish flower food foot forest fox friend fruit girl glass gold good gray grass green grey hair
+    hand happy hat head home horse hot house image in is it jacket king lamp large leaf light lion little
+    long love man men metal milk monster moon mountain mouse my new nice night of old on one orange pen
+    people person phone photo picture pink plane plant plate pretty puppy purple queen rabbit rain red river
+    road robot rock room rose round sea shoe sky small snow special star stone street subject sun table
+    teapot the thing this tiger toy train tree unique vase violet wall watch water white wind window woman
+    women wood world yellow young
+    """.split()
+)
+
+
+def fill(template: str, *, identifier: str, class_word: str) -> str:
+    """Replaces {identifier} and {class_word}; any other placeholder is a UserError."""
+    words = {"identifier": identifier, "class_word": class_word}
+
+    def word(match: re.Match[str]) -> str:
+        if match[1] not in words:
+            remedy = "Only {identifier} and {class_word} stand for something."
+            raise UserError(f"Unknown placeholder {match[0]}", where=f'prompt "{template}"', remedy=remedy)
+        return words[match[1]]
+
+    return re.sub(r"\{([^{}]*)\}", word, template)
+
+
+def check_prompts(*, identifier: str, class_word: str, subject_prompt: str, prior_prompt: str | None) -> None:
+    """Refuses filled prompts that cannot teach the identifier, warns of those that teach it badly."""
+    for name, value in (("identifier", identifier), ("class_word", class_word)):
+        if not value.strip():
+            raise UserError("The word is empty", where=name, remedy="Write one, such as sks or dog.")
+    require_identifier(subject_prompt, identifier=identifier, where="subject_prompt")
+    if identifier.lower() in COMMON_WORDS:
+        log.warning("identifier: %r is a common word with a meaning of its own; take a rare one.", identifier)
+    if prior_prompt is None:
+        return
+    if contains(prior_prompt, identifier):
+        raise UserError(
+            f'The identifier "{identifier}" is in "{prior_prompt}", which describes the class as a whole',
+            where="prior_prompt",
+            remedy="Remove it there.",
+        )
+    if not contains(prior_prompt, class_word):
+        log.warning("prior_prompt: %r does not name the class %r.", prior_prompt, class_word)
+
+
+def require_identifier(caption: str, *, identifier: str, where: object) -> None:
+    """A caption of the subject without the identifier cannot teach it: UserError."""
+    if not contains(caption, identifier):
+        raise UserError(
+            f'The identifier "{identifier}" is missing from "{caption}"',
+            where=where,
+            remedy="Write {identifier} where the name of the subject belongs.",
+        )
+
+
+def contains(prompt: str, words: str) -> bool:
+    """Whether `words` stand in `prompt` as whole words, upper or lower case."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", prompt, re.IGNORECASE) is not None
+
+
+def read_caption(picture: Path, *, identifier: str, class_word: str) -> str | None:
+    """The caption in the .txt file beside a picture, filled; None without such a file."""
+    path = picture.with_suffix(".txt")
+    if not path.exists():
+        return None
+    caption = " ".join(_read_text(path).split())
+    if not caption:
+        raise UserError("The caption is empty", where=path, remedy="Write one or remove the file.")
+    return fill(caption, identifier=identifier, class_word=class_word)
+
+
+def read_prompts(file: str | Path, *, identifier: str, class_word: str) -> list[str]:
+    """Filled prompts of a text file, one a line; empty lines and those that begin with # are skipped.
+
+    `file` is a path (seen from here or from the repository) or a name in configs/prompts/.
+    """
+    named = REPOSITORY / "configs" / "prompts"
+    path = next(
+        (p for p in (Path(file), REPOSITORY / file, named / f"{file}.txt") if p.is_file()),
+        None,
+    )
+    if path is None:
+        names = ", ".join(sorted(p.stem for p in named.glob("*.txt"))) or "none"
+        raise UserError("There is no such file of prompts", where=file, remedy=f"Names that exist: {names}.")
+    lines = [line.strip() for line in _read_text(path).splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise UserError("The file holds no prompt", where=path, remedy="Write one a line.")
+    return [fill(prompt, identifier=identifier, class_word=class_word) for prompt in prompts]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"The text cannot be read: {error}", where=path, remedy="Save it as UTF-8."
+        ) from error
