@@ -1,0 +1,356 @@
+"""Items of a run: the same whatever the order, the workers, the ranks, the micro-batches, the cache."""
+
+import inspect
+import logging
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.images import to_tensor
+from ldm.data.items import ItemBatches
+from ldm.data.priors import PriorSet, PriorSpec
+from ldm.errors import UserError
+
+SIZE = 8
+
+
+def encode(images: Tensor) -> Tensor:
+    """A VAE's stand-in: [B, 3, H, W] -> [B, 6, H/2, W/2], each item for itself."""
+    return torch.cat([images[:, :, ::2, ::2], images[:, :, 1::2, 1::2].abs()], dim=1)
+
+
+def photos(folder: Path, count: int, *, seed: int) -> Path:
+    folder.mkdir()
+    random = np.random.default_rng(seed)
+    for k in range(count):
+        height, width = random.integers(SIZE, 4 * SIZE, 2)
+        Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"{k}.png")
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path) -> dict[str, str]:
+    return {
+        "subject_root": str(photos(tmp_path / "subject", 5, seed=0)),
+        "prior_root": str(photos(tmp_path / "class", 7, seed=1)),
+    }
+
+
+@pytest.fixture
+def drawn(tmp_path) -> PriorSet:
+    """Six prior images, whose latents are not what `encode` would say of their pictures."""
+    spec = PriorSpec("a photo of a dog", "ab", "ddim", 5, 7.5, "", SIZE, 0)
+
+    def draw(seeds):
+        noise = [np.random.default_rng(seed) for seed in seeds]
+        pictures = [Image.fromarray(n.integers(0, 256, (SIZE, SIZE, 3), np.uint8)) for n in noise]
+        return [
+            (p, torch.full((3, SIZE // 2, SIZE // 2), float(s))) for p, s in zip(pictures, seeds, strict=True)
+        ]
+
+    priors = PriorSet(tmp_path / "priors", spec)
+    priors.generate_missing(6, draw, batch_size=6)
+    return priors
+
+
+def ready(priors: PriorSet | None = None, **params) -> DreamBoothDataModule:
+    data = DreamBoothDataModule(class_word="dog", **{"size": SIZE, "crop": "random", **params})
+    data.check()
+    data.attach(encode=encode, vae_hash="v", priors=priors)
+    data.setup()
+    return data
+
+
+def items(data: DreamBoothDataModule, batches: int, **position) -> list[dict]:
+    """The items of the first batches, one dict each, in order."""
+    rows = []
+    for batch in islice(data.loader(**position), batches):
+        rows += [{name: values[i] for name, values in batch.items()} for i in range(len(batch["item"]))]
+    return rows
+
+
+def by_number(rows: list[dict]) -> dict[tuple[bool, int], dict]:
+    numbered = {(bool(row["is_prior"]), int(row["item"])): row for row in rows}
+    assert len(numbered) == len(rows), "an item came twice"
+    return numbered
+
+
+def equal(one: dict, other: dict) -> bool:
+    same = [torch.equal(one[k], other[k]) if torch.is_tensor(one[k]) else one[k] == other[k] for k in one]
+    return one.keys() == other.keys() and all(same)
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    assert all(equal(one[key], other[key]) for key in one)
+
+
+def test_what_a_batch_holds(folders):
+    batch = next(iter(ready(**folders, batch_size=3, prior_batch_size=2).loader()))
+    assert batch["moments"].shape == (5, 6, SIZE // 2, SIZE // 2) and batch["moments"].dtype == torch.float32
+    assert batch["caption"] == ["a photo of sks dog"] * 3 + ["a photo of a dog"] * 2
+    assert batch["is_prior"].tolist() == [False] * 3 + [True] * 2 and batch["is_prior"].dtype == torch.bool
+    assert batch["item"].tolist() == [0, 1, 2, 0, 1] and batch["item"].dtype == torch.int64
+
+    batch = next(iter(ready(**folders, batch_size=2, cache_latents=False).loader()))
+    assert batch["image"].shape == (4, 3, SIZE, SIZE) and "moments" not in batch
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_item_is_a_function_of_seed_and_number(folders, seed):
+    data, again = (ready(**folders, seed=seed).dataset for _ in range(2))
+    order = np.random.default_rng(0).permutation(40)
+    for k in order:
+        for part in (True, False):
+            assert equal(data[part, int(k)], again[part, int(k)])
+
+
+def test_seeds_and_parts_draw_apart(folders):
+    def numbers(data, part):
+        views = [data.dataset.parts[part].view(k) for k in range(60)]
+        return [(view.photo.path.name, view.variant, view.flip) for view in views]
+
+    one, other = ready(**folders, seed=0), ready(**folders, seed=1)
+    assert numbers(one, False) != numbers(other, False)
+    same = ready(**folders | {"prior_root": None, "num_priors": 0}, seed=0)
+    assert numbers(one, False) == numbers(same, False)  # the subject does not feel the prior
+    flips = [[flip for *_, flip in numbers(one, part)] for part in (False, True)]
+    assert flips[0] != flips[1]
+
+
+def test_every_photo_comes_once_in_a_pass_in_ever_new_order(folders):
+    part = ready(**folders).dataset.parts[False]
+    passes = [[part.view(5 * n + i).photo.path.name for i in range(5)] for n in range(20)]
+    assert all(sorted(names) == [f"{k}.png" for k in range(5)] for names in passes)
+    assert len({tuple(names) for names in passes}) > 10
+
+
+def test_shares_of_flips_crops_and_empty_captions(folders):
+    part = ready(**folders, caption_dropout=0.25, crop_variants=4).dataset.parts[False]
+    n = 2000
+    views, captions = [part.view(k) for k in range(n)], [part.caption(k) for k in range(n)]
+    assert abs(sum(view.flip for view in views) / n - 0.5) < 4 * (0.25 / n) ** 0.5  # four sigma
+    assert abs(captions.count("") / n - 0.25) < 4 * (0.1875 / n) ** 0.5
+    counts = Counter(view.variant for view in views)
+    assert set(counts) == {0, 1, 2, 3} and min(counts.values()) > 400
+    assert {ready(**folders, caption_dropout=1.0).dataset[part, 3]["caption"] for part in (True, False)} == {
+        ""
+    }
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_cached_equals_uncached(folders, crop):
+    cached = ready(**folders, crop=crop, batch_size=2)
+    uncached = ready(**folders, crop=crop, batch_size=2, cache_latents=False)
+    for one, other in zip(items(cached, 25), items(uncached, 25), strict=True):
+        assert torch.equal(one["moments"], encode(other["image"][None])[0])
+        assert {k: one[k] for k in ("caption", "item")} == {k: other[k] for k in ("caption", "item")}
+
+
+def test_a_cache_on_disk_equals_one_in_memory(folders, tmp_path):
+    cache = {"cache_root": str(tmp_path / "cache")}
+    first = items(ready(**folders, **cache), 20)
+    second = DreamBoothDataModule(class_word="dog", size=SIZE, crop="random", **folders, **cache)
+    second.attach(encode=lambda images: pytest.fail("encoded again"), vae_hash="v")
+    second.setup()
+    for one, other, memory in zip(first, items(second, 20), items(ready(**folders), 20), strict=True):
+        assert equal(one, other) and equal(one, memory)
+
+
+def test_renaming_photos_changes_no_crop(folders, tmp_path):
+    before = ready(**folders).dataset.moments
+    for path in (tmp_path / "subject").iterdir():
+        path.rename(path.with_name(f"renamed {path.name}"))
+    after = ready(**folders).dataset.moments
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers_gives_the_same_items(folders, workers):
+    alone = items(ready(**folders, cache_latents=False, batch_size=2), 6)
+    helped = items(ready(**folders, cache_latents=False, batch_size=2, num_workers=workers), 6)
+    assert all(equal(one, other) for one, other in zip(alone, helped, strict=True))
+
+
+def test_loading_leaves_the_global_generator_alone(folders):
+    data = ready(**folders)
+    state = torch.random.get_rng_state()
+    items(data, 3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_resuming_at_a_step_is_the_tail_of_the_stream(folders, accumulate):
+    data = ready(**folders, batch_size=2, accumulate=accumulate)
+    whole, tail = items(data, 8 * accumulate), items(data, 3 * accumulate, start_step=5)
+    assert all(equal(one, other) for one, other in zip(whole[5 * accumulate * 4 :], tail, strict=True))
+    data.start_step = 5
+    batch = next(iter(data.train_dataloader()))
+    assert batch["item"].tolist() == [10 * accumulate, 10 * accumulate + 1] * 2
+
+
+@pytest.mark.parametrize("batch_size, accumulate", [(1, 4), (2, 2)])
+def test_accumulation_sees_the_items_of_one_large_batch(folders, batch_size, accumulate):
+    large = ready(**folders, batch_size=4)
+    small = ready(**folders, batch_size=batch_size, accumulate=accumulate)
+    for step in range(3):
+        one, other = items(large, 1, start_step=step), items(small, accumulate, start_step=step)
+        assert_same(by_number(one), by_number(other))
+
+
+@pytest.mark.parametrize("world_size, batch_size, accumulate", [(2, 1, 1), (2, 1, 2), (4, 1, 1)])
+def test_ranks_share_the_items_of_one_process(folders, world_size, batch_size, accumulate):
+    one = ready(**folders, batch_size=batch_size * world_size * accumulate)
+    many = ready(**folders, batch_size=batch_size, accumulate=accumulate)
+    for step in range(3):
+        shares = [
+            items(many, accumulate, rank=rank, world_size=world_size, start_step=step)
+            for rank in range(world_size)
+        ]
+        assert_same(by_number(items(one, 1, start_step=step)), by_number(sum(shares, [])))
+
+
+def test_item_numbers_follow_the_formula():
+    batches = ItemBatches(batch_size=2, prior_batch_size=1, accumulate=3, rank=1, world_size=2, start_step=7)
+    for j, batch in enumerate(islice(batches, 6)):
+        n, j = 7 + j // 3, j % 3
+        subject = [(False, n * 12 + (j * 2 + 1) * 2 + i) for i in range(2)]
+        assert batch == [*subject, (True, n * 6 + j * 2 + 1)]
+
+
+def test_drawn_priors_are_used_straight_from_the_sampler(folders, drawn):
+    data = ready(drawn, **folders | {"prior_root": None}, num_priors=6, batch_size=6)
+    assert data.draws_priors
+    rows = [row for row in items(data, 2) if row["is_prior"]]
+    means = [row["moments"][:3].unique().item() for row in rows]
+    assert sorted(means[:6]) == sorted(means[6:]) == [0, 1, 2, 3, 4, 5]
+    assert all(not row["moments"][3:].any() for row in rows)  # no spread: sampling gives the latents back
+    assert {row["caption"] for row in rows} == {"a photo of a dog"}
+
+    uncached = ready(drawn, **folders | {"prior_root": None}, num_priors=6, cache_latents=False)
+    pictures = [to_tensor(Image.open(drawn.picture(i))) for i in range(6)]
+    images = [row["image"] for row in items(uncached, 6) if row["is_prior"]]
+    assert all(any(torch.equal(image, picture) for picture in pictures) for image in images)  # never mirrored
+
+
+def test_missing_priors_stop_the_run(folders, drawn):
+    drawn.picture(3).unlink()
+    with pytest.raises(UserError, match="1 of 6 prior images are missing.*generate_priors"):
+        ready(drawn, **folders | {"prior_root": None}, num_priors=6)
+
+
+@pytest.mark.parametrize("without", [{"num_priors": 0}, {"prior_batch_size": 0}])
+def test_training_without_priors(folders, without):
+    data = ready(subject_root=folders["subject_root"], batch_size=2, **without)
+    assert not data.draws_priors
+    assert not any(row["is_prior"] for row in items(data, 3))
+
+
+def test_captions_beside_the_photos(folders):
+    subject = Path(folders["subject_root"])
+    (subject / "2.txt").write_text("{identifier} {class_word} asleep")
+    data = ready(**folders, captions=True, batch_size=5)
+    captions = [row["caption"] for row in items(data, 1)[:5]]
+    assert Counter(captions) == {"a photo of sks dog": 4, "sks dog asleep": 1}
+    assert {row["caption"] for row in items(ready(**folders), 5)} == {
+        "a photo of sks dog",
+        "a photo of a dog",
+    }
+    (subject / "2.txt").write_text("a dog asleep")
+    with pytest.raises(UserError, match='"sks" is missing.*2.txt'):
+        ready(**folders, captions=True)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"subject_root": "absent"}, "no such folder.*absent"),
+        ({"prior_root": "absent"}, "no such folder.*absent"),
+        ({"subject_prompt": "a {class_word}"}, "missing.*subject_prompt"),
+        ({"size": 0}, "size is 0"),
+        ({"size": 12}, "multiple of 8; 16 is near"),
+        ({"batch_size": 0}, "batch_size is 0.*at least 1"),
+        ({"prior_batch_size": -1}, "prior_batch_size is -1"),
+        ({"num_priors": -1}, "num_priors is -1"),
+        ({"accumulate": 0}, "accumulate is 0"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"crop": "random", "crop_variants": 0}, "crop_variants"),
+        ({"caption_dropout": 1.5}, "caption_dropout"),
+        ({"prior_root": None, "num_priors": 0, "prior_batch_size": 1}, "prior_batch_size.*Raise num_priors"),
+    ],
+)
+def test_check_finds_what_is_wrong(folders, change, message):
+    with pytest.raises(UserError, match=message):
+        DreamBoothDataModule(**{**folders, "class_word": "dog", "size": 8, **change}).check(size_multiple=8)
+
+
+def test_subject_and_prior_are_never_one_folder(folders):
+    root = folders["subject_root"]
+    data = DreamBoothDataModule(
+        subject_root=root, prior_root=root + "/../subject", class_word="dog", size=SIZE
+    )
+    with pytest.raises(UserError, match="same folder"):
+        data.check()
+
+
+def test_check_warns_of_small_photos(folders, caplog):
+    Image.new("RGB", (SIZE - 1, 99)).save(Path(folders["subject_root"]) / "tiny.png")
+    with caplog.at_level(logging.WARNING):
+        ready(**folders)
+    assert "enlarged to 8 pixels: tiny.png" in caplog.text
+
+
+def test_one_damaged_photo_can_be_left_out(folders):
+    path = Path(folders["subject_root"]) / "2.png"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="2.png"):
+        ready(**folders)
+    names = {p.path.name for p in ready(**folders, skip_unreadable=True).subject_photos}
+    assert names == {"0.png", "1.png", "3.png", "4.png"}
+
+
+def test_every_parameter_is_documented():
+    text = DreamBoothDataModule.__doc__.split("Args:")[1]
+    names = set(inspect.signature(DreamBoothDataModule).parameters) - {"seed"}
+    assert {name for name in names if name not in text} == set()
+
+
+class Recorder(pl.LightningModule):
+    """Trains one number and notes the items of every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[list[int]] = []
+
+    def training_step(self, batch: dict, _: int) -> Tensor:
+        self.seen.append(batch["item"].tolist())
+        return self.weight * batch["moments"].mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_lightning_takes_the_endless_stream(folders, tmp_path):
+    data, model = ready(**folders, batch_size=2, accumulate=2), Recorder()
+    data.start_step = 3
+    trainer = pl.Trainer(
+        max_steps=2,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(model, data)
+    assert model.seen == [[k, k + 1] * 2 for k in (12, 14, 16, 18)]

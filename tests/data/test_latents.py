@@ -1,0 +1,84 @@
+"""Latents on disk, and the cache of moments."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.data.latents import cached_moments, load_latents, save_latents
+from ldm.errors import UserError
+
+
+class Encoder:
+    """A VAE's stand-in that counts what it sees: [B, 3, H, W] -> [B, 2, H, W]."""
+
+    def __init__(self):
+        self.batches: list[int] = []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.batches.append(len(images))
+        return torch.stack([images.mean(1), images[:, 0] + 3], dim=1)
+
+
+def views(count: int = 5, seed: int = 0) -> dict:
+    pixels = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return {f"view {k}": (lambda k=k: pixels[k]) for k in range(count)}
+
+
+def test_latents_come_back_to_the_bit(tmp_path):
+    latents = torch.randn(4, 3, 3)
+    save_latents(tmp_path / "a.safetensors", latents, metadata={"seed": "7"})
+    again, metadata = load_latents(tmp_path / "a.safetensors")
+    assert torch.equal(again, latents) and metadata["seed"] == "7"
+
+
+def test_absent_torn_and_altered_latents_are_none(tmp_path):
+    path = tmp_path / "a.safetensors"
+    assert load_latents(path) is None
+    save_latents(path, torch.randn(4, 3, 3), metadata={})
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:5], whole[:-1], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], b"x" * 99):
+        path.write_bytes(damaged)
+        assert load_latents(path) is None
+    path.write_bytes(whole)
+    assert load_latents(path) is not None
+
+
+def test_moments_equal_the_encoder_and_are_kept(tmp_path):
+    encode, seen = Encoder(), []
+    moments = cached_moments(
+        views(), encode, vae_hash="v", folder=tmp_path / "cache", batch_size=2, progress=seen.append
+    )
+    for key, render in views().items():
+        assert torch.equal(moments[key], Encoder()(render()[None])[0])
+    assert encode.batches == [2, 2, 1] and sum(seen) == 5
+
+    again = cached_moments(views(), encode, vae_hash="v", folder=tmp_path / "cache", progress=seen.append)
+    assert encode.batches == [2, 2, 1] and sum(seen) == 10
+    assert all(torch.equal(moments[key], again[key]) for key in moments)
+
+
+def test_only_absent_and_damaged_views_are_encoded(tmp_path):
+    cached_moments(views(4), Encoder(), vae_hash="v", folder=tmp_path)
+    first, second, *_ = sorted(tmp_path.iterdir())
+    first.write_bytes(first.read_bytes()[:-4])
+    second.unlink()
+    encode = Encoder()
+    moments = cached_moments(views(5), encode, vae_hash="v", folder=tmp_path)
+    assert sum(encode.batches) == 2 + 1  # two of the four, and the fifth view
+    fresh = cached_moments(views(5), Encoder(), vae_hash="v")
+    assert all(torch.equal(moments[key], fresh[key]) for key in fresh)
+
+
+def test_another_vae_never_reuses(tmp_path):
+    cached_moments(views(), Encoder(), vae_hash="one", folder=tmp_path)
+    encode = Encoder()
+    cached_moments(views(), encode, vae_hash="two", folder=tmp_path)
+    assert sum(encode.batches) == 5
+    with pytest.raises(ValueError, match="hash"):
+        cached_moments(views(), encode, vae_hash="", folder=tmp_path)
+
+
+def test_overflow_is_refused_and_not_kept(tmp_path):
+    with pytest.raises(UserError, match="NaN"):
+        cached_moments(views(), lambda x: x / 0, vae_hash="v", folder=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,207 @@
+"""Prior sets: exactly what is missing is drawn, whatever happened before."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.priors import PriorSet, PriorSpec
+from ldm.errors import UserError
+from ldm.files import file_sha256
+
+SPEC = PriorSpec(
+    prompt="a photo of a dog",
+    base_sha256="ab" * 32,
+    sampler="ddim",
+    steps=50,
+    guidance_scale=7.5,
+    negative_prompt="",
+    size=8,
+    seed=100,
+)
+
+
+class Painter:
+    """Draws a picture and latents from each seed alone; stops with an error after `limit` pictures."""
+
+    def __init__(self, limit: int | None = None):
+        self.limit, self.seeds = limit, []
+
+    def __call__(self, seeds: list[int]) -> list[tuple[Image.Image, torch.Tensor]]:
+        if self.limit is not None and len(self.seeds) + len(seeds) > self.limit:
+            raise RuntimeError("out of memory")
+        self.seeds += seeds
+        return [(picture(seed), latents(seed)) for seed in seeds]
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8))
+
+
+def latents(seed: int) -> torch.Tensor:
+    return torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_complete(priors: PriorSet, count: int) -> None:
+    assert priors.missing(count) == []
+    for i in range(count):
+        with Image.open(priors.picture(i)) as file:
+            np.testing.assert_array_equal(np.asarray(file), np.asarray(picture(100 + i)))
+        assert torch.equal(priors.latents(i), latents(100 + i))
+    manifest = json.loads((priors.folder / "manifest.json").read_text())
+    assert PriorSpec(**manifest["spec"]) == priors.spec
+    assert manifest["images"] == [
+        {"file": f"{i:04d}.png", "seed": 100 + i, "sha256": file_sha256(priors.picture(i))}
+        for i in range(count)
+    ]
+
+
+def test_draws_in_batches_and_only_once(tmp_path):
+    priors, paint, seen = PriorSet(tmp_path, SPEC), Painter(), []
+    assert priors.missing(5) == [0, 1, 2, 3, 4]
+    assert not priors.folder.exists()  # looking makes nothing
+    assert priors.generate_missing(5, paint, batch_size=2, progress=seen.append) == [0, 1, 2, 3, 4]
+    assert paint.seeds == [100, 101, 102, 103, 104] and seen == [2, 2, 1]
+    assert_complete(priors, 5)
+    assert priors.generate_missing(5, paint, batch_size=2) == []
+    assert priors.generate_missing(7, paint, batch_size=2) == [5, 6]
+    assert_complete(priors, 7)
+
+
+def test_the_folder_names_prompt_and_spec(tmp_path):
+    assert PriorSet(tmp_path, SPEC).folder.name == f"a-photo-of-a-dog-{SPEC.hash}"
+    assert len(SPEC.hash) == 12 and int(SPEC.hash, 16) >= 0
+    for prompt in ("../../etc/passwd", "犬", "x" * 500, "", "a/b\\c:d\n"):
+        folder = PriorSet(tmp_path, dataclasses.replace(SPEC, prompt=prompt)).folder
+        assert folder.parent == tmp_path and len(folder.name) <= 53
+
+
+CHANGES = {
+    "prompt": "a photo of a cat",
+    "base_sha256": "cd" * 32,
+    "sampler": "plms",
+    "steps": 51,
+    "guidance_scale": 7.0,
+    "negative_prompt": "blurry",
+    "size": 16,
+    "seed": 101,
+    "eta": 1.0,
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(PriorSpec)])
+def test_whatever_decides_the_pictures_makes_a_new_set(tmp_path, name):
+    PriorSet(tmp_path, SPEC).generate_missing(2, Painter(), batch_size=2)
+    changed = dataclasses.replace(SPEC, **{name: CHANGES[name]})
+    assert PriorSet(tmp_path, changed).missing(2) == [0, 1]
+
+
+def test_equal_specs_are_one_set():
+    assert (
+        dataclasses.replace(SPEC, guidance_scale=7, eta=0).hash
+        == dataclasses.replace(SPEC, guidance_scale=7.0).hash
+    )
+
+
+def test_images_of_another_set_do_not_count(tmp_path):
+    """Files copied over from a set of another base are drawn anew."""
+    other = PriorSet(tmp_path, dataclasses.replace(SPEC, base_sha256="cd" * 32))
+    other.generate_missing(2, Painter(), batch_size=2)
+    priors = PriorSet(tmp_path, SPEC)
+    os.rename(other.folder, priors.folder)
+    assert priors.missing(2) == [0, 1]
+    priors.generate_missing(2, Painter(), batch_size=2)
+    os.replace(priors.picture(0), priors.picture(1))
+    os.replace(priors.folder / "0000.safetensors", priors.folder / "0001.safetensors")
+    assert priors.missing(2) == [0, 1]  # image 0 under the name of image 1
+
+
+def test_a_run_that_dies_while_drawing_is_taken_up(tmp_path):
+    priors = PriorSet(tmp_path, SPEC)
+    with pytest.raises(RuntimeError):
+        priors.generate_missing(7, Painter(limit=4), batch_size=2)
+    assert_complete(priors, 4)
+    assert priors.missing(7) == [4, 5, 6]
+    assert priors.generate_missing(7, Painter(), batch_size=4) == [4, 5, 6]
+    assert_complete(priors, 7)
+
+
+def test_a_run_that_dies_at_any_file_is_taken_up(tmp_path, monkeypatch):
+    """Dies at each rename in turn: every image is then complete or missing, and the rest is drawn."""
+    replace = os.replace
+    done = [0, 0, 1, 1, 2, 2, 2, 3]  # images after n renames: two files each, and a manifest per batch
+    for renames, complete in enumerate(done):
+        left = [renames]
+
+        def dying(source, target, left=left):
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            replace(source, target)
+
+        priors, paint = PriorSet(tmp_path / str(renames), SPEC), Painter()
+        monkeypatch.setattr(os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            priors.generate_missing(3, Painter(), batch_size=2)
+        monkeypatch.setattr(os, "replace", replace)
+        priors.generate_missing(3, paint, batch_size=2)
+        assert paint.seeds == list(range(100 + complete, 103)), renames
+        assert_complete(priors, 3)
+
+
+@pytest.mark.parametrize("suffix", ["png", "safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "gone"])
+def test_damaged_files_are_drawn_anew(tmp_path, suffix, damage):
+    priors = PriorSet(tmp_path, SPEC)
+    priors.generate_missing(4, Painter(), batch_size=4)
+    path = priors.folder / f"0002.{suffix}"
+    whole = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(
+            whole[: len(whole) // 2] if damage == "truncated" else whole[:-6] + b"?" + whole[-5:]
+        )
+    paint = Painter()
+    assert priors.generate_missing(4, paint, batch_size=4) == [2]
+    assert paint.seeds == [102]
+    assert_complete(priors, 4)
+
+
+def test_ranks_share_the_work_and_any_number_may_take_it_up(tmp_path):
+    priors = PriorSet(tmp_path, SPEC)
+    painters = [Painter(), Painter(limit=2), Painter()]
+    for rank, paint in enumerate(painters):
+        if rank == 1:
+            with pytest.raises(RuntimeError):
+                priors.generate_missing(9, paint, batch_size=1, rank=rank, world_size=3)
+        else:
+            priors.generate_missing(9, paint, batch_size=2, rank=rank, world_size=3)
+    assert [paint.seeds for paint in painters] == [[100, 103, 106], [101, 104], [102, 105, 108]]
+    assert priors.missing(9) == [7]
+    for rank in range(2):
+        priors.generate_missing(9, Painter(), batch_size=2, rank=rank, world_size=2)
+    priors.write_manifest(9)
+    assert_complete(priors, 9)
+
+
+def test_latents_with_nan_are_refused(tmp_path):
+    priors = PriorSet(tmp_path, SPEC)
+    with pytest.raises(UserError, match="NaN.*prior image 0, seed 100"):
+        priors.generate_missing(1, lambda seeds: [(picture(s), latents(s) / 0) for s in seeds], batch_size=1)
+    assert priors.missing(1) == [0]
+
+
+def test_a_painter_that_returns_too_few_is_refused(tmp_path):
+    with pytest.raises(ValueError):
+        PriorSet(tmp_path, SPEC).generate_missing(2, lambda seeds: [], batch_size=2)
+
+
+def test_a_place_without_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made.*Choose another"):
+        PriorSet(tmp_path / "file", SPEC).generate_missing(1, Painter(), batch_size=1)

@@ -1,0 +1,98 @@
+"""Templates, captions, and checks of what users write."""
+
+import logging
+
+import pytest
+
+from ldm.data.prompts import (
+    PRIOR_TEMPLATE,
+    REPOSITORY,
+    SUBJECT_TEMPLATE,
+    check_prompts,
+    fill,
+    read_caption,
+    read_prompts,
+)
+from ldm.errors import UserError
+
+WORDS = {"identifier": "sks", "class_word": "dog"}
+GOOD = WORDS | {"subject_prompt": "a photo of sks dog", "prior_prompt": "a photo of a dog"}
+
+
+def test_default_prompts():
+    assert fill(SUBJECT_TEMPLATE, **WORDS) == "a photo of sks dog"
+    assert fill(PRIOR_TEMPLATE, **WORDS) == "a photo of a dog"
+
+
+@pytest.mark.parametrize("template", ["a {subject}", "a {}", "a {identifier.__class__}", "a {class_word!r}"])
+def test_other_placeholders_are_refused(template):
+    with pytest.raises(UserError, match="Unknown placeholder"):
+        fill(template, **WORDS)
+
+
+def test_words_with_braces_are_not_filled_twice():
+    assert fill("{identifier}", identifier="{class_word}", class_word="dog") == "{class_word}"
+
+
+def test_good_prompts_pass_in_silence(caplog):
+    check_prompts(**GOOD)
+    check_prompts(**GOOD | {"prior_prompt": None})
+    check_prompts(**GOOD | {"subject_prompt": "SKS dog, oil on canvas"})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"subject_prompt": "a photo of a dog"}, '"sks" is missing.*subject_prompt'),
+        ({"subject_prompt": "a photo of sksx dog"}, '"sks" is missing'),  # only whole words count
+        ({"prior_prompt": "a photo of sks dog"}, "describes the class as a whole.*prior_prompt"),
+        ({"identifier": " "}, "empty.*identifier"),
+        ({"class_word": ""}, "empty.*class_word"),
+    ],
+)
+def test_prompts_that_cannot_work_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        check_prompts(**GOOD | change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"identifier": "Red", "subject_prompt": "a red dog"}, "common word"),
+        ({"prior_prompt": "a photo of a cat"}, "does not name the class"),
+    ],
+)
+def test_prompts_that_work_badly_are_warned_of(caplog, change, message):
+    with caplog.at_level(logging.WARNING):
+        check_prompts(**GOOD | change)
+    assert message in caplog.text
+
+
+def test_captions_beside_the_pictures(tmp_path):
+    picture = tmp_path / "a.jpg"
+    assert read_caption(picture, **WORDS) is None
+    (tmp_path / "a.txt").write_bytes("\ufeffa {identifier}\n {class_word} in Köln\r\n".encode())
+    assert read_caption(picture, **WORDS) == "a sks dog in Köln"
+    for text, message in ((b" \n", "caption is empty"), (b"\xff\xfe\xff", "cannot be read.*UTF-8")):
+        (tmp_path / "a.txt").write_bytes(text)
+        with pytest.raises(UserError, match=message):
+            read_caption(picture, **WORDS)
+
+
+def test_prompt_files(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("# evaluation\n\n  a {identifier} {class_word} # 1\r\na plain prompt\n")
+    assert read_prompts(file, **WORDS) == ["a sks dog # 1", "a plain prompt"]
+    file.write_text("# nothing\n")
+    with pytest.raises(UserError, match="holds no prompt"):
+        read_prompts(file, **WORDS)
+    with pytest.raises(UserError, match="no such file of prompts.*Names that exist"):
+        read_prompts("absent", **WORDS)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((REPOSITORY / "configs" / "prompts").glob("*.txt")), ids=lambda f: f.stem
+)
+def test_shipped_prompts_are_found_by_name(file):
+    assert read_prompts(file.stem, **WORDS) == read_prompts(file, **WORDS)

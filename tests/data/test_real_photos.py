@@ -1,0 +1,38 @@
+"""Photos as people take them: the subjects of Ruiz et al. 2023 (github.com/google/dreambooth)."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.images import list_images, load_image
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ROOT = Path(os.environ.get("DREAMBOOTH_DATA") or REPOSITORY.parent / "shared" / "data" / "dreambooth")
+SUBJECTS = sorted(path for path in ROOT.glob("*") if path.is_dir())
+
+pytestmark = pytest.mark.skipif(
+    not SUBJECTS, reason=f"no photos under {ROOT}: set DREAMBOOTH_DATA to google/dreambooth's dataset folder"
+)
+
+
+@pytest.mark.parametrize("folder", SUBJECTS, ids=lambda folder: folder.name)
+def test_every_photo_is_read(folder):
+    paths = list_images(folder)
+    assert len(paths) == len([p for p in folder.iterdir() if p.suffix == ".jpg"])
+    assert all(load_image(path).mode == "RGB" for path in paths)
+
+
+def test_a_subject_trains_at_512_pixels():
+    folder = SUBJECTS[0]
+    data = DreamBoothDataModule(
+        subject_root=str(folder), class_word=folder.name, size=512, num_priors=0, cache_latents=False
+    )
+    data.check(size_multiple=8)
+    data.setup()
+    image = next(iter(data.loader()))["image"]
+    assert image.shape == (1, 3, 512, 512)
+    assert image.std() > 0.1 and image.abs().max() <= 1
+    assert not torch.equal(image, data.dataset[False, 1]["image"][None])
