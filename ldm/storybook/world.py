@@ -1,0 +1,166 @@
+"""The storybook world: small captioned pictures drawn from exact attributes.
+
+A `Scene` is one individual in one place. `sample_scene(seed)` and `draw(scene)` are pure functions, so a
+picture, its caption and its attributes are known from one number: data without a data set, and ground
+truth for the judge. All coordinates are in units of a 64 x 64 page, origin at the top left.
+"""
+
+import random
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from ldm.storybook.brush import RGB, Brush, Look
+from ldm.storybook.figures import FIGURES
+from ldm.storybook.places import PLACES, SHADOWS
+
+CLASSES = ("dog", "cat", "bird", "car", "house", "backpack")
+PATTERNS = ("plain", "spotted", "striped")
+DETAILS = ("soft", "pointed", "round")  # the shape of ears, crest, roof or flap
+PALETTE: dict[str, RGB] = {
+    "red": (206, 44, 48),
+    "orange": (245, 138, 36),
+    "yellow": (250, 216, 72),
+    "green": (66, 160, 72),
+    "blue": (54, 106, 214),
+    "purple": (146, 78, 190),
+    "white": (244, 243, 238),
+    "black": (56, 54, 64),
+}
+COLORS = tuple(PALETTE)
+BANDS = ("none", "red", "green", "blue", "yellow")  # collar, stripe, door or strap
+CONTEXTS = {
+    "beach": "on the beach",
+    "snow": "in the snow",
+    "moon": "on the moon",
+    "forest": "in the forest",
+    "city": "in the city",
+    "desert": "in the desert",
+    "grass": "on the grass",
+    "night": "at night",
+}
+DETAIL_WORDS = {  # in the order of DETAILS
+    "dog": ("floppy ears", "pointy ears", "round ears"),
+    "cat": ("floppy ears", "pointy ears", "round ears"),
+    "bird": ("a curly crest", "a pointy crest", "a round crest"),
+    "car": ("an open roof", "a pointy roof", "a round roof"),
+    "house": ("a flat roof", "a pointy roof", "a round roof"),
+    "backpack": ("a square flap", "a pointy flap", "a round flap"),
+}
+BAND_WORDS = {"car": "stripe", "house": "door", "backpack": "strap"}  # animals wear a collar
+ATTRIBUTES: dict[str, tuple[str, ...]] = {  # what the judge reads off a picture
+    "class_word": CLASSES,
+    "context": tuple(CONTEXTS),
+    "color": COLORS,
+    "accent": COLORS,
+    "pattern": PATTERNS,
+    "detail": DETAILS,
+    "band": BANDS,
+}
+SUBJECT_ATTRIBUTES = ("color", "accent", "pattern", "detail", "band")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture: an individual (its class and five attributes), a place, and the seed of its jitter."""
+
+    class_word: str
+    color: str
+    accent: str
+    pattern: str
+    detail: str
+    band: str
+    context: str
+    seed: int = 0
+
+    def labels(self) -> dict[str, int]:
+        """Attribute -> index into `ATTRIBUTES[attribute]`."""
+        return {name: values.index(getattr(self, name)) for name, values in ATTRIBUTES.items()}
+
+
+def sample_scene(seed: int) -> Scene:
+    """Attributes drawn uniformly, except that accent and band always differ from the main colour."""
+    rng = random.Random(f"scene/{seed}")
+    color = rng.choice(COLORS)
+    return Scene(
+        class_word=rng.choice(CLASSES),
+        color=color,
+        accent=rng.choice([c for c in COLORS if c != color]),
+        pattern=rng.choice(PATTERNS),
+        detail=rng.choice(DETAILS),
+        band=rng.choice([b for b in BANDS if b != color]),
+        context=rng.choice(tuple(CONTEXTS)),
+        seed=seed,
+    )
+
+
+def same_subject(scene: Scene, *, context: str, seed: int) -> Scene:
+    """The same individual somewhere else, in another pose."""
+    return replace(scene, context=context, seed=seed)
+
+
+def draw(scene: Scene, *, size: int = 64) -> Image.Image:
+    """Draws the scene -> RGB picture of size x size. Supersampled four times, then averaged."""
+    rng = random.Random(f"draw/{scene.seed}")
+    page = Brush.on_new_page()
+    PLACES[scene.context](page, rng)
+    zoom, shift, drop = rng.uniform(0.86, 1.0), rng.uniform(-4, 4), rng.uniform(-1.5, 1.5)
+    brush = page.moved(
+        zoom=zoom, dx=32 * (1 - zoom) + shift, dy=62 * (1 - zoom) + drop, mirror=rng.random() < 0.5
+    )
+    brush.ellipse(32, 60.5, 19, 2.8, SHADOWS[scene.context], ink=False)
+    band = None if scene.band == "none" else PALETTE[scene.band]
+    look = Look(PALETTE[scene.color], PALETTE[scene.accent], scene.pattern, scene.detail, band)
+    FIGURES[scene.class_word](brush, look)
+    exact = page.image.width % size == 0
+    return page.image.resize((size, size), Image.Resampling.BOX if exact else Image.Resampling.LANCZOS)
+
+
+# --- captions ------------------------------------------------------------------------------------------
+
+
+def caption(scene: Scene, *, seed: int, rare_word_share: float = 0.15) -> str:
+    """A caption that is true of the scene and mentions some of it, in varying words.
+
+    With probability `rare_word_share` the individual gets a meaningless three-letter name instead of any
+    description ("a photo of zwx dog"), so that a name is known as a place for an identity, yet free.
+    """
+    rng = random.Random(f"caption/{seed}")
+    if rng.random() < rare_word_share:
+        noun = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=3)) + " " + scene.class_word
+    else:
+        noun = _with_article(_description(scene, rng))
+    place = " " + CONTEXTS[scene.context] if rng.random() < 0.85 else ""
+    return rng.choice(("a photo of ",) * 6 + ("a picture of ", "")) + noun + place
+
+
+def full_caption(scene: Scene) -> str:
+    """Every attribute said: "a photo of a spotted orange and white dog with floppy ears and ..."."""
+    noun = _with_article(f"{_adjective(scene)}{scene.color} and {scene.accent} {scene.class_word}")
+    return f"a photo of {noun} with {_extras(scene)} {CONTEXTS[scene.context]}"
+
+
+def _description(scene: Scene, rng: random.Random) -> str:
+    noun = scene.class_word
+    pattern = _adjective(scene) if rng.random() < 0.4 else ""
+    kind = rng.random()
+    if kind < 0.35:
+        return f"{pattern if rng.random() < 0.3 else ''}{noun}"
+    color = scene.color if kind < 0.75 else f"{scene.color} and {scene.accent}"
+    extras = " with " + _extras(scene) if rng.random() < 0.3 else ""
+    return f"{pattern}{color} {noun}{extras}"
+
+
+def _adjective(scene: Scene) -> str:
+    return "" if scene.pattern == "plain" else scene.pattern + " "
+
+
+def _extras(scene: Scene) -> str:
+    detail = DETAIL_WORDS[scene.class_word][DETAILS.index(scene.detail)]
+    if scene.band == "none":
+        return detail
+    return f"{detail} and a {scene.band} {BAND_WORDS.get(scene.class_word, 'collar')}"
+
+
+def _with_article(noun: str) -> str:
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
