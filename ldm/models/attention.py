@@ -1,0 +1,121 @@
+"""Attention of image cells to one another and to the prompt (Rombach et al. 2022, sec. 3.3)."""
+
+from functools import partial
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def zero_init(layer: nn.Module) -> nn.Module:
+    """The layer with all its parameters at 0: a residual branch that ends in it starts as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017). x: [B, N, C], context: [B, M, D] -> [B, N, C]."""
+
+    def __init__(self, channels: int, *, num_heads: int, context_dim: int | None = None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Without context, x attends to itself."""
+        source = x if context is None else context
+        q, k, v = (
+            rearrange(t, "b n (heads c) -> b heads n c", heads=self.num_heads)
+            for t in (self.to_q(x), self.to_k(source), self.to_v(source))
+        )
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(rearrange(attended, "b heads n c -> b n (heads c)"))
+
+
+class GEGLU(nn.Module):
+    """Linear layer, one half gated by the GELU of the other (Shazeer 2020). [..., in] -> [..., out]."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.proj = nn.Linear(in_features, 2 * out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Each cell by itself, four times as wide inside. [B, N, C] -> [B, N, C]."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.Sequential(  # Identity: the place of SD's dropout (p = 0), which keeps the names
+            GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Attention within, attention to the prompt, feed-forward. x: [B, N, C], context: [B, M, D] -> [B, N, C]."""
+
+    def __init__(self, channels: int, *, num_heads: int, context_dim: int):
+        super().__init__()
+        self.attn1 = CrossAttention(channels, num_heads=num_heads)
+        self.attn2 = CrossAttention(channels, num_heads=num_heads, context_dim=context_dim)
+        self.ff = FeedForward(channels)
+        self.norm1 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.norm3 = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer over the cells of a feature map. x: [B, C, h, w], context: [B, M, D] -> [B, C, h, w].
+
+    The projections in and out are 1x1 convolutions in SD 1.x, linear layers (`use_linear`) in SD 2.x.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_heads: int,
+        context_dim: int,
+        depth: int = 1,
+        use_linear: bool = False,
+        num_groups: int = 32,
+    ):
+        super().__init__()
+        self.use_linear = use_linear
+        self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
+        projection = nn.Linear if use_linear else partial(nn.Conv2d, kernel_size=1)
+        self.proj_in = projection(channels, channels)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(channels, num_heads=num_heads, context_dim=context_dim)
+            for _ in range(depth)
+        )
+        self.proj_out = zero_init(projection(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.norm(x)
+        if self.use_linear:
+            h = self.proj_in(rearrange(h, "b c h w -> b (h w) c"))
+        else:
+            h = rearrange(self.proj_in(h), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.use_linear:
+            h = rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])
+        else:
+            h = self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]))
+        return x + h

@@ -1,0 +1,188 @@
+"""The denoising UNet of Stable Diffusion 1.x and 2.x (Rombach et al. 2022), in its released names."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.errors import UserError
+from ldm.models.attention import SpatialTransformer, zero_init
+
+
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
+    """Sinusoids of periods 2 pi .. 10000 * 2 pi, cosines first. [B] -> [B, dim] float32 (Ho et al. 2020)."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=timesteps.device))
+    angles = timesteps.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around a skip, the timestep added in between.
+
+    x: [B, in_channels, h, w], emb: [B, emb_channels] -> [B, out_channels, h, w]
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, emb_channels: int, num_groups: int):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(num_groups, in_channels),
+            nn.SiLU(),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(num_groups, out_channels),
+            nn.SiLU(),
+            nn.Identity(),  # the place of SD's dropout (p = 0)
+            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        if in_channels != out_channels:
+            self.skip_connection = nn.Conv2d(in_channels, out_channels, 1)
+        else:
+            self.skip_connection = nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Downsample(nn.Module):
+    """Stride-2 convolution. [B, C, h, w] -> [B, C, h/2, w/2]."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour x2, then a convolution. [B, C, h, w] -> [B, C, 2h, 2w]."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Sequential):
+    """Layers in a row; hands the timestep to residual blocks and the prompt to transformers."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        for layer in self:
+            match layer:
+                case ResBlock():
+                    x = layer(x, emb)
+                case SpatialTransformer():
+                    x = layer(x, context)
+                case _:
+                    x = layer(x)
+        return x
+
+
+class UNetModel(nn.Module):
+    """Predicts the noise (or v, or x0) in noisy latents, given the timestep and the prompt.
+
+    channel_mult: width of each level over `model_channels`; level l works on h / 2**l cells.
+    attention_resolutions: the downsampling factors (1, 2, 4, ...) at which transformers follow the blocks.
+    num_head_channels: width of a head (SD 2.x); where given, it replaces `num_heads` (SD 1.x).
+    use_checkpoint: keep only each stage's input for the backward pass and compute the rest again.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        model_channels: int = 320,
+        channel_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (4, 2, 1),
+        num_heads: int = 8,
+        num_head_channels: int | None = None,
+        context_dim: int = 768,
+        transformer_depth: int = 1,
+        use_linear_in_transformer: bool = False,
+        use_checkpoint: bool = False,
+        num_groups: int = 32,
+    ):
+        super().__init__()
+        self.model_channels, self.use_checkpoint = model_channels, use_checkpoint
+        self.factor = 2 ** (len(channel_mult) - 1)
+        emb_channels = 4 * model_channels
+
+        def res_block(in_width: int, out_width: int) -> ResBlock:
+            return ResBlock(in_width, out_width, emb_channels=emb_channels, num_groups=num_groups)
+
+        def transformer(width: int) -> SpatialTransformer:
+            return SpatialTransformer(
+                width,
+                num_heads=width // num_head_channels if num_head_channels else num_heads,
+                context_dim=context_dim,
+                depth=transformer_depth,
+                use_linear=use_linear_in_transformer,
+                num_groups=num_groups,
+            )
+
+        def transformers(width: int, level: int) -> list[SpatialTransformer]:
+            return [transformer(width)] if 2**level in attention_resolutions else []
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        width = model_channels
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, width, 3, padding=1))])
+        skip_widths = [width]
+        for level, mult in enumerate(channel_mult):
+            if level > 0:
+                self.input_blocks.append(Stage(Downsample(width)))
+                skip_widths.append(width)
+            for _ in range(num_res_blocks):
+                block = res_block(width, width := mult * model_channels)
+                self.input_blocks.append(Stage(block, *transformers(width, level)))
+                skip_widths.append(width)
+
+        self.middle_block = Stage(res_block(width, width), transformer(width), res_block(width, width))
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                block = res_block(width + skip_widths.pop(), width := mult * model_channels)
+                last = [Upsample(width)] if level > 0 and i == num_res_blocks else []
+                self.output_blocks.append(Stage(block, *transformers(width, level), *last))
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(num_groups, width),
+            nn.SiLU(),
+            zero_init(nn.Conv2d(width, out_channels, 3, padding=1)),
+        )
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """x: [B, C, h, w], timesteps: [B] in [0, T), context: [B, M, D] -> [B, C, h, w]."""
+        if x.shape[2] % self.factor or x.shape[3] % self.factor:
+            raise UserError(
+                f"Latents of {x.shape[2]} x {x.shape[3]} cells do not fit the UNet",
+                remedy=f"Height and width must be multiples of {self.factor} cells.",
+            )
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
+        skips = []
+        h = x
+        for stage in self.input_blocks:
+            h = self._run(stage, h, emb, context)
+            skips.append(h)
+        h = self._run(self.middle_block, h, emb, context)
+        for stage in self.output_blocks:
+            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
+        return self.out(h)
+
+    def _run(self, stage: Stage, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(stage, x, emb, context, use_reentrant=False, preserve_rng_state=False)
+        return stage(x, emb, context)
