@@ -1,0 +1,54 @@
+"""The DreamBooth loss: one number per item, weighted, then a mean over subject and a mean over prior items.
+
+Losses stay unreduced, [B], until the last line, so a weight of an item can never meet another item's loss.
+"""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.diffusion.schedule import check_parameterization, snr
+
+
+class DreamBoothLoss(NamedTuple):
+    """Scalars: `total` = `subject` + prior_loss_weight * `prior`; a part without items is 0."""
+
+    total: Tensor
+    subject: Tensor
+    prior: Tensor
+
+
+def mse_per_item(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each item, in float32. prediction, target: [B, ...] -> [B]."""
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} is not of shape {tuple(target.shape)}")
+    return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+
+
+def min_snr_weights(
+    timesteps: Tensor, alphas_cumprod: Tensor, *, gamma: float, parameterization: str
+) -> Tensor:
+    """Min-SNR-gamma weights of a mean squared error in the network's own target (Hang et al. 2023, sec. 3.4).
+
+    timesteps: [B] -> [B] float32: min(SNR, gamma) in terms of x0, divided by SNR for eps and SNR + 1 for v.
+    """
+    check_parameterization(parameterization)
+    ratio = snr(timesteps, alphas_cumprod)
+    x0_weights = ratio.clamp(max=gamma)
+    return x0_weights / {"x0": 1, "eps": ratio, "v": ratio + 1}[parameterization]
+
+
+def dreambooth_loss(per_item: Tensor, is_prior: Tensor, prior_loss_weight: float) -> DreamBoothLoss:
+    """Subject mean + prior_loss_weight * prior mean (Ruiz et al. 2023, eq. 2).
+
+    per_item: [B] losses, already weighted; is_prior: [B] bool.
+    """
+    subject = _mean_where(per_item, ~is_prior)
+    prior = _mean_where(per_item, is_prior)
+    return DreamBoothLoss(subject + prior_loss_weight * prior, subject, prior)
+
+
+def _mean_where(per_item: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the masked items, 0 where there are none; no synchronisation with the device."""
+    return per_item.where(mask, 0).sum() / mask.sum().clamp(min=1)
