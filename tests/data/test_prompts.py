@@ -45,7 +45,7 @@ def test_good_prompts_pass_in_silence(caplog):
     "change, message",
     [
         ({"subject_prompt": "a photo of a dog"}, '"sks" is missing.*subject_prompt'),
-        ({"subject_prompt": "a photo of sksx dog"}, '"sks" is missing'),  # only whole words count
+        ({"subject_prompt": "a photo of xsks sksx dog"}, '"sks" is missing'),  # only whole words count
         ({"prior_prompt": "a photo of sks dog"}, "describes the class as a whole.*prior_prompt"),
         ({"identifier": " "}, "empty.*identifier"),
         ({"class_word": ""}, "empty.*class_word"),
