@@ -4,7 +4,7 @@ It knows no network: `attach` hands it the encoder and the prior images.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -104,7 +104,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
     def attach(
         self, *, encode: Encode | None = None, vae_hash: str = "", priors: PriorSet | None = None
     ) -> None:
-        """Hands over the VAE (images -> moments), the hash that names it, and the drawn prior images."""
+        """Hands over the VAE (images on the CPU -> moments), the hash that names it, the drawn priors."""
         self.encode, self.vae_hash, self.priors = encode, vae_hash, priors
         self.dataset: DreamBoothDataset | None = None
 
@@ -184,6 +184,9 @@ class DreamBoothDataModule(pl.LightningDataModule):
             )
         if self.priors is None:
             raise ValueError("prior images have to be drawn and attached before setup")
+        spec = self.priors.spec
+        if (spec.prompt, spec.size) != (self.prior_prompt, self.size):
+            raise ValueError(f"the prior images were drawn for {spec.prompt!r} at {spec.size} pixels")
         images = self.priors.images(self.num_priors)
         if len(images) < self.num_priors:
             what = f"{self.num_priors - len(images)} of {self.num_priors} prior images are missing"
@@ -214,8 +217,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
             for i, view in enumerate(parts[True].views()):
                 mean = self.priors.latents(i)
                 moments[view.key] = torch.cat([mean, torch.zeros_like(mean)])
-        views = {view.key: view.render for part in parts.values() for view in part.views()}
-        todo: dict[str, Callable[[], Tensor]] = {k: render for k, render in views.items() if k not in moments}
+        views = [view for part in parts.values() for view in part.views()]
+        todo = {view.key: view.render for view in views if view.key not in moments}
         folder = Path(self.cache_root) if self.cache_root else None
         with tqdm(total=len(todo), desc="encoding", unit="view", disable=None) as bar:
             encoded = cached_moments(

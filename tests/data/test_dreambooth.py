@@ -258,6 +258,12 @@ def test_missing_priors_stop_the_run(folders, drawn):
         ready(drawn, **folders | {"prior_root": None}, num_priors=6)
 
 
+@pytest.mark.parametrize("other", [{"size": 2 * SIZE}, {"prior_prompt": "a painting of a {class_word}"}])
+def test_priors_of_another_prompt_or_size_are_never_used(folders, drawn, other):
+    with pytest.raises(ValueError, match="were drawn for 'a photo of a dog' at 8 pixels"):
+        ready(drawn, **folders | {"prior_root": None, "num_priors": 6, **other})
+
+
 @pytest.mark.parametrize("without", [{"num_priors": 0}, {"prior_batch_size": 0}])
 def test_training_without_priors(folders, without):
     data = ready(subject_root=folders["subject_root"], batch_size=2, **without)
