@@ -10,6 +10,7 @@ from torch import nn
 
 from ldm.checkpoints.save import save_model
 from ldm.config import instantiate
+from ldm.diffusion.schedule import make_alphas_cumprod
 
 torch.set_num_threads(1)
 
@@ -91,8 +92,6 @@ def tiny_networks(tiny_config: dict) -> dict[str, nn.Module]:
 @pytest.fixture
 def tiny_model_file(tmp_path: Path, tiny_config: dict, tiny_networks: dict[str, nn.Module]) -> Path:
     """`tiny_networks` in one safetensors file with its config in the metadata, as a run leaves it."""
-    from ldm.diffusion.schedule import make_alphas_cumprod
-
     return save_model(
         tmp_path / "tiny.safetensors",
         {part: network.state_dict() for part, network in tiny_networks.items()},
