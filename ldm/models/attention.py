@@ -62,7 +62,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Attention within, attention to the prompt, feed-forward. x: [B, N, C], context: [B, M, D] -> [B, N, C]."""
+    """Attention within, then to the prompt, then feed-forward. x: [B, N, C], context: [B, M, D] -> as x."""
 
     def __init__(self, channels: int, *, num_heads: int, context_dim: int):
         super().__init__()

@@ -1,0 +1,134 @@
+"""CLIP's text tower (Radford et al. 2021), which turns prompts into the context of the UNet."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ldm.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+VOCABULARY = ("vocab.json", "merges.txt")
+
+
+class CLIPTextEncoder(nn.Module):
+    """Prompts -> ids [B, M] -> context [B, M, D], in two steps: ids can be cached, and need no network.
+
+    The defaults are SD 1.x. `transformer.text_model.*` are SD's own names: that level is a plain holder here,
+    because transformers 5 no longer has it.
+
+    layer: "last" (SD 1.x) or "penultimate" (SD 2.x); the final layer norm follows in both.
+    tokenizer: folder with vocab.json and merges.txt, or a name on the Hugging Face hub.
+    pad_token_id: fills prompts up to max_length; None = eos_token_id (SD 1.x), 0 in SD 2.x.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 49408,
+        hidden_size: int = 768,
+        intermediate_size: int = 3072,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        max_length: int = 77,
+        hidden_act: str = "quick_gelu",
+        layer: Literal["last", "penultimate"] = "last",
+        tokenizer: str = "openai/clip-vit-large-patch14",
+        bos_token_id: int = 49406,
+        eos_token_id: int = 49407,
+        pad_token_id: int | None = None,
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        self.vocab_size, self.max_length = vocab_size, max_length
+        self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
+        self.pad_token_id = eos_token_id if pad_token_id is None else pad_token_id
+        self.tokenizer_name, self.use_checkpoint = tokenizer, use_checkpoint
+        self.depth = num_hidden_layers - (layer == "penultimate")
+        config = CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            max_position_embeddings=max_length,
+            hidden_act=hidden_act,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=self.pad_token_id,
+            attn_implementation="sdpa",
+        )
+        self.transformer = nn.ModuleDict({"text_model": CLIPTextModel(config)})
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        """Loaded at first use: the network alone works without vocabulary files."""
+        tokenizer = load_tokenizer(self.tokenizer_name)
+        found = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        if found != (self.bos_token_id, self.eos_token_id) or len(tokenizer) > self.vocab_size:
+            raise UserError(
+                f"The tokenizer has {len(tokenizer)} tokens, bos and eos {found}; the text encoder expects "
+                f"{self.vocab_size} at most, bos and eos {(self.bos_token_id, self.eos_token_id)}",
+                where=self.tokenizer_name,
+                remedy="Use the tokenizer that the text encoder was trained with.",
+            )
+        return tokenizer
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Prompts -> ids [B, M] int64 on the CPU: bos, tokens (as many as fit), eos, padding."""
+        rows = self.tokenizer(prompts, add_special_tokens=False, verbose=False).input_ids
+        ids = torch.full((len(prompts), self.max_length), self.pad_token_id)
+        for line, row in zip(ids, rows, strict=True):
+            kept = [self.bos_token_id, *row[: self.max_length - 2], self.eos_token_id]
+            line[: len(kept)] = torch.tensor(kept)
+        return ids
+
+    def overlong(self, prompt: str) -> str | None:
+        """The end of the prompt that `tokenize` cuts off; None where all of it fits."""
+        starts = self.tokenizer(
+            prompt, add_special_tokens=False, verbose=False, return_offsets_mapping=True
+        ).offset_mapping[self.max_length - 2 :]
+        return prompt[starts[0][0] :] if starts else None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: [B, M] -> context: [B, M, D]; a token sees itself and those before it, padding or not."""
+        text_model = self.transformer["text_model"]
+        h = text_model.embeddings(input_ids=ids)
+        for layer in text_model.encoder.layers[: self.depth]:
+            if self.use_checkpoint and torch.is_grad_enabled():
+                h = checkpoint(layer, h, None, is_causal=True, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = layer(h, None, is_causal=True)
+        return text_model.final_layer_norm(h)
+
+
+def load_tokenizer(name: str) -> CLIPTokenizer:
+    """From a folder, relative to the current one or to the repository, or else by its name on the hub."""
+    folders = [path for path in (Path(name), REPOSITORY / name) if path.is_dir()]
+    folder = folders[0] if folders else _download(name)
+    if not all((folder / file).is_file() for file in VOCABULARY):
+        raise UserError("The tokenizer folder lacks vocab.json or merges.txt", where=folder)
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _download(name: str) -> Path:
+    """Folder of the vocabulary files in the hub's cache; they are fetched only if they are not there."""
+    try:
+        try:
+            paths = [hf_hub_download(name, file, local_files_only=True) for file in VOCABULARY]
+        except LocalEntryNotFoundError:
+            paths = [hf_hub_download(name, file) for file in VOCABULARY]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "The tokenizer is neither a folder nor to be had from the Hugging Face hub",
+            where=name,
+            remedy="Where there is a network, run `hf download openai/clip-vit-large-patch14 "
+            f"{' '.join(VOCABULARY)} --local-dir tokenizer`; then give that folder as `tokenizer`.",
+        ) from error
+    return Path(paths[0]).parent
