@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -117,9 +118,7 @@ class UNetModel(nn.Module):
         self.model_channels, self.use_checkpoint = model_channels, use_checkpoint
         self.factor = 2 ** (len(channel_mult) - 1)
         emb_channels = 4 * model_channels
-
-        def res_block(in_width: int, out_width: int) -> ResBlock:
-            return ResBlock(in_width, out_width, emb_channels=emb_channels, num_groups=num_groups)
+        res_block = partial(ResBlock, emb_channels=emb_channels, num_groups=num_groups)
 
         def transformer(width: int) -> SpatialTransformer:
             return SpatialTransformer(
@@ -131,32 +130,32 @@ class UNetModel(nn.Module):
                 num_groups=num_groups,
             )
 
-        def transformers(width: int, level: int) -> list[SpatialTransformer]:
-            return [transformer(width)] if 2**level in attention_resolutions else []
+        def stage(in_width: int, out_width: int, level: int) -> Stage:
+            attention = [transformer(out_width)] if 2**level in attention_resolutions else []
+            return Stage(res_block(in_width, out_width), *attention)
 
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
         width = model_channels
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, width, 3, padding=1))])
-        skip_widths = [width]
+        skips = [width]  # widths of what the input blocks leave for the output blocks
         for level, mult in enumerate(channel_mult):
             if level > 0:
                 self.input_blocks.append(Stage(Downsample(width)))
-                skip_widths.append(width)
+                skips.append(width)
             for _ in range(num_res_blocks):
-                block = res_block(width, width := mult * model_channels)
-                self.input_blocks.append(Stage(block, *transformers(width, level)))
-                skip_widths.append(width)
+                self.input_blocks.append(stage(width, width := mult * model_channels, level))
+                skips.append(width)
 
         self.middle_block = Stage(res_block(width, width), transformer(width), res_block(width, width))
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
-            for i in range(num_res_blocks + 1):
-                block = res_block(width + skip_widths.pop(), width := mult * model_channels)
-                last = [Upsample(width)] if level > 0 and i == num_res_blocks else []
-                self.output_blocks.append(Stage(block, *transformers(width, level), *last))
+            for _ in range(num_res_blocks + 1):
+                self.output_blocks.append(stage(width + skips.pop(), width := mult * model_channels, level))
+            if level > 0:
+                self.output_blocks[-1].append(Upsample(width))
 
         self.out = nn.Sequential(
             nn.GroupNorm(num_groups, width),
