@@ -21,6 +21,10 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions around a skip, the timestep added in between.
 
@@ -30,16 +34,14 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, emb_channels: int, num_groups: int):
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(num_groups, in_channels),
-            nn.SiLU(),
-            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            nn.GroupNorm(num_groups, in_channels), nn.SiLU(), conv3x3(in_channels, out_channels)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(num_groups, out_channels),
             nn.SiLU(),
             nn.Identity(),  # the place of SD's dropout (p = 0)
-            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_init(conv3x3(out_channels, out_channels)),
         )
         if in_channels != out_channels:
             self.skip_connection = nn.Conv2d(in_channels, out_channels, 1)
@@ -67,7 +69,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -117,8 +119,8 @@ class UNetModel(nn.Module):
         super().__init__()
         self.model_channels, self.use_checkpoint = model_channels, use_checkpoint
         self.factor = 2 ** (len(channel_mult) - 1)
-        emb_channels = 4 * model_channels
-        res_block = partial(ResBlock, emb_channels=emb_channels, num_groups=num_groups)
+        emb = 4 * model_channels
+        res_block = partial(ResBlock, emb_channels=emb, num_groups=num_groups)
 
         def transformer(width: int) -> SpatialTransformer:
             return SpatialTransformer(
@@ -134,11 +136,10 @@ class UNetModel(nn.Module):
             attention = [transformer(out_width)] if 2**level in attention_resolutions else []
             return Stage(res_block(in_width, out_width), *attention)
 
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
-        )
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+
         width = model_channels
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, width, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Stage(conv3x3(in_channels, width))])
         skips = [width]  # widths of what the input blocks leave for the output blocks
         for level, mult in enumerate(channel_mult):
             if level > 0:
@@ -147,9 +148,7 @@ class UNetModel(nn.Module):
             for _ in range(num_res_blocks):
                 self.input_blocks.append(stage(width, width := mult * model_channels, level))
                 skips.append(width)
-
         self.middle_block = Stage(res_block(width, width), transformer(width), res_block(width, width))
-
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for _ in range(num_res_blocks + 1):
@@ -158,9 +157,7 @@ class UNetModel(nn.Module):
                 self.output_blocks[-1].append(Upsample(width))
 
         self.out = nn.Sequential(
-            nn.GroupNorm(num_groups, width),
-            nn.SiLU(),
-            zero_init(nn.Conv2d(width, out_channels, 3, padding=1)),
+            nn.GroupNorm(num_groups, width), nn.SiLU(), zero_init(conv3x3(width, out_channels))
         )
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
