@@ -1,0 +1,195 @@
+"""DreamBooth's training step: `LatentDiffusion` holds the networks under the names of released checkpoints."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from ldm import randomness
+from ldm.checkpoints.save import save_model
+from ldm.config import instantiate
+from ldm.diffusion.loss import dreambooth_loss, min_snr_weights, mse_per_item
+from ldm.diffusion.schedule import add_noise, make_alphas_cumprod, training_target
+from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.models.text_encoder import CLIPTextEncoder
+from ldm.models.unet import UNetModel
+from ldm.training.optimizers import LRSchedule, adamw, with_schedule
+
+
+class LatentDiffusion(pl.LightningModule):
+    """UNet, text encoder and frozen autoencoder with the DreamBooth loss (Ruiz et al. 2023, eq. 2).
+
+    Its state dict has the names of a Stable Diffusion file: `model.diffusion_model.*`, `first_stage_model.*`,
+    `cond_stage_model.*`. A batch is a dict: "moments" [B, 2C, h, w] or "image" [B, 3, H, W] in [-1, 1],
+    "caption" list of str, "is_prior" [B] bool, "item" [B] int64 (subject and prior items numbered apart).
+
+    Args:
+        unet_config, first_stage_config, cond_stage_config: nodes of the three networks.
+        parameterization: what the UNet predicts: "eps" (SD 1.x), "v" (SD 2.x at 768 pixels) or "x0".
+        linear_start, linear_end, timesteps, beta_schedule: of the noise schedule.
+        prior_loss_weight: lambda of eq. 2; 0 trains without prior preservation.
+        min_snr_gamma: weights the loss of every item by min-SNR-gamma; None leaves all timesteps equal.
+        train_unet, train_text_encoder: which networks learn.
+        learning_rate: of AdamW; `text_encoder_learning_rate` None is the same.
+        lr_schedule: after `warmup_steps` optimizer steps constant, or half a cosine down to 0.
+        seed: of the run; all draws follow from it and the item's number.
+    """
+
+    def __init__(
+        self,
+        *,
+        unet_config: dict,
+        first_stage_config: dict,
+        cond_stage_config: dict,
+        parameterization: str = "eps",
+        linear_start: float = 0.00085,
+        linear_end: float = 0.012,
+        timesteps: int = 1000,
+        beta_schedule: str = "scaled_linear",
+        prior_loss_weight: float = 1.0,
+        min_snr_gamma: float | None = None,
+        train_unet: bool = True,
+        train_text_encoder: bool = True,
+        learning_rate: float = 1e-6,
+        text_encoder_learning_rate: float | None = None,
+        weight_decay: float = 0.01,
+        betas: Sequence[float] = (0.9, 0.999),
+        lr_schedule: LRSchedule = "constant",
+        warmup_steps: int = 0,
+        seed: int = 23,
+    ):
+        super().__init__()
+        unet: UNetModel = instantiate(unet_config)
+        self.model = nn.ModuleDict({"diffusion_model": unet})
+        self.first_stage_model: AutoencoderKL = instantiate(first_stage_config)
+        self.cond_stage_model: CLIPTextEncoder = instantiate(cond_stage_config)
+        alphas_cumprod = make_alphas_cumprod(
+            beta_schedule=beta_schedule, linear_start=linear_start, linear_end=linear_end, timesteps=timesteps
+        )
+        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+        self.parameterization, self.seed = parameterization, seed
+        self.prior_loss_weight, self.min_snr_gamma = prior_loss_weight, min_snr_gamma
+        self.learning_rate = learning_rate
+        self.text_learning_rate = learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
+        self.weight_decay, self.betas = weight_decay, tuple(betas)
+        self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
+        self.first_stage_model.requires_grad_(False)
+        unet.requires_grad_(train_unet)
+        self.cond_stage_model.requires_grad_(train_text_encoder)
+        self.train_text_encoder = train_text_encoder
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The three networks by the names of `ldm.checkpoints.layout`."""
+        return {
+            "unet": self.model["diffusion_model"],
+            "first_stage": self.first_stage_model,
+            "cond_stage": self.cond_stage_model,
+        }
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """images: [B, 3, H, W] in [-1, 1] -> moments [B, 2C, h, w] of their latents."""
+        return self.first_stage_model.encode(images.to(self.device)).moments
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts -> context [B, M, D]; equal prompts go through the text encoder once."""
+        unique = list(dict.fromkeys(prompts))
+        ids = self.cond_stage_model.tokenize(unique).to(self.device)
+        rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=self.device)
+        with torch.set_grad_enabled(self.train_text_encoder and torch.is_grad_enabled()):
+            return self.cond_stage_model(ids)[rows]
+
+    def apply_model(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """x: [B, C, h, w], t: [B], context: [B, M, D] -> the UNet's prediction [B, C, h, w]."""
+        return self.model["diffusion_model"](x, t, context)
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        per_item = self.loss_per_item(batch)
+        loss = dreambooth_loss(per_item, batch["is_prior"], self.prior_loss_weight)
+        self.log_dict(
+            {"train/loss": loss.total, "train/subject_loss": loss.subject, "train/prior_loss": loss.prior},
+            prog_bar=True,
+            batch_size=len(per_item),
+        )
+        return loss.total
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        """The same loss at draws that never change, because the items do not."""
+        per_item = self.loss_per_item(batch)
+        self.log("val/loss", per_item.mean(), prog_bar=True, batch_size=len(per_item))
+
+    def loss_per_item(self, batch: dict) -> Tensor:
+        """Weighted denoising loss of each item -> [B] float32 (Ho et al. 2020, eq. 14)."""
+        moments = batch["moments"] if "moments" in batch else self.encode_images(batch["image"])
+        posterior = DiagonalGaussian.from_moments(moments.float())
+        draw = ItemDraws(self.seed, batch["item"], batch["is_prior"], device=self.device)
+        x0 = posterior.sample(draw.randn("posterior", posterior.mean.shape[1:]))
+        noise = draw.randn("noise", x0.shape[1:])
+        timesteps = draw.randint("timestep", len(self.alphas_cumprod))
+        noisy = add_noise(x0, noise, timesteps, self.alphas_cumprod)
+        prediction = self.apply_model(noisy, timesteps, self.encode_prompts(batch["caption"]))
+        target = training_target(self.parameterization, x0, noise, timesteps, self.alphas_cumprod)
+        return mse_per_item(prediction, target) * self.loss_weights(timesteps)
+
+    def loss_weights(self, timesteps: Tensor) -> Tensor:
+        """Weight of each item's loss by its own timestep -> [B]."""
+        if self.min_snr_gamma is None:
+            return torch.ones_like(timesteps, dtype=torch.float32)
+        return min_snr_weights(
+            timesteps,
+            self.alphas_cumprod,
+            gamma=self.min_snr_gamma,
+            parameterization=self.parameterization,
+        )
+
+    def configure_optimizers(self) -> dict:
+        optimizer = adamw(
+            {
+                "unet": (self.model["diffusion_model"], self.learning_rate),
+                "text_encoder": (self.cond_stage_model, self.text_learning_rate),
+            },
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            fused=self.trainer.precision != "16-mixed",  # there the scaler must see the gradients first
+        )
+        return with_schedule(
+            optimizer, self.lr_schedule, warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
+        )
+
+    def train(self, mode: bool = True) -> "LatentDiffusion":
+        """Frozen networks stay in eval mode."""
+        super().train(mode)
+        for network in self.networks.values():
+            network.train(mode and any(p.requires_grad for p in network.parameters()))
+        return self
+
+    def export(self, path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> Path:
+        """Writes one Stable Diffusion file of all three networks and the schedule."""
+        parts = {name: network.state_dict() for name, network in self.networks.items()}
+        return save_model(
+            path, parts, alphas_cumprod=self.alphas_cumprod.cpu(), dtype=dtype, metadata=metadata
+        )
+
+
+class ItemDraws:
+    """The random draws of a batch, each a function of (seed, item number, part, purpose), made on the CPU."""
+
+    def __init__(self, seed: int, items: Tensor, is_prior: Tensor, *, device: torch.device):
+        self.seed, self.device = seed, device
+        parts = ("prior" if prior else "subject" for prior in is_prior.tolist())
+        self.keys = list(zip(items.tolist(), parts, strict=True))
+
+    def randn(self, purpose: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal [B, *shape]."""
+        return self._each(lambda g: torch.randn(tuple(shape), generator=g), purpose)
+
+    def randint(self, purpose: str, high: int) -> Tensor:
+        """Uniform integers in [0, high), [B]."""
+        return self._each(lambda g: torch.randint(high, (), generator=g), purpose)
+
+    def _each(self, draw: Callable[[torch.Generator], Tensor], purpose: str) -> Tensor:
+        draws = [draw(randomness.generator(self.seed, k, f"{part}/{purpose}")) for k, part in self.keys]
+        return torch.stack(draws).to(self.device, non_blocking=True)

@@ -1,0 +1,104 @@
+"""Draw pictures with a trained model: python scripts/sample.py --prompt "a photo of a sks dog in snow"."""
+
+import argparse
+import logging
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+from ldm.checkpoints.save import DTYPES
+from ldm.config import load_config, to_plain
+from ldm.contact_sheet import contact_sheet, save_picture
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.errors import UserError
+from ldm.pipeline import Text2Image
+
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+SETTINGS = ("negative_prompt", "steps", "guidance_scale", "sampler", "eta", "height", "width")
+
+
+def parse() -> argparse.Namespace:
+    shows_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shows_defaults, allow_abbrev=False)
+    add = parser.add_argument
+    add("--prompt", nargs="+", default=[], metavar="TEXT", help="one or several, each in quotes")
+    add("--prompts", type=Path, metavar="FILE", help="more of them, one a line; # begins a comment line")
+    add("--model", type=Path, help="model file or run folder; None: the newest run under logs/")
+    add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
+    add("--n", type=int, default=4, help="pictures of each prompt")
+    add("--seed", type=int, default=23, help="picture i of a prompt is drawn from seed + i")
+    add("--negative_prompt", default="", metavar="TEXT", help="what pictures should not show")
+    add("--steps", type=int, default=50, help="sampling steps")
+    add("--guidance_scale", type=float, default=7.5, help="weight of the prompt; 1: no guidance")
+    add("--sampler", choices=SAMPLERS, default="ddim", help="both are deterministic while eta is 0")
+    add("--eta", type=float, default=0.0, help="fresh noise in each step of ddim, 0 to 1")
+    add("--height", type=int, help="pixels; None: as in training")
+    add("--width", type=int, help="pixels; None: as in training")
+    add("--batch_size", type=int, default=8, help="pictures at a time; no effect on what they show")
+    add("--low_memory", action="store_true", help="guidance in two passes instead of a doubled batch")
+    add("--device", default=DEVICE, help="where to compute")
+    add("--precision", choices=DTYPES, default="fp32", help="of the networks")
+    add("--out", type=Path, help="folder; None: a new one in `samples`, beside the model file")
+    return parser.parse_args()
+
+
+def find_model(path: Path | None) -> Path:
+    if path is not None:
+        return path / "model.safetensors" if path.is_dir() else path
+    runs = sorted(Path("logs").glob("*/model.safetensors"), key=lambda file: file.stat().st_mtime)
+    if not runs:
+        raise UserError("There is no finished run under logs/", remedy="Name a file or a run with --model.")
+    return runs[-1]
+
+
+def read_prompts(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The prompts cannot be read: {error}", where=file) from error
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def main(options: argparse.Namespace) -> None:
+    prompts = options.prompt + (read_prompts(options.prompts) if options.prompts else [])
+    if not prompts or options.n < 1:
+        raise UserError("There is nothing to draw", remedy="Give --prompt or --prompts, and --n from 1.")
+    path, dtype = find_model(options.model), DTYPES[options.precision]
+    print(f"model: {path}")
+    config = to_plain(load_config([options.config])).get("model", {}) if options.config else None
+    draw = Text2Image.from_file(path, config=config and config.get("params", {}), device=options.device, dtype=dtype)
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    settings |= {side: draw.default_size for side in ("height", "width") if settings[side] is None}
+    model = path.resolve().parent.name if path.stem == "model" else path.stem
+    about = settings | {"model": model, "model_hash": draw.model_hash, "precision": options.precision}
+    how = {"batched_guidance": not options.low_memory, "batch_size": options.batch_size}
+    out = options.out or path.parent / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
+
+    jobs = [(row, options.seed + i) for row in range(len(prompts)) for i in range(options.n)]
+    pictures, size = [[] for _ in prompts], max(options.batch_size, 1)
+    with tqdm(total=len(jobs) * options.steps, unit="step") as bar:
+        for batch in (jobs[first : first + size] for first in range(0, len(jobs), size)):
+            rows, seeds = zip(*batch, strict=True)
+            samples = draw([prompts[i] for i in rows], seeds=seeds, progress=bar.update, **settings, **how)
+            out.mkdir(parents=True, exist_ok=True)
+            for row, (image, _, prompt, seed) in zip(rows, samples, strict=True):
+                slug = re.sub(r"\W+", "-", prompt.lower())[:40].strip("-")
+                file = out / f"{row:03d}-{slug}-{seed}.png"
+                bar.write(str(save_picture(file, image, {"prompt": prompt, "seed": seed} | about)))
+                pictures[row].append(image)
+    sheet = contact_sheet(list(zip(prompts, pictures, strict=True)))
+    print(save_picture(out / "contact_sheet.png", sheet, {"prompts": prompts, "seed": options.seed} | about))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        main(parse())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,119 @@
+"""scripts/sample.py from the command line to files."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "sample.py"
+QUICK = ["--steps", "2", "--height", "16", "--width", "16", "--device", "cpu"]
+
+
+def sample(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as picture:
+        return picture.tobytes()
+
+
+def test_pictures_sheet_and_settings(workdir, tiny_model_file, monkeypatch, capsys):
+    Path("more.txt").write_text("# places\n\na car at night\n", encoding="utf-8")
+    options = ["--model", tiny_model_file, "--n", 3, "--seed", 5, "--negative_prompt", "blur", *QUICK]
+    prompts = ["--prompt", "a dog", "../a/ red cat?", "--prompts", "more.txt"]
+    sample(monkeypatch, *prompts, *options, "--out", "drawn", "--batch_size", 4)
+    names = [
+        f"{row:03d}-{slug}-{seed}.png"
+        for row, slug in enumerate(["a-dog", "a-red-cat", "a-car-at-night"])
+        for seed in (5, 6, 7)
+    ]
+    assert sorted(p.name for p in Path("drawn").iterdir()) == [*names, "contact_sheet.png"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"model: {tiny_model_file}",
+        *(str(Path("drawn", name)) for name in [*names, "contact_sheet.png"]),
+    ]
+    with Image.open(Path("drawn", names[1])) as picture:
+        about = json.loads(picture.text["dreambooth"])
+        assert picture.text["parameters"].startswith("a dog\nNegative prompt: blur\nSteps: 2, Sampler: DDIM")
+    assert {"prompt": "a dog", "seed": 6, "steps": 2, "height": 16, "model": "tiny"}.items() <= about.items()
+    with Image.open("drawn/contact_sheet.png") as sheet:
+        assert sheet.width > 3 * 128 and sheet.height > 3 * 128
+
+    sample(monkeypatch, "--prompt", "a dog", *options, "--out", "alone", "--batch_size", 1, "--low_memory")
+    difference = [
+        abs(a - b)
+        for n in names[:3]
+        for a, b in zip(pixels(Path("drawn", n)), pixels(Path("alone", n)), strict=True)
+    ]
+    assert max(difference) <= 1
+    assert pixels(Path("drawn", names[0])) != pixels(Path("drawn", names[1]))
+
+
+def test_the_newest_run_is_found_and_named(workdir, tiny_model_file, monkeypatch, capsys):
+    for age, name in enumerate(["new", "old"]):
+        run = Path("logs", name)
+        run.mkdir(parents=True)
+        shutil.copy(tiny_model_file, run / "model.safetensors")
+        os.utime(run / "model.safetensors", (1e9 - age, 1e9 - age))
+    sample(monkeypatch, "--prompt", "a dog", "--n", 1, *QUICK)
+    assert "model: logs/new/model.safetensors" in capsys.readouterr().out
+    (picture,) = Path("logs/new/samples").glob("*/000-a-dog-23.png")
+    with Image.open(picture) as opened:
+        assert json.loads(opened.text["dreambooth"])["model"] == "new"
+    sample(monkeypatch, "--prompt", "a dog", "--n", 1, "--model", "logs/old", "--out", "x", *QUICK)
+    assert pixels(Path("x/000-a-dog-23.png")) == pixels(picture)
+
+
+def test_a_config_stands_in_for_metadata(workdir, tiny_model_file, tiny_config, monkeypatch):
+    model = {"target": "ldm.training.latent_diffusion.LatentDiffusion", "params": tiny_config}
+    Path("v.yaml").write_text(
+        json.dumps({"model": model | {"params": tiny_config | {"parameterization": "v"}}})
+    )
+    options = ["--prompt", "a dog", "--n", 1, "--model", tiny_model_file, *QUICK]
+    sample(monkeypatch, *options, "--out", "eps")
+    sample(monkeypatch, *options, "--out", "v", "--config", "v.yaml")
+    assert pixels(Path("eps/000-a-dog-23.png")) != pixels(Path("v/000-a-dog-23.png"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompt", "a dog"], "no finished run under logs/"),
+        (["--model", "MODEL"], "nothing to draw"),
+        (["--prompt", "a dog", "--model", "absent.safetensors"], "no such model file"),
+        (["--prompts", "absent.txt", "--model", "MODEL"], "absent.txt"),
+        (["--prompt", "a dog", "--model", "MODEL", "--height", "17"], "Use 16 or 20"),
+        (["--prompt", "a dog", "--model", "MODEL", "--steps", "0"], "1 to 1000"),
+        (["--prompt", "a dog", "--model", "MODEL", "--n", "0"], "at least 1"),
+        (["--prompt", "a dog", "--model", "MODEL", "--batch_size", "0"], "at least 1"),
+        (["--prompt", "a dog", "--model", "MODEL", "--config", "empty.yaml"], "no `model` section"),
+        (["--prompt", "a dog", "--model", "MODEL", "--device", "toaster"], "toaster"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(workdir, tiny_model_file, monkeypatch, capsys, arguments, message):
+    Path("empty.yaml").write_text("data: {}\n")
+    arguments = [str(tiny_model_file) if a == "MODEL" else a for a in arguments]
+    before = sorted(workdir.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        sample(monkeypatch, *arguments)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(error) == 1 and message in error[0]
+    assert sorted(workdir.iterdir()) == before  # no empty folder is left
+
+
+def test_runs_from_any_folder(workdir):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    ended = subprocess.run(
+        [sys.executable, str(SCRIPT), "--prompt", "a dog"], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and ended.stderr.startswith("error: There is no finished run")
