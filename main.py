@@ -26,12 +26,22 @@ def main() -> None:
     pl.seed_everything(plain["seed"], verbose=False)
     module = configs.instantiate(plain["model"])
     data = configs.instantiate(plain["data"])
+    if base := plain.get("base_checkpoint"):
+        from ldm.checkpoints.load import file_hash, load_parts, read_checkpoint
+        from ldm.checkpoints.layout import split
+        parts = split(read_checkpoint(base)[0])
+        names = plain.get("base_parts") or list(module.networks)
+        load_parts({n: module.networks[n] for n in names}, {n: parts[n] for n in names}, where=base)
+        data.attach(encode=module.encode_images, vae_hash=file_hash(base))
     last = folder / "checkpoints" / "last.ckpt"
     if last.exists():
         import torch
         data.start_step = torch.load(last, map_location="cpu", weights_only=True)["global_step"]
         print("resume at", data.start_step)
     callbacks = [ModelCheckpoint(folder / "checkpoints", every_n_train_steps=plain.get("checkpoint_every", 250), save_last=True, save_top_k=1, enable_version_counter=False)]
+    if plain.get("ema_decay"):
+        from pytorch_lightning.callbacks import EMAWeightAveraging
+        callbacks.append(EMAWeightAveraging(decay=plain["ema_decay"], update_starting_at_step=200))
     trainer = pl.Trainer(
         default_root_dir=folder, logger=TensorBoardLogger(folder, name="", version="tensorboard"), callbacks=callbacks,
         num_sanity_val_steps=0, use_distributed_sampler=False, enable_model_summary=False, **plain["trainer"])
