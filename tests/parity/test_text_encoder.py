@@ -57,8 +57,8 @@ def test_penultimate_layer_equals_transformers():
 
 @torch.no_grad()
 def test_the_tolerance_tells_neighbours_apart():
-    """The other layer, the other activation, or one other token: each moves the output beyond the tolerance."""
-    ours, reference = pair("quick_gelu", "last")
+    """Another layer, activation or single token: each moves the output beyond the tolerance."""
+    ours, _ = pair("quick_gelu", "last")
     ids = torch.randint(97, (3, 16))
     output = ours(ids)
     other = ids.clone()

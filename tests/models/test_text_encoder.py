@@ -1,0 +1,114 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.errors import UserError
+from ldm.models import text_encoder
+from ldm.models.text_encoder import CLIPTextEncoder
+from tests.checkpoints import sd_v1
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+BOS, EOS = 188, 189  # of the tiny tokenizer: one token per character
+
+
+def build(tokenizer: Path | str, **params) -> CLIPTextEncoder:
+    torch.manual_seed(0)
+    special = {"vocab_size": 190, "bos_token_id": BOS, "eos_token_id": EOS}
+    return CLIPTextEncoder(**{**SIZES, **special, "max_length": 12, "tokenizer": str(tokenizer), **params})
+
+
+def test_sd1_names_and_counts():
+    with torch.device("meta"):
+        state = CLIPTextEncoder().state_dict()
+    assert set(state) == {f"transformer.text_model.{name}" for name in sd_v1.text_encoder()}
+    assert (len(state), sum(tensor.numel() for tensor in state.values())) == (196, 123_060_480)
+
+
+def test_tokenize(tiny_tokenizer):
+    encoder = build(tiny_tokenizer)
+    ids = encoder.tokenize(["a Cat", ""])
+    assert ids.dtype == torch.int64 and ids.shape == (2, 12)
+    vocabulary = encoder.tokenizer.get_vocab()
+    tokens = [vocabulary[token] for token in ("a</w>", "c", "a", "t</w>")]
+    assert ids[0].tolist() == [BOS, *tokens, *[EOS] * 7]
+    assert ids[1].tolist() == [BOS, *[EOS] * 11]
+
+
+def test_padding_is_its_own_token_where_given(tiny_tokenizer):
+    assert build(tiny_tokenizer, pad_token_id=0).tokenize([""]).tolist() == [[BOS, EOS, *[0] * 10]]
+
+
+def test_overlong_prompts_keep_their_beginning_and_eos(tiny_tokenizer):
+    encoder = build(tiny_tokenizer)  # 10 characters fit
+    fits, cut = "abcd efghij", "abcd efghij K, lm"
+    ids = encoder.tokenize([fits, cut])
+    assert ids[0, -1] == ids[1, -1] == EOS and (ids[:, 1:-1] != EOS).all()
+    assert torch.equal(ids[0, 1:10], ids[1, 1:10])
+    assert encoder.overlong(fits) is None
+    assert encoder.overlong("") is None
+    assert encoder.overlong(cut) == "K, lm"
+    assert encoder.overlong("ééééé  ééééé") is not None  # two bytes each, so ten do not fit
+
+
+@torch.no_grad()
+def test_a_token_sees_only_those_before_it(tiny_tokenizer):
+    encoder = build(tiny_tokenizer)
+    ids = encoder.tokenize(["abcdefgh"])
+    other = ids.clone()
+    other[0, 5] = 7
+    difference = (encoder(other) - encoder(ids)).abs().amax(dim=(0, 2))
+    assert not difference[:5].any()
+    assert (difference[5:] > 1e-4).all()
+
+
+def test_attention_is_sdpa():
+    """Plain attention would keep the whole table of weights, and would not know that it is causal."""
+    text_model = build("absent").transformer["text_model"]
+    assert text_model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("layer", ["last", "penultimate"])
+def test_gradient_checkpointing_changes_nothing(layer):
+    ids = torch.arange(24).reshape(2, 12)
+    results = []
+    for use_checkpoint in (False, True):
+        encoder = build("absent", layer=layer, use_checkpoint=use_checkpoint)
+        context = encoder(ids)
+        context.square().sum().backward()
+        results.append([context, *(p.grad for p in encoder.parameters() if p.grad is not None)])
+    plain, checkpointed = results
+    assert len(plain) == len(checkpointed) == 1 + 36 - 16 * (layer == "penultimate")
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+
+
+@torch.no_grad()
+def test_the_network_needs_no_vocabulary():
+    assert build("absent")(torch.zeros(1, 12, dtype=torch.int64)).shape == (1, 12, 32)
+
+
+def test_tokenizer_beside_the_library_or_in_the_current_folder(tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_encoder, "REPOSITORY", tiny_tokenizer.parent)
+    monkeypatch.chdir(tmp_path)
+    expected = build(tiny_tokenizer).tokenize(["a cat"])
+    assert torch.equal(build(tiny_tokenizer.name).tokenize(["a cat"]), expected)
+    monkeypatch.setattr(text_encoder, "REPOSITORY", tmp_path)
+    monkeypatch.chdir(tiny_tokenizer.parent)
+    assert torch.equal(build(tiny_tokenizer.name).tokenize(["a cat"]), expected)
+
+
+def test_a_tokenizer_that_is_nowhere_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"neither a folder.*\(nobody/nothing\).*hf download"):
+        build("nobody/nothing").tokenize(["a cat"])
+
+
+def test_a_folder_without_vocabulary_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"lacks vocab.json or merges.txt.*{tmp_path.name}"):
+        build(tmp_path).tokenize(["a cat"])
+
+
+@pytest.mark.parametrize("params", [{"vocab_size": 189}, {"eos_token_id": 1}, {"bos_token_id": 1}])
+def test_a_tokenizer_of_another_network_is_refused(tiny_tokenizer, params):
+    with pytest.raises(UserError, match="the text encoder expects"):
+        build(tiny_tokenizer, **params).tokenize(["a cat"])

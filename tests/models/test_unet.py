@@ -1,0 +1,132 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.errors import UserError
+from ldm.models.unet import ResBlock, UNetModel, timestep_embedding
+from tests.checkpoints import sd_v1
+
+TINY = {
+    "model_channels": 16,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (2,),
+    "num_heads": 2,
+    "context_dim": 12,
+    "num_groups": 8,
+}
+
+
+def build(**params) -> UNetModel:
+    torch.manual_seed(0)
+    unet = UNetModel(**{**TINY, **params})
+    for parameter in unet.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return unet
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(2, 4, 8, 6, dtype=dtype), torch.tensor([3, 700]), torch.randn(2, 7, 12, dtype=dtype)
+
+
+def test_sd1_names_and_counts():
+    with torch.device("meta"):
+        state = UNetModel().state_dict()
+    assert set(state) == set(sd_v1.unet())
+    assert (len(state), sum(tensor.numel() for tensor in state.values())) == (686, 859_520_964)
+    assert state["input_blocks.1.1.proj_in.weight"].shape == (320, 320, 1, 1)
+
+
+def test_sd2_names_and_counts():
+    with torch.device("meta"):
+        unet = UNetModel(num_head_channels=64, use_linear_in_transformer=True, context_dim=1024)
+    state = unet.state_dict()
+    assert set(state) == set(sd_v1.unet())
+    assert (len(state), sum(tensor.numel() for tensor in state.values())) == (686, 865_910_724)
+    assert state["input_blocks.1.1.proj_in.weight"].shape == (320, 320)
+    blocks = (unet.input_blocks[1][1], unet.input_blocks[4][1], unet.input_blocks[7][1], unet.middle_block[1])
+    assert [block.transformer_blocks[0].attn2.num_heads for block in blocks] == [5, 10, 20, 20]
+
+
+def test_timestep_embedding():
+    embedding = timestep_embedding(torch.tensor([0, 1, 999]), 8)
+    frequencies = [10000 ** (-i / 4) for i in range(4)]
+    expected = [[f(t * w) for f in (math.cos, math.sin) for w in frequencies] for t in (0, 1, 999)]
+    torch.testing.assert_close(embedding, torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_fresh_network_predicts_zero_and_its_blocks_are_the_identity():
+    unet = UNetModel(**TINY)
+    assert not unet(*inputs()).any()
+    block = ResBlock(16, 16, emb_channels=8, num_groups=8)
+    x = torch.randn(2, 16, 4, 4)
+    assert torch.equal(block(x, torch.randn(2, 8)), x)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_gradient_checkpointing_changes_nothing(mode):
+    """Output and every gradient, input and context included, to the bit; the frozen parts stay without."""
+    results = []
+    for use_checkpoint in (False, True):
+        unet = getattr(build(use_checkpoint=use_checkpoint), mode)()
+        unet.input_blocks[0].requires_grad_(False)
+        x, timesteps, context = inputs()
+        context.requires_grad_()
+        output = unet(x, timesteps, context)
+        output.square().sum().backward()
+        gradients = {name: p.grad for name, p in unet.named_parameters() if p.requires_grad}
+        assert all(gradient is not None for gradient in gradients.values())
+        results.append({"output": output, "context": context.grad, **gradients})
+    plain, checkpointed = results
+    assert plain.keys() == checkpointed.keys()
+    assert [name for name in plain if not torch.equal(plain[name], checkpointed[name])] == []
+
+
+def test_gradient_checkpointing_keeps_fewer_activations():
+    def kept_bytes(use_checkpoint: bool) -> int:
+        sizes = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        unet = build(use_checkpoint=use_checkpoint)
+        weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = unet(*inputs())
+        assert output.requires_grad
+        return sum(size for pointer, size in sizes.items() if pointer not in weights)
+
+    assert kept_bytes(True) < 0.5 * kept_bytes(False)
+
+
+@torch.no_grad()
+def test_each_item_is_computed_by_itself():
+    unet = build()
+    x, timesteps, context = inputs()
+    both = unet(x, timesteps, context)
+    alone = unet(x[1:], timesteps[1:], context[1:])
+    torch.testing.assert_close(both[1:], alone, rtol=1e-5, atol=1e-5)
+    assert (both - unet(x, timesteps.flip(0), context)).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_half_precision_and_autocast_follow_float32():
+    unet = build()
+    expected = unet(*inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = unet(*inputs())
+    half = unet.to(torch.bfloat16)(*inputs(torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    for output in (autocast, half):
+        assert (output.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_latents_that_cannot_be_halved_are_refused():
+    with pytest.raises(UserError, match="7 x 6 cells .*multiples of 2"):
+        build()(torch.randn(1, 4, 7, 6), torch.tensor([0]), torch.randn(1, 7, 12))
