@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.checkpoints.layout import split
+from ldm.checkpoints.layout import PREFIXES, split
 from ldm.checkpoints.load import file_hash, load_parts, read_checkpoint
 from ldm.config import instantiate
 from ldm.diffusion.guidance import classifier_free_guidance
@@ -74,9 +74,13 @@ class Text2Image:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "Text2Image":
-        """From a Stable Diffusion file. `config`: params of a model section; by default those in the file."""
+        """From a Stable Diffusion file.
+
+        config: with a `model` section, or the params of one; None takes those in the file's metadata.
+        """
+        _check_device(device)
         tensors, metadata = read_checkpoint(path)
-        config = _config_of(path, metadata) if config is None else config
+        config = _network_config(config, metadata, where=path)
         parts = split(tensors)
         networks = {part: instantiate(config[f"{part}_config"]).to(device, dtype) for part in parts}
         load_parts(networks, parts, where=path)
@@ -189,15 +193,27 @@ class Text2Image:
                 module.training = training
 
 
-def _config_of(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a file of this repository says about its networks."""
-    if "ldm.config" not in metadata:
-        raise UserError(
-            "The file does not say which networks it holds",
-            where=path,
-            remedy="Give the config it was trained with.",
-        )
-    return json.loads(metadata["ldm.config"])
+def _network_config(
+    config: Mapping[str, Any] | None, metadata: Mapping[str, str], *, where: object
+) -> Mapping[str, Any]:
+    """Params of the model section that describe the networks, from a config or from a file's metadata."""
+    if config is None and "ldm.config" not in metadata:
+        what, remedy = "The file does not say which networks it holds", "Give the config it was trained with."
+        raise UserError(what, where=where, remedy=remedy)
+    config = json.loads(metadata["ldm.config"]) if config is None else config
+    params = config["model"].get("params", {}) if "model" in config else config
+    missing = [key for key in (f"{part}_config" for part in PREFIXES) if key not in params]
+    if missing:
+        raise UserError(f"The model section of the config lacks {', '.join(missing)}", where=where)
+    return params
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown, not built in, or not there
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The device {device} cannot be used: {reason}", remedy="Try cpu.") from error
 
 
 def _check(prompts: Sequence[str], seeds: Sequence[int], *, sampler: str, batch_size: int) -> None:

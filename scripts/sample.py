@@ -56,22 +56,15 @@ def find_model(path: Path | None) -> Path:
     return runs[-1]
 
 
-def read_prompts(file: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The prompts cannot be read: {error}", where=file) from error
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 def main(options: argparse.Namespace) -> None:
-    prompts = options.prompt + (read_prompts(options.prompts) if options.prompts else [])
+    lines = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else []
+    prompts = options.prompt + [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not prompts or options.n < 1:
         raise UserError("There is nothing to draw", remedy="Give --prompt or --prompts, and --n from 1.")
     path, dtype = find_model(options.model), DTYPES[options.precision]
     print(f"model: {path}")
-    config = to_plain(load_config([options.config])).get("model", {}) if options.config else None
-    draw = Text2Image.from_file(path, config=config and config.get("params", {}), device=options.device, dtype=dtype)
+    config = to_plain(load_config([options.config])) if options.config else None
+    draw = Text2Image.from_file(path, config=config, device=options.device, dtype=dtype)
     settings = {name: getattr(options, name) for name in SETTINGS}
     settings |= {side: draw.default_size for side in ("height", "width") if settings[side] is None}
     model = path.resolve().parent.name if path.stem == "model" else path.stem
@@ -99,6 +92,6 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         main(parse())
-    except UserError as error:
+    except (UserError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
