@@ -1,57 +1,110 @@
-"""The whole job from one config: `python main.py --base configs/dreambooth.yaml [more.yaml] [key.sub=value]`."""
+"""The whole job from one config: prior images, training, samples, model file.
 
-import argparse
+    python main.py --base configs/dreambooth.yaml [more.yaml ...] [key.sub=value ...]
+
+Files are merged from left to right, then the overrides.
+"""
+
+import logging
 import sys
 from pathlib import Path
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
 
-from ldm import config as configs
-from ldm.checkpoints.save import DTYPES
+from ldm.config import instantiate, save_config, to_plain
+from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.prompts import fill
 from ldm.errors import UserError
+from ldm.training import run
+from ldm.training.callbacks import Previews, Speed, peak_memory_mib
+from ldm.training.options import parse
+from ldm.training.sampling import (
+    PriorDrawing,
+    SampleDrawing,
+    draw_priors,
+    draw_samples,
+    prior_set,
+    text2image,
+)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--base", "-b", nargs="+", required=True)
-    options, dotlist = parser.parse_known_args()
-    dotlist = [word for word in options.base + dotlist if "=" in word]
-    config = configs.load_config([word for word in options.base if "=" not in word], dotlist)
-    plain = configs.to_plain(config)
-    folder = Path("logs") / plain["name"]
-    folder.mkdir(parents=True, exist_ok=True)
-    configs.save_config(config, folder / "config.yaml")
+def main(config: DictConfig, resume: Path | None = None) -> list[Path]:
+    """Runs the job that `config` describes, or continues the one in `resume` -> the paths it leaves."""
+    plain = to_plain(config)
+    data = instantiate(plain["data"])
+    if isinstance(data, DreamBoothDataModule):
+        data.check()
+    base = plain.get("base_checkpoint")
+    if base and not run.find_file(base).exists():
+        raise UserError("There is no base checkpoint", where=base, remedy="Name one: --actual_resume FILE.")
+    folder = resume or run.new_folder(Path("logs") / plain["name"])
+    save_config(config, folder / "config.yaml")
     pl.seed_everything(plain["seed"], verbose=False)
-    module = configs.instantiate(plain["model"])
-    data = configs.instantiate(plain["data"])
-    if base := plain.get("base_checkpoint"):
-        from ldm.checkpoints.load import file_hash, load_parts, read_checkpoint
-        from ldm.checkpoints.layout import split
-        parts = split(read_checkpoint(base)[0])
-        names = plain.get("base_parts") or list(module.networks)
-        load_parts({n: module.networks[n] for n in names}, {n: parts[n] for n in names}, where=base)
-        data.attach(encode=module.encode_images, vae_hash=file_hash(base))
-    last = folder / "checkpoints" / "last.ckpt"
-    if last.exists():
-        import torch
-        data.start_step = torch.load(last, map_location="cpu", weights_only=True)["global_step"]
-        print("resume at", data.start_step)
-    callbacks = [ModelCheckpoint(folder / "checkpoints", every_n_train_steps=plain.get("checkpoint_every", 250), save_last=True, save_top_k=1, enable_version_counter=False)]
-    if plain.get("ema_decay"):
-        from pytorch_lightning.callbacks import EMAWeightAveraging
-        callbacks.append(EMAWeightAveraging(decay=plain["ema_decay"], update_starting_at_step=200))
-    trainer = pl.Trainer(
-        default_root_dir=folder, logger=TensorBoardLogger(folder, name="", version="tensorboard"), callbacks=callbacks,
-        num_sanity_val_steps=0, use_distributed_sampler=False, enable_model_summary=False, **plain["trainer"])
-    trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
-    print(module.export(folder / "model.safetensors", dtype=DTYPES[plain["export"]["dtype"]], metadata={}))
+    module = instantiate(plain["model"])
+    if base:
+        base_hash = run.load_base(module.networks, base, plain.get("base_parts"))
+        data.attach(encode=module.encode_images, vae_hash=base_hash)
+    if isinstance(data, DreamBoothDataModule):
+        return dreambooth(module, data, plain, folder, base_hash=base_hash if base else "")
+    run.fit(module, data, folder=folder, callbacks=[Speed()], **training_options(plain))
+    return [export(module, plain, folder)]
+
+
+def dreambooth(
+    module: pl.LightningModule, data: DreamBoothDataModule, plain: dict, folder: Path, *, base_hash: str
+) -> list[Path]:
+    """Prior images, pictures before, training, pictures after."""
+    watch, draw = run.Stopwatch(), text2image(module, size=data.size)
+    samples = SampleDrawing(**plain.get("samples", {}))
+    prompts = [fill(prompt, **data.words) for prompt in samples.prompts]
+    draw.latent_shape()  # the size suits the networks
+    priors = None
+    if data.draws_priors:
+        drawing = PriorDrawing(**plain.get("priors", {}))
+        priors = prior_set(data, drawing, base_sha256=base_hash)
+        with watch("prior_images"):
+            draw_priors(draw, priors, data.num_priors, batch_size=drawing.batch_size)
+    data.attach(encode=module.encode_images, vae_hash=base_hash, priors=priors)
+    with watch("samples_before"):
+        before = draw_samples(draw, samples, prompts, progress=True)
+    callbacks = [Speed()]
+    if samples.every_steps:
+        callbacks.append(Previews(draw, samples, prompts, folder / "samples"))
+    with watch("training"):
+        run.fit(module, data, folder=folder, callbacks=callbacks, **training_options(plain))
+    model = export(module, plain, folder, size=data.size)
+    with watch("samples_after"):
+        after = draw_samples(draw, samples, prompts, progress=True)
+    sheet = run.leave_pictures(folder / "samples", before, after)
+    metrics = {
+        "seconds": watch.seconds,
+        "peak_memory_mib": round(peak_memory_mib(), 1),
+        "prior_images": data.num_priors if data.draws_priors else 0,
+    }
+    return [sheet, model, run.write_json(folder / "metrics.json", metrics)]
+
+
+def training_options(plain: dict) -> dict:
+    """The sections of the config that `run.fit` takes."""
+    return {key: plain[key] for key in ("trainer", "logger", "ema_decay", "checkpoint_every") if key in plain}
+
+
+def export(module: pl.LightningModule, plain: dict, folder: Path, *, size: int | None = None) -> Path:
+    options = run.Export(**plain.get("export", {}))
+    params = plain["model"]["params"]
+    size = size or plain["data"]["params"].get("size", 64)
+    return run.export(module, folder / "model.safetensors", params=params, size=size, dtype=options.dtype)
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
-        main()
+        config, options = parse(sys.argv[1:], description=__doc__)
+        if options.dry_run:
+            print(OmegaConf.to_yaml(config, resolve=True))
+        else:
+            print(*main(config, options.resume), sep="\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -24,9 +24,7 @@ def randn(shape: Sequence[int], *, seed: int, items: Iterable[int], purpose: str
 
 def randint(high: int, *, seed: int, items: Iterable[int], purpose: str) -> Tensor:
     """Uniform integers in [0, high), one per item -> [B] int64 on the CPU."""
-    return torch.stack(
-        [torch.randint(high, (), generator=generator(seed, k, purpose)) for k in items]
-    )
+    return torch.stack([torch.randint(high, (), generator=generator(seed, k, purpose)) for k in items])
 
 
 def rand(*, seed: int, items: Iterable[int], purpose: str) -> Tensor:

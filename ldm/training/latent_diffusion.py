@@ -72,7 +72,9 @@ class LatentDiffusion(pl.LightningModule):
         self.parameterization, self.seed = parameterization, seed
         self.prior_loss_weight, self.min_snr_gamma = prior_loss_weight, min_snr_gamma
         self.learning_rate = learning_rate
-        self.text_learning_rate = learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
+        self.text_learning_rate = (
+            learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
+        )
         self.weight_decay, self.betas = weight_decay, tuple(betas)
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         self.first_stage_model.requires_grad_(False)

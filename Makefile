@@ -1,0 +1,23 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: dreambooth test clean
+
+dreambooth: .venv/installed
+	$(BIN)/python main.py --base configs/dreambooth.yaml
+
+test: .venv/tests-installed
+	$(BIN)/python -m pytest
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e .
+	touch $@
+
+.venv/tests-installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,75 @@
+"""What a run does beside learning: previews, speed, memory and gradient norm."""
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from ldm.contact_sheet import contact_sheet, save_picture
+from ldm.pipeline import Text2Image
+from ldm.training.sampling import SampleDrawing, draw_samples
+
+
+class Previews(pl.Callback):
+    """Every `drawing.every_steps` optimizer steps: the same prompts from the same seeds, on one sheet."""
+
+    def __init__(self, draw: Text2Image, drawing: SampleDrawing, prompts: Sequence[str], folder: Path):
+        self.draw, self.drawing, self.prompts, self.folder = draw, drawing, prompts, folder
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: object, batch: dict, batch_idx: int
+    ) -> None:
+        step, done = trainer.global_step, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not done or step % self.drawing.every_steps or not trainer.is_global_zero:
+            return
+        sheet = contact_sheet(draw_samples(self.draw, self.drawing, self.prompts))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_picture(self.folder / f"step-{step:06d}.png", sheet, {"prompts": list(self.prompts)})
+        if isinstance(trainer.logger, pl.loggers.TensorBoardLogger):
+            board = trainer.logger.experiment
+            board.add_image("previews", np.asarray(sheet), step, dataformats="HWC")
+
+
+class Speed(pl.Callback):
+    """Logs images/s, peak memory (MiB) and the norm of the gradient before clipping, every few steps."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.since, self.images = time.perf_counter(), 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: object, batch: dict, batch_idx: int
+    ) -> None:
+        self.images += len(batch["item"]) * trainer.world_size
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if trainer.global_step % trainer.log_every_n_steps:
+            return
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        now = time.perf_counter()
+        module.log_dict(
+            {
+                "train/grad_norm": get_total_norm(gradients),
+                "train/images_per_second": self.images / (now - self.since),
+                "train/peak_memory_mib": peak_memory_mib(),
+            }
+        )
+        self.since, self.images = now, 0
+
+
+def peak_memory_mib() -> float:
+    """Most memory that this process has held: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,110 @@
+"""Pictures drawn by a training run: its prior images, its previews and its final samples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.priors import PriorSet, PriorSpec
+from ldm.pipeline import Text2Image
+from ldm.training.latent_diffusion import LatentDiffusion
+
+
+@dataclass(frozen=True)
+class PriorDrawing:
+    """How the base model draws prior images, and the folder that keeps the sets."""
+
+    folder: str = "priors"
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance_scale: float = 7.5
+    negative_prompt: str = ""
+    seed: int = 0
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class SampleDrawing:
+    """What a run draws to be looked at: `n` pictures of each prompt, with {identifier} and {class_word}."""
+
+    prompts: Sequence[str] = field(default_factory=list)
+    n: int = 4
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance_scale: float = 7.5
+    negative_prompt: str = ""
+    seed: int = 23
+    batch_size: int = 16
+    every_steps: int = 0  # optimizer steps between previews; 0 draws none
+
+
+def text2image(module: LatentDiffusion, *, size: int) -> Text2Image:
+    """The sampling path over the live networks of a run."""
+    return Text2Image(
+        **module.networks,
+        alphas_cumprod=module.alphas_cumprod,
+        parameterization=module.parameterization,
+        default_size=size,
+    )
+
+
+def prior_set(data: DreamBoothDataModule, drawing: PriorDrawing, *, base_sha256: str) -> PriorSet:
+    """The set that these settings and this base name; other settings are another set."""
+    spec = PriorSpec(
+        prompt=data.prior_prompt,
+        base_sha256=base_sha256,
+        sampler=drawing.sampler,
+        steps=drawing.steps,
+        guidance_scale=drawing.guidance_scale,
+        negative_prompt=drawing.negative_prompt,
+        size=data.size,
+        seed=drawing.seed,
+    )
+    return PriorSet(Path(drawing.folder), spec)
+
+
+def draw_priors(draw: Text2Image, priors: PriorSet, count: int, *, batch_size: int) -> int:
+    """Draws the prior images that are missing, resumable after each batch -> how many were."""
+    missing = len(priors.missing(count))
+    if missing == 0:
+        return 0
+    spec = priors.spec
+
+    def pictures(seeds: Sequence[int]) -> list[tuple[Image.Image, Tensor]]:
+        samples = draw(
+            [spec.prompt] * len(seeds),
+            seeds=seeds,
+            sampler=spec.sampler,
+            steps=spec.steps,
+            guidance_scale=spec.guidance_scale,
+            negative_prompt=spec.negative_prompt,
+            batch_size=batch_size,
+        )
+        return [(sample.image, sample.latents) for sample in samples]
+
+    with tqdm(total=missing, desc="Drawing prior images", unit="image") as bar:
+        priors.generate_missing(count, pictures, batch_size=batch_size, progress=bar.update)
+    return missing
+
+
+def draw_samples(
+    draw: Text2Image, drawing: SampleDrawing, prompts: Sequence[str], *, progress: bool = False
+) -> list[tuple[str, list[Image.Image]]]:
+    """`n` pictures of each prompt from seeds that never change -> (prompt, pictures) rows."""
+    jobs = [(prompt, drawing.seed + i) for prompt in prompts for i in range(drawing.n)]
+    samples = draw(
+        [prompt for prompt, _ in jobs],
+        seeds=[seed for _, seed in jobs],
+        sampler=drawing.sampler,
+        steps=drawing.steps,
+        guidance_scale=drawing.guidance_scale,
+        negative_prompt=drawing.negative_prompt,
+        batch_size=drawing.batch_size,
+        progress=progress,
+    )
+    images = [sample.image for sample in samples]
+    return [(prompt, images[k * drawing.n : (k + 1) * drawing.n]) for k, prompt in enumerate(prompts)]
