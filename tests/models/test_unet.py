@@ -52,6 +52,13 @@ def test_sd2_names_and_counts():
     assert [block.transformer_blocks[0].attn2.num_heads for block in blocks] == [5, 10, 20, 20]
 
 
+def test_epsilons_of_the_norms():
+    """1e-5 everywhere but at the entrance of the transformers."""
+    norms = {name: m.eps for name, m in build().named_modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)}
+    assert len(norms) == 33
+    assert norms == {name: 1e-6 if name.endswith(".norm") else 1e-5 for name in norms}
+
+
 def test_timestep_embedding():
     embedding = timestep_embedding(torch.tensor([0, 1, 999]), 8)
     frequencies = [10000 ** (-i / 4) for i in range(4)]

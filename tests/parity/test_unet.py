@@ -63,10 +63,10 @@ def test_output_equals_diffusers(params):
 
 @torch.no_grad()
 def test_epsilons_equal_diffusers():
-    """With activations so small that the epsilons of the norms, 1e-5 and 1e-6, decide the output."""
+    """With activations so small that the epsilons of the norms, 1e-5 and 1e-6, matter."""
     unet = build(**SD1)
-    for parameter in unet.parameters():
-        parameter.mul_(0.1 if parameter.ndim > 1 else 1.0)
+    for name, parameter in unet.named_parameters():
+        parameter.mul_(0.02 if parameter.ndim == 4 and "proj_out" not in name else 1.0)
     reference = counterpart(unet, **SD1)
     torch.manual_seed(1)
     x, context, timesteps = 0.01 * torch.randn(2, 4, 16, 8), torch.randn(2, 7, 24), torch.tensor([1, 801])
