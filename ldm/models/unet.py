@@ -159,6 +159,7 @@ class UNetModel(nn.Module):
         self.out = nn.Sequential(
             nn.GroupNorm(num_groups, width), nn.SiLU(), zero_init(conv3x3(width, out_channels))
         )
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """x: [B, C, h, w], timesteps: [B] in [0, T), context: [B, M, D] -> [B, C, h, w]."""
@@ -167,6 +168,7 @@ class UNetModel(nn.Module):
                 f"Latents of {x.shape[2]} x {x.shape[3]} cells do not fit the UNet",
                 remedy=f"Height and width must be multiples of {self.factor} cells.",
             )
+        x = x.contiguous(memory_format=torch.channels_last)  # much the faster layout for convolutions
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
         skips = []
         h = x

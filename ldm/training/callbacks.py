@@ -53,9 +53,8 @@ class Speed(pl.Callback):
     ) -> None:
         if trainer.global_step % trainer.log_every_n_steps:
             return
-        gradients = [
-            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        gradients = [p.grad for p in parameters if p.grad is not None]
         now = time.perf_counter()
         module.log_dict(
             {

@@ -1,4 +1,4 @@
-"""DreamBooth's training step: `LatentDiffusion` holds the networks under the names of released checkpoints."""
+"""DreamBooth's training step: `LatentDiffusion` holds the networks under the names of released files."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,0 +1,44 @@
+"""Draw the class-prior images that a config needs, and nothing else: the same set that main.py would use.
+
+python scripts/generate_priors.py --base configs/dreambooth.yaml [key.sub=value ...]
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+from omegaconf import DictConfig
+
+from ldm.config import instantiate, to_plain
+from ldm.errors import UserError
+from ldm.training.options import parse
+from ldm.training.run import load_base
+from ldm.training.sampling import PriorDrawing, draw_priors, prior_set, text2image
+
+
+def main(config: DictConfig) -> Path:
+    """Draws what is missing -> the folder of the set."""
+    plain = to_plain(config)
+    data = instantiate(plain["data"])
+    data.check()
+    if not data.draws_priors:
+        raise UserError("This config draws no prior images", where="data.params.num_priors")
+    module = instantiate(plain["model"])
+    base_hash = load_base(module.networks, plain["base_checkpoint"], plain.get("base_parts"))
+    drawing = PriorDrawing(**plain.get("priors", {}))
+    priors = prior_set(data, drawing, base_sha256=base_hash)
+    draw = text2image(module, size=data.size)
+    drawn = draw_priors(draw, priors, data.num_priors, batch_size=drawing.batch_size)
+    print(f"{drawn} drawn, {data.num_priors - drawn} were there")
+    return priors.folder
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    try:
+        config, _ = parse(sys.argv[1:], description=__doc__)
+        print(main(config))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

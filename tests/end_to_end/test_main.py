@@ -1,0 +1,116 @@
+"""main.py from a config to a folder of results, on a tiny model."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+import main
+from ldm.errors import UserError
+from ldm.training.options import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def job(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folder: Path) -> list[str]:
+    """Command-line arguments of a DreamBooth job of 3 steps."""
+    config = {
+        "name": "tiny",
+        "seed": 5,
+        "base_checkpoint": str(tiny_model_file),
+        "checkpoint_every": 1,
+        "model": {
+            "target": "ldm.training.latent_diffusion.LatentDiffusion",
+            "params": tiny_config | {"learning_rate": 1e-3, "seed": "${seed}"},
+        },
+        "data": {
+            "target": "ldm.data.dreambooth.DreamBoothDataModule",
+            "params": {
+                "subject_root": str(subject_folder),
+                "class_word": "disc",
+                "size": 16,
+                "batch_size": 2,
+                "num_priors": 3,
+                "seed": "${seed}",
+            },
+        },
+        "priors": {"steps": 2, "guidance_scale": 2.0},
+        "trainer": {
+            "max_steps": 3,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "log_every_n_steps": 1,
+        },
+        "samples": {
+            "prompts": ["a photo of {identifier} {class_word}"],
+            "n": 2,
+            "steps": 2,
+            "every_steps": 2,
+        },
+        "export": {"dtype": "fp32"},
+    }
+    OmegaConf.save(OmegaConf.create(config), workdir / "tiny.yaml")
+    return ["--base", "tiny.yaml"]
+
+
+def run(script: str, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / script, *words], capture_output=True, text=True)
+
+
+def test_a_run_leaves_its_results_and_a_resumed_one_the_same_weights(job: list[str]):
+    done = run("main.py", *job)
+    assert done.returncode == 0, done.stderr
+    for path in done.stdout.split():
+        assert Path(path).exists()
+    folder = Path("logs/tiny")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["prior_images"] == 3 and set(metrics["seconds"]) >= {"prior_images", "training"}
+    names = {p.name for p in (folder / "samples").iterdir()}
+    assert names == {"00-00.png", "00-01.png", "contact_sheet.png", "step-000002.png"}
+
+    stopped = run("main.py", *job, "trainer.max_steps=2", "name=stopped")
+    assert stopped.returncode == 0, stopped.stderr
+    resumed = run("main.py", "--resume", "logs/stopped", "trainer.max_steps=3")
+    assert resumed.returncode == 0, resumed.stderr
+    whole, again = (load_file(f"logs/{name}/model.safetensors") for name in ("tiny", "stopped"))
+    base = load_file(OmegaConf.load("tiny.yaml").base_checkpoint)
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    trained = {key for key in whole if not torch.equal(whole[key], base[key])}
+    assert {key.split(".")[0] for key in trained} == {"model", "cond_stage_model"}
+
+    drawn = run("scripts/generate_priors.py", *job)
+    assert "0 drawn, 3 were there" in drawn.stdout, drawn.stderr
+    sampled = run("scripts/sample.py", "--prompt", "a photo of sks disc", "--n", "1", "--steps", "2")
+    assert sampled.returncode == 0, sampled.stderr
+    assert Path(sampled.stdout.split()[-1]).name == "contact_sheet.png"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["model.params.lerning_rate=1"], "learning_rate"),
+        (["data.params.subject_root=nowhere"], "nowhere"),
+        (["base_checkpoint=nowhere.safetensors"], "nowhere.safetensors"),
+        (["data.params.subject_prompt=a photo of a disc"], "sks"),
+        (["trainer.max_steps=soon"], "max_steps"),
+        (["--frobnicate"], "--frobnicate"),
+        (["data.params.size=18"], "18"),
+    ],
+)
+def test_bad_input_is_found_before_any_work(job: list[str], words: list[str], message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        main.main(parse([*job, *words], description="")[0])
+    assert not Path("priors").exists()
+
+
+def test_the_command_says_one_sentence_and_exits_with_2(job: list[str]):
+    done = run("main.py", *job, "model.params.lerning_rate=1")
+    assert done.returncode == 2
+    assert "learning_rate" in done.stderr and "Traceback" not in done.stderr
