@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -12,6 +13,13 @@ def zero_init(layer: nn.Module) -> nn.Module:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, kept from a crash: on CPU its channels_last backward needs the input's gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.requires_grad or not torch.is_grad_enabled() else x.contiguous())
 
 
 class CrossAttention(nn.Module):
@@ -97,7 +105,7 @@ class SpatialTransformer(nn.Module):
     ):
         super().__init__()
         self.use_linear = use_linear
-        self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(num_groups, channels, eps=1e-6)
         projection = nn.Linear if use_linear else partial(nn.Conv2d, kernel_size=1)
         self.proj_in = projection(channels, channels)
         self.transformer_blocks = nn.ModuleList(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UserError
-from ldm.models.attention import SpatialTransformer, zero_init
+from ldm.models.attention import GroupNorm, SpatialTransformer, zero_init
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -34,11 +34,11 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, emb_channels: int, num_groups: int):
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(num_groups, in_channels), nn.SiLU(), conv3x3(in_channels, out_channels)
+            GroupNorm(num_groups, in_channels), nn.SiLU(), conv3x3(in_channels, out_channels)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(num_groups, out_channels),
+            GroupNorm(num_groups, out_channels),
             nn.SiLU(),
             nn.Identity(),  # the place of SD's dropout (p = 0)
             zero_init(conv3x3(out_channels, out_channels)),
@@ -147,8 +147,7 @@ class UNetModel(nn.Module):
                 skips.append(width)
             for _ in range(num_res_blocks):
                 self.input_blocks.append(stage(width, width := mult * model_channels, level))
-                skips.append(width)
-        self.middle_block = Stage(res_block(width, width), transformer(width), res_block(width, width))
+                skips.append(width)        self.middle_block = Stage(res_block(width, width), transformer(width), res_block(width, width))
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for _ in range(num_res_blocks + 1):
@@ -157,7 +156,7 @@ class UNetModel(nn.Module):
                 self.output_blocks[-1].append(Upsample(width))
 
         self.out = nn.Sequential(
-            nn.GroupNorm(num_groups, width), nn.SiLU(), zero_init(conv3x3(width, out_channels))
+            GroupNorm(num_groups, width), nn.SiLU(), zero_init(conv3x3(width, out_channels))
         )
         self.to(memory_format=torch.channels_last)
 
