@@ -147,7 +147,7 @@ class UNetModel(nn.Module):
                 skips.append(width)
             for _ in range(num_res_blocks):
                 self.input_blocks.append(stage(width, width := mult * model_channels, level))
-                    skips.append(width)
+                skips.append(width)
         self.middle_block = Stage(res_block(width, width), transformer(width), res_block(width, width))
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
