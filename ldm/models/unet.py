@@ -159,7 +159,6 @@ class UNetModel(nn.Module):
         self.out = nn.Sequential(
             GroupNorm(num_groups, width), nn.SiLU(), zero_init(conv3x3(width, out_channels))
         )
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """x: [B, C, h, w], timesteps: [B] in [0, T), context: [B, M, D] -> [B, C, h, w]."""
