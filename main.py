@@ -37,7 +37,11 @@ def main(config: DictConfig, resume: Path | None = None) -> list[Path]:
         data.check()
     base = plain.get("base_checkpoint")
     if base and not run.find_file(base).exists():
-        raise UserError("There is no base checkpoint", where=base, remedy="Name one: --actual_resume FILE.")
+        raise UserError(
+            "There is no base checkpoint",
+            where=base,
+            remedy="Name one with --actual_resume FILE; README says how the storybook's is trained.",
+        )
     folder = resume or run.new_folder(Path("logs") / plain["name"])
     save_config(config, folder / "config.yaml")
     pl.seed_everything(plain["seed"], verbose=False)
