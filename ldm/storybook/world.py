@@ -142,12 +142,11 @@ def full_caption(scene: Scene) -> str:
 
 def _description(scene: Scene, rng: random.Random) -> str:
     noun = scene.class_word
-    pattern = _adjective(scene) if rng.random() < 0.4 else ""
-    kind = rng.random()
-    if kind < 0.35:
-        return f"{pattern if rng.random() < 0.3 else ''}{noun}"
-    color = scene.color if kind < 0.75 else f"{scene.color} and {scene.accent}"
-    extras = " with " + _extras(scene) if rng.random() < 0.3 else ""
+    if rng.random() < 0.2:
+        return noun
+    pattern = _adjective(scene) if rng.random() < 0.7 else ""
+    color = scene.color if rng.random() < 0.4 else f"{scene.color} and {scene.accent}"
+    extras = " with " + _extras(scene) if rng.random() < 0.5 else ""
     return f"{pattern}{color} {noun}{extras}"
 
 
