@@ -1,4 +1,4 @@
-"""The whole job from one config: prior images, training, samples, model file.
+"""The whole job from one config: prior images, training, samples, figures, model file.
 
     python main.py --base configs/dreambooth.yaml [more.yaml ...] [key.sub=value ...]
 
@@ -14,8 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import instantiate, save_config, to_plain
 from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.priors import PriorSet
 from ldm.data.prompts import fill
 from ldm.errors import UserError
+from ldm.pipeline import Text2Image
 from ldm.training import run
 from ldm.training.callbacks import Previews, Speed, peak_memory_mib
 from ldm.training.options import parse
@@ -27,6 +29,7 @@ from ldm.training.sampling import (
     prior_set,
     text2image,
 )
+from ldm.training.score import Score
 
 
 def main(config: DictConfig, resume: Path | None = None) -> list[Path]:
@@ -58,20 +61,19 @@ def main(config: DictConfig, resume: Path | None = None) -> list[Path]:
 def dreambooth(
     module: pl.LightningModule, data: DreamBoothDataModule, plain: dict, folder: Path, *, base_hash: str
 ) -> list[Path]:
-    """Prior images, pictures before, training, pictures after."""
+    """Prior images, pictures and figures of the base, training, pictures and figures of the result."""
     watch, draw = run.Stopwatch(), text2image(module, size=data.size)
+    draw.latent_shape()  # the size suits the networks
+    score = Score(plain.get("evaluation"), draw, data)
     samples = SampleDrawing(**plain.get("samples", {}))
     prompts = [fill(prompt, **data.words) for prompt in samples.prompts]
-    draw.latent_shape()  # the size suits the networks
-    priors = None
-    if data.draws_priors:
-        drawing = PriorDrawing(**plain.get("priors", {}))
-        priors = prior_set(data, drawing, base_sha256=base_hash)
-        with watch("prior_images"):
-            draw_priors(draw, priors, data.num_priors, batch_size=drawing.batch_size)
+    with watch("prior_images"):
+        priors = priors_of(data, draw, plain, base_hash=base_hash) if data.draws_priors else None
     data.attach(encode=module.encode_images, vae_hash=base_hash, priors=priors)
     with watch("samples_before"):
         before = draw_samples(draw, samples, prompts, progress=True)
+    with watch("figures_before"):
+        score.before()
     callbacks = [Speed()]
     if samples.every_steps:
         callbacks.append(Previews(draw, samples, prompts, folder / "samples"))
@@ -80,13 +82,24 @@ def dreambooth(
     model = export(module, plain, folder, size=data.size)
     with watch("samples_after"):
         after = draw_samples(draw, samples, prompts, progress=True)
+    with watch("figures_after"):
+        figures = score.after()
     sheet = run.leave_pictures(folder / "samples", before, after)
     metrics = {
+        **figures,
         "seconds": watch.seconds,
         "peak_memory_mib": round(peak_memory_mib(), 1),
         "prior_images": data.num_priors if data.draws_priors else 0,
     }
     return [sheet, model, run.write_json(folder / "metrics.json", metrics)]
+
+
+def priors_of(data: DreamBoothDataModule, draw: Text2Image, plain: dict, *, base_hash: str) -> PriorSet:
+    """The prior images, drawn as far as they are missing."""
+    drawing = PriorDrawing(**plain.get("priors", {}))
+    priors = prior_set(data, drawing, base_sha256=base_hash)
+    draw_priors(draw, priors, data.num_priors, batch_size=drawing.batch_size)
+    return priors
 
 
 def training_options(plain: dict) -> dict:

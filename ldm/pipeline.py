@@ -193,6 +193,16 @@ class Text2Image:
                 module.training = training
 
 
+def find_model(path: Path | None = None) -> Path:
+    """The model file of a run folder, a file as it is, or by default the newest run's under logs/."""
+    if path is not None:
+        return path / "model.safetensors" if (path / "model.safetensors").exists() else path
+    runs = sorted(Path("logs").glob("*/model.safetensors"), key=lambda file: file.stat().st_mtime)
+    if not runs:
+        raise UserError("There is no finished run under logs/", remedy="Name a file or a run with --model.")
+    return runs[-1]
+
+
 def _network_config(
     config: Mapping[str, Any] | None, metadata: Mapping[str, str], *, where: object
 ) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from ldm.config import load_config, to_plain
 from ldm.contact_sheet import contact_sheet, save_picture
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
-from ldm.pipeline import Text2Image
+from ldm.pipeline import Text2Image, find_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 SETTINGS = ("negative_prompt", "steps", "guidance_scale", "sampler", "eta", "height", "width")
@@ -45,15 +45,6 @@ def parse() -> argparse.Namespace:
     add("--precision", choices=DTYPES, default="fp32", help="of the networks")
     add("--out", type=Path, help="folder; None: a new one in `samples`, beside the model file")
     return parser.parse_args()
-
-
-def find_model(path: Path | None) -> Path:
-    if path is not None:
-        return path / "model.safetensors" if path.is_dir() else path
-    runs = sorted(Path("logs").glob("*/model.safetensors"), key=lambda file: file.stat().st_mtime)
-    if not runs:
-        raise UserError("There is no finished run under logs/", remedy="Name a file or a run with --model.")
-    return runs[-1]
 
 
 def main(options: argparse.Namespace) -> None:

@@ -35,6 +35,7 @@ SECTIONS = {
     "trainer": pl.Trainer,
     "logger": dict | None,
     "samples": SampleDrawing,
+    "evaluation": dict | None,
     "export": Export,
 }
 REQUIRED = ("name", "seed", "model", "data", "trainer")

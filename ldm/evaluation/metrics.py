@@ -1,0 +1,61 @@
+"""What a model learned and what it forgot, as numbers from the judge's readings.
+
+A reading is {attribute: index of the value the judge saw [N]}, as `Judge.read` gives it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Reading = Mapping[str, Tensor]
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+def majority(reading: Reading) -> dict[str, int]:
+    """The value most photos show, by attribute: who the subject is."""
+    return {name: int(values.mode().values) for name, values in reading.items()}
+
+
+def matches(reading: Reading, wanted: Mapping[str, int]) -> Tensor:
+    """Whether each picture shows each wanted value -> [N, number of wanted attributes] bool."""
+    return torch.stack([reading[name] == value for name, value in wanted.items()], dim=1)
+
+
+def subject_fidelity(reading: Reading, subject: Mapping[str, int]) -> Tensor:
+    """Share of the subject's attributes that each picture shows -> [N] float32. Higher is better."""
+    return matches(reading, subject).float().mean(1)
+
+
+def carries_subject(reading: Reading, subject: Mapping[str, int]) -> Tensor:
+    """1 where a picture shows all of the subject's attributes, else 0 -> [N] float32.
+
+    Among pictures of the class, the rise of its mean over the base's is the class drift.
+    """
+    return matches(reading, subject).all(1).float()
+
+
+def diversity(features: Tensor) -> float:
+    """Mean Euclidean distance between two pictures' features. features: [N, D] with N >= 2."""
+    if len(features) < 2:
+        raise ValueError("diversity needs two pictures or more")
+    return float(torch.pdist(features.float()).mean())
+
+
+def bootstrap(
+    samples: Tensor, statistic: Callable[[Tensor], float], *, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """95 % percentile interval of `statistic` over resamples of the first axis (Efron 1979).
+
+    Rows must be independent: one row a seed where several prompts share their seeds.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = (torch.randint(len(samples), (len(samples),), generator=generator) for _ in range(resamples))
+    values = torch.tensor([statistic(samples[rows]) for rows in draws])
+    low, high = values.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return Interval(round(low, 4), round(high, 4))
