@@ -68,7 +68,7 @@ class StorybookDataModule(pl.LightningDataModule):
 
     Args:
         size: pixels a side.
-        batch_size: drawings per step.
+        batch_size: drawings per step and device.
         seed: of the book; validation reads the book of `seed + 1`.
         rare_word_share: share of captions that name the individual by a meaningless word.
         encoded_length: number of different drawings, encoded once by the VAE that `attach` hands over;
@@ -130,7 +130,8 @@ class StorybookDataModule(pl.LightningDataModule):
         return torch.cat([self.encode(batch["image"]).half().cpu() for batch in progress])
 
     def train_dataloader(self) -> DataLoader:
-        batches = _Pages(self.batch_size, self.start_step)
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        batches = _Pages(self.batch_size, self.start_step, rank=rank, world_size=world_size)
         return DataLoader(self.train_set, batch_sampler=batches, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
@@ -139,11 +140,13 @@ class StorybookDataModule(pl.LightningDataModule):
 
 
 class _Pages(Sampler[list[int]]):
-    """Consecutive item numbers from step `start_step` on, without end."""
+    """Item numbers of one rank from step `start_step` on, without end; each step takes the next ones."""
 
-    def __init__(self, batch_size: int, start_step: int):
+    def __init__(self, batch_size: int, start_step: int, *, rank: int, world_size: int):
         self.batch_size, self.start_step = batch_size, start_step
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in itertools.count(self.start_step):
-            yield list(range(step * self.batch_size, (step + 1) * self.batch_size))
+            first = (step * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))

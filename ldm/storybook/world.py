@@ -104,7 +104,7 @@ def draw(scene: Scene, *, size: int = 64) -> Image.Image:
     rng = random.Random(f"draw/{scene.seed}")
     page = Brush.on_new_page()
     PLACES[scene.context](page, rng)
-    zoom, shift, drop = rng.uniform(0.86, 1.0), rng.uniform(-4, 4), rng.uniform(-1.5, 1.5)
+    zoom, shift, drop = rng.uniform(0.92, 1.0), rng.uniform(-2.5, 2.5), rng.uniform(-1, 1)
     brush = page.moved(
         zoom=zoom, dx=32 * (1 - zoom) + shift, dy=62 * (1 - zoom) + drop, mirror=rng.random() < 0.5
     )
