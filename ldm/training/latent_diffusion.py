@@ -96,7 +96,7 @@ class LatentDiffusion(pl.LightningModule):
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """images: [B, 3, H, W] in [-1, 1] -> moments [B, 2C, h, w] of their latents."""
-        return self.first_stage_model.encode(images.to(self.device)).moments
+        return self.first_stage_model.encode(images.to(self.device)).moments.contiguous()
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """B prompts -> context [B, M, D]; equal prompts go through the text encoder once."""
