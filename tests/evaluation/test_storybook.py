@@ -1,0 +1,148 @@
+"""The storybook's figures, of drawers whose skill is known: the world itself draws for them."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from PIL import Image
+
+from ldm.errors import UserError
+from ldm.evaluation.storybook import EXAM, StorybookEvaluation
+from ldm.pipeline import Sample
+from ldm.storybook.dataset import BOOK
+from ldm.storybook.subjects import SUBJECTS
+from ldm.storybook.world import CONTEXTS, Scene, draw, full_caption, same_subject, sample_scene
+
+DOG = SUBJECTS["dog"]
+PROMPTS = {"subject_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
+
+
+class Drawer:
+    """Stands in for a model: `scene(prompt, seed)` is what it draws, `asked` what it was asked for."""
+
+    def __init__(self, scene: Callable[[str, int], Scene]):
+        self.scene, self.asked = scene, []
+
+    def __call__(self, prompts: Sequence[str], *, seeds: Sequence[int], **settings: object) -> list[Sample]:
+        self.asked += zip(prompts, seeds, strict=True)
+        return [
+            Sample(draw(self.scene(prompt, seed)), torch.zeros(4, 16, 16), prompt, seed)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+
+
+def context_of(prompt: str) -> str:
+    return next((name for name, phrase in CONTEXTS.items() if prompt.endswith(phrase)), "grass")
+
+
+def some_dog(seed: int) -> Scene:
+    scenes = (sample_scene(k) for k in itertools.count(1000 * seed))
+    return next(scene for scene in scenes if scene.class_word == "dog")
+
+
+def perfect(prompt: str, seed: int) -> Scene:
+    """The subject where its name is said, any dog elsewhere."""
+    if "sks" in prompt:
+        return same_subject(DOG, context=context_of(prompt), seed=seed)
+    return some_dog(seed)
+
+
+def ignorant(prompt: str, seed: int) -> Scene:
+    """Has never heard of the subject."""
+    dog = some_dog(seed)
+    return same_subject(dog, context=context_of(prompt), seed=seed) if "sks" in prompt else dog
+
+
+def forgetful(prompt: str, seed: int) -> Scene:
+    """Every dog is the subject, always on the grass."""
+    return same_subject(DOG, context="grass", seed=seed)
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> StorybookEvaluation:
+    return StorybookEvaluation(seeds=2, class_samples=24)
+
+
+@pytest.fixture(scope="module")
+def figures(evaluation: StorybookEvaluation) -> Callable[[Callable], dict]:
+    photos = [
+        draw(same_subject(DOG, context=c, seed=k), size=256) for k, c in enumerate(("grass", "city", "moon"))
+    ]
+    subject = evaluation.subject(photos)
+    base = evaluation.measure(Drawer(ignorant), subject=subject, **PROMPTS)
+
+    def of(scene: Callable[[str, int], Scene]) -> dict:
+        after = evaluation.measure(Drawer(scene), subject=subject, **PROMPTS)
+        return evaluation.summary(after, base, subject)
+
+    return of
+
+
+def test_the_subject_is_read_off_its_photos(evaluation: StorybookEvaluation):
+    photos: list[Image.Image] = [draw(same_subject(DOG, context="city", seed=k)) for k in range(4)]
+    subject = evaluation.subject(photos)
+    labels = DOG.labels()
+    assert subject.attributes == {name: labels[name] for name in subject.attributes}
+    assert len(subject.attributes) == 5
+    assert subject.ceiling > 0.9
+
+
+def test_a_perfect_model(figures):
+    scores = figures(perfect)
+    assert scores["subject_fidelity"] > 0.97
+    assert scores["prompt_fidelity"] > 0.97
+    assert scores["class_drift"] == 0
+    assert scores["diversity_ratio"] == pytest.approx(1)
+
+
+def test_the_base_stands_beside(figures):
+    base = figures(perfect)["base"]
+    assert base["subject_fidelity"] < 0.5
+    assert base["prompt_fidelity"] > 0.97
+    assert (base["class_drift"], base["diversity_ratio"]) == (0, 1)
+
+
+def test_a_model_that_forgot_the_class(figures):
+    scores = figures(forgetful)
+    assert scores["subject_fidelity"] > 0.97
+    assert scores["prompt_fidelity"] == pytest.approx(1 / 8, abs=0.02)
+    assert scores["class_drift"] > 0.9
+    assert scores["diversity_ratio"] < 0.5
+
+
+def test_intervals_hold_their_figures(figures):
+    scores = figures(forgetful)
+    for name, (low, high) in scores["intervals"].items():
+        assert low <= scores[name] <= high
+
+
+def test_every_context_is_asked_with_every_seed(evaluation: StorybookEvaluation):
+    drawer = Drawer(perfect)
+    evaluation.measure(drawer, subject=evaluation.subject([draw(DOG)]), **PROMPTS)
+    wanted = {(f"a photo of sks dog {c}", 1000 + s) for s in range(2) for c in CONTEXTS.values()}
+    assert {job for job in drawer.asked if "sks" in job[0]} == wanted
+    assert [seed for prompt, seed in drawer.asked if "sks" not in prompt] == list(range(1000, 1024))
+
+
+def test_examining_a_base_that_draws_what_captions_say(evaluation: StorybookEvaluation):
+    scenes = {full_caption(scene): scene for scene in (sample_scene(EXAM * BOOK + k) for k in range(40))}
+    shares = evaluation.examine(Drawer(lambda prompt, seed: scenes[prompt]), samples=40)
+    assert set(shares) == {"class_word", "context", "color", "accent", "pattern", "detail", "band"}
+    assert min(shares.values()) >= 0.95
+
+
+def test_examining_a_base_that_cannot_draw(evaluation: StorybookEvaluation):
+    shares = evaluation.examine(Drawer(lambda prompt, seed: DOG), samples=40)
+    assert shares["class_word"] < 0.5
+    assert shares["color"] < 0.5
+
+
+def test_nothing_to_measure_is_refused():
+    with pytest.raises(UserError, match="seeds"):
+        StorybookEvaluation(seeds=0)
+
+
+def test_a_missing_judge_is_named(tmp_path):
+    with pytest.raises(UserError, match="judge"):
+        StorybookEvaluation(judge_file=str(tmp_path / "none.safetensors"))
