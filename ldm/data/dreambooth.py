@@ -4,8 +4,9 @@ It knows no network: `attach` hands it the encoder and the prior images.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.data.images import load_image
-from ldm.data.items import DreamBoothDataset, ItemBatches, Part, Photo, read_photos
+from ldm.data.items import DreamBoothDataset, Index, ItemBatches, Part, Photo, read_photos
 from ldm.data.latents import Encode, cached_moments
 from ldm.data.priors import PriorSet
 from ldm.data.prompts import (
@@ -30,6 +31,8 @@ from ldm.data.prompts import (
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
+
+VALIDATION_STEP = 2**32  # no run gets there: the items of these steps never train
 
 
 class DreamBoothDataModule(pl.LightningDataModule):
@@ -58,6 +61,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
         skip_unreadable: leave pictures out that cannot be decoded rather than stop.
         num_workers: processes that decode when latents are not cached; any number gives the same items.
         accumulate: micro-batches per optimizer step, as the Trainer has it.
+        validation_batches: batches of the validation loss: items that never train, the same each time. The
+            Trainer computes it every `val_check_interval` batches, where that is given as a whole number.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
         skip_unreadable: bool = False,
         num_workers: int = 0,
         accumulate: int = 1,
+        validation_batches: int = 8,
     ):
         super().__init__()
         self.subject_root, self.prior_root, self.num_priors = subject_root, prior_root, num_priors
@@ -98,6 +104,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
         self.crop_variants, self.flip = crop_variants if crop == "random" else None, flip
         self.captions, self.caption_dropout, self.skip_unreadable = captions, caption_dropout, skip_unreadable
         self.cache_latents, self.cache_root = cache_latents, cache_root
+        self.validation_batches = validation_batches
         self.start_step = 0  # optimizer steps already done: set it before training to resume
         self.attach()
 
@@ -142,10 +149,17 @@ class DreamBoothDataModule(pl.LightningDataModule):
         ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return self.loader(rank=ranks[0], world_size=ranks[1], start_step=self.start_step)
 
+    def val_dataloader(self) -> DataLoader:
+        """`validation_batches` batches of items beyond all that train; the same on every rank."""
+        return self._loader(list(islice(self._batches(start_step=VALIDATION_STEP), self.validation_batches)))
+
     def loader(self, *, rank: int = 0, world_size: int = 1, start_step: int = 0) -> DataLoader:
         """Batches: {"moments" [B, 2z, h, w] or "image" [B, 3, H, W], "caption" list[str],
         "is_prior" [B] bool, "item" [B] int64}, subject items first."""
-        batches = ItemBatches(
+        return self._loader(self._batches(rank=rank, world_size=world_size, start_step=start_step))
+
+    def _batches(self, *, rank: int = 0, world_size: int = 1, start_step: int = 0) -> ItemBatches:
+        return ItemBatches(
             batch_size=self.batch_size,
             prior_batch_size=self.prior_batch_size,
             accumulate=self.accumulate,
@@ -153,6 +167,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
             world_size=world_size,
             start_step=start_step,
         )
+
+    def _loader(self, batches: Iterable[list[Index]]) -> DataLoader:
         return DataLoader(
             self.dataset,
             batch_sampler=batches,
@@ -228,7 +244,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     def _check_numbers(self, size_multiple: int) -> None:
         least = {"size": 1, "batch_size": 1, "prior_batch_size": 0, "num_priors": 0}
-        for name, bound in (least | {"num_workers": 0, "accumulate": 1}).items():
+        for name, bound in (least | {"num_workers": 0, "accumulate": 1, "validation_batches": 0}).items():
             if getattr(self, name) < bound:
                 remedy = f"It must be at least {bound}."
                 raise UserError(f"{name} is {getattr(self, name)}", where=name, remedy=remedy)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldm import randomness
 from ldm.checkpoints.save import save_model
 from ldm.config import instantiate
-from ldm.diffusion.loss import dreambooth_loss, min_snr_weights, mse_per_item
+from ldm.diffusion.loss import DreamBoothLoss, dreambooth_loss, min_snr_weights, mse_per_item
 from ldm.diffusion.schedule import add_noise, make_alphas_cumprod, training_target
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.text_encoder import CLIPTextEncoder
@@ -111,19 +111,26 @@ class LatentDiffusion(pl.LightningModule):
         return self.model["diffusion_model"](x, t, context)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        per_item = self.loss_per_item(batch)
-        loss = dreambooth_loss(per_item, batch["is_prior"], self.prior_loss_weight)
-        self.log_dict(
-            {"train/loss": loss.total, "train/subject_loss": loss.subject, "train/prior_loss": loss.prior},
-            prog_bar=True,
-            batch_size=len(per_item),
-        )
+        loss = self._log_loss(batch, "train")
         return loss.total
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """The same loss at draws that never change, because the items do not."""
+        self._log_loss(batch, "val")
+
+    def _log_loss(self, batch: dict, stage: str) -> DreamBoothLoss:
         per_item = self.loss_per_item(batch)
-        self.log("val/loss", per_item.mean(), prog_bar=True, batch_size=len(per_item))
+        loss = dreambooth_loss(per_item, batch["is_prior"], self.prior_loss_weight)
+        self.log_dict(
+            {
+                f"{stage}/loss": loss.total,
+                f"{stage}/subject_loss": loss.subject,
+                f"{stage}/prior_loss": loss.prior,
+            },
+            prog_bar=True,
+            batch_size=len(per_item),
+        )
+        return loss
 
     def loss_per_item(self, batch: dict) -> Tensor:
         """Weighted denoising loss of each item -> [B] float32 (Ho et al. 2020, eq. 14)."""

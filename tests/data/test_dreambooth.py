@@ -229,6 +229,16 @@ def test_ranks_share_the_items_of_one_process(folders, world_size, batch_size, a
         assert_same(by_number(items(one, 1, start_step=step)), by_number(sum(shares, [])))
 
 
+def test_validation_items_never_change_and_never_train(folders):
+    data = ready(**folders, batch_size=2, validation_batches=3)
+    first, again = list(data.val_dataloader()), list(data.val_dataloader())
+    assert [b["item"].tolist() for b in first] == [b["item"].tolist() for b in again]
+    assert all(torch.equal(b["moments"], c["moments"]) for b, c in zip(first, again, strict=True))
+    assert len(first) == 3
+    assert all(b["is_prior"].tolist() == [False, False, True, True] for b in first)
+    assert min(int(b["item"].min()) for b in first) > 10**9
+
+
 def test_item_numbers_follow_the_formula():
     batches = ItemBatches(batch_size=2, prior_batch_size=1, accumulate=3, rank=1, world_size=2, start_step=7)
     for j, batch in enumerate(islice(batches, 6)):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 from ldm.errors import UserError
@@ -47,6 +48,7 @@ def job(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folder:
             "accelerator": "cpu",
             "enable_progress_bar": False,
             "log_every_n_steps": 1,
+            "val_check_interval": 1,
         },
         "samples": {
             "prompts": ["a photo of {identifier} {class_word}"],
@@ -64,12 +66,18 @@ def run(script: str, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, ROOT / script, *words], capture_output=True, text=True)
 
 
+def scalars(folder: Path) -> set[str]:
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return set(board.Tags()["scalars"])
+
+
 def test_a_run_leaves_its_results_and_a_resumed_one_the_same_weights(job: list[str]):
     done = run("main.py", *job)
     assert done.returncode == 0, done.stderr
     for path in done.stdout.split():
         assert Path(path).exists()
     folder = Path("logs/tiny")
+    assert {"train/subject_loss", "train/prior_loss", "val/subject_loss", "val/loss"} <= scalars(folder)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["prior_images"] == 3 and set(metrics["seconds"]) >= {"prior_images", "training"}
     names = {p.name for p in (folder / "samples").iterdir()}
