@@ -20,6 +20,7 @@ from ldm.errors import UserError
 from ldm.pipeline import Text2Image
 from ldm.training import run
 from ldm.training.callbacks import Previews, Speed, peak_memory_mib
+from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.options import parse
 from ldm.training.sampling import (
     PriorDrawing,
@@ -51,7 +52,8 @@ def main(config: DictConfig, resume: Path | None = None) -> list[Path]:
     module = instantiate(plain["model"])
     if base:
         base_hash = run.load_base(module.networks, base, plain.get("base_parts"))
-        data.attach(encode=module.encode_images, vae_hash=base_hash)
+        if isinstance(module, LatentDiffusion):
+            data.attach(encode=module.encode_images, vae_hash=base_hash)
     if isinstance(data, DreamBoothDataModule):
         return dreambooth(module, data, plain, folder, base_hash=base_hash if base else "")
     run.fit(module, data, folder=folder, callbacks=[Speed()], **training_options(plain))

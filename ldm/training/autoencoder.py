@@ -24,6 +24,7 @@ class AutoencoderTask(pl.LightningModule):
         learning_rate: of AdamW, after `warmup_steps` and along a cosine to 0.
         kl_weight: of the KL divergence per pixel value.
         square_weight: of the squared error, which is what PSNR measures, beside L1.
+        train_encoder: off, only the decoder learns, and models of its latents stay valid.
     """
 
     def __init__(
@@ -34,13 +35,21 @@ class AutoencoderTask(pl.LightningModule):
         warmup_steps: int = 100,
         kl_weight: float = 1e-3,
         square_weight: float = 10.0,
+        train_encoder: bool = True,
         seed: int = 23,
     ):
         super().__init__()
         self.first_stage_model: AutoencoderKL = instantiate(first_stage_config)
+        for part in (self.first_stage_model.encoder, self.first_stage_model.quant_conv):
+            part.requires_grad_(train_encoder)
         self.first_stage_model.to(memory_format=torch.channels_last)
         self.learning_rate, self.warmup_steps, self.seed = learning_rate, warmup_steps, seed
         self.kl_weight, self.square_weight = kl_weight, square_weight
+
+    @property
+    def networks(self) -> dict[str, AutoencoderKL]:
+        """By the name of `ldm.checkpoints.layout`."""
+        return {"first_stage": self.first_stage_model}
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         image = batch["image"].to(memory_format=torch.channels_last)
