@@ -3,7 +3,6 @@
 A picture is a function of its own seed and prompt, whatever else is in the call and however it is batched.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.checkpoints.layout import PREFIXES, split
-from ldm.checkpoints.load import file_hash, load_parts, read_checkpoint
+from ldm.checkpoints.layout import PREFIXES
+from ldm.checkpoints.load import file_hash, load_parts, open_model, unfilled
 from ldm.config import instantiate
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.samplers import SAMPLERS, sampling_timesteps
@@ -74,21 +73,24 @@ class Text2Image:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "Text2Image":
-        """From a Stable Diffusion file.
+        """From a Stable Diffusion file, or a folder as diffusers saves it.
 
-        config: with a `model` section, or the params of one; None takes those in the file's metadata.
+        config: with a `model` section, or the params of one; None takes what the file says of itself.
         """
         _check_device(device)
-        tensors, metadata = read_checkpoint(path)
-        config = _network_config(config, metadata, where=path)
-        parts = split(tensors)
-        networks = {part: instantiate(config[f"{part}_config"]).to(device, dtype) for part in parts}
-        load_parts(networks, parts, where=path)
+        model = open_model(path)
+        params = _model_params(config, where=path) if config is not None else model.config
+        parameterization = params.get("parameterization", "eps")
+        with unfilled():
+            networks = {part: instantiate(params[f"{part}_config"]).to(dtype) for part in PREFIXES}
+        load_parts(networks, model.parts, where=path, device=device)
+        if model.tokenizer is not None and config is None:
+            networks["cond_stage"].tokenizer_name = str(model.tokenizer)
         return cls(
-            **{part: network.eval().requires_grad_(False) for part, network in networks.items()},
-            alphas_cumprod=make_alphas_cumprod(**{key: config[key] for key in SCHEDULE if key in config}),
-            parameterization=config.get("parameterization", "eps"),
-            default_size=int(metadata.get("ldm.size", 512)),
+            **{part: network.eval().to(device).requires_grad_(False) for part, network in networks.items()},
+            alphas_cumprod=make_alphas_cumprod(**{key: params[key] for key in SCHEDULE if key in params}),
+            parameterization=parameterization,
+            default_size=model.size(parameterization),
             model_hash=file_hash(path),
         )
 
@@ -203,14 +205,8 @@ def find_model(path: Path | None = None) -> Path:
     return runs[-1]
 
 
-def _network_config(
-    config: Mapping[str, Any] | None, metadata: Mapping[str, str], *, where: object
-) -> Mapping[str, Any]:
-    """Params of the model section that describe the networks, from a config or from a file's metadata."""
-    if config is None and "ldm.config" not in metadata:
-        what, remedy = "The file does not say which networks it holds", "Give the config it was trained with."
-        raise UserError(what, where=where, remedy=remedy)
-    config = json.loads(metadata["ldm.config"]) if config is None else config
+def _model_params(config: Mapping[str, Any], *, where: object) -> Mapping[str, Any]:
+    """Params of a config's model section, which must describe the networks."""
     params = config["model"].get("params", {}) if "model" in config else config
     missing = [key for key in (f"{part}_config" for part in PREFIXES) if key not in params]
     if missing:

@@ -2,15 +2,19 @@
 
 A file is a flat dict of names. `split` takes it apart into the three networks, each with the names of its
 own module; `join` puts them together again, with all else that other tools expect to find in the file. The
-networks carry SD's names inside, so for SD v1 single files (CompVis) the table is three prefixes.
+networks carry SD's names inside, so for SD v1 single files (CompVis) the table is three prefixes. Files of
+SD 2.x differ in the text tower, see `openclip`; diffusers folders in all, see `diffusers_names`.
 """
 
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.openclip import TEXT_MODEL, from_openclip, to_openclip
+from ldm.checkpoints.tensors import Lazy
 from ldm.errors import UserError
 
 PREFIXES = {
@@ -33,52 +37,94 @@ SCHEDULE_BUFFERS = (
     "posterior_mean_coef1",
     "posterior_mean_coef2",
 )
-TEXT_MODEL = "transformer.text_model."  # transformers 5 and some older tools leave `text_model.` out
 POSITION_IDS = TEXT_MODEL + "embeddings.position_ids"
 POSITION_EMBEDDING = TEXT_MODEL + "embeddings.position_embedding.weight"
-LOOKS_LIKE = {  # in names of files that hold no complete model
+OPENCLIP_PREFIX = PREFIXES["cond_stage"] + "model."
+OPENCLIP_REST = "openclip_rest"  # the part of what no network uses, kept so that a file can be written again
+FOREIGN = {  # signs in names of files that are no Stable Diffusion 1.x or 2.x, whatever else they hold
     "lora_": "a LoRA",
     ".lora_A.": "a LoRA",
+    ".lora.down.": "a LoRA",
+    "hada_w1_": "a LyCORIS",
     "string_to_param": "a textual inversion embedding",
     "emb_params": "a textual inversion embedding",
     "conditioner.embedders.": "a Stable Diffusion XL model",
+    "label_emb.": "a Stable Diffusion XL or unCLIP UNet",
     "joint_blocks.": "a Stable Diffusion 3 model",
     "double_blocks.": "a Flux model",
     "control_model.": "a ControlNet",
+    "motion_modules.": "an AnimateDiff motion module",
+    "lm_head.": "a language model",
+    "model.layers.": "a language model",
+    "depth_model.": "a Stable Diffusion 2 depth model",
+}
+PARTIAL = {  # signs of files that hold one network
     "down_blocks.": "one network of a diffusers folder",
     "encoder.down.": "an autoencoder (VAE) alone",
+    "vision_model.": "a whole CLIP model",
+    "visual.": "a whole CLIP model",
     "text_model.": "a text encoder alone",
+    "resblocks.": "a text encoder alone",
     "input_blocks.": "a UNet alone",
+    "time_embed.": "a UNet alone",
+}
+LATENT_CHANNELS = 4
+OTHER_UNETS = {  # channels that the UNet takes -> what it is for
+    9: "an inpainting model",
+    8: "an image editing model (InstructPix2Pix)",
+    7: "a x4 upscaler",
+    5: "a depth-to-image model",
 }
 
 logger = logging.getLogger(__name__)
 
 
-def split(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def split(state_dict: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
     """A file's names -> {"unet": {...}, "first_stage": {...}, "cond_stage": {...}} with the modules' own.
 
-    Leaves out what `join` can compute and what only training needed: schedule buffers, position ids, averages
-    of weights, losses of the autoencoder.
+    No tensor is read before its use. Left out is what `join` can compute and what only training needed:
+    schedule buffers, position ids, averages of weights, losses of the autoencoder. A file of SD 2.x has a
+    part OPENCLIP_REST besides.
     """
-    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PREFIXES}
-    stray = []
-    for name, tensor in state_dict.items():
+    tables: dict[str, dict[str, str]] = {part: {} for part in PREFIXES}  # own name -> the file's
+    openclip, stray = {}, []
+    for name in state_dict:
         part = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
-        if part is not None:
+        if name.startswith(OPENCLIP_PREFIX):
+            openclip[name.removeprefix(OPENCLIP_PREFIX)] = name
+        elif part is not None:
             inner = _own_name(name.removeprefix(PREFIXES[part]))
             if not inner.endswith(".position_ids") and not inner.startswith(("loss.", EMA_PREFIX)):
-                parts[part][inner] = tensor
+                tables[part][inner] = name
         elif name not in SCHEDULE_BUFFERS and not name.startswith(EMA_PREFIX):
             stray.append(name)
     if stray:
         logger.warning("ignored %d tensors that belong to no network: %s", len(stray), ", ".join(stray[:3]))
+    parts: dict[str, Mapping[str, Tensor]] = {
+        part: renamed(state_dict, table) for part, table in tables.items()
+    }
+    if openclip:
+        parts["cond_stage"], parts[OPENCLIP_REST] = from_openclip(renamed(state_dict, openclip))
     return parts
+
+
+def renamed(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> Lazy:
+    """Tensors under other names: new name -> old."""
+    return Lazy({new: partial(tensors.__getitem__, old) for new, old in table.items()})
 
 
 def join(
     parts: Mapping[str, Mapping[str, Tensor]], alphas_cumprod: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The networks' tensors under SD v1's names, with position ids and, given [T], 12 schedule buffers."""
+    """The networks' tensors under SD's names, with all that a released file holds besides.
+
+    That is, given [T], 12 schedule buffers; position ids (SD 1.x); OPENCLIP_REST (SD 2.x, see `is_sd2`).
+    """
+    parts = dict(parts)
+    rest = parts.pop(OPENCLIP_REST, {})
+    if is_sd2(parts) and parts.get("cond_stage"):
+        tower = to_openclip(parts["cond_stage"], rest)
+        parts["cond_stage"] = {f"model.{name}": tensor for name, tensor in tower.items()}
     joined = {
         PREFIXES[part] + name: tensor for part, inner in parts.items() for name, tensor in inner.items()
     }
@@ -86,6 +132,12 @@ def join(
     if positions is not None:
         joined[PREFIXES["cond_stage"] + POSITION_IDS] = torch.arange(len(positions)).unsqueeze(0)
     return joined if alphas_cumprod is None else joined | schedule_buffers(alphas_cumprod)
+
+
+def is_sd2(parts: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Whether the UNet is of SD 2.x: there its transformers begin with linear layers, not convolutions."""
+    projection = parts.get("unet", {}).get("middle_block.1.proj_in.weight")
+    return projection is not None and projection.ndim == 2
 
 
 def schedule_buffers(alphas_cumprod: Tensor) -> dict[str, Tensor]:
@@ -129,13 +181,21 @@ def choose_ema(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def describe(names: Iterable[str]) -> str | None:
-    """What a file that holds none of the PREFIXES seems to be, or None if it holds one of them."""
+    """What a file that is no Stable Diffusion model seems to be; None if it holds networks of one."""
     names = list(names)
-    if any(name.startswith(prefix) for prefix in PREFIXES.values() for name in names):
-        return None
-    return next(
-        (what for sign, what in LOOKS_LIKE.items() if any(sign in name for name in names)), "something else"
-    )
+
+    def first(signs: Mapping[str, str]) -> str | None:
+        return next((what for sign, what in signs.items() if any(sign in name for name in names)), None)
+
+    ours = any(name.startswith(prefix) for prefix in PREFIXES.values() for name in names)
+    return first(FOREIGN) or (None if ours else first(PARTIAL) or "something else")
+
+
+def describe_unet(unet: Mapping[str, Tensor]) -> str | None:
+    """What a UNet is that takes more than latents, such as an inpainting mask; None for text to image."""
+    conv_in = unet.get("input_blocks.0.0.weight")  # [width, channels, 3, 3]
+    channels = LATENT_CHANNELS if conv_in is None else conv_in.shape[1]
+    return None if channels == LATENT_CHANNELS else OTHER_UNETS.get(channels, "another kind of model")
 
 
 def _own_name(name: str) -> str:

@@ -1,61 +1,83 @@
-"""Reading model files safely: no code in a file is ever run, and nothing is loaded in part.
+"""Opening a model of any format and filling networks with it, tensor by tensor; nothing is loaded in part."""
 
-safetensors files hold no code. A pickle (.ckpt, .pt) is read by torch's restricted unpickler, and one that
-needs more than tensors is refused (https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only).
-"""
-
-import difflib
 import hashlib
-import pickle
-import re
-import zipfile
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ldm.checkpoints import layout
+from ldm.checkpoints import folder, geometry, layout
+from ldm.checkpoints.tensors import read_tensors
 from ldm.errors import UserError
+from ldm.files import file_sha256
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-NOT_MODELS = {  # first bytes of files that often stand in a model's place
-    b"version https://git-lfs": ("a git LFS pointer", "Fetch the file itself with `git lfs pull`."),
-    b"<": ("a web page", "Download it again; the address may need a login."),
-    b"{": ("JSON text", "Name the model file itself."),
-}
+PREDICTION_TYPES = {"epsilon": "eps", "v": "v"}  # of modelspec
 
 
-class Inert:
-    """Stands in for the few classes that Lightning 1.x pickled beside the weights of SD; does nothing."""
+@dataclass(frozen=True)
+class Model:
+    """A model file or folder, opened: tensors are read when they are used.
 
-    def __init__(self, *args: Any) -> None:
-        pass
+    parts: see `layout.split`. known: what it says of its networks and schedule, see `geometry.model_config`.
+    given_size: pixels a side, if it says. tokenizer: the folder of its vocabulary, if it has one.
+    """
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    path: Path
+    parts: Mapping[str, Mapping[str, Tensor]]
+    metadata: Mapping[str, str]
+    known: Mapping[str, Any]
+    given_size: int | None = None
+    tokenizer: Path | None = None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Params of a model section that fit: the networks, the schedule, the parameterization."""
+        try:
+            return geometry.model_config(self.parts, self.known)
+        except UserError as error:
+            raise UserError(error.what, where=self.path, remedy=error.remedy) from error
+
+    def size(self, parameterization: str) -> int:
+        """Pixels a side that it draws best, if its UNet predicts this."""
+        v_prediction = parameterization == "v" and layout.is_sd2(self.parts)
+        return self.given_size or (768 if v_prediction else 512)
 
 
-INERT = [
-    (Inert, name)
-    for name in (
-        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray.scalar",
-        "numpy.dtype",
-        "numpy.dtypes.Float64DType",
-        "_codecs.encode",
-    )
-]
-
-
-def read_checkpoint(path: str | Path, *, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of a Stable Diffusion file under its own names (see `layout.split`), and its text metadata.
+def open_model(path: str | Path, *, ema: bool = False) -> Model:
+    """A Stable Diffusion file, or a folder as diffusers saves it; no tensor is read yet.
 
     `ema` takes the averaged weights of the UNet, from a file that holds both.
     """
+    path = Path(path)
+    if folder.is_folder(path):
+        if ema:
+            raise UserError("A diffusers folder holds no averaged (EMA) weights apart", where=path)
+        parts, about = folder.read_folder(path)
+        model = Model(path, parts, {}, about.known, given_size=about.size, tokenizer=about.tokenizer)
+    else:
+        tensors, metadata = read_checkpoint(path, ema=ema)
+        known, size = _about(metadata)
+        model = Model(path, layout.split(tensors), metadata, known, given_size=size)
+    what = layout.describe_unet(model.parts["unet"])
+    if what is not None:
+        conv_in = model.parts["unet"]["input_blocks.0.0.weight"]
+        raise UserError(
+            f"This is {what}: its UNet takes {conv_in.shape[1]} channels, text to image has 4",
+            where=path,
+            remedy="Name the model for text to image that it was made from.",
+        )
+    return model
+
+
+def read_checkpoint(path: str | Path, *, ema: bool = False) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """Tensors of a Stable Diffusion file under its own names (see `layout.split`), and its text metadata."""
     tensors, metadata = read_tensors(path)
     what = layout.describe(tensors)
     if what is not None:
@@ -66,98 +88,74 @@ def read_checkpoint(path: str | Path, *, ema: bool = False) -> tuple[dict[str, T
     return (layout.choose_ema(tensors) if ema else tensors), metadata
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file or of a pickle, mapped from the disk where possible; its metadata."""
-    path = Path(path)
-    _check_file(path)
-    with path.open("rb") as file:
-        start = file.read(64)
-    if start[8:9] == b"{":  # safetensors: 8 bytes of length, then a JSON header
-        tensors, metadata = _read_safetensors(path)
-    else:
-        for sign, (what, remedy) in NOT_MODELS.items():
-            if start.startswith(sign):
-                raise UserError(f"This is no model file but {what}", where=path, remedy=remedy)
-        tensors, metadata = _read_pickle(path)
-    if not tensors:
-        raise UserError("The file holds no tensors", where=path)
-    return tensors, metadata
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Modules built inside take no memory and draw no weights: `load_parts` is to fill them."""
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def load_parts(
-    modules: Mapping[str, nn.Module], parts: Mapping[str, Mapping[str, Tensor]], *, where: object = None
+    modules: Mapping[str, nn.Module],
+    parts: Mapping[str, Mapping[str, Tensor]],
+    *,
+    where: object = None,
+    device: str | torch.device = "cpu",
 ) -> None:
-    """Copy each part into its module, which keeps its dtype and device. All fit, or nothing is copied."""
+    """Copy each part into its module, which keeps its dtype and device. All fit, or nothing is copied.
+
+    What was built `unfilled` is made on `device`, one tensor after the other.
+    """
     report = [
         line for name, module in modules.items() for line in _misfits(name, module, parts.get(name, {}))
     ]
     if report:
         what = "The weights do not fit the model:\n  " + "\n  ".join(report) + "\n"
-        raise UserError(what, where=where, remedy="Use the config that the file was trained with.")
-    for name, module in modules.items():
-        module.load_state_dict(dict(parts[name]))
+        raise UserError(what, where=where, remedy=_which_config(parts))
+    for part, module in modules.items():
+        _fill(module, parts[part], device)
 
 
 def file_hash(path: str | Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_file(path: Path) -> None:
-    """Refuse what is not a file with anything in it."""
+    """sha256 of a file's bytes, in hex; of a folder, that of its files' names and hashes."""
+    path = Path(path)
     if path.is_dir():
-        models = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES)
-        remedy = f"It holds {', '.join(models)}." if models else "Name a .safetensors or .ckpt file."
-        raise UserError("This is a folder, not a model file", where=path, remedy=remedy)
-    if not path.exists():
-        beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES)
-        close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.5)
-        remedy = f"Did you mean {close[0]}?" if close else None
-        raise UserError("There is no such model file", where=path, remedy=remedy)
-    if path.stat().st_size == 0:
-        raise UserError("The model file is empty", where=path, remedy="Download or write it again.")
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin", ".json"))
+        lines = [f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return file_sha256(path)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
+def _about(metadata: Mapping[str, str]) -> tuple[dict[str, Any], int | None]:
+    """What a single file's metadata says of its networks and schedule, and of its size in pixels."""
+    known = json.loads(metadata.get("ldm.config", "{}"))
+    prediction = PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type", ""))
+    if prediction and "parameterization" not in known:
+        known["parameterization"] = prediction
+    size = metadata.get("ldm.size") or metadata.get("modelspec.resolution", "").split("x")[0]
+    return known, int(size) if size.isdigit() else None
 
 
-def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors under `state_dict`, where there is one, and the text under `metadata`."""
-    try:
-        mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"  # torch.load goes by that suffix
-        with path.open("rb") as file, torch.serialization.safe_globals(INERT):
-            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        needed = re.search(r"GLOBAL (\S+)", str(error))
-        if needed is None:
-            raise _damaged(path, error) from error
-        raise UserError(
-            f"Refused: this pickle asks to run `{needed[1]}`, which is more than loading tensors",
-            where=path,
-            remedy="Get the model as .safetensors; or, if you would run its author's programs, open it with "
-            "torch.load(weights_only=False) and save its state_dict with safetensors.torch.save_file.",
-        ) from error
-    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, IndexError, OSError) as error:
-        raise _damaged(path, error) from error
-    content = content if isinstance(content, dict) else {}
-    tensors, metadata = (
-        inner if isinstance(inner, dict) else {}
-        for inner in (content.get("state_dict", content), content.get("metadata"))
-    )
-    tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
-    return tensors, {name: value for name, value in metadata.items() if isinstance(value, str)}
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    remedy = f"It has {path.stat().st_size} bytes: compare that with its source and get it again."
-    return UserError(f"The model file is cut short or damaged: {reason}", where=path, remedy=remedy)
+@torch.no_grad()
+def _fill(module: nn.Module, part: Mapping[str, Tensor], device: str | torch.device) -> None:
+    own = module.state_dict(keep_vars=True)
+    for prefix, inner in module.named_modules():
+        for leaf, parameter in inner.named_parameters(recurse=False):
+            if parameter.is_meta:
+                filled = torch.empty_like(parameter, device=device)
+                setattr(inner, leaf, nn.Parameter(filled, requires_grad=parameter.requires_grad))
+                own[f"{prefix}.{leaf}".removeprefix(".")] = getattr(inner, leaf)
+    for name, tensor in own.items():
+        tensor.copy_(part[name])
 
 
 def _misfits(name: str, module: nn.Module, part: Mapping[str, Tensor]) -> list[str]:
@@ -176,6 +174,13 @@ def _misfits(name: str, module: nn.Module, part: Mapping[str, Tensor]) -> list[s
         "of another shape": shapes,
     }
     return [f"{name}: {len(keys)} {kind} ({_some(keys)})" for kind, keys in kinds.items() if keys]
+
+
+def _which_config(parts: Mapping[str, Mapping[str, Tensor]]) -> str:
+    released = geometry.released(parts.get("unet", {}))
+    if released is None:
+        return "Use the config that the file was trained with."
+    return f"This looks like {released[0]}: use {released[1]}."
 
 
 def _some(names: Sequence[str]) -> str:

@@ -22,20 +22,20 @@ def save_model(
     parts: Mapping[str, Mapping[str, Tensor]],
     *,
     alphas_cumprod: Tensor | None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write one SD v1 file of the networks `parts` (see `layout.split`): .safetensors or, by suffix, .ckpt.
+    """Write one SD file of the networks `parts` (see `layout.split`): .safetensors or, by suffix, .ckpt.
 
-    Weights are stored in `dtype`, integers as they are, the schedule [T] always in float32. None for
-    `alphas_cumprod` leaves the schedule out (an autoencoder alone has none).
+    Weights are stored in `dtype`, or as they are if it is None, integers as they are, the schedule [T] always
+    in float32. None for `alphas_cumprod` leaves the schedule out (an autoencoder alone has none).
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".ckpt"):
         raise UserError(
             f"`{path.suffix}` is not a model format", where=path, remedy="Use .safetensors or .ckpt."
         )
-    cast = {part: {n: _cast(n, t, dtype) for n, t in inner.items()} for part, inner in parts.items()}
+    cast = {part: cast_tensors(inner, dtype) for part, inner in parts.items()}
     write_tensors(path, layout.join(cast, alphas_cumprod), metadata=metadata)
     return path
 
@@ -45,10 +45,10 @@ def write_tensors(
 ) -> None:
     """Write tensors as they are, in the format of the suffix: equal content gives equal bytes."""
     path, text = Path(path), dict(metadata or {})
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = _own_memory(tensors)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(path, sum(tensor.nbytes for tensor in tensors.values()) + HEADER_BYTES)
+        check_space(path, sum(tensor.nbytes for tensor in tensors.values()) + HEADER_BYTES)
         with atomic_write(path) as temporary:
             if path.suffix == ".ckpt":
                 with temporary.open("wb") as file:  # given a name, torch would write that into the file
@@ -60,14 +60,28 @@ def write_tensors(
         raise UserError(f"The model cannot be written: {error.strerror or error}", where=path) from error
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float tensor in the dtype of the file; refuses to turn a finite weight into infinity."""
-    if not tensor.is_floating_point():
-        return tensor
-    cast = tensor.detach().to(dtype)
-    if cast.isinf().any() and not tensor.isinf().any():
-        what = f"`{name}` holds values up to {tensor.abs().max():.3g}, too large for {dtype}"
-        raise UserError(what, remedy="Save as bf16 or fp32.")
+def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, none a part or a second name of another's memory, as the formats ask for."""
+    own, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        shares = tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in seen
+        own[name] = tensor.clone() if shares else tensor
+        seen.add(own[name].data_ptr())
+    return own
+
+
+def cast_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Float tensors in the dtype of the file; refuses to turn a finite weight into infinity."""
+    cast = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+            before, tensor = tensor, tensor.to(dtype)
+            if tensor.isinf().any() and not before.isinf().any():
+                what = f"`{name}` holds values up to {before.abs().max():.3g}, too large for {dtype}"
+                raise UserError(what, remedy="Save as bf16 or fp32.")
+        cast[name] = tensor
     return cast
 
 
@@ -82,7 +96,7 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(length))
 
 
-def _check_space(path: Path, needed: int) -> None:
+def check_space(path: Path, needed: int) -> None:
     """The old file, if any, stays until the new one is whole: it does not count as free."""
     free = shutil.disk_usage(path.parent).free
     if free < needed:

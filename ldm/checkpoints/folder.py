@@ -1,0 +1,142 @@
+"""Folders as diffusers saves a pipeline: what they hold, in Stable Diffusion's own names and params."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoints import diffusers_config as configs
+from ldm.checkpoints import diffusers_names as names
+from ldm.checkpoints.layout import OPENCLIP_REST, renamed
+from ldm.checkpoints.openclip import TEXT_MODEL, UNUSED, with_last_layer
+from ldm.checkpoints.tensors import Lazy, read_tensors
+from ldm.errors import UserError
+
+FOLDERS = {"unet": "unet", "first_stage": "vae", "cond_stage": "text_encoder"}
+REST_FILE = "openclip_rest.safetensors"  # of our own: in text_encoder, what diffusers has no place for
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+
+
+@dataclass(frozen=True)
+class About:
+    """What a folder's configs say: networks and schedule, pixels a side, the folder of the vocabulary."""
+
+    known: Mapping[str, Any]
+    size: int | None
+    tokenizer: Path | None
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder of a whole pipeline, or of one network of it."""
+    signs = ("model_index.json", "unet", "config.json")
+    return path.is_dir() and any((path / sign).exists() for sign in signs)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
+    """The three networks under SD's names (see `layout.split`), and what their configs say."""
+    _check(folder)
+    unet, first_stage, cond_stage = (read_json(folder / name / "config.json") for name in FOLDERS.values())
+    tokenizer = folder / "tokenizer" if (folder / "tokenizer" / "vocab.json").is_file() else None
+    known = {
+        "unet_config": {"params": configs.unet_params(unet, where=folder / "unet")},
+        "first_stage_config": {"params": configs.autoencoder_params(first_stage, where=folder / "vae")},
+    }
+    unet_params, vae_params = known["unet_config"]["params"], known["first_stage_config"]["params"]
+    vae = names.rename(read_weights(folder / "vae"), names.autoencoder_reading_table(vae_params))
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "unet": names.rename(read_weights(folder / "unet"), names.inverse(names.unet_table(unet_params))),
+        "first_stage": names.reshape_vae_attention(vae, dims=4),
+        "cond_stage": _text_tower(read_weights(folder / "text_encoder")),
+    }
+    text = configs.text_encoder_params(cond_stage, tokenizer=tokenizer)
+    rest_file = folder / "text_encoder" / REST_FILE
+    if unet_params["use_linear_in_transformer"] or rest_file.exists():
+        rest = read_tensors(rest_file)[0] if rest_file.exists() else {}
+        layers = text["num_hidden_layers"] + 1
+        parts["cond_stage"] = with_last_layer(parts["cond_stage"], rest, layers=layers)
+        parts[OPENCLIP_REST] = renamed(rest, {name: name for name in UNUSED if name in rest})
+        text |= {"num_hidden_layers": layers, "layer": "penultimate"}
+    known["cond_stage_config"] = {"params": text}
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if scheduler.exists():
+        known |= configs.schedule_params(read_json(scheduler), where=scheduler)
+    cells = unet.get("sample_size")
+    factor = 2 ** (len(vae_params["ch_mult"]) - 1)
+    return parts, About(known, cells * factor if isinstance(cells, int) else None, tokenizer)
+
+
+def read_weights(folder: Path) -> Mapping[str, Tensor]:
+    """The tensors of one network's folder: safetensors before pickles, full precision before variants."""
+    found = sorted((rank, path) for path in folder.iterdir() if (rank := _rank(path)) is not None)
+    if not found:
+        remedy = "Download the whole folder; it should hold a .safetensors or .bin file."
+        raise UserError("The folder holds no weights", where=folder, remedy=remedy)
+    path = found[0][1]
+    if path.suffix != ".json":
+        return read_tensors(path)[0]
+    where = read_json(path).get("weight_map", {})  # name -> file
+    missing = sorted({file for file in where.values() if not (folder / file).is_file()})
+    if missing:
+        what = f"{len(missing)} of the files that {path.name} lists are missing ({', '.join(missing)})"
+        raise UserError(what, where=folder, remedy="Download the whole folder.")
+    files = {file: read_tensors(folder / file)[0] for file in set(where.values())}
+    absent = [name for name, file in where.items() if name not in files[file]]
+    if absent:
+        raise UserError(f"`{absent[0]}` is not in {where[absent[0]]}, where {path.name} has it", where=folder)
+    return Lazy({name: partial(files[file].__getitem__, name) for name, file in where.items()})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"The config cannot be read: {error}", where=path) from error
+    if not isinstance(content, dict):
+        raise UserError("The config is not a mapping", where=path)
+    return content
+
+
+def _check(folder: Path) -> None:
+    """Refuse a folder that is another pipeline, or not whole."""
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    kind = index.get("_class_name", PIPELINES[0])
+    if kind not in PIPELINES:
+        what = f"This is the folder of a {kind}, not of a Stable Diffusion 1.x or 2.x"
+        raise UserError(what, where=folder)
+    if not index and (folder / "config.json").exists():
+        kind = read_json(folder / "config.json").get("_class_name", "network")
+        what = f"This is the folder of one network ({kind})"
+        raise UserError(what, where=folder, remedy="Name the folder that holds unet, vae and text_encoder.")
+    missing = [name for name in FOLDERS.values() if not (folder / name / "config.json").is_file()]
+    if missing:
+        what = f"The diffusers folder is not whole: {', '.join(missing)} with its config.json is missing"
+        raise UserError(what, where=folder, remedy="Download the whole folder.")
+
+
+def _rank(path: Path) -> tuple[bool, int, str] | None:
+    """How good a choice of weights a file is, best first; None if it is no whole network's.
+
+    Names are STEM[.VARIANT].safetensors or .bin, and an index STEM.SUFFIX.index[.VARIANT].json of shards.
+    """
+    stem, *words = path.name.split(".")
+    index = words[-1:] == ["json"] and "index" in words
+    pickled, safe = "bin" in words, "safetensors" in words
+    if stem not in STEMS or pickled == safe or (words[-1] not in ("bin", "safetensors") and not index):
+        return None
+    if any(SHARD.search(word) for word in (stem, *words)):
+        return None
+    variant = [word for word in words if word not in ("bin", "safetensors", "index", "json")]
+    return pickled, 0 if not variant else 1 if variant == ["fp16"] else 2, path.name
+
+
+def _text_tower(tensors: Mapping[str, Tensor]) -> Lazy:
+    """transformers' names, which begin with `text_model.` up to version 4 -> those of `CLIPTextEncoder`."""
+    own = [n for n in tensors if not n.endswith("position_ids") and n != "text_projection.weight"]
+    return renamed(tensors, {TEXT_MODEL + name.removeprefix("text_model."): name for name in own})

@@ -1,0 +1,158 @@
+"""What the shapes of a model's tensors say of its networks: the params that a config would give them.
+
+Shapes tell widths, levels and blocks. What they cannot tell (numbers of heads, activations, what the UNet
+predicts) comes from the file's own config or else from its family, Stable Diffusion 1.x or 2.x.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoints.layout import is_sd2
+from ldm.checkpoints.openclip import LAYER, TEXT_MODEL
+from ldm.errors import UserError
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+SCHEDULE = {
+    "beta_schedule": "scaled_linear",
+    "linear_start": 0.00085,
+    "linear_end": 0.012,
+    "timesteps": 1000,
+}
+SD1 = {  # what shapes cannot tell: the defaults of the three networks
+    "unet": {"num_heads": 8, "num_head_channels": None, "num_groups": 32, "use_checkpoint": False},
+    "first_stage": {"scale_factor": 0.18215, "num_groups": 32},
+    "cond_stage": {
+        "num_attention_heads": 12,
+        "hidden_act": "quick_gelu",
+        "layer": "last",
+        "tokenizer": "openai/clip-vit-large-patch14",
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": None,
+        "use_checkpoint": False,
+    },
+}
+SD2 = SD1 | {
+    "unet": SD1["unet"] | {"num_head_channels": 64},
+    "cond_stage": SD1["cond_stage"]
+    | {"num_attention_heads": 16, "hidden_act": "gelu", "layer": "penultimate", "pad_token_id": 0},
+}
+RELEASED = {  # (width of the UNet's first level, width of its context) -> what it is, and a config for it
+    (320, 768): ("Stable Diffusion 1.x", "configs/dreambooth-sd1.yaml"),
+    (320, 1024): ("Stable Diffusion 2.x", "configs/dreambooth-sd2.yaml"),
+}
+V_PREDICTION_STD = 0.09  # of a norm's bias in SD 2.x: above in those that predict v, below in those for eps
+
+logger = logging.getLogger(__name__)
+
+
+def model_config(parts: Parts, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The params of a model section that fit the tensors: three networks, each param explicit; the schedule.
+
+    known: what the file's metadata or the folder's configs say of them; it may lack any key.
+    """
+    known = known or {}
+    config: dict[str, Any] = {}
+    for part, (target, shape) in NETWORKS.items():
+        try:
+            params = shape(parts[part])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"The file is not a whole model: its {part} lacks {error}") from error
+        node = known.get(f"{part}_config")
+        if node is None and released(parts["unet"]) is None:
+            what = (
+                "The file does not say which networks it holds, and they are not Stable Diffusion 1.x or 2.x"
+            )
+            raise UserError(what, remedy="Give the config it was trained with.")
+        untold = (SD2 if is_sd2(parts) and node is None else SD1)[part]
+        given = (node or {}).get("params") or {}
+        params |= untold | {key: value for key, value in given.items() if key in untold}
+        config[f"{part}_config"] = {"target": target, "params": params}
+    config |= {key: known.get(key, value) for key, value in SCHEDULE.items()}
+    parameterization = known.get("parameterization") or guess_parameterization(parts)
+    return config | {"parameterization": parameterization}
+
+
+def released(unet: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The family of a UNet as large as a released one, and a config for it; None for other sizes."""
+    conv_in = unet.get("input_blocks.0.0.weight")
+    to_k = unet.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
+    sizes = None if conv_in is None or to_k is None else (len(conv_in), to_k.shape[1])
+    return RELEASED.get(sizes)
+
+
+def guess_parameterization(parts: Parts) -> str:
+    """ "eps" or "v" of a file that doesn't say. All of SD 1.x is "eps"; SD 2.x is told by its weights."""
+    name = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    if not is_sd2(parts) or name not in parts["unet"]:
+        return "eps"
+    guess = "v" if parts["unet"][name].float().std() > V_PREDICTION_STD else "eps"
+    logger.warning("The file does not say what its UNet predicts; by its weights it is %r", guess)
+    return guess
+
+
+def unet_shape(unet: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The params of `UNetModel` that its tensors tell."""
+    levels = 1 + sum(name.startswith("input_blocks.") and name.endswith(".op.weight") for name in unet)
+    blocks = 1 + max(int(name.split(".")[1]) for name in unet if name.startswith("input_blocks."))
+    stride = blocks // levels  # one more than the residual blocks of a level
+    firsts = [f"input_blocks.{1 + level * stride}" for level in range(levels)]
+    conv_in = unet["input_blocks.0.0.weight"]
+    width, channels = conv_in.shape[:2]
+    middle = "middle_block.1.transformer_blocks."
+    return {
+        "in_channels": channels,
+        "out_channels": len(unet["out.2.bias"]),
+        "model_channels": width,
+        "channel_mult": [len(unet[f"{first}.0.out_layers.3.bias"]) // width for first in firsts],
+        "num_res_blocks": stride - 1,
+        "attention_resolutions": [
+            2**level for level, first in enumerate(firsts) if f"{first}.1.norm.weight" in unet
+        ],
+        "context_dim": unet[f"{middle}0.attn2.to_k.weight"].shape[1],
+        "transformer_depth": _count(unet, middle),
+        "use_linear_in_transformer": unet["middle_block.1.proj_in.weight"].ndim == 2,
+    }
+
+
+def autoencoder_shape(first_stage: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The params of `AutoencoderKL` that its tensors tell."""
+    levels = _count(first_stage, "encoder.down.")
+    width, channels = first_stage["encoder.conv_in.weight"].shape[:2]
+    widths = [len(first_stage[f"encoder.down.{level}.block.0.conv1.bias"]) for level in range(levels)]
+    return {
+        "in_channels": channels,
+        "z_channels": len(first_stage["post_quant_conv.bias"]),
+        "ch": width,
+        "ch_mult": [w // width for w in widths],
+        "num_res_blocks": _count(first_stage, "encoder.down.0.block."),
+        "embed_dim": first_stage["post_quant_conv.weight"].shape[1],
+    }
+
+
+def text_encoder_shape(cond_stage: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The params of `CLIPTextEncoder` that its tensors tell."""
+    embeddings = TEXT_MODEL + "embeddings."
+    vocab_size, width = cond_stage[f"{embeddings}token_embedding.weight"].shape
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": len(cond_stage[f"{LAYER}0.mlp.fc1.bias"]),
+        "num_hidden_layers": _count(cond_stage, LAYER),
+        "max_length": len(cond_stage[f"{embeddings}position_embedding.weight"]),
+    }
+
+
+def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many of `prefix`0, `prefix`1, ... there are."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+NETWORKS = {  # part -> its class, and the function that reads its shapes
+    "unet": ("ldm.models.unet.UNetModel", unet_shape),
+    "first_stage": ("ldm.models.autoencoder.AutoencoderKL", autoencoder_shape),
+    "cond_stage": ("ldm.models.text_encoder.CLIPTextEncoder", text_encoder_shape),
+}

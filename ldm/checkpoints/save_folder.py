@@ -1,0 +1,132 @@
+"""Writing a model as the folder that diffusers loads with `StableDiffusionPipeline.from_pretrained`."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints import diffusers_config as configs
+from ldm.checkpoints import diffusers_names as names
+from ldm.checkpoints.folder import REST_FILE
+from ldm.checkpoints.layout import OPENCLIP_REST, renamed
+from ldm.checkpoints.openclip import TEXT_MODEL, without_last_layer
+from ldm.checkpoints.save import cast_tensors, check_space, write_tensors
+from ldm.errors import UserError
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+VOCABULARY = ("vocab.json", "merges.txt")
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": configs.VERSION,
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def save_folder(
+    folder: str | Path,
+    parts: Parts,
+    *,
+    config: Mapping[str, Any],
+    tokenizer: str | Path,
+    size: int,
+    dtype: torch.dtype | None = torch.float32,
+) -> Path:
+    """Write `parts` (see `layout.split`) as a new folder, whole or not at all.
+
+    config: every param explicit, as `Model.config` has it. tokenizer: folder of vocab.json and merges.txt.
+    size: pixels a side that pipelines draw by default. dtype: of the weights; None keeps them as they are.
+    """
+    folder, tokenizer = Path(folder), Path(tokenizer)
+    check_folder(folder)
+    missing = [name for name in VOCABULARY if not (tokenizer / name).is_file()]
+    if missing:
+        raise UserError(f"The tokenizer folder lacks {' and '.join(missing)}", where=tokenizer)
+    weights = {name: cast_tensors(inner, dtype) for name, inner in _weights(parts, config).items()}
+    jsons = _configs(config, tokenizer, size)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        check_space(folder, sum(t.nbytes for inner in weights.values() for t in inner.values()))
+        with new_folder(folder) as temporary:
+            for name, content in jsons.items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            for name in VOCABULARY:
+                shutil.copyfile(tokenizer / name, temporary / "tokenizer" / name)
+            for name, tensors in weights.items():
+                write_tensors(temporary / name, tensors)
+    except OSError as error:
+        raise UserError(f"The model cannot be written: {error.strerror or error}", where=folder) from error
+    return folder
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder; on leaving without an error it becomes `folder`, which is absent or empty."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse to write over what is there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError("There is something already", where=folder, remedy="Choose a new folder.")
+
+
+def _weights(parts: Parts, config: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
+    """The networks' tensors under diffusers' names, by file."""
+    params = {part: config[f"{part}_config"]["params"] for part in ("unet", "first_stage", "cond_stage")}
+    tower, rest = parts["cond_stage"], dict(parts.get(OPENCLIP_REST, {}))
+    text = params["cond_stage"]
+    if text["layer"] == "penultimate":
+        tower, last = without_last_layer(tower, layers=text["num_hidden_layers"])
+        rest |= last
+    weights: dict[str, Mapping[str, Tensor]] = {
+        "unet/diffusion_pytorch_model.safetensors": names.rename(
+            parts["unet"], names.unet_table(params["unet"])
+        ),
+        "vae/diffusion_pytorch_model.safetensors": names.rename(
+            names.reshape_vae_attention(parts["first_stage"], dims=2),
+            names.autoencoder_table(params["first_stage"]),
+        ),
+        "text_encoder/model.safetensors": renamed(
+            tower, {"text_model." + name.removeprefix(TEXT_MODEL): name for name in tower}
+        ),
+    }
+    return weights | ({f"text_encoder/{REST_FILE}": rest} if rest else {})
+
+
+def _configs(config: Mapping[str, Any], tokenizer: Path, size: int) -> dict[str, Any]:
+    """The contents of the JSON files, by name."""
+    unet, vae, text = (config[f"{part}_config"]["params"] for part in ("unet", "first_stage", "cond_stage"))
+    vocabulary = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
+    factor = 2 ** (len(vae["ch_mult"]) - 1)
+    return {
+        "model_index.json": MODEL_INDEX,
+        "scheduler/scheduler_config.json": configs.schedule_config(config),
+        "text_encoder/config.json": configs.text_encoder_config(text),
+        "tokenizer/tokenizer_config.json": configs.tokenizer_config(text, vocabulary),
+        "tokenizer/special_tokens_map.json": configs.special_tokens(text, vocabulary),
+        "unet/config.json": configs.unet_config(unet, size=size, factor=factor),
+        "vae/config.json": configs.autoencoder_config(vae, size=size),
+    }

@@ -1,0 +1,186 @@
+"""Files of tensors, read safely and lazily: no code in a file is ever run, no tensor is read before its use.
+
+safetensors files hold no code. A pickle (.ckpt, .pt, .bin) is read by torch's restricted unpickler, and one
+that needs more than tensors is refused
+(https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only).
+"""
+
+import difflib
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ldm.errors import UserError
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+NOT_MODELS = {  # first bytes of files that often stand in a model's place
+    b"version https://git-lfs": ("a git LFS pointer", "Fetch the file itself with `git lfs pull`."),
+    b"<": ("a web page", "Download it again; the address may need a login."),
+    b"{": ("JSON text", "Name the model file itself."),
+}
+REMAP_BYTES = 2**27
+GetTensor = Callable[[str], Tensor]
+
+
+class Inert:
+    """Stands in for the few classes that Lightning 1.x pickled beside the weights of SD; does nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+INERT = [
+    (Inert, name)
+    for name in (
+        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+        "numpy.dtype",
+        "numpy.dtypes.Float64DType",
+        "_codecs.encode",
+    )
+]
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Tensors that are made when they are asked for: a name -> a function without arguments."""
+
+    def __init__(self, make: Mapping[str, Callable[[], Tensor]]):
+        self._make = dict(make)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._make[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._make
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make)
+
+    def __len__(self) -> int:
+        return len(self._make)
+
+
+class MappedTensors(Mapping[str, Tensor]):
+    """The tensors of a file, mapped from the disk.
+
+    What has been read of a mapping counts as memory of the process. So after REMAP_BYTES the file is mapped
+    anew, and the old mapping goes with the last tensor that was made from it.
+    """
+
+    def __init__(self, names: Iterable[str], map_file: Callable[[], GetTensor]):
+        self._names, self._map_file = dict.fromkeys(names), map_file
+        self._get, self._bytes = map_file(), 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if self._bytes > REMAP_BYTES:
+            self._get, self._bytes = self._map_file(), 0
+        tensor = self._get(name)
+        self._bytes += tensor.nbytes
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def read_tensors(path: str | Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file or of a pickle, each read when it is used; the file's metadata."""
+    path = Path(path)
+    _check_file(path)
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start[8:9] == b"{":  # safetensors: 8 bytes of length, then a JSON header
+        tensors, metadata = _read_safetensors(path)
+    else:
+        for sign, (what, remedy) in NOT_MODELS.items():
+            if start.startswith(sign):
+                raise UserError(f"This is no model file but {what}", where=path, remedy=remedy)
+        tensors, metadata = _read_pickle(path)
+    if not tensors:
+        raise UserError("The file holds no tensors", where=path)
+    return tensors, metadata
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is not a file with anything in it."""
+    if path.is_dir():
+        models = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES)
+        remedy = f"It holds {', '.join(models)}." if models else "Name a .safetensors or .ckpt file."
+        raise UserError("This is a folder, not a model file", where=path, remedy=remedy)
+    if not path.exists():
+        beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES)
+        close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.5)
+        remedy = f"Did you mean {close[0]}?" if close else None
+        raise UserError("There is no such model file", where=path, remedy=remedy)
+    if path.stat().st_size == 0:
+        raise UserError("The model file is empty", where=path, remedy="Download or write it again.")
+
+
+def _read_safetensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    try:
+        file = safe_open(path, framework="pt")
+        names, metadata = list(file.keys()), file.metadata() or {}
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+    return MappedTensors(names, lambda: safe_open(path, framework="pt").get_tensor), metadata
+
+
+def _read_pickle(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """Tensors under `state_dict`, where there is one, and the text under `metadata`."""
+    mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"  # torch.load goes by that suffix
+    content = _unpickle(path, mapped=mapped)
+    tensors, metadata = _state_dict(content), content.get("metadata")
+    text = metadata.items() if isinstance(metadata, dict) else ()
+    text = {name: value for name, value in text if isinstance(value, str)}
+    if not mapped:
+        return tensors, text
+    return MappedTensors(tensors, lambda: _state_dict(_unpickle(path, mapped=True)).__getitem__), text
+
+
+def _unpickle(path: Path, *, mapped: bool) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file, torch.serialization.safe_globals(INERT):
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        needed = re.search(r"GLOBAL (\S+)", str(error))
+        if needed is None:
+            raise _damaged(path, error) from error
+        raise UserError(
+            f"Refused: this pickle asks to run `{needed[1]}`, which is more than loading tensors",
+            where=path,
+            remedy="Get the model as .safetensors; or, if you would run its author's programs, open it with "
+            "torch.load(weights_only=False) and save its state_dict with safetensors.torch.save_file.",
+        ) from error
+    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, IndexError, OSError) as error:
+        raise _damaged(path, error) from error
+    return content if isinstance(content, dict) else {}
+
+
+def _state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
+    tensors = content.get("state_dict", content)
+    tensors = tensors if isinstance(tensors, dict) else {}
+    return {name: x for name, x in tensors.items() if isinstance(name, str) and isinstance(x, Tensor)}
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    remedy = f"It has {path.stat().st_size} bytes: compare that with its source and get it again."
+    return UserError(f"The model file is cut short or damaged: {reason}", where=path, remedy=remedy)

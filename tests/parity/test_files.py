@@ -1,0 +1,191 @@
+"""Model files against the projects that define the formats: diffusers' folders and its reader of SD files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ldm.checkpoints.load import Model, load_parts, open_model, unfilled
+from ldm.checkpoints.save_folder import save_folder
+from ldm.config import instantiate
+from ldm.pipeline import Text2Image
+
+TOLERANCE = 1e-5  # of the largest output, float32
+SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+FAMILIES = {  # differences of the two, here and there
+    "sd1": {
+        "unet": {"attention_head_dim": 4, "cross_attention_dim": 32},
+        "text": {"hidden_act": "quick_gelu", "num_hidden_layers": 2},
+        "prediction": "epsilon",
+        "pad": "<|endoftext|>",
+    },
+    "sd2": {
+        "unet": {"attention_head_dim": [2, 4], "cross_attention_dim": 32, "use_linear_projection": True},
+        "text": {"hidden_act": "gelu", "num_hidden_layers": 2},
+        "prediction": "v_prediction",
+        "pad": "!",
+    },
+}
+
+
+def filled(network: nn.Module) -> nn.Module:
+    """No layer left at zero or one, where it would hide mistakes."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return network.eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def pipeline(family: str, tiny_tokenizer: Path) -> StableDiffusionPipeline:
+    """diffusers' own classes with random weights: two levels, 32 and 64 channels, latents half as wide."""
+    torch.manual_seed(0)
+    differs, levels = FAMILIES[family], [32, 64]
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_tokenizer, model_max_length=32, pad_token=differs["pad"])
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=levels,
+        layers_per_block=1,
+        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+        norm_num_groups=16,
+        **differs["unet"],
+    )
+    vae = AutoencoderKL(
+        sample_size=16,
+        block_out_channels=levels,
+        layers_per_block=1,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        norm_num_groups=16,
+        scaling_factor=0.2,
+    )
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **differs["text"],
+    )
+    return StableDiffusionPipeline(
+        unet=filled(unet),
+        vae=filled(vae),
+        text_encoder=filled(CLIPTextModel(text)),
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(
+            **SCHEDULE,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type=differs["prediction"],
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture
+def saved(pipeline: StableDiffusionPipeline, tmp_path: Path, tiny_tokenizer: Path) -> Path:
+    """As diffusers saves it, with the vocabulary files that released folders hold."""
+    folder = tmp_path / "diffusers"
+    pipeline.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "tokenizer" / name).write_bytes((tiny_tokenizer / name).read_bytes())
+    return folder
+
+
+def networks(model: Model) -> dict[str, nn.Module]:
+    parts = ("unet", "first_stage", "cond_stage")
+    with unfilled():
+        built = {part: instantiate(model.config[f"{part}_config"]) for part in parts}
+    load_parts(built, model.parts)
+    return {part: network.eval() for part, network in built.items()}
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    return ((ours - reference).abs().max() / reference.abs().max()).item()
+
+
+@torch.no_grad()
+def assert_computes_the_same(ours: dict[str, nn.Module], pipe: StableDiffusionPipeline) -> None:
+    torch.manual_seed(1)
+    x, context, t = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.tensor([1, 801])
+    assert relative_error(ours["unet"](x, t, context), pipe.unet(x, t, context).sample) <= TOLERANCE
+    assert relative_error(ours["unet"](x, t + 1, context), pipe.unet(x, t, context).sample) > 10 * TOLERANCE
+    pixels, scale = torch.rand(2, 3, 16, 16), pipe.vae.config.scaling_factor
+    mean = pipe.vae.encode(pixels).latent_dist.mean * scale
+    assert relative_error(ours["first_stage"].encode(pixels).mean, mean) <= TOLERANCE
+    assert relative_error(ours["first_stage"].decode(x), pipe.vae.decode(x / scale).sample) <= TOLERANCE
+    prompts = ["a dog", "x" * 50]
+    ids = ours["cond_stage"].tokenize(prompts)
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    assert torch.equal(ids, pipe.tokenizer(prompts, **options).input_ids)
+    expected = pipe.text_encoder(ids)[0]
+    assert relative_error(ours["cond_stage"](ids), expected) <= TOLERANCE
+
+
+def test_a_folder_saved_by_diffusers_computes_the_same_here(saved, pipeline):
+    model = open_model(saved)
+    assert model.size("eps") == 16 and model.tokenizer == saved / "tokenizer"
+    assert_computes_the_same(networks(model), pipeline)
+
+
+def picture(pipe: StableDiffusionPipeline, latents: Tensor, **options) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    prompt = {"prompt": "a dog", "negative_prompt": "mud", "num_inference_steps": 5, "guidance_scale": 4.0}
+    return pipe(**prompt, latents=latents, output_type="np", **options).images[0]
+
+
+def drawn_here(model: Path, options: dict) -> tuple[np.ndarray, Tensor]:
+    """The picture of `picture` by our own sampling path, and the noise it began with."""
+    draw = Text2Image.from_file(model, **options)
+    x_T = draw._noise(draw.latent_shape(), [3], "x_T")
+    settings = {"negative_prompt": "mud", "steps": 5, "guidance_scale": 4.0}
+    return np.asarray(draw(["a dog"], seeds=[3], **settings)[0].image) / 255, x_T
+
+
+def test_our_folder_is_a_pipeline_that_draws_our_picture(saved, tmp_path):
+    model = open_model(saved)
+    ours = save_folder(
+        tmp_path / "ours", model.parts, config=model.config, tokenizer=model.tokenizer, size=16
+    )
+    assert sorted(p.relative_to(ours).as_posix() for p in ours.rglob("*.*")) == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        *(["text_encoder/openclip_rest.safetensors"] if model.config["parameterization"] == "v" else []),
+        "tokenizer/merges.txt",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    pipe = StableDiffusionPipeline.from_pretrained(ours, local_files_only=True)
+    assert_computes_the_same(networks(model), pipe)
+    here, x_T = drawn_here(ours, {})
+    there = picture(pipe, x_T, height=16, width=16)
+    assert np.abs(here - there).max() <= 1 / 255 + 1e-4  # rounded to levels here
+    assert np.abs(picture(pipe, x_T + 0.1, height=16, width=16) - here).max() > 4 / 255
+    for name in ("unet", "vae"):  # the same tensors under the same names, shapes and dtypes
+        file = f"{name}/diffusion_pytorch_model.safetensors"
+        theirs, written = load_file(saved / file), load_file(ours / file)
+        assert theirs.keys() == written.keys()
+        assert all(torch.equal(theirs[key], written[key]) for key in theirs)
