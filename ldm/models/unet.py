@@ -96,7 +96,8 @@ class UNetModel(nn.Module):
     channel_mult: width of each level over `model_channels`; level l works on h / 2**l cells.
     attention_resolutions: the downsampling factors (1, 2, 4, ...) at which transformers follow the blocks.
     num_head_channels: width of a head (SD 2.x); where given, it replaces `num_heads` (SD 1.x).
-    use_checkpoint: keep only each stage's input for the backward pass and compute the rest again.
+    use_checkpoint: keep only each stage's input for the backward pass and compute the rest again; a list of
+        downsampling factors ([1, 2]) does so at these alone.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class UNetModel(nn.Module):
         context_dim: int = 768,
         transformer_depth: int = 1,
         use_linear_in_transformer: bool = False,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | Sequence[int] = False,
         num_groups: int = 32,
     ):
         super().__init__()
@@ -137,7 +138,6 @@ class UNetModel(nn.Module):
             return Stage(res_block(in_width, out_width), *attention)
 
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-
         width = model_channels
         self.input_blocks = nn.ModuleList([Stage(conv3x3(in_channels, width))])
         skips = [width]  # widths of what the input blocks leave for the output blocks
@@ -159,6 +159,7 @@ class UNetModel(nn.Module):
         self.out = nn.Sequential(
             GroupNorm(num_groups, width), nn.SiLU(), zero_init(conv3x3(width, out_channels))
         )
+        self.to(memory_format=torch.channels_last)  # much the faster layout for convolutions
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """x: [B, C, h, w], timesteps: [B] in [0, T), context: [B, M, D] -> [B, C, h, w]."""
@@ -167,19 +168,24 @@ class UNetModel(nn.Module):
                 f"Latents of {x.shape[2]} x {x.shape[3]} cells do not fit the UNet",
                 remedy=f"Height and width must be multiples of {self.factor} cells.",
             )
-        x = x.contiguous(memory_format=torch.channels_last)  # much the faster layout for convolutions
+        x = x.contiguous(memory_format=torch.channels_last)  # as the weights are
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
         skips = []
-        h = x
+        h, height = x, x.shape[2]
         for stage in self.input_blocks:
-            h = self._run(stage, h, emb, context)
+            h = self._run(stage, h, emb, context, height // h.shape[2])
             skips.append(h)
-        h = self._run(self.middle_block, h, emb, context)
+        h = self._run(self.middle_block, h, emb, context, height // h.shape[2])
         for stage in self.output_blocks:
-            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb, context, height // h.shape[2])
         return self.out(h)
 
-    def _run(self, stage: Stage, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        if self.use_checkpoint and torch.is_grad_enabled():
+    def recomputes(self, factor: int) -> bool:
+        """Whether the backward pass computes the stages at this downsampling factor again."""
+        chosen = self.use_checkpoint
+        return chosen if isinstance(chosen, bool) else factor in chosen
+
+    def _run(self, stage: Stage, x: Tensor, emb: Tensor, context: Tensor, factor: int) -> Tensor:
+        if self.recomputes(factor) and torch.is_grad_enabled():
             return checkpoint(stage, x, emb, context, use_reentrant=False, preserve_rng_state=False)
         return stage(x, emb, context)

@@ -42,7 +42,6 @@ class AutoencoderTask(pl.LightningModule):
         self.first_stage_model: AutoencoderKL = instantiate(first_stage_config)
         for part in (self.first_stage_model.encoder, self.first_stage_model.quant_conv):
             part.requires_grad_(train_encoder)
-        self.first_stage_model.to(memory_format=torch.channels_last)
         self.learning_rate, self.warmup_steps, self.seed = learning_rate, warmup_steps, seed
         self.kl_weight, self.square_weight = kl_weight, square_weight
 

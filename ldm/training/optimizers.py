@@ -28,13 +28,27 @@ def adamw(
         {"name": name, "lr": lr, "params": [p for p in module.parameters() if p.requires_grad]}
         for name, (module, lr) in parts.items()
     ]
-    return AdamW(
+    optimizer = AdamW(
         [group for group in groups if group["params"]],
         betas=tuple(betas),
         weight_decay=weight_decay,
         eps=eps,
         fused=fused,
     )
+    optimizer.register_load_state_dict_post_hook(lay_out_states)
+    return optimizer
+
+
+def lay_out_states(optimizer: torch.optim.Optimizer) -> None:
+    """Gives loaded states the memory layout of their parameters.
+
+    The fused kernels walk memory and do not look at strides: a checkpoint written while the weights lay in
+    another layout would pair every weight with the moments of another one.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def lr_factor(schedule: LRSchedule, *, warmup_steps: int, max_steps: int) -> Callable[[int], float]:

@@ -33,6 +33,11 @@ def test_shapes_and_factor(ch_mult, factor, embed_dim):
     assert autoencoder.decode(posterior.mean).shape == (2, 3, 16, 24)
 
 
+def test_weights_are_channels_last():
+    kernels = [p for p in build().parameters() if p.ndim == 4 and p.shape[2] == 3]
+    assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+
+
 @torch.no_grad()
 def test_scale_factor_scales_latents_and_nothing_else():
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
