@@ -17,6 +17,8 @@ from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 from ldm.training.optimizers import LRSchedule, adamw, with_schedule
 
+KEPT_CONTEXTS = 1024  # prompts whose context is kept while the text encoder is frozen: 236 KiB each in SD 1.x
+
 
 class LatentDiffusion(pl.LightningModule):
     """UNet, text encoder and frozen autoencoder with the DreamBooth loss (Ruiz et al. 2023, eq. 2).
@@ -80,7 +82,7 @@ class LatentDiffusion(pl.LightningModule):
         self.first_stage_model.requires_grad_(False)
         unet.requires_grad_(train_unet)
         self.cond_stage_model.requires_grad_(train_text_encoder)
-        self.train_text_encoder = train_text_encoder
+        self._contexts: dict[str, Tensor] = {}  # of a frozen text encoder: prompt -> [M, D]
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -97,12 +99,33 @@ class LatentDiffusion(pl.LightningModule):
         return self.first_stage_model.encode(images.to(self.device)).moments.contiguous()
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> context [B, M, D]; equal prompts go through the text encoder once."""
+        """B prompts -> context [B, M, D].
+
+        Equal prompts go through the text encoder once: in a call, or, where it is frozen, in the whole run.
+        """
         unique = list(dict.fromkeys(prompts))
-        ids = self.cond_stage_model.tokenize(unique).to(self.device)
-        rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=self.device)
-        with torch.set_grad_enabled(self.train_text_encoder and torch.is_grad_enabled()):
-            return self.cond_stage_model(ids)[rows]
+        if any(p.requires_grad for p in self.cond_stage_model.parameters()):
+            rows = torch.tensor([unique.index(prompt) for prompt in prompts])
+            return self._contexts_of(unique)[rows.to(self.device, non_blocking=True)]
+        if len(unique) + len(self._contexts) > KEPT_CONTEXTS:
+            self._contexts.clear()
+        new = [prompt for prompt in unique if prompt not in self._contexts]
+        if new:
+            with torch.inference_mode(False), torch.no_grad():  # validation's are used in training too
+                self._contexts |= zip(new, self._contexts_of(new), strict=True)
+        return torch.stack([self._contexts[prompt] for prompt in prompts])
+
+    def _contexts_of(self, prompts: list[str]) -> Tensor:
+        ids = self.cond_stage_model.tokenize(prompts)
+        return self.cond_stage_model(ids.to(self.device, non_blocking=True))
+
+    def on_train_start(self) -> None:
+        """Contexts of other weights are forgotten."""
+        self._contexts.clear()
+
+    def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        """Reads the numbers of the items while they are on the CPU: later that would wait for the device."""
+        return batch | {"keys": item_keys(batch)}
 
     def apply_model(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x: [B, C, h, w], t: [B], context: [B, M, D] -> the UNet's prediction [B, C, h, w]."""
@@ -134,7 +157,8 @@ class LatentDiffusion(pl.LightningModule):
         """Weighted denoising loss of each item -> [B] float32 (Ho et al. 2020, eq. 14)."""
         moments = batch["moments"] if "moments" in batch else self.encode_images(batch["image"])
         posterior = DiagonalGaussian.from_moments(moments.float())
-        draw = ItemDraws(self.seed, batch["item"], batch["is_prior"], device=self.device)
+        keys = batch["keys"] if "keys" in batch else item_keys(batch)
+        draw = ItemDraws(self.seed, keys, device=self.device)
         x0 = posterior.sample(draw.randn("posterior", posterior.mean.shape[1:]))
         noise = draw.randn("noise", x0.shape[1:])
         timesteps = draw.randint("timestep", len(self.alphas_cumprod))
@@ -183,13 +207,17 @@ class LatentDiffusion(pl.LightningModule):
         )
 
 
+def item_keys(batch: dict) -> list[tuple[int, str]]:
+    """(item number, part) of each item of a batch: what names its draws."""
+    parts = ("prior" if prior else "subject" for prior in batch["is_prior"].tolist())
+    return list(zip(batch["item"].tolist(), parts, strict=True))
+
+
 class ItemDraws:
     """The random draws of a batch, each a function of (seed, item number, part, purpose), made on the CPU."""
 
-    def __init__(self, seed: int, items: Tensor, is_prior: Tensor, *, device: torch.device):
-        self.seed, self.device = seed, device
-        parts = ("prior" if prior else "subject" for prior in is_prior.tolist())
-        self.keys = list(zip(items.tolist(), parts, strict=True))
+    def __init__(self, seed: int, keys: Sequence[tuple[int, str]], *, device: torch.device):
+        self.seed, self.keys, self.device = seed, keys, device
 
     def randn(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Standard normal [B, *shape]."""

@@ -1,0 +1,103 @@
+"""A step does no work twice and never waits for the device."""
+
+import pytest
+import torch
+
+from ldm.training import latent_diffusion
+from ldm.training.latent_diffusion import LatentDiffusion
+
+PROMPTS = ["a photo of sks disc", "a photo of a disc", "a photo of sks disc"]
+
+
+def make(tiny_config: dict, tiny_networks: dict, **params) -> LatentDiffusion:
+    module = LatentDiffusion(**tiny_config, seed=7, **params)
+    for name, network in module.networks.items():
+        network.load_state_dict(tiny_networks[name].state_dict())
+    return module
+
+
+def batch_of(first: int) -> dict:
+    generator = torch.Generator().manual_seed(first)
+    return {
+        "moments": torch.rand(3, 8, 8, 8, generator=generator),
+        "caption": PROMPTS,
+        "is_prior": torch.tensor([False, True, False]),
+        "item": torch.arange(first, first + 3),
+    }
+
+
+def count_rows(module: LatentDiffusion) -> list[int]:
+    """Prompts in each pass through the text encoder, from now on."""
+    rows: list[int] = []
+    module.cond_stage_model.register_forward_pre_hook(lambda _, ids: rows.append(len(ids[0])))
+    return rows
+
+
+def test_a_frozen_text_encoder_reads_each_prompt_once(tiny_config: dict, tiny_networks: dict):
+    """Its context is the one that a text encoder which learns would give; so is the loss."""
+    frozen = make(tiny_config, tiny_networks, train_text_encoder=False)
+    plain = make(tiny_config, tiny_networks, train_text_encoder=True)
+    rows = count_rows(frozen)
+    for step in range(3):
+        assert torch.equal(frozen.loss_per_item(batch_of(3 * step)), plain.loss_per_item(batch_of(3 * step)))
+    assert rows == [2]
+    assert torch.equal(frozen.encode_prompts(["new", PROMPTS[1]])[1], plain.encode_prompts(PROMPTS)[1])
+    assert rows == [2, 1]
+    frozen.on_train_start()
+    frozen.encode_prompts(PROMPTS)
+    assert rows == [2, 1, 2]
+
+
+def test_a_learning_text_encoder_reads_each_prompt_once_a_step(tiny_config: dict, tiny_networks: dict):
+    module = make(tiny_config, tiny_networks)
+    rows = count_rows(module)
+    for step in range(2):
+        module.training_step(batch_of(3 * step), step).backward()
+    assert rows == [2, 2]
+    assert any(p.grad is not None for p in module.cond_stage_model.parameters())
+
+
+def test_contexts_kept_by_validation_serve_training(tiny_config: dict, tiny_networks: dict):
+    module = make(tiny_config, tiny_networks, train_text_encoder=False)
+    with torch.inference_mode():
+        module.validation_step(batch_of(0), 0)
+    module.training_step(batch_of(3), 0).backward()
+    assert any(p.grad.any() for p in module.networks["unet"].parameters() if p.grad is not None)
+
+
+def test_contexts_do_not_pile_up(tiny_config: dict, tiny_networks: dict, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(latent_diffusion, "KEPT_CONTEXTS", 4)
+    module = make(tiny_config, tiny_networks, train_text_encoder=False)
+    for k in range(6):
+        alone = module.encode_prompts([f"disc {k}"])
+        assert torch.equal(module.encode_prompts([f"disc {k}", "disc"])[:1], alone)
+        assert len(module._contexts) <= 4
+
+
+@pytest.mark.parametrize("train_text_encoder", [True, False])
+def test_a_step_never_reads_the_device(tiny_config: dict, train_text_encoder: bool):
+    """On the meta device there is nothing to read: `.item()`, `.tolist()` and branches on tensors raise."""
+    with torch.device("meta"):
+        module = LatentDiffusion(**tiny_config, train_text_encoder=train_text_encoder, min_snr_gamma=5.0)
+    module.to("meta")
+    batch = module.on_before_batch_transfer(batch_of(0), 0)
+    there = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}
+    loss = module.training_step(there, 0)
+    loss.backward()
+    assert loss.is_meta
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        loss.item()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_never_waits_for_the_gpu(tiny_config: dict, tiny_networks: dict):
+    module = make(tiny_config, tiny_networks).cuda()
+    batch = module.on_before_batch_transfer(batch_of(0), 0)
+    there = module.transfer_batch_to_device(batch, module.device, 0)
+    module.training_step(there, 0).backward()  # the first step sets kernels up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module.training_step(there, 1).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
