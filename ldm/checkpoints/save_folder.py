@@ -75,7 +75,7 @@ def save_folder(
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder; on leaving without an error it becomes `folder`, which is absent or empty."""
+    """Yields a temporary folder that, on leaving without an error, becomes `folder` (absent or empty)."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         yield temporary

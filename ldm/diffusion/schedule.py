@@ -20,8 +20,9 @@ def make_alphas_cumprod(
     linear_start: float = 0.00085,
     linear_end: float = 0.012,
     timesteps: int = 1000,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Cumulative products of 1 - beta -> [T] float32, computed in float64.
+    """Cumulative products of 1 - beta -> [T], computed in float64 whatever the dtype that is returned.
 
     "scaled_linear": sqrt(beta) grows linearly (Stable Diffusion, whose own code calls this "linear");
     "linear": beta itself does (Ho et al. 2020).
@@ -30,7 +31,7 @@ def make_alphas_cumprod(
     power = 2 if beta_schedule == "scaled_linear" else 1
     start, end = linear_start ** (1 / power), linear_end ** (1 / power)
     betas = torch.linspace(start, end, timesteps, dtype=torch.float64) ** power
-    return torch.cumprod(1 - betas, dim=0).float()
+    return torch.cumprod(1 - betas, dim=0).to(dtype)
 
 
 def snr(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:

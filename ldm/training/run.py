@@ -14,8 +14,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from ldm.checkpoints.layout import split
-from ldm.checkpoints.load import file_hash, load_parts, read_checkpoint
+from ldm.checkpoints.load import file_hash, load_parts, open_model
 from ldm.checkpoints.save import DTYPES
 from ldm.config import instantiate
 from ldm.contact_sheet import contact_sheet, save_picture
@@ -48,17 +47,23 @@ def new_folder(wanted: Path) -> Path:
 
 
 def load_base(networks: Mapping[str, torch.nn.Module], checkpoint: str, parts: Sequence[str] | None) -> str:
-    """Loads the named parts (all of them by default) of a base checkpoint -> the sha256 of its file."""
-    path = find_file(checkpoint)
-    found = split(read_checkpoint(path)[0])
+    """Loads the named parts (all of them by default) of a base model, file or folder -> its sha256.
+
+    A folder's own vocabulary is used, unless the config names one on this machine.
+    """
     names = list(networks) if parts is None else parts
     unknown = [name for name in names if name not in networks]
     if unknown:
         raise UserError(
             f"`{unknown[0]}` is not a network", where="base_parts", remedy=f"Choose {', '.join(networks)}."
         )
-    load_parts({n: networks[n] for n in names}, {n: found.get(n, {}) for n in names}, where=path)
-    return file_hash(path)
+    model = open_model(find_file(checkpoint))
+    found = {name: model.parts.get(name, {}) for name in names}
+    load_parts({name: networks[name] for name in names}, found, where=model.path)
+    text = networks.get("cond_stage")
+    if text is not None and model.tokenizer is not None and not find_file(text.tokenizer_name).is_dir():
+        text.tokenizer_name = str(model.tokenizer)
+    return file_hash(model.path)
 
 
 def find_file(name: str) -> Path:

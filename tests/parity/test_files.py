@@ -1,19 +1,29 @@
 """Model files against the projects that define the formats: diffusers' folders and its reader of SD files."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.checkpoints.load import Model, load_parts, open_model, unfilled
+from ldm.checkpoints.save import save_model
 from ldm.checkpoints.save_folder import save_folder
 from ldm.config import instantiate
+from ldm.diffusion.schedule import make_alphas_cumprod
+from ldm.errors import UserError
 from ldm.pipeline import Text2Image
+from scripts import convert
 
 TOLERANCE = 1e-5  # of the largest output, float32
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -189,3 +199,54 @@ def test_our_folder_is_a_pipeline_that_draws_our_picture(saved, tmp_path):
         theirs, written = load_file(saved / file), load_file(ours / file)
         assert theirs.keys() == written.keys()
         assert all(torch.equal(theirs[key], written[key]) for key in theirs)
+
+
+def test_diffusers_own_reader_of_sd_files_accepts_ours(saved, pipeline, tmp_path):
+    """Our single file through the converters that `from_single_file` runs, back into diffusers' networks."""
+    model = open_model(saved)
+    path = save_model(tmp_path / "sd.safetensors", model.parts, alphas_cumprod=make_alphas_cumprod())
+    file = load_file(path)
+    unet = convert_ldm_unet_checkpoint(dict(file), pipeline.unet.config)
+    assert_equal(unet, pipeline.unet.state_dict())
+    assert_equal(convert_ldm_vae_checkpoint(dict(file), pipeline.vae.config), pipeline.vae.state_dict())
+    text = {name.removeprefix("text_model."): t for name, t in pipeline.text_encoder.state_dict().items()}
+    if model.config["parameterization"] == "eps":
+        prefix = "cond_stage_model.transformer.text_model."
+        theirs = {n.removeprefix(prefix): t for n, t in file.items() if n.startswith(prefix)}
+        theirs.pop("embeddings.position_ids")
+    else:
+        theirs = convert_open_clip_checkpoint(pipeline.text_encoder, dict(file), "cond_stage_model.model.")
+        theirs = {n.removeprefix("text_model."): t for n, t in theirs.items()}
+        theirs = {n: t for n, t in theirs.items() if n in text}  # but the last layer and the projection
+    assert_equal(theirs, text)
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def run_convert(*words: str | Path) -> Path:
+    return convert.main(convert.parse([str(word) for word in words]))
+
+
+def test_files_to_folders_and_back_is_bit_equal(saved, tmp_path):
+    """folder -> .safetensors -> folder -> .ckpt -> .safetensors by the command, schedule and all."""
+    chain = [saved, *(tmp_path / name for name in ("a.safetensors", "b", "c.ckpt", "d.safetensors"))]
+    for source, target in pairwise(chain):
+        assert run_convert(source, target) == target
+    first, last = load_file(chain[1]), load_file(chain[4])
+    assert_equal(last, first)
+    assert len([name for name in first if "." not in name]) == 12
+    for name in ("unet", "vae"):
+        file = f"{name}/diffusion_pytorch_model.safetensors"
+        assert_equal(load_file(chain[2] / file), load_file(saved / file))
+    assert open_model(chain[4]).config["parameterization"] == open_model(saved).config["parameterization"]
+    with pytest.raises(UserError, match="There is something already"):
+        run_convert(chain[4], chain[2])
+
+
+def test_the_command_casts(saved, tmp_path):
+    target = run_convert(saved, tmp_path / "half.safetensors", "--dtype", "fp16")
+    dtypes = {tensor.dtype for name, tensor in load_file(target).items() if "." in name}
+    assert dtypes <= {torch.float16, torch.int64} and torch.float16 in dtypes

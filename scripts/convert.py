@@ -1,0 +1,73 @@
+"""Convert a Stable Diffusion model: python scripts/convert.py SOURCE TARGET.
+
+SOURCE is a .ckpt file, a .safetensors file or a diffusers folder. TARGET is one of these by its suffix;
+without one it is a folder.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+from ldm.checkpoints.geometry import SCHEDULE
+from ldm.checkpoints.load import file_hash, open_model
+from ldm.checkpoints.modelspec import file_metadata
+from ldm.checkpoints.save import DTYPES, save_model
+from ldm.checkpoints.save_folder import check_folder, save_folder
+from ldm.config import load_config, to_plain
+from ldm.diffusion.schedule import make_alphas_cumprod
+from ldm.errors import UserError
+from ldm.models.text_encoder import load_tokenizer
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("source", type=Path, help="model file or diffusers folder")
+    add("target", type=Path, help="NAME.safetensors, NAME.ckpt, or a new folder")
+    add("--dtype", choices=DTYPES, help="of the weights; default: as they are")
+    add("--ema", action="store_true", help="take the averaged weights of the UNet, from a file that has both")
+    add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
+    add("--tokenizer", metavar="FOLDER", help="with vocab.json and merges.txt; default: the model's own")
+    return parser.parse_args(words)
+
+
+def main(options: argparse.Namespace) -> Path:
+    to_folder = options.target.suffix not in (".safetensors", ".ckpt")
+    if to_folder:
+        check_folder(options.target)
+    model = open_model(options.source, ema=options.ema)
+    if options.config:
+        model = replace(model, known=to_plain(load_config([options.config]))["model"]["params"])
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    size = model.size(model.config["parameterization"])
+    if to_folder:
+        name = options.tokenizer or model.config["cond_stage_config"]["params"]["tokenizer"]
+        folder = load_tokenizer(name).name_or_path
+        return save_folder(
+            options.target, model.parts, config=model.config, tokenizer=folder, size=size, dtype=dtype
+        )
+    schedule = {key: model.config[key] for key in SCHEDULE}
+    return save_model(
+        options.target,
+        model.parts,
+        alphas_cumprod=make_alphas_cumprod(**schedule, dtype=torch.float64),
+        dtype=dtype,
+        metadata=file_metadata(model.config, title=options.source.stem, size=size) | dict(model.metadata),
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        written = main(parse(sys.argv[1:]))
+        print(f"{written}\nsha256 {file_hash(written)}")
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
