@@ -14,9 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import instantiate, save_config, to_plain
 from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.images import load_image
 from ldm.data.priors import PriorSet
 from ldm.data.prompts import fill
 from ldm.errors import UserError
+from ldm.evaluation.curves import read_curves
+from ldm.evaluation.report import Report, Row, write_report
 from ldm.pipeline import Text2Image
 from ldm.training import run
 from ldm.training.callbacks import Previews, Speed, peak_memory_mib
@@ -31,6 +34,8 @@ from ldm.training.sampling import (
     text2image,
 )
 from ldm.training.score import Score
+
+SHOWN_PRIORS = 32  # on the report's page
 
 
 def main(config: DictConfig, resume: Path | None = None) -> list[Path]:
@@ -93,7 +98,28 @@ def dreambooth(
         "peak_memory_mib": round(peak_memory_mib(), 1),
         "prior_images": data.num_priors if data.draws_priors else 0,
     }
-    return [sheet, model, run.write_json(folder / "metrics.json", metrics)]
+    run.write_json(folder / "metrics.json", metrics)
+    return [sheet, model, report_on(folder, data, before, after, metrics)]
+
+
+def report_on(
+    folder: Path, data: DreamBoothDataModule, before: run.Rows, after: run.Rows, metrics: dict
+) -> Path:
+    """The run on one page -> report.html."""
+    pairs = zip(before, after, strict=True)
+    steps = {int(path.stem.split("-")[1]): path for path in sorted(folder.glob("samples/step-*.png"))}
+    report = Report(
+        title=f"{folder.name}: {data.subject_prompt}",
+        subject=[load_image(photo.path) for photo in data.subject_photos],
+        priors=[load_image(photo.path) for photo in data.prior_photos[:SHOWN_PRIORS]],
+        rows=[Row(prompt, old, new) for (prompt, old), (_, new) in pairs],
+        figures=metrics,
+        seconds=metrics["seconds"],
+        curves=read_curves(folder / "tensorboard"),
+        config=(folder / "config.yaml").read_text(encoding="utf-8"),
+        previews=[(step, load_image(path)) for step, path in steps.items()],
+    )
+    return write_report(folder / "report.html", report)
 
 
 def priors_of(data: DreamBoothDataModule, draw: Text2Image, plain: dict, *, base_hash: str) -> PriorSet:

@@ -80,6 +80,8 @@ def test_a_run_leaves_its_results_and_a_resumed_one_the_same_weights(job: list[s
     assert {"train/subject_loss", "train/prior_loss", "val/subject_loss", "val/loss"} <= scalars(folder)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["prior_images"] == 3 and set(metrics["seconds"]) >= {"prior_images", "training"}
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "a photo of sks disc" in page and page.count("data:image/") >= 4 + 3 + 4
     names = {p.name for p in (folder / "samples").iterdir()}
     assert names == {"00-00.png", "00-01.png", "contact_sheet.png", "step-000002.png"}
 

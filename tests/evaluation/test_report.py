@@ -1,0 +1,160 @@
+"""The page of a run: whole in itself, everything on it, nothing of it able to break it."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from ldm.evaluation.curves import chart, read_curves, smooth, ticks
+from ldm.evaluation.report import Report, Row, write_report
+
+FIGURES = {
+    "subject_fidelity": 0.87,
+    "prompt_fidelity": 0.94,
+    "class_drift": 0.02,
+    "diversity_ratio": 0.97,
+    "intervals": {"subject_fidelity": [0.84, 0.9]},
+    "base": {"subject_fidelity": 0.31, "prompt_fidelity": 0.97, "class_drift": 0.0, "diversity_ratio": 1.0},
+    "ceiling": {"subject_fidelity": 1.0},
+}
+
+
+class Tags(HTMLParser):
+    """Checks that tags are closed in the order they were opened; collects the pictures' sources."""
+
+    VOID = {"meta", "img", "br", "line", "rect", "polyline"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.sources, self.text = [], [], []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag == "img":
+            self.sources.append(dict(attrs)["src"])
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def pictures(count: int, side: int = 16) -> list[Image.Image]:
+    return [Image.new("RGB", (side, side), (40 * k, 80, 120)) for k in range(count)]
+
+
+def report(**changes) -> Report:
+    fields = {
+        "title": "rex: a photo of sks dog",
+        "subject": pictures(4),
+        "priors": pictures(3),
+        "rows": [Row("a photo of sks dog", pictures(2), pictures(2))],
+        "figures": FIGURES,
+        "seconds": {"prior_images": 12.5, "training": 30.0},
+        "curves": {"train/subject_loss": [(k, 0.3 / (k + 1)) for k in range(40)]},
+        "config": "name: rex\n",
+        "previews": [(100, pictures(1, side=300)[0])],
+    }
+    return Report(**fields | changes)
+
+
+def parsed(path: Path) -> Tags:
+    tags = Tags()
+    tags.feed(path.read_text(encoding="utf-8"))
+    assert tags.open == []
+    return tags
+
+
+def test_the_page_is_whole_in_itself(tmp_path: Path):
+    page = write_report(tmp_path / "report.html", report())
+    tags = parsed(page)
+    assert len(tags.sources) == 4 + 3 + 4 + 1
+    assert all(source.startswith("data:image/") for source in tags.sources)
+    assert not re.search(r"https?://|<script|<link|@import", page.read_text(encoding="utf-8"))
+
+
+def test_pixels_of_small_pictures_are_exact(tmp_path: Path):
+    tags = parsed(write_report(tmp_path / "report.html", report(rows=[], priors=[], previews=[])))
+    shown = [Image.open(io.BytesIO(base64.b64decode(s.split(",")[1]))) for s in tags.sources]
+    assert [image.tobytes() for image in shown] == [image.tobytes() for image in pictures(4)]
+
+
+def test_figures_stand_with_what_they_compare_to(tmp_path: Path):
+    text = " ".join(parsed(write_report(tmp_path / "report.html", report())).text)
+    assert "0.87" in text and "0.84 to 0.90" in text and "base 0.31" in text and "photos 1.00" in text
+    assert "42.5 s" in text  # 12.5 + 30
+
+
+def test_a_run_without_figures_priors_or_previews(tmp_path: Path):
+    page = write_report(tmp_path / "report.html", report(figures={}, priors=[], previews=[], curves={}))
+    text = " ".join(parsed(page).text)
+    assert "Subject fidelity" not in text and "Prior images" not in text and "While it learned" not in text
+
+
+def test_text_cannot_become_markup(tmp_path: Path):
+    evil = '<img src="http://x"> & "quotes"'
+    page = write_report(
+        tmp_path / "report.html",
+        report(title=evil, config=evil, rows=[Row(evil, pictures(1), pictures(1))], previews=[]),
+    )
+    tags = parsed(page)
+    assert all(source.startswith("data:") for source in tags.sources)
+    assert " ".join(tags.text).count(evil) >= 3
+
+
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        (0, 1, [0, 0.5, 1]),
+        (0, 200, [0, 50, 100, 150, 200]),
+        (-0.2, 0.9, [-0.5, 0, 0.5, 1]),
+        (0, 0.0001, None),
+        (0, 7, None),
+    ],
+)
+def test_ticks_are_round_and_enclose(low: float, high: float, expected: list[float] | None):
+    marks = ticks(low, high)
+    assert marks[0] <= low and marks[-1] >= high - 1e-12
+    assert 3 <= len(marks) <= 7
+    if expected is not None:
+        assert marks == pytest.approx(expected)
+
+
+def test_smoothing_keeps_a_line_straight_and_its_length():
+    line = [(k, 2.0 * k) for k in range(20)]
+    assert smooth(line, window=5)[2:-2] == line[2:-2]
+    assert len(smooth(line, window=5)) == 20
+
+
+@pytest.mark.parametrize(
+    "curve", [[(0, 1.0)], [(0, 0.0), (1, 0.0)], [(0, -1.0), (5, float("nan")), (9, 2.0)]], ids=str
+)
+def test_odd_curves_stay_inside_the_chart(curve: list[tuple[int, float]]):
+    groups = re.findall(r'points="([^"]*)"', chart(curve, label="x"))
+    points = [float(number) for group in groups for number in re.split("[ ,]", group)]
+    assert points
+    assert all(0 <= x <= 400 for x in points[::2])
+    assert all(0 <= y <= 190 for y in points[1::2])
+
+
+def test_no_curve_is_no_chart():
+    assert chart([(0, float("inf"))], label="x") == ""
+
+
+def test_a_resumed_runs_files_are_merged_and_the_later_wins(tmp_path: Path):
+    for suffix, start, value in ((".0", 0, 1.0), (".1", 3, 2.0)):
+        writer = SummaryWriter(str(tmp_path), filename_suffix=suffix)
+        for step in range(start, start + 5):
+            writer.add_scalar("train/loss", value, step)
+        writer.close()
+    assert read_curves(tmp_path) == {"train/loss": [(k, 1.0 if k < 3 else 2.0) for k in range(8)]}
