@@ -27,15 +27,17 @@ def mse_per_item(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def min_snr_weights(
-    timesteps: Tensor, alphas_cumprod: Tensor, *, gamma: float, parameterization: str
+    timesteps: Tensor, alphas_cumprod: Tensor, *, gamma: float, parameterization: str, floor: float = 0.0
 ) -> Tensor:
     """Min-SNR-gamma weights of a mean squared error in the network's own target (Hang et al. 2023, sec. 3.4).
 
     timesteps: [B] -> [B] float32: min(SNR, gamma) in terms of x0, divided by SNR for eps and SNR + 1 for v.
+    `floor` is added to the weight in terms of x0: then the noisiest timesteps, which decide what a picture
+    shows at all, are heard too. It is not part of the paper.
     """
     check_parameterization(parameterization)
     ratio = snr(timesteps, alphas_cumprod)
-    x0_weights = ratio.clamp(max=gamma)
+    x0_weights = ratio.clamp(max=gamma) + floor
     return x0_weights / {"x0": 1, "eps": ratio, "v": ratio + 1}[parameterization]
 
 

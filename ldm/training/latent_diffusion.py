@@ -33,6 +33,7 @@ class LatentDiffusion(pl.LightningModule):
         linear_start, linear_end, timesteps, beta_schedule: of the noise schedule.
         prior_loss_weight: lambda of eq. 2; 0 trains without prior preservation.
         min_snr_gamma: weights the loss of every item by min-SNR-gamma; None leaves all timesteps equal.
+        min_snr_floor: added to these weights, in terms of x0 (see `min_snr_weights`).
         train_unet, train_text_encoder: which networks learn.
         learning_rate: of AdamW; `text_encoder_learning_rate` None is the same.
         lr_schedule: after `warmup_steps` optimizer steps constant, or half a cosine down to 0.
@@ -52,6 +53,7 @@ class LatentDiffusion(pl.LightningModule):
         beta_schedule: str = "scaled_linear",
         prior_loss_weight: float = 1.0,
         min_snr_gamma: float | None = None,
+        min_snr_floor: float = 0.0,
         train_unet: bool = True,
         train_text_encoder: bool = True,
         learning_rate: float = 1e-6,
@@ -72,7 +74,8 @@ class LatentDiffusion(pl.LightningModule):
         )
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.parameterization, self.seed = parameterization, seed
-        self.prior_loss_weight, self.min_snr_gamma = prior_loss_weight, min_snr_gamma
+        self.prior_loss_weight = prior_loss_weight
+        self.min_snr_gamma, self.min_snr_floor = min_snr_gamma, min_snr_floor
         self.learning_rate = learning_rate
         self.text_learning_rate = (
             learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
@@ -175,6 +178,7 @@ class LatentDiffusion(pl.LightningModule):
             timesteps,
             self.alphas_cumprod,
             gamma=self.min_snr_gamma,
+            floor=self.min_snr_floor,
             parameterization=self.parameterization,
         )
 

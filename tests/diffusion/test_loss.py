@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.diffusion.loss import dreambooth_loss, min_snr_weights, mse_per_item
-from ldm.diffusion.schedule import add_noise, make_alphas_cumprod, to_x0, training_target
+from ldm.diffusion.schedule import add_noise, make_alphas_cumprod, snr, to_x0, training_target
 from ldm.errors import UserError
 
 ALPHAS = make_alphas_cumprod()
@@ -76,3 +76,14 @@ def test_weights_meet_their_own_items():
     weights = min_snr_weights(timesteps, ALPHAS, gamma=5.0, parameterization="eps")
     loss = dreambooth_loss(weights * torch.ones(4), is_prior, 1.0)
     assert loss.subject.item() == pytest.approx(weights[0].item()) and loss.prior.item() == 1.0
+
+
+def test_a_floor_adds_that_share_of_the_error_in_x0():
+    """floor / SNR times the error in eps is floor times the error in x0, whatever the network predicts."""
+    alphas_cumprod, timesteps = make_alphas_cumprod(), torch.tensor([5, 400, 999])
+    ratio = snr(timesteps, alphas_cumprod)
+    for parameterization, per_x0 in (("eps", ratio), ("v", ratio + 1), ("x0", torch.ones(3))):
+        options = {"gamma": 5.0, "parameterization": parameterization}
+        plain = min_snr_weights(timesteps, alphas_cumprod, **options)
+        raised = min_snr_weights(timesteps, alphas_cumprod, floor=0.1, **options)
+        torch.testing.assert_close((raised - plain) * per_x0, torch.full((3,), 0.1))
