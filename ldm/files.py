@@ -2,10 +2,13 @@
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ldm.errors import UserError
 
 
 @contextmanager
@@ -35,6 +38,20 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_space(folder: Path, needed: int, *, what: str) -> None:
+    """Refuses to begin with `needed` bytes for which there is no room."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        what = f"The disk has {free / 2**30:.2f} GiB free, {what} takes {needed / 2**30:.2f} GiB"
+        raise UserError(what, where=folder, remedy="Free some space, or choose another folder.")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left of unfinished files, here and below; nobody may be writing there."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

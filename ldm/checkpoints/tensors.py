@@ -146,16 +146,17 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]
 def _read_pickle(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Tensors under `state_dict`, where there is one, and the text under `metadata`."""
     mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"  # torch.load goes by that suffix
-    content = _unpickle(path, mapped=mapped)
+    content = unpickle(path, mapped=mapped)
     tensors, metadata = _state_dict(content), content.get("metadata")
     text = metadata.items() if isinstance(metadata, dict) else ()
     text = {name: value for name, value in text if isinstance(value, str)}
     if not mapped:
         return tensors, text
-    return MappedTensors(tensors, lambda: _state_dict(_unpickle(path, mapped=True)).__getitem__), text
+    return MappedTensors(tensors, lambda: _state_dict(unpickle(path, mapped=True)).__getitem__), text
 
 
-def _unpickle(path: Path, *, mapped: bool) -> dict[str, Any]:
+def unpickle(path: Path, *, mapped: bool) -> dict[str, Any]:
+    """The dict in a pickle of tensors and plain values, `mapped` from the disk or read and checked."""
     try:
         with path.open("rb") as file, torch.serialization.safe_globals(INERT):
             content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
