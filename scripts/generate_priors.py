@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from ldm.config import instantiate, to_plain
 from ldm.errors import UserError
+from ldm.training.device import device_of, set_matmul_precision
 from ldm.training.options import parse
 from ldm.training.run import load_base
 from ldm.training.sampling import PriorDrawing, draw_priors, prior_set, text2image
@@ -26,6 +27,8 @@ def main(config: DictConfig) -> Path:
         raise UserError("This config draws no prior images", where="data.params.num_priors")
     module = instantiate(plain["model"])
     base_hash = load_base(module.networks, plain["base_checkpoint"], plain.get("base_parts"))
+    set_matmul_precision(plain.get("matmul_precision", "high"))
+    module.to(device_of(plain["trainer"]))
     drawing = PriorDrawing(**plain.get("priors", {}))
     priors = prior_set(data, drawing, base_sha256=base_hash)
     draw = text2image(module, size=data.size)

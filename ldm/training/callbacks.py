@@ -1,5 +1,6 @@
 """What a run does beside learning: previews, speed, memory and gradient norm."""
 
+import logging
 import resource
 import sys
 import time
@@ -14,7 +15,10 @@ from torch.optim import Optimizer
 
 from ldm.contact_sheet import contact_sheet, save_picture
 from ldm.pipeline import Text2Image
+from ldm.training.device import placed
 from ldm.training.sampling import SampleDrawing, draw_samples
+
+log = logging.getLogger(__name__)
 
 
 class Previews(pl.Callback):
@@ -29,12 +33,43 @@ class Previews(pl.Callback):
         step, done = trainer.global_step, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not done or step % self.drawing.every_steps or not trainer.is_global_zero:
             return
-        sheet = contact_sheet(draw_samples(self.draw, self.drawing, self.prompts))
+        with placed(self.draw.first_stage, module.device):
+            sheet = contact_sheet(draw_samples(self.draw, self.drawing, self.prompts))
         self.folder.mkdir(parents=True, exist_ok=True)
         save_picture(self.folder / f"step-{step:06d}.png", sheet, {"prompts": list(self.prompts)})
         if isinstance(trainer.logger, pl.loggers.TensorBoardLogger):
             board = trainer.logger.experiment
             board.add_image("previews", np.asarray(sheet), step, dataformats="HWC")
+
+
+class AutoencoderAside(pl.Callback):
+    """Where training needs cached latents alone, the autoencoder gives its place on the device up."""
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        module.first_stage_model.cpu()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class FirstStep(pl.Callback):
+    """Says how long the first step took, which holds the compilation where the UNet is compiled."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.said = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: dict, batch_idx: int
+    ) -> None:
+        self.since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: object, batch: dict, batch_idx: int
+    ) -> None:
+        if not self.said:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            log.info("The first step, compilation included, took %.1f s", time.perf_counter() - self.since)
+            self.said = True
 
 
 class Speed(pl.Callback):
@@ -56,9 +91,10 @@ class Speed(pl.Callback):
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         gradients = [p.grad for p in parameters if p.grad is not None]
         now = time.perf_counter()
+        if gradients:  # there are none where the optimizer steps in the backward pass
+            module.log("train/grad_norm", get_total_norm(gradients))
         module.log_dict(
             {
-                "train/grad_norm": get_total_norm(gradients),
                 "train/images_per_second": self.images / (now - self.since),
                 "train/peak_memory_mib": peak_memory_mib(),
             }

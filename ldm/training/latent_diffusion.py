@@ -1,7 +1,8 @@
 """DreamBooth's training step: `LatentDiffusion` holds the networks under the names of released files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -15,8 +16,9 @@ from ldm.diffusion.schedule import add_noise, make_alphas_cumprod, training_targ
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
-from ldm.training.optimizers import LRSchedule, adamw, with_schedule
+from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
 
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 KEPT_CONTEXTS = 1024  # prompts whose context is kept while the text encoder is frozen: 236 KiB each in SD 1.x
 
 
@@ -36,7 +38,11 @@ class LatentDiffusion(pl.LightningModule):
         min_snr_floor: added to these weights, in terms of x0 (see `min_snr_weights`).
         train_unet, train_text_encoder: which networks learn.
         learning_rate: of AdamW; `text_encoder_learning_rate` None is the same.
+        optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
+            bfloat16 and rounds their updates stochastically.
+        step_in_backward: each weight learns as soon as its gradient is there, which is then freed.
         lr_schedule: after `warmup_steps` optimizer steps constant, or half a cosine down to 0.
+        compile: mode in which torch.compile translates the UNet, once for each batch size that it meets.
         seed: of the run; all draws follow from it and the item's number.
     """
 
@@ -62,6 +68,9 @@ class LatentDiffusion(pl.LightningModule):
         betas: Sequence[float] = (0.9, 0.999),
         lr_schedule: LRSchedule = "constant",
         warmup_steps: int = 0,
+        optimizer: OptimizerName = "adamw",
+        step_in_backward: bool = False,
+        compile: CompileMode | None = None,
         seed: int = 23,
     ):
         super().__init__()
@@ -85,6 +94,12 @@ class LatentDiffusion(pl.LightningModule):
         self.first_stage_model.requires_grad_(False)
         unet.requires_grad_(train_unet)
         self.cond_stage_model.requires_grad_(train_text_encoder)
+        self.optimizer, self.step_in_backward = optimizer, step_in_backward
+        if optimizer == "adamw_bf16":
+            unet.to(torch.bfloat16)
+            self.cond_stage_model.to(torch.bfloat16)
+        if compile is not None:
+            unet.compile(mode=compile, dynamic=False)
         self._contexts: dict[str, Tensor] = {}  # of a frozen text encoder: prompt -> [M, D]
 
     @property
@@ -132,7 +147,9 @@ class LatentDiffusion(pl.LightningModule):
 
     def apply_model(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x: [B, C, h, w], t: [B], context: [B, M, D] -> the UNet's prediction [B, C, h, w]."""
-        return self.model["diffusion_model"](x, t, context)
+        unet = self.model["diffusion_model"]
+        dtype = next(unet.parameters()).dtype
+        return unet(x.to(dtype), t, context.to(dtype))
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         loss = self._log_loss(batch, "train")
@@ -182,12 +199,28 @@ class LatentDiffusion(pl.LightningModule):
             parameterization=self.parameterization,
         )
 
+    def check(self, trainer: Mapping[str, Any]) -> None:
+        """Refuses a Trainer, given by its arguments, with which this optimizer cannot work."""
+        check_optimizer(
+            name=self.optimizer,
+            step_in_backward=self.step_in_backward,
+            accumulate=trainer.get("accumulate_grad_batches", 1),
+            clip=trainer.get("gradient_clip_val"),
+            precision=trainer.get("precision"),
+            processes=trainer.get("world_size", 1),
+        )
+
     def configure_optimizers(self) -> dict:
+        settings = ("accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
+        self.check({name: getattr(self.trainer, name) for name in settings})
         optimizer = adamw(
             {
                 "unet": (self.model["diffusion_model"], self.learning_rate),
                 "text_encoder": (self.cond_stage_model, self.text_learning_rate),
             },
+            name=self.optimizer,
+            step_in_backward=self.step_in_backward,
+            seed=self.seed,
             betas=self.betas,
             weight_decay=self.weight_decay,
             fused=self.trainer.precision != "16-mixed",  # there the scaler must see the gradients first

@@ -1,42 +1,88 @@
 """AdamW over parameter groups, and learning-rate schedules."""
 
+import importlib.util
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldm.errors import UserError
+from ldm.training.low_memory import AdamWBF16, StepInBackward
+
 LRSchedule = Literal["constant", "cosine"]
+OptimizerName = Literal["adamw", "adamw_8bit", "adamw_bf16"]
+Parts = Mapping[str, tuple[nn.Module, float]]  # name -> (module, learning rate)
 
 
 def adamw(
-    parts: Mapping[str, tuple[nn.Module, float]],
+    parts: Parts,
     *,
+    name: OptimizerName = "adamw",
+    step_in_backward: bool = False,
     betas: Sequence[float] = (0.9, 0.999),
     weight_decay: float = 0.01,
-    eps: float = 1e-8,
     fused: bool = True,
-) -> AdamW:
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2), one group per part: name -> (module, learning rate).
+    seed: int = 0,
+) -> Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), one parameter group per part that learns.
 
-    Frozen parameters are left out. `fused` updates all tensors of a group in one pass.
+    "adamw": float32 states, 8 bytes a weight; `fused` updates all tensors of a group in one pass.
+    "adamw_8bit": 2 bytes a weight, bitsandbytes. "adamw_bf16": 4 bytes, for bfloat16 weights; `seed` rounds.
     """
+    options = {"betas": tuple(betas), "weight_decay": weight_decay, "eps": 1e-8}
+    seeds = itertools.count(seed)
+
+    def make(groups: list[dict]) -> Optimizer:
+        if name == "adamw_bf16":
+            return AdamWBF16(groups, **options, seed=next(seeds))
+        if name == "adamw_8bit":
+            import bitsandbytes  # an extra: only here, where it is asked for
+
+            return bitsandbytes.optim.AdamW8bit(groups, **options)
+        return AdamW(groups, **options, fused=fused)
+
     groups = [
-        {"name": name, "lr": lr, "params": [p for p in module.parameters() if p.requires_grad]}
-        for name, (module, lr) in parts.items()
+        {"name": part, "lr": lr, "params": [p for p in module.parameters() if p.requires_grad]}
+        for part, (module, lr) in parts.items()
     ]
-    optimizer = AdamW(
-        [group for group in groups if group["params"]],
-        betas=tuple(betas),
-        weight_decay=weight_decay,
-        eps=eps,
-        fused=fused,
-    )
-    optimizer.register_load_state_dict_post_hook(lay_out_states)
+    groups = [group for group in groups if group["params"]]
+    optimizer = StepInBackward(groups, make) if step_in_backward else make(groups)
+    if name != "adamw_8bit":
+        optimizer.register_load_state_dict_post_hook(lay_out_states)
     return optimizer
+
+
+def check_optimizer(
+    *,
+    name: OptimizerName,
+    step_in_backward: bool,
+    accumulate: int,
+    clip: float | None,
+    precision: str | int | None,
+    processes: int,
+) -> None:
+    """Refuses what cannot work together, or is not installed; `clip`, `precision` as a Trainer has them."""
+    if name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        remedy = 'Install it with `pip install -e ".[8bit]"`, or set model.params.optimizer=adamw.'
+        raise UserError("8-bit AdamW needs bitsandbytes, which is not installed", remedy=remedy)
+    if not step_in_backward:
+        return
+    refused = {
+        "trainer.accumulate_grad_batches": accumulate > 1,
+        "trainer.gradient_clip_val": bool(clip),
+        "trainer.precision": str(precision).startswith("16"),
+        "trainer.devices": processes > 1,
+    }
+    for key in (key for key, present in refused.items() if present):
+        remedy = f"Take {key} off, or set model.params.step_in_backward=false."
+        raise UserError(
+            "Steps in the backward pass never see all gradients at once", where=key, remedy=remedy
+        )
 
 
 def lay_out_states(optimizer: torch.optim.Optimizer) -> None:

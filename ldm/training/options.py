@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from ldm import config as configs
 from ldm.errors import UserError
+from ldm.training.device import MatmulPrecision
 from ldm.training.run import Export
 from ldm.training.sampling import PriorDrawing, SampleDrawing
 
@@ -28,6 +29,8 @@ SECTIONS = {
     "base_checkpoint": str | None,
     "base_parts": list[str] | None,
     "ema_decay": float | None,
+    "ema_device": str | None,
+    "matmul_precision": MatmulPrecision,
     "checkpoint_every": int,
     "model": dict,
     "data": dict,

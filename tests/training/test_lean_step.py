@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from ldm.errors import UserError
 from ldm.training import latent_diffusion
+from ldm.training.callbacks import AutoencoderAside
+from ldm.training.device import device_of, placed
 from ldm.training.latent_diffusion import LatentDiffusion
 
 PROMPTS = ["a photo of sks disc", "a photo of a disc", "a photo of sks disc"]
@@ -101,3 +104,41 @@ def test_a_step_never_waits_for_the_gpu(tiny_config: dict, tiny_networks: dict):
         module.training_step(there, 1).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_bfloat16_weights_learn_through_the_same_step(tiny_config: dict, tiny_networks: dict):
+    """The loss is float32's to bfloat16's rounding; schedule, draws and the autoencoder stay float32."""
+    exact = make(tiny_config, tiny_networks)
+    rounded = make(tiny_config, tiny_networks, optimizer="adamw_bf16", step_in_backward=True)
+    assert {p.dtype for name in ("unet", "cond_stage") for p in rounded.networks[name].parameters()} == {
+        torch.bfloat16
+    }
+    assert rounded.alphas_cumprod.dtype == next(rounded.first_stage_model.parameters()).dtype == torch.float32
+    torch.testing.assert_close(
+        rounded.loss_per_item(batch_of(0)), exact.loss_per_item(batch_of(0)), rtol=0.02, atol=0
+    )
+
+
+def test_a_trainer_that_clips_is_refused_before_any_work(tiny_config: dict):
+    module = LatentDiffusion(**tiny_config, step_in_backward=True)
+    module.check({"max_steps": 3})
+    with pytest.raises(UserError, match="gradient_clip_val"):
+        module.check({"gradient_clip_val": 1.0})
+
+
+def test_where_a_trainer_computes():
+    here = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert device_of({}).type == here
+    assert device_of({"accelerator": "cpu", "devices": 2}) == torch.device("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_autoencoder_comes_back_for_pictures_only(tiny_config: dict):
+    module = LatentDiffusion(**tiny_config).cuda()
+    AutoencoderAside().on_fit_start(None, module)
+    assert {p.device.type for p in module.first_stage_model.parameters()} == {"cpu"}
+    with placed(module.first_stage_model, module.device):
+        assert {p.device.type for p in module.first_stage_model.parameters()} == {"cuda"}
+    assert {p.device.type for p in module.first_stage_model.parameters()} == {"cpu"}
+    assert {p.device.type for p in module.cond_stage_model.parameters()} == {"cuda"}

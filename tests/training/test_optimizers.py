@@ -1,10 +1,14 @@
 """Optimizers: what they promise is checked step for step against plain AdamW."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.training.optimizers import adamw
+from ldm.errors import UserError
+from ldm.training.low_memory import round_into
+from ldm.training.optimizers import adamw, check_optimizer
 
 
 def network(layout: torch.memory_format = torch.channels_last) -> nn.Module:
@@ -42,3 +46,120 @@ def test_states_of_another_layout_resume_as_if_never_stopped(fused: bool):
     resumed = train(after, second, steps=range(2, 4))
     for a, b in zip(resumed, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_in_the_backward_pass_are_those_after_it():
+    """Bit for bit, the learning rate changing; no gradient stays; states go from one way to the other."""
+
+    def run(in_backward: list[bool]) -> tuple[dict, dict]:
+        weights, state = network().state_dict(), None
+        for half, chosen in enumerate(in_backward):
+            net = network()  # one that no earlier optimizer steps
+            net.load_state_dict(weights)
+            optimizer = adamw({"net": (net, 1e-2)}, step_in_backward=chosen)
+            if state is not None:
+                optimizer.load_state_dict(state)
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + half)
+            train(net, optimizer, steps=range(2 * half, 2 * half + 2))
+            assert all((p.grad is None) == chosen for p in net.parameters())
+            weights, state = net.state_dict(), optimizer.state_dict()
+        return weights, state
+
+    plain, state = run([False, False])
+    for ways in ([True, True], [True, False], [False, True]):
+        weights, other = run(ways)
+        assert all(torch.equal(weights[name], plain[name]) for name in plain), ways
+        assert other["state"].keys() == state["state"].keys()
+        assert all(torch.equal(other["state"][k]["exp_avg"], v["exp_avg"]) for k, v in state["state"].items())
+
+
+def test_steps_in_the_backward_pass_run_lightnings_closure():
+    net = network()
+    optimizer = adamw({"net": (net, 1e-2)}, step_in_backward=True)
+    before = [p.detach().clone() for p in net.parameters()]
+
+    def closure() -> Tensor:
+        loss = net(torch.ones(1, 3, 4, 4)).square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > 0
+    assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("value", [1.0 + 2**-10, -3.0 * (1 + 2**-9), 1e-30, 2**-7])
+def test_rounding_is_right_on_average_and_goes_to_a_neighbour(value: float):
+    """The mean of n draws is within 5 standard errors; values that bfloat16 has are kept."""
+    n = 100_000
+    rounded = torch.empty(n, dtype=torch.bfloat16)
+    round_into(rounded, torch.full((n,), value), torch.Generator().manual_seed(0))
+    found = rounded.double().unique()
+    exact = torch.tensor(value, dtype=torch.float32).double()
+    assert len(found) <= 2 and found.min() <= exact <= found.max()
+    gap = found.max() - found.min()
+    assert (rounded.double().mean() - exact).abs() <= 5 * 0.5 * gap / n**0.5
+    assert (gap == 0) == (value == 2**-7)
+
+
+def test_bf16_weights_follow_float32_where_rounding_to_the_nearest_stands_still():
+    """Updates of 1/64 of bfloat16's spacing: the mean weight moves as float32's, within 5 standard errors."""
+    n, steps, lr = 20_000, 20, 2**-13
+    exact, rounded = (nn.Linear(n, 1, bias=False, dtype=d) for d in (torch.float32, torch.bfloat16))
+    kinds = {"adamw": exact, "adamw_bf16": rounded}
+    for name, layer in kinds.items():
+        nn.init.constant_(layer.weight, 1.5)
+        optimizer = adamw({"net": (layer, lr)}, name=name, weight_decay=0.0)
+        for _ in range(steps):
+            layer.weight.grad = torch.ones_like(layer.weight)
+            optimizer.step()
+    moved = 1.5 - exact.weight.mean().item()
+    assert moved == pytest.approx(steps * lr, rel=1e-3)
+    spread = 2**-7 * 0.5 / n**0.5
+    assert 1.5 - rounded.weight.double().mean().item() == pytest.approx(moved, abs=5 * spread)
+    assert torch.tensor(1.5 - lr).bfloat16() == 1.5
+    again = nn.Linear(n, 1, bias=False, dtype=torch.bfloat16)
+    nn.init.constant_(again.weight, 1.5)
+    half = adamw({"net": (again, lr)}, name="adamw_bf16", weight_decay=0.0)
+    for step in range(steps):
+        if step == steps // 2:  # resuming repeats the rounding
+            state, half = half.state_dict(), adamw({"net": (again, lr)}, name="adamw_bf16", weight_decay=0.0)
+            half.load_state_dict(state)
+        again.weight.grad = torch.ones_like(again.weight)
+        half.step()
+    assert torch.equal(again.weight, rounded.weight)
+
+
+def test_bf16_states_take_6_bytes_a_weight():
+    net = network().bfloat16()
+    optimizer = adamw({"net": (net, 1e-3)}, name="adamw_bf16", step_in_backward=True)
+    net(torch.ones(1, 3, 4, 4, dtype=torch.bfloat16)).square().mean().backward()
+    tensors = [
+        value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+    ]
+    count = sum(p.numel() for p in net.parameters())
+    assert sum(t.nbytes for t in [*tensors, *net.parameters()]) == 6 * count
+
+
+GOOD = {"name": "adamw", "accumulate": 1, "clip": None, "precision": "bf16-mixed", "processes": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"accumulate": 2}, "accumulate_grad_batches"),
+        ({"clip": 1.0}, "gradient_clip_val"),
+        ({"precision": "16-mixed"}, "precision"),
+        ({"processes": 2}, "devices"),
+    ],
+)
+def test_what_needs_all_gradients_at_once_is_refused(change: dict, key: str):
+    check_optimizer(**GOOD, step_in_backward=True)
+    check_optimizer(**{**GOOD, **change}, step_in_backward=False)
+    with pytest.raises(UserError, match=key):
+        check_optimizer(**{**GOOD, **change}, step_in_backward=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_8_bit_without_bitsandbytes_says_how_to_get_it():
+    with pytest.raises(UserError, match=r"bitsandbytes.*\[8bit\]"):
+        check_optimizer(**{**GOOD, "name": "adamw_8bit"}, step_in_backward=False)

@@ -1,0 +1,42 @@
+"""Where a run computes: the device of its networks from the first prior image to the last sample."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+MatmulPrecision = Literal["highest", "high", "medium"]
+
+
+def device_of(trainer: Mapping[str, Any]) -> torch.device:
+    """The device that a Trainer of this config will train on, in this process."""
+    accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        return torch.device("cuda", devices[rank] if isinstance(devices, list) else rank)
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def set_matmul_precision(precision: MatmulPrecision) -> None:
+    """How exact float32 products are on a GPU: "high" is TF32, 10 bits of mantissa, several times as fast.
+
+    A CPU computes in full precision whatever is asked for.
+    """
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def placed(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """The network lies on `device` inside, and where it was afterwards."""
+    before = next(network.parameters()).device
+    network.to(device)
+    try:
+        yield
+    finally:
+        network.to(before)
