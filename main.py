@@ -7,6 +7,9 @@ Files are merged from left to right, then the overrides.
 
 import logging
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -21,8 +24,10 @@ from ldm.errors import UserError
 from ldm.evaluation.curves import read_curves
 from ldm.evaluation.report import Report, Row, write_report
 from ldm.pipeline import Text2Image
-from ldm.training import run
-from ldm.training.callbacks import Previews, Speed, peak_memory_mib
+from ldm.training import ranks, run
+from ldm.training.callbacks import AutoencoderAside, FirstStep, Previews, Speed, peak_memory_mib
+from ldm.training.device import device_of, set_matmul_precision
+from ldm.training.folder import claimed, folder_of
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.options import parse
 from ldm.training.sampling import (
@@ -34,13 +39,20 @@ from ldm.training.sampling import (
     text2image,
 )
 from ldm.training.score import Score
+from ldm.training.signals import stop_at_once
 
+# The sections that `run.fit` takes
+TRAINING = ("trainer", "logger", "ema_decay", "ema_device", "checkpoint_every", "checkpoints_kept")
 SHOWN_PRIORS = 32  # on the report's page
 
 
-def main(config: DictConfig, resume: Path | None = None) -> list[Path]:
-    """Runs the job that `config` describes, or continues the one in `resume` -> the paths it leaves."""
+def main(config: DictConfig, resume: str | None = None, *, allow_config_change: bool = False) -> list[Path]:
+    """Runs the job that `config` describes, or continues the one in `resume` -> the paths it leaves.
+
+    "auto" continues the newest unfinished run of the config's name, if there is one.
+    """
     plain = to_plain(config)
+    plain["trainer"] = ranks.join(plain["trainer"])
     data = instantiate(plain["data"])
     if isinstance(data, DreamBoothDataModule):
         data.check()
@@ -51,18 +63,31 @@ def main(config: DictConfig, resume: Path | None = None) -> list[Path]:
             where=base,
             remedy="Name one with --actual_resume FILE; README says how the storybook's is trained.",
         )
-    folder = resume or run.new_folder(Path("logs") / plain["name"])
-    save_config(config, folder / "config.yaml")
     pl.seed_everything(plain["seed"], verbose=False)
+    set_matmul_precision(plain.get("matmul_precision", "high"))
     module = instantiate(plain["model"])
+    if isinstance(module, LatentDiffusion):
+        module.check(plain["trainer"])
+    folder = ranks.by_first(
+        lambda: folder_of(to_plain(config), resume, allow_config_change=allow_config_change)
+    )
+    with claimed(folder) if ranks.rank() == 0 else nullcontext():
+        save_config(config, folder / "config.yaml")
+        return work(module, data, plain, folder)
+
+
+def work(module: pl.LightningModule, data: pl.LightningDataModule, plain: dict, folder: Path) -> list[Path]:
+    """Fills the networks from the base, trains, exports -> the paths that rank 0 leaves."""
+    base = plain.get("base_checkpoint")
     if base:
         base_hash = run.load_base(module.networks, base, plain.get("base_parts"))
+        module.to(device_of(plain["trainer"]))
         if isinstance(module, LatentDiffusion):
             data.attach(encode=module.encode_images, vae_hash=base_hash)
     if isinstance(data, DreamBoothDataModule):
         return dreambooth(module, data, plain, folder, base_hash=base_hash if base else "")
     run.fit(module, data, folder=folder, callbacks=[Speed()], **training_options(plain))
-    return [export(module, plain, folder)]
+    return [] if ranks.rank() else [export(module, plain, folder)]
 
 
 def dreambooth(
@@ -77,16 +102,22 @@ def dreambooth(
     with watch("prior_images"):
         priors = priors_of(data, draw, plain, base_hash=base_hash) if data.draws_priors else None
     data.attach(encode=module.encode_images, vae_hash=base_hash, priors=priors)
+    first = ranks.rank() == 0
     with watch("samples_before"):
-        before = draw_samples(draw, samples, prompts, progress=True)
+        before = pictures_before(draw, samples, prompts, folder) if first else []
     with watch("figures_before"):
-        score.before()
-    callbacks = [Speed()]
+        if first:
+            score.before()
+    callbacks = [Speed(), FirstStep()]
+    if data.cache_latents:
+        callbacks.append(AutoencoderAside())
     if samples.every_steps:
         callbacks.append(Previews(draw, samples, prompts, folder / "samples"))
     with watch("training"):
         run.fit(module, data, folder=folder, callbacks=callbacks, **training_options(plain))
-    model = export(module, plain, folder, size=data.size)
+    if not first:
+        return []
+    model = export(module, plain, folder, words=data.words, base_hash=base_hash)
     with watch("samples_after"):
         after = draw_samples(draw, samples, prompts, progress=True)
     with watch("figures_after"):
@@ -100,6 +131,20 @@ def dreambooth(
     }
     run.write_json(folder / "metrics.json", metrics)
     return [sheet, model, report_on(folder, data, before, after, metrics)]
+
+
+def pictures_before(
+    draw: Text2Image, samples: SampleDrawing, prompts: Sequence[str], folder: Path
+) -> run.Rows:
+    """What the untouched base draws; a run that is taken up has these pictures already."""
+    kept, settings = folder / "samples" / "before", asdict(samples)
+    for other in ("prompts", "n", "every_steps", "batch_size"):
+        del settings[other]
+    rows = run.load_rows(kept, prompts, samples.n, settings)
+    if rows is None:
+        rows = draw_samples(draw, samples, prompts, progress=True)
+        run.save_rows(kept, rows, settings)
+    return rows
 
 
 def report_on(
@@ -132,24 +177,35 @@ def priors_of(data: DreamBoothDataModule, draw: Text2Image, plain: dict, *, base
 
 def training_options(plain: dict) -> dict:
     """The sections of the config that `run.fit` takes."""
-    return {key: plain[key] for key in ("trainer", "logger", "ema_decay", "checkpoint_every") if key in plain}
+    return {key: plain[key] for key in TRAINING if key in plain}
 
 
-def export(module: pl.LightningModule, plain: dict, folder: Path, *, size: int | None = None) -> Path:
-    options = run.Export(**plain.get("export", {}))
-    params = plain["model"]["params"]
-    size = size or plain["data"]["params"].get("size", 64)
-    return run.export(module, folder / "model.safetensors", params=params, size=size, dtype=options.dtype)
+def export(
+    module: pl.LightningModule, plain: dict, folder: Path, *, words: dict | None = None, base_hash: str = ""
+) -> Path:
+    """The model file of a run; `words` are the {identifier} and {class_word} that it was taught."""
+    return run.export(
+        module,
+        folder / "model.safetensors",
+        size=plain["data"]["params"].get("size", 64),
+        dtype=run.Export(**plain.get("export", {})).dtype,
+        training=plain,
+        trigger_phrase=fill("{identifier} {class_word}", **words) if words else None,
+        base_sha256=base_hash or None,
+    )
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    stop_at_once()
     try:
         config, options = parse(sys.argv[1:], description=__doc__)
         if options.dry_run:
             print(OmegaConf.to_yaml(config, resolve=True))
         else:
-            print(*main(config, options.resume), sep="\n")
+            ranks.launch(config.trainer)
+            left = main(config, options.resume, allow_config_change=options.allow_config_change)
+            print(*left, sep="\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -22,7 +22,7 @@ SCHEDULE = {
     "timesteps": 1000,
 }
 SD1 = {  # what shapes cannot tell: the defaults of the three networks
-    "unet": {"num_heads": 8, "num_head_channels": None, "num_groups": 32, "use_checkpoint": False},
+    "unet": {"num_heads": 8, "num_head_channels": None, "num_groups": 32},
     "first_stage": {"scale_factor": 0.18215, "num_groups": 32},
     "cond_stage": {
         "num_attention_heads": 12,
@@ -32,7 +32,6 @@ SD1 = {  # what shapes cannot tell: the defaults of the three networks
         "bos_token_id": 49406,
         "eos_token_id": 49407,
         "pad_token_id": None,
-        "use_checkpoint": False,
     },
 }
 SD2 = SD1 | {

@@ -17,6 +17,8 @@ OTHER_ARCHITECTURE = "latent-diffusion"
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v"}
 IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"  # whose tensor names the file has
 CLIP_VOCABULARY = 49408
+PRIVATE = ("_root", "folder", "cache", "base_checkpoint")  # ends of keys that hold somebody's paths
+SAID = "_config"  # end of the keys of networks, which `ldm.config` holds
 
 
 def file_metadata(
@@ -53,8 +55,14 @@ def file_metadata(
     if base_sha256 is not None:
         about["ldm.base_sha256"] = base_sha256
     if training is not None:
-        about["ldm.training"] = json.dumps(training)
+        about["ldm.training"] = json.dumps(_shareable(training))
     return about
+
+
+def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config without the paths of somebody's machine."""
+    kept = {key: value for key, value in config.items() if not key.endswith((*PRIVATE, SAID))}
+    return {key: _shareable(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,26 +15,33 @@ from tqdm import tqdm
 from ldm.data.images import to_tensor
 from ldm.data.latents import Encode
 from ldm.randomness import generator
-from ldm.storybook.world import caption, draw, sample_scene
+from ldm.storybook.world import caption, draw, full_caption, sample_scene
 
 BOOK = 1_000_000_000  # drawings of one seed; seeds never share a drawing
 
 
 class StorybookDataset(Dataset):
-    """Drawing k: {"image" [3, size, size] in [-1, 1], "caption", "labels" {attribute: index}, "item" k}."""
+    """Drawing k: {"image" [3, size, size] in [-1, 1], "caption", "labels" {attribute: index}, "item" k}.
 
-    def __init__(self, *, size: int = 64, seed: int = 0, rare_word_share: float = 0.15):
-        self.size, self.seed, self.rare_word_share = size, seed, rare_word_share
+    Without `pictures` only what is said of it: "full_caption" in place of "image".
+    """
+
+    def __init__(
+        self, *, size: int = 64, seed: int = 0, rare_word_share: float = 0.15, pictures: bool = True
+    ):
+        self.size, self.seed, self.rare_word_share, self.pictures = size, seed, rare_word_share, pictures
 
     def __getitem__(self, k: int) -> dict[str, Tensor | str | dict[str, int] | int]:
         scene = sample_scene(self.seed * BOOK + k)
-        return {
-            "image": to_tensor(draw(scene, size=self.size)),
+        item = {
             "caption": caption(scene, seed=scene.seed, rare_word_share=self.rare_word_share),
             "labels": scene.labels(),
             "item": k,
             "is_prior": False,
         }
+        if self.pictures:
+            return item | {"image": to_tensor(draw(scene, size=self.size))}
+        return item | {"full_caption": full_caption(scene)}
 
 
 class StorybookLatents(Dataset):
@@ -71,6 +78,7 @@ class StorybookDataModule(pl.LightningDataModule):
         batch_size: drawings per step and device.
         seed: of the book; validation reads the book of `seed + 1`.
         rare_word_share: share of captions that name the individual by a meaningless word.
+        pictures: False gives the captions alone.
         encoded_length: number of different drawings, encoded once by the VAE that `attach` hands over;
             None draws endlessly and gives pictures.
         caption_dropout: share of encoded items with an empty caption.
@@ -86,6 +94,7 @@ class StorybookDataModule(pl.LightningDataModule):
         batch_size: int = 16,
         seed: int = 0,
         rare_word_share: float = 0.15,
+        pictures: bool = True,
         encoded_length: int | None = None,
         caption_dropout: float = 0.1,
         cache: str | None = None,
@@ -96,8 +105,9 @@ class StorybookDataModule(pl.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.encoded_length, self.validation_items = encoded_length, validation_items
         self.caption_dropout, self.cache = caption_dropout, cache and Path(cache)
-        self.train_set: Dataset = StorybookDataset(size=size, seed=seed, rare_word_share=rare_word_share)
-        self.validation_set = StorybookDataset(size=size, seed=seed + 1, rare_word_share=rare_word_share)
+        drawings = {"size": size, "rare_word_share": rare_word_share, "pictures": pictures}
+        self.train_set: Dataset = StorybookDataset(seed=seed, **drawings)
+        self.validation_set = StorybookDataset(seed=seed + 1, **drawings)
         self.start_step = 0  # optimizer steps already done: set it before training to resume
         self.attach()
 

@@ -161,6 +161,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def _log_loss(self, batch: dict, stage: str) -> DreamBoothLoss:
         per_item = self.loss_per_item(batch)
+        self.item_losses = per_item.detach()
         loss = dreambooth_loss(per_item, batch["is_prior"], self.prior_loss_weight)
         self.log_dict(
             {
@@ -170,6 +171,7 @@ class LatentDiffusion(pl.LightningModule):
             },
             prog_bar=True,
             batch_size=len(per_item),
+            sync_dist=True,  # the mean over processes
         )
         return loss
 

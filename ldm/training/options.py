@@ -32,6 +32,7 @@ SECTIONS = {
     "ema_device": str | None,
     "matmul_precision": MatmulPrecision,
     "checkpoint_every": int,
+    "checkpoints_kept": int,
     "model": dict,
     "data": dict,
     "priors": PriorDrawing,
@@ -50,7 +51,13 @@ def parse(argv: Sequence[str], *, description: str) -> tuple[DictConfig, argpars
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("-b", "--base", nargs="+", default=[], metavar="YAML", help="configs to merge")
-    parser.add_argument("-r", "--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    parser.add_argument(
+        "-r",
+        "--resume",
+        metavar="RUN",
+        help="continue the run in this folder; auto: the newest unfinished one of this name, else a new one",
+    )
+    parser.add_argument("--allow_config_change", action="store_true", help="continue it with another config")
     parser.add_argument("--dry_run", action="store_true", help="print the merged config and stop")
     for flag, key in ALIASES.items():
         short = [f"-{flag[0]}"] if flag in ("name", "seed") else []
@@ -61,8 +68,8 @@ def parse(argv: Sequence[str], *, description: str) -> tuple[DictConfig, argpars
     if unknown:
         raise UserError(f"`{unknown[0]}` is not an option", remedy="Write overrides as `key.sub=value`.")
     paths = [word for word in words if "=" not in word]
-    if options.resume:
-        paths = [options.resume / "config.yaml", *paths]
+    if options.resume not in (None, "auto"):
+        paths = [Path(options.resume) / "config.yaml", *paths]
     if not paths:
         raise UserError("No config is given", remedy="Try `--base configs/dreambooth.yaml`.")
     given = {key: getattr(options, flag) for flag, key in ALIASES.items()}

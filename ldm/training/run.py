@@ -1,6 +1,7 @@
-"""One run: its folder, its base weights, training with resume, the model file and the pictures it leaves."""
+"""One run: its base weights, training with resume, the model file and the pictures it leaves."""
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,20 +12,25 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from ldm.checkpoints.geometry import model_config
 from ldm.checkpoints.load import file_hash, load_parts, open_model
+from ldm.checkpoints.modelspec import file_metadata
 from ldm.checkpoints.save import DTYPES
+from ldm.checkpoints.tensors import unpickle
 from ldm.config import instantiate
 from ldm.contact_sheet import contact_sheet, save_picture
 from ldm.errors import UserError
-from ldm.files import atomic_write
+from ldm.files import atomic_write, require_space
+from ldm.training import ranks
+from ldm.training.checkpoints import Checkpoints, WholeFiles
+from ldm.training.guard import NonFiniteGuard
+from ldm.training.resume import check_fit, newest_whole, state_bytes
+from ldm.training.signals import StopSignals
 
-NETWORK_KEYS = (  # of the model's params: what a model file says about itself
-    *(f"{part}_config" for part in ("unet", "first_stage", "cond_stage")),
-    *("parameterization", "beta_schedule", "linear_start", "linear_end", "timesteps"),
-)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,18 +38,6 @@ class Export:
     """The model file of a run: precision of its weights."""
 
     dtype: str = "fp16"
-
-
-def new_folder(wanted: Path) -> Path:
-    """Makes `wanted`, or the first of `wanted-2`, `wanted-3`, ... that no earlier run took."""
-    for number in range(1, 10_000):
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise UserError("There are too many runs of this name", where=wanted, remedy="Choose another `name`.")
 
 
 def load_base(networks: Mapping[str, torch.nn.Module], checkpoint: str, parts: Sequence[str] | None) -> str:
@@ -81,38 +75,120 @@ def fit(
     callbacks: Sequence[pl.Callback],
     logger: Mapping[str, Any] | None = None,
     ema_decay: float | None = None,
+    ema_device: str | None = None,
     checkpoint_every: int = 250,
+    checkpoints_kept: int = 2,
 ) -> None:
-    """Trains to `max_steps`, from the run's last checkpoint where it has one."""
-    checkpoints = folder / "checkpoints"
-    extra: list[pl.Callback] = [
-        ModelCheckpoint(checkpoints, every_n_train_steps=checkpoint_every, save_last=True, save_top_k=1)
-    ]
-    if ema_decay is not None:
-        extra.append(EMAWeightAveraging(decay=ema_decay))
-    last = checkpoints / "last.ckpt"
-    if last.exists():
-        data.start_step = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    pl.Trainer(
-        default_root_dir=folder,
-        logger=instantiate(logger) if logger else TensorBoardLogger(folder, name="", version="tensorboard"),
-        callbacks=[*callbacks, *extra],
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        **trainer,
-    ).fit(module, data, ckpt_path=last if last.exists() else None)
+    """Trains to `max_steps`, from the run's newest whole checkpoint where it has one.
+
+    The average of the weights is kept on `ema_device` ("cpu" spares the GPU it), by default beside them.
+    SIGTERM, SIGINT and SIGUSR1 save and raise `Stopped`.
+    """
+    place, kept = module.device, folder / "checkpoints"
+    last = ranks.by_first(lambda: newest_whole(kept))
+    data.start_step = take_up(module, last, max_steps=trainer.get("max_steps", -1)) if last else 0
+    if data.start_step == trainer.get("max_steps"):
+        return
+    bytes_needed = (checkpoints_kept + 1) * state_bytes(module, averaged=ema_decay is not None)
+    require_space(folder, bytes_needed, what="a run's checkpoints")
+    with StopSignals() as stop:
+        guard = NonFiniteGuard()
+        saves = Checkpoints(kept, every=checkpoint_every, keep=checkpoints_kept, stop=stop, guard=guard)
+        average = [] if ema_decay is None else [EMAWeightAveraging(device=ema_device, decay=ema_decay)]
+        pl.Trainer(
+            default_root_dir=folder,
+            logger=instantiate(logger) if logger else board(folder, start=data.start_step),
+            callbacks=[*callbacks, guard, saves, *average, *progress_bar(trainer)],
+            plugins=[] if str(trainer.get("strategy")).startswith("fsdp") else [WholeFiles()],
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            **trainer,
+        ).fit(module, data, ckpt_path=last)
+    module.to(place)  # the Trainer leaves it on the CPU
 
 
-def export(module: Any, path: Path, *, params: Mapping[str, Any], size: int | None, dtype: str) -> Path:
-    """Writes the model file, which says which networks it holds and which size they draw."""
-    about = {"ldm.config": json.dumps({key: params[key] for key in NETWORK_KEYS if key in params})}
-    if size is not None:
-        about["ldm.size"] = str(size)
+def progress_bar(trainer: Mapping[str, Any]) -> list[pl.Callback]:
+    """Refreshed as rarely as the log: each refresh reads the losses, so waits for the device."""
+    wanted = trainer.get("enable_progress_bar", True)
+    return [TQDMProgressBar(refresh_rate=trainer.get("log_every_n_steps", 50))] if wanted else []
+
+
+def take_up(module: pl.LightningModule, checkpoint: Path, *, max_steps: int) -> int:
+    """Optimizer steps behind a checkpoint; where these are all, the module gets the weights they ended in."""
+    state = unpickle(checkpoint, mapped=True)
+    check_fit(state, module, where=checkpoint)
+    step = state["global_step"]
+    log.info("Taken up at step %d: %s", step, checkpoint)
+    if 0 <= max_steps < step:
+        remedy = f"Let trainer.max_steps be {step} or more."
+        raise UserError(f"The run has {step} steps behind it already", where=checkpoint, remedy=remedy)
+    if step == max_steps:
+        module.load_state_dict(state["state_dict"])  # the averages, where they are kept
+        module.on_load_checkpoint(state)
+    return step
+
+
+def board(folder: Path, *, start: int) -> TensorBoardLogger:
+    """TensorBoard's files; what an earlier process logged of steps from `start` on is void."""
+    return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=start)
+
+
+def export(
+    module: Any,
+    path: Path,
+    *,
+    size: int,
+    dtype: str,
+    training: Mapping[str, Any],
+    trigger_phrase: str | None = None,
+    base_sha256: str | None = None,
+) -> Path:
+    """Writes the model file, which says what it holds, which size it draws and how it was trained."""
+    params = training["model"]["params"]
+    parts = {name: network.state_dict() for name, network in getattr(module, "networks", {}).items()}
+    if "unet" in parts:
+        about = file_metadata(
+            model_config(parts, params),
+            title=path.parent.name,
+            size=size,
+            trigger_phrase=trigger_phrase,
+            base_sha256=base_sha256,
+            training=training,
+        )
+    else:
+        networks = {key: params[key] for key in params if key.endswith("_config")}
+        about = {"ldm.config": json.dumps(networks), "ldm.size": str(size)}
     return module.export(path, dtype=DTYPES[dtype], metadata=about)
 
 
 Rows = Sequence[tuple[str, Sequence[Image.Image]]]
+
+
+def save_rows(folder: Path, rows: Rows, settings: Mapping[str, Any]) -> None:
+    """Every picture as a PNG of its own, with the settings that all share: 00-00.png is row 0, picture 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, (prompt, images) in enumerate(rows):
+        for i, image in enumerate(images):
+            save_picture(folder / f"{k:02d}-{i:02d}.png", image, {"prompt": prompt, **settings})
+
+
+def load_rows(folder: Path, prompts: Sequence[str], n: int, settings: Mapping[str, Any]) -> Rows | None:
+    """`n` pictures of each prompt, as `save_rows` left them; None unless all are there, made as it asks."""
+    rows = []
+    for k, prompt in enumerate(prompts):
+        images = [_read_picture(folder / f"{k:02d}-{i:02d}.png", prompt, settings) for i in range(n)]
+        rows.append((prompt, [image for image in images if image is not None]))
+    return rows if all(len(images) == n for _, images in rows) else None
+
+
+def _read_picture(path: Path, prompt: str, settings: Mapping[str, Any]) -> Image.Image | None:
+    try:
+        with Image.open(path) as file:
+            same = json.loads(file.text["dreambooth"]) == {"prompt": prompt, **settings}
+            return file.convert("RGB") if same else None
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def leave_pictures(folder: Path, before: Rows, after: Rows) -> Path:

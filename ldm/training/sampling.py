@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.priors import PriorSet, PriorSpec
 from ldm.pipeline import Text2Image
+from ldm.training import ranks
 from ldm.training.latent_diffusion import LatentDiffusion
 
 
@@ -68,8 +69,9 @@ def prior_set(data: DreamBoothDataModule, drawing: PriorDrawing, *, base_sha256:
 
 
 def draw_priors(draw: Text2Image, priors: PriorSet, count: int, *, batch_size: int) -> int:
-    """Draws the prior images that are missing, resumable after each batch -> how many were."""
+    """Draws the prior images that are missing, shared among the processes, resumable -> how many were."""
     missing = len(priors.missing(count))
+    ranks.wait()  # until all have counted
     if missing == 0:
         return 0
     spec = priors.spec
@@ -86,8 +88,19 @@ def draw_priors(draw: Text2Image, priors: PriorSet, count: int, *, batch_size: i
         )
         return [(sample.image, sample.latents) for sample in samples]
 
-    with tqdm(total=missing, desc="Drawing prior images", unit="image") as bar:
-        priors.generate_missing(count, pictures, batch_size=batch_size, progress=bar.update)
+    rank, world_size = ranks.rank(), ranks.world_size()
+    with tqdm(total=missing, desc="Drawing prior images", unit="image", disable=rank > 0) as bar:
+        priors.generate_missing(
+            count,
+            pictures,
+            batch_size=batch_size,
+            progress=lambda n: bar.update(n * world_size),
+            rank=rank,
+            world_size=world_size,
+        )
+    ranks.wait()
+    if rank == 0:
+        priors.write_manifest(count)
     return missing
 
 

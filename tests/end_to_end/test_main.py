@@ -83,11 +83,11 @@ def test_a_run_leaves_its_results_and_a_resumed_one_the_same_weights(job: list[s
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "a photo of sks disc" in page and page.count("data:image/") >= 4 + 3 + 4
     names = {p.name for p in (folder / "samples").iterdir()}
-    assert names == {"00-00.png", "00-01.png", "contact_sheet.png", "step-000002.png"}
+    assert names == {"00-00.png", "00-01.png", "before", "contact_sheet.png", "step-000002.png"}
 
     stopped = run("main.py", *job, "trainer.max_steps=2", "name=stopped")
     assert stopped.returncode == 0, stopped.stderr
-    resumed = run("main.py", "--resume", "logs/stopped", "trainer.max_steps=3")
+    resumed = run("main.py", "--resume", "logs/stopped", "trainer.max_steps=3", "--allow_config_change")
     assert resumed.returncode == 0, resumed.stderr
     whole, again = (load_file(f"logs/{name}/model.safetensors") for name in ("tiny", "stopped"))
     base = load_file(OmegaConf.load("tiny.yaml").base_checkpoint)

@@ -1,0 +1,143 @@
+"""Checkpoints: when the full state is written, how it gets to the disk whole, and which ones stay."""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import CheckpointIO
+from pytorch_lightning.callbacks import Checkpoint
+from torch import Tensor
+
+from ldm.checkpoints.tensors import unpickle
+from ldm.errors import UserError
+from ldm.files import atomic_write, file_sha256, require_space
+from ldm.training.guard import NonFiniteGuard
+from ldm.training.resume import by_step, step_of
+from ldm.training.signals import Stopped, StopSignals
+
+MONITORED = "val/loss"  # the checkpoint where it was least is kept beside the newest ones
+
+
+class WholeFiles(CheckpointIO):
+    """Lightning's checkpoints on disk: whole or absent, SHA-256 beside them, read without running code."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_space(path.parent, sum(t.nbytes for t in _tensors(checkpoint)) + 2**20, what="a checkpoint")
+        try:
+            with atomic_write(path) as temporary:
+                with temporary.open("wb") as file:
+                    torch.save(checkpoint, file)
+                with atomic_write(sidecar(path)) as note:  # first: no checkpoint stands there without it
+                    note.write_text(f"{file_sha256(temporary)}  {path.name}\n", encoding="utf-8")
+        except (OSError, RuntimeError, pickle.PicklingError) as error:
+            raise UserError(f"The checkpoint cannot be written: {error}", where=path) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return unpickle(Path(path), mapped=False)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+        sidecar(Path(path)).unlink(missing_ok=True)
+
+
+class Checkpoints(Checkpoint):
+    """Saves every `every` optimizer steps and at the end; keeps the last `keep`, and the best.
+
+    A checkpoint is written between two steps, when all that the last one logs is logged and on disk. There
+    a signal is heeded too: the step is finished, saved, and `Stopped` ends the training.
+    """
+
+    def __init__(self, folder: Path, *, every: int, keep: int, stop: StopSignals, guard: NonFiniteGuard):
+        self.folder, self.every, self.keep = folder, every, keep
+        self.stop, self.guard = stop, guard
+        self.saved = -1  # the step last saved
+        self.best: dict[str, float] = {}  # "loss" and "step" of the best one that was saved
+        self._loss: dict[str, float] = {}  # the same of the last validation
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.saved = trainer.global_step
+        self.stop.listen()  # Lightning has put its own handler first, which ends a run without saving it
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: dict, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        # Logs count with this number, which Lightning guesses on resuming; for one optimizer it is the step.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        asked = self._asked_to_stop(trainer, module)
+        if asked or trainer.global_step % self.every == 0:
+            self.save(trainer, module)
+        if asked:
+            raise Stopped(asked)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The end of the training: batches never end. Afterwards an average takes the weights' place."""
+        self.save(trainer, module)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if MONITORED in trainer.callback_metrics:
+            loss = float(trainer.callback_metrics[MONITORED])
+            self._loss = {"loss": loss, "step": trainer.global_step}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Neither the batch that is about to begin nor the epoch counts as begun, or as done."""
+        loops = checkpoint["loops"]["fit_loop"]
+        for count in ("total", "current"):
+            batches, epochs = loops["epoch_loop.batch_progress"][count], loops["epoch_progress"][count]
+            batches["ready"] = batches["completed"]
+            epochs["processed"] = epochs["completed"]
+
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Writes the state of this step, unless it is there or not finite; removes what is no longer kept."""
+        step = trainer.global_step
+        if step == self.saved:
+            return
+        self.guard.judge(trainer, module)
+        if self._loss.get("step") == step and self._loss["loss"] < self.best.get("loss", float("inf")):
+            self.best = self._loss
+        for logger in trainer.loggers:
+            logger.save()
+        trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt", weights_only=False)
+        self.saved = step
+        if trainer.is_global_zero:
+            for path in by_step(self.folder)[self.keep :]:
+                if step_of(path) != self.best.get("step"):
+                    WholeFiles().remove_checkpoint(path)
+
+    def _asked_to_stop(self, trainer: pl.Trainer, module: pl.LightningModule) -> int:
+        """The number of the signal that any of the processes got, or 0."""
+        received = self.stop.received or 0
+        if trainer.world_size == 1:
+            return received
+        return int(trainer.strategy.reduce(torch.tensor(received, device=module.device), reduce_op="max"))
+
+
+def sidecar(path: Path) -> Path:
+    """The file beside a checkpoint that `sha256sum --check` reads."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _tensors(node: Any) -> Iterator[Tensor]:
+    if isinstance(node, Tensor):
+        yield node
+    elif isinstance(node, dict | list | tuple):
+        for inner in node.values() if isinstance(node, dict) else node:
+            yield from _tensors(inner)

@@ -1,0 +1,91 @@
+"""The folder of a run: its own, worked on by one process at a time, known as unfinished until it is done."""
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from ldm.config import load_config, to_plain
+from ldm.errors import UserError
+from ldm.files import remove_leftovers
+from ldm.training.resume import check_changes
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes in one run are not told apart there
+    fcntl = None
+
+log = logging.getLogger(__name__)
+
+MARKER = ".unfinished"  # stands in the folder from the run's beginning to its end, locked by who works on it
+
+
+def folder_of(
+    plain: Mapping[str, Any], resume: str | None, *, allow_config_change: bool, logs: Path = Path("logs")
+) -> Path:
+    """The folder of the run to begin, or of the one to `resume`, whose config must be this one.
+
+    "auto" is the newest unfinished run of the config's name that nobody works on; without any, a new one.
+    """
+    wanted = logs / plain["name"]
+    found = find_unfinished(wanted) if resume == "auto" else resume and Path(resume)
+    if not found:
+        return new_folder(wanted)
+    kept = found / "config.yaml"
+    if kept.exists():
+        check_changes(to_plain(load_config([kept])), plain, allowed=allow_config_change, run=found)
+    return found
+
+
+def new_folder(wanted: Path) -> Path:
+    """Makes `wanted`, or the first of `wanted-2`, `wanted-3`, ... that no earlier run took."""
+    for number in range(1, 10_000):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            what = f"The run's folder cannot be made: {error.strerror or error}"
+            raise UserError(what, where=folder, remedy="Choose another `name`.") from error
+        return folder
+    raise UserError("There are too many runs of this name", where=wanted, remedy="Choose another `name`.")
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a run; leaving it without an error finishes the run."""
+    with (folder / MARKER).open("a") as file:
+        if not _lock(file):
+            what = "Another process is working on this run"
+            raise UserError(what, where=folder, remedy="Wait for it, stop it, or start a run of your own.")
+        os.utime(folder / MARKER)
+        remove_leftovers(folder)
+        yield
+        (folder / MARKER).unlink()
+
+
+def find_unfinished(wanted: Path) -> Path | None:
+    """The run called `wanted` or `wanted-N` that was last worked on, is not finished and nobody works on."""
+    name = re.compile(re.escape(wanted.name) + r"(-\d+)?")
+    markers = [path for path in wanted.parent.glob(f"*/{MARKER}") if name.fullmatch(path.parent.name)]
+    for marker in sorted(markers, key=lambda path: path.stat().st_mtime, reverse=True):
+        with marker.open("a") as file:
+            if _lock(file):
+                return marker.parent
+        log.info("%s: another process is working on it", marker.parent)
+    return None
+
+
+def _lock(file: IO[str]) -> bool:
+    """Takes the lock of a file, if it is free. It goes with the process, however that ends."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

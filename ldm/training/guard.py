@@ -1,0 +1,122 @@
+"""Stops a run whose loss or gradient is not finite, and says which items did it."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from ldm.errors import UserError
+from ldm.training.latent_diffusion import ItemDraws, LatentDiffusion, item_keys
+
+log = logging.getLogger(__name__)
+
+MOST_SKIPS = 30  # fp16 steps in a row: the scaler has then halved its scale from 65536 to below 0.0001
+
+
+class Later:
+    """Values on their way from the device to the host; reading them waits for no later work than theirs."""
+
+    def __init__(self, values: Tensor):
+        self._host = values.detach().to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if values.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> list[bool]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.tolist()
+
+
+@dataclass
+class Step:
+    """What one optimizer step is judged by."""
+
+    number: int
+    items: list[tuple[int, str]]
+    losses: list[Later]  # of each micro-batch: which items' losses are finite [B], or whether the mean is [1]
+    gradient: Later | None = None
+
+
+class NonFiniteGuard(pl.Callback):
+    """Judges each step after the next one, so that no device is waited for, and before every checkpoint.
+
+    With a loss scaler (fp16) a step whose gradient alone overflows is skipped by the scaler; these are
+    counted (`train/skipped_steps`), and only MOST_SKIPS in a row end the run.
+    """
+
+    def __init__(self) -> None:
+        self.skipped, self._in_a_row = 0, 0
+        self._running: Step | None = None
+        self._done: list[Step] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = state_dict["skipped"]
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:  # there are none where the optimizer steps in the backward pass
+            self._now(trainer.global_step).gradient = Later(get_total_norm(gradients).isfinite()[None])
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: dict, batch: dict, batch_idx: int
+    ) -> None:
+        ends = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        step = self._now(trainer.global_step - int(ends))
+        step.items += batch["keys"] if "keys" in batch else item_keys(batch)
+        losses = module.item_losses if isinstance(module, LatentDiffusion) else outputs["loss"][None]
+        step.losses.append(Later(losses.isfinite()))
+        if not ends:
+            return
+        self._done.append(step)
+        self._running = None
+        self.judge(trainer, module, but=1)
+        if trainer.precision == "16-mixed":
+            module.log("train/skipped_steps", float(self.skipped))
+
+    def judge(self, trainer: pl.Trainer, module: pl.LightningModule, *, but: int = 0) -> None:
+        """Reads all steps but the last few; UserError at the first that is not finite."""
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        while len(self._done) > but:
+            step = self._done.pop(0)
+            finite = [flag for losses in step.losses for flag in losses.read()]
+            fine = step.gradient is None or all(step.gradient.read())
+            if not all(finite):
+                each = len(finite) == len(step.items)
+                culprits = [item for item, good in zip(step.items, finite, strict=True) if not good]
+                raise _error("loss", step, culprits if each else step.items, module)
+            self._in_a_row = 0 if fine else self._in_a_row + 1
+            if not fine and (not scaled or self._in_a_row > MOST_SKIPS):
+                raise _error("gradient", step, step.items, module)
+            if not fine:
+                self.skipped += 1
+                log.warning("Step %d: the gradient overflows in half precision; skipped", step.number)
+
+    def _now(self, number: int) -> Step:
+        self._running = self._running or Step(number, [], [])
+        return self._running
+
+
+def _error(what: str, step: Step, items: list[tuple[int, str]], module: pl.LightningModule) -> UserError:
+    """Names the items and, where they have some, the timesteps that these drew."""
+    names = [f"{part} item {number}" for number, part in items]
+    if isinstance(module, LatentDiffusion):
+        draws = ItemDraws(module.seed, items, device=torch.device("cpu"))
+        timesteps = draws.randint("timestep", len(module.alphas_cumprod)).tolist()
+        names = [f"{name} at timestep {t}" for name, t in zip(names, timesteps, strict=True)]
+    return UserError(
+        f"The {what} of step {step.number} is not finite",
+        where=", ".join(names),
+        remedy="No later checkpoint was written. Lower the learning rate, or train in bf16-mixed or float32.",
+    )

@@ -1,0 +1,190 @@
+"""What a run will need, before it begins: bytes of weights, gradients, optimizer states, activations, disk.
+
+Weights and states are exact. Activations are what the graph of one forward pass saves, counted on tensors
+without data; kernels' work space and the CUDA context (about 500 MiB) come on top.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+
+from ldm.config import instantiate
+from ldm.training.latent_diffusion import LatentDiffusion
+
+MIB = 2**20
+BLOCK, SMALL = 256, 4096  # bitsandbytes: weights per scale; smaller tensors keep float32 states
+WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one part while it trains."""
+
+    weights: int = 0
+    gradients: int = 0
+    states: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]]:
+    """A plain config of DreamBooth -> (bytes of each part on the device, bytes of each kind of file)."""
+    data, trainer = config["data"].get("params", {}), config["trainer"]
+    with torch.device("meta"):
+        module: LatentDiffusion = instantiate(config["model"])
+    with FakeTensorMode():  # of the CPU, where autocast applies; the meta device knows none
+        activations = _activations(module, data, precision=str(trainer.get("precision", "32-true")))
+    needs = {}
+    for name, network in module.networks.items():
+        learning = [p for p in network.parameters() if p.requires_grad]
+        needs[name] = Need(
+            weights=_size(network.state_dict().values()),
+            gradients=0 if module.step_in_backward else _size(learning),
+            states=sum(state_bytes(p, module.optimizer) for p in learning),
+            activations=activations.get(name, 0),
+        )
+    if module.step_in_backward:  # the one gradient that is there
+        largest = max((p.nbytes for p in module.parameters() if p.requires_grad), default=0)
+        needs["unet"] = Need(**{**vars(needs["unet"]), "gradients": largest})
+    disk = _disk(config, needs, count=sum(p.numel() for p in module.parameters()))
+    if data.get("cache_latents", True):
+        del needs["first_stage"]
+    if config.get("ema_decay") is not None and config.get("ema_device") != "cpu":
+        needs["average"] = Need(weights=_size(module.state_dict().values()))
+    return needs, disk
+
+
+def state_bytes(parameter: Tensor, optimizer: str) -> int:
+    """What AdamW keeps beside one weight tensor: two moments, and where it is a tensor the step."""
+    count = parameter.numel()
+    if optimizer == "adamw_bf16":
+        return 2 * parameter.nbytes
+    if optimizer == "adamw_8bit" and count >= SMALL:
+        return 2 * (count + 4 * -(-count // BLOCK))
+    return 2 * 4 * count + (4 if optimizer == "adamw" else 0)
+
+
+def report(needs: Mapping[str, Need], disk: Mapping[str, int]) -> str:
+    """Both as lines in MiB."""
+    columns = [field.name for field in fields(Need)] + ["total"]
+    rows = {name: [getattr(need, column) for column in columns] for name, need in needs.items()}
+    rows["sum"] = [sum(column) for column in zip(*rows.values(), strict=True)]
+    lines = ["device memory, MiB".ljust(20) + "".join(f"{column:>13}" for column in columns)]
+    lines += [name.ljust(20) + "".join(f"{n / MIB:13,.1f}" for n in row) for name, row in rows.items()]
+    lines += ["disk, MiB"] + [f"{name:<20}{n / MIB:13,.1f}" for name, n in disk.items()]
+    return "\n".join(lines)
+
+
+def _activations(module: LatentDiffusion, data: Mapping[str, Any], *, precision: str) -> dict[str, int]:
+    """Bytes that a micro-batch's backward pass needs, the stage computed again included."""
+    unet, text = module.networks["unet"], module.networks["cond_stage"]
+    subject = data.get("batch_size", 1)
+    given = data.get("prior_batch_size")
+    priors = subject if given is None else given
+    side = data["size"] // module.first_stage_model.factor
+    mixed = torch.autocast("cpu", dtype=torch.bfloat16) if "mixed" in precision else nullcontext()
+    found = {}
+    with mixed:
+        weights = _without_data(text)
+        prompts = torch.zeros(1 + (priors > 0), text.max_length, dtype=torch.int64)
+        with _saving(text, weights, {}) as saved:
+            context = functional_call(text, weights, prompts)
+        found["cond_stage"] = sum(saved)
+        rows = torch.zeros(subject + priors, dtype=torch.int64)
+        context = context[rows].detach().requires_grad_(context.requires_grad)
+        x = torch.zeros(subject + priors, module.first_stage_model.embed_dim, side, side)
+        stages = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
+        weights, dtype = _without_data(unet), next(unet.parameters()).dtype
+        with _saving(unet, weights, {stage: side for stage in stages}) as saved:
+            functional_call(unet, weights, (x.to(dtype), rows, context.to(dtype)))
+        found["unet"] = sum(saved)
+    return found
+
+
+def _without_data(network: nn.Module) -> dict[str, Tensor]:
+    """Stand-ins for parameters and buffers in the current fake mode, of the same layout and freedom."""
+    own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    return {
+        name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).requires_grad_(t.requires_grad)
+        for name, t in own.items()
+    }
+
+
+@contextmanager
+def _saving(
+    network: nn.Module, weights: Mapping[str, Tensor], heights: Mapping[nn.Module, int]
+) -> Iterator[list[int]]:
+    """Yields a list that afterwards holds [bytes kept, most bytes of a stage that is computed again].
+
+    weights: what does not count. heights: stages, each with the height of the network's input.
+    A stage that is computed again keeps its input.
+    """
+    ignored = {_key(tensor) for tensor in weights.values()}
+    kept: dict[int, Tensor] = {}
+    inside: dict[nn.Module, dict[int, Tensor]] = {}
+    scope, result = [kept], []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _key(tensor) not in ignored:
+            scope[-1][_key(tensor)] = tensor
+        return tensor
+
+    def enter(stage: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if chosen and (chosen is True or not heights or heights[stage] // inputs[0].shape[2] in chosen):
+            keep(inputs[0])
+            scope.append(inside.setdefault(stage, {}))
+
+    def leave(stage: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        if stage in inside:
+            scope.pop()
+
+    chosen, network.use_checkpoint = network.use_checkpoint, False
+    stages = heights or network.transformer["text_model"].encoder.layers
+    hooks = [stage.register_forward_pre_hook(enter) for stage in stages]
+    hooks += [stage.register_forward_hook(leave) for stage in stages]
+    try:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield result
+        result += [_storage(kept.values()), max((_storage(s.values()) for s in inside.values()), default=0)]
+    finally:
+        network.use_checkpoint = chosen
+        for hook in hooks:
+            hook.remove()
+
+
+def _disk(config: Mapping[str, Any], needs: Mapping[str, Need], *, count: int) -> dict[str, int]:
+    """Bytes of the run's files; a checkpoint that is being written stands beside the two that are kept."""
+    data = config["data"].get("params", {})
+    weights = sum(need.weights for need in needs.values())
+    copies = 2 if config.get("ema_decay") is not None else 1
+    checkpoint = copies * weights + sum(need.states for need in needs.values())
+    drawn = 0 if data.get("prior_root") else data.get("num_priors", 64)
+    width = WIDTHS[config.get("export", {}).get("dtype", "fp16")]
+    return {
+        "checkpoints (2 + 1)": 3 * checkpoint,
+        "model file": width * count,
+        "prior images, at most": drawn * 3 * data["size"] ** 2,
+    }
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _storage(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _key(tensor: Tensor) -> int:
+    """Names the memory that a tensor lies in."""
+    return tensor.untyped_storage()._cdata

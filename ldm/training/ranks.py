@@ -1,0 +1,91 @@
+"""Several processes in one run: who this one is, and how it joins the others.
+
+They are started by torchrun or by Slurm's srun. Rank 0 alone writes; all take part in drawing prior images
+and in training.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from torch import distributed
+
+T = TypeVar("T")
+LONGEST = timedelta(hours=2)  # that the others wait while rank 0 draws samples and takes figures
+
+
+def launch(trainer: Mapping[str, Any]) -> None:
+    """Starts this program again under torchrun where the Trainer wants several devices; else does nothing."""
+    devices = trainer.get("devices", 1)
+    count = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
+    if count > 1 and _environment() is None:
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        os.execv(sys.executable, [sys.executable, *command, *sys.argv])
+
+
+def join(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Meets the processes that were started with this one -> the Trainer's arguments for as many."""
+    environment = _environment()
+    if environment is None or distributed.is_initialized():
+        return dict(trainer)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = (
+        environment.main_address,
+        str(environment.main_port),
+    )
+    on_gpu = torch.cuda.is_available() and trainer.get("accelerator", "auto") != "cpu"
+    if on_gpu:
+        torch.cuda.set_device(environment.local_rank())
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        rank=environment.global_rank(),
+        world_size=environment.world_size(),
+        timeout=LONGEST,
+    )
+    places = gathered((environment.node_rank(), environment.local_rank()))
+    nodes = len({node for node, _ in places})
+    strategy = trainer.get("strategy", "auto")
+    return {
+        **trainer,
+        "devices": environment.world_size() // nodes,
+        "num_nodes": nodes,
+        "strategy": "ddp" if strategy == "auto" else strategy,
+    }
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if distributed.is_initialized():
+        gathered(None)
+
+
+def gathered(value: T) -> list[T]:
+    """What each process gave, by rank."""
+    if not distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def by_first(make: Callable[[], T]) -> T:
+    """What rank 0 makes, given to all."""
+    return gathered(make() if rank() == 0 else None)[0]
+
+
+def _environment() -> TorchElasticEnvironment | SLURMEnvironment | None:
+    """Who started this process among others; None if it is alone."""
+    kinds = (TorchElasticEnvironment, SLURMEnvironment)  # torchrun may run inside a Slurm job
+    found = next((kind() for kind in kinds if kind.detect()), None)
+    return found if found is not None and found.world_size() > 1 else None

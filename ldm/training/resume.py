@@ -1,0 +1,113 @@
+"""Where a run left off: its newest whole checkpoint, and whether its config is still the same."""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.checkpoints.tensors import unpickle
+from ldm.errors import UserError
+from ldm.files import file_sha256
+
+log = logging.getLogger(__name__)
+
+NOTHING = object()
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The checkpoint of most steps in `folder` that is whole; None where there is none at all.
+
+    Broken ones are named in the log and set aside as *.broken.
+    """
+    paths = by_step(folder)
+    for path in paths:
+        wrong = what_is_wrong(path)
+        if wrong is None:
+            return path
+        log.warning("%s is skipped: %s", path, wrong)
+        path.rename(path.with_name(f"{path.name}.broken"))
+    if paths:
+        remedy = "Remove the folder to train from the start."
+        raise UserError("None of the checkpoints is whole", where=folder, remedy=remedy)
+    return None
+
+
+def by_step(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, the one of most steps first."""
+    return sorted(folder.glob("*.ckpt"), key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> float:
+    """Optimizer steps behind a checkpoint, by its name or else by itself; infinite if it is broken."""
+    named = re.search(r"step[-=](\d+)", path.name)
+    try:
+        return int(named[1] if named else unpickle(path, mapped=True)["global_step"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return float("inf")
+
+
+def what_is_wrong(path: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from; None if it is whole."""
+    kept = path.with_name(f"{path.name}.sha256")
+    if kept.exists():
+        words = kept.read_text(encoding="utf-8", errors="replace").split()
+        if words[:1] != [file_sha256(path)]:
+            return f"its SHA-256 is not the one in {kept.name}"
+    try:
+        content = unpickle(path, mapped=False)  # reads and checks every tensor
+    except UserError as error:
+        return error.what
+    absent = [key for key in ("state_dict", "optimizer_states", "loops", "global_step") if key not in content]
+    return f"it has no {absent[0]}" if absent else None
+
+
+def check_fit(state: Mapping[str, Any], module: nn.Module, *, where: Path) -> None:
+    """Refuses a checkpoint whose weights are not those of the module, by name and shape."""
+    held = {name: tuple(tensor.shape) for name, tensor in state["state_dict"].items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    wrong = [name for name in sorted(held.keys() | wanted.keys()) if held.get(name) != wanted.get(name)]
+    if wrong:
+        name = wrong[0]
+        there, here = held.get(name, "absent"), wanted.get(name, "absent")
+        what = f"{len(wrong)} weights differ; `{name}` is {there} in the checkpoint and {here} here"
+        raise UserError(what, where=where, remedy="Resume with the model section that the run began with.")
+
+
+def config_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What differs between two plain configs, "key: old -> new" each."""
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    return [
+        f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key, NOTHING) != new.get(key, NOTHING)
+    ]
+
+
+def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], *, allowed: bool, run: Path) -> None:
+    """Refuses to go on with another config than the run began with, unless that is `allowed`."""
+    changes = config_changes(before, after)
+    if changes and not allowed:
+        what = f"The config is not the one that this run began with: {'; '.join(changes)}"
+        raise UserError(what, where=run, remedy="Give the old values, or add --allow_config_change.")
+    for change in changes:
+        log.warning("%s goes on with a changed config: %s", run, change)
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of all that is no mapping, and of empty mappings."""
+    if not isinstance(node, Mapping) or not node:
+        yield key, node
+        return
+    for name, inner in node.items():
+        yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+
+
+def state_bytes(module: nn.Module, *, averaged: bool) -> int:
+    """About how large a checkpoint of a training is: weights, their average, AdamW's two moments."""
+    weights = sum(tensor.nbytes for tensor in module.state_dict().values())
+    moments = sum(2 * p.numel() * torch.float32.itemsize for p in module.parameters() if p.requires_grad)
+    return weights * (2 if averaged else 1) + moments

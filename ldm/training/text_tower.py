@@ -1,0 +1,72 @@
+"""Pretraining of the storybook's text tower: it learns to read captions before anything is drawn."""
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.checkpoints.save import save_model
+from ldm.config import instantiate
+from ldm.models.text_encoder import CLIPTextEncoder
+from ldm.storybook.world import ATTRIBUTES
+from ldm.training.optimizers import adamw, with_schedule
+
+
+class TextTowerTask(pl.LightningModule):
+    """Teaches the text tower to tell from a caption what its drawing shows.
+
+    Stable Diffusion's tower comes from CLIP, where it learned what captions say about pictures (Radford et
+    al. 2021), and the UNet is trained on its fixed output. Here linear heads on the mean context of the
+    padding, most of what the UNet attends to, name the drawing's attributes; afterwards they are thrown away.
+
+    Args:
+        cond_stage_config: node of the text tower.
+        learning_rate: of AdamW, after `warmup_steps` and along a cosine to 0.
+    """
+
+    def __init__(self, *, cond_stage_config: dict, learning_rate: float = 1e-3, warmup_steps: int = 100):
+        super().__init__()
+        self.cond_stage_model: CLIPTextEncoder = instantiate(cond_stage_config)
+        width = self.cond_stage_model.transformer["text_model"].config.hidden_size
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(v)) for name, v in ATTRIBUTES.items()})
+        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
+        self._right: list[Tensor] = []
+
+    def read(self, captions: list[str]) -> dict[str, Tensor]:
+        """B captions -> {attribute: logits [B, number of its values]}."""
+        ids = self.cond_stage_model.tokenize(captions).to(self.device)
+        padding = (ids == self.cond_stage_model.pad_token_id).float()[..., None]
+        pooled = (self.cond_stage_model(ids) * padding).sum(1) / padding.sum(1)
+        return {name: head(pooled) for name, head in self.heads.items()}
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        """What a caption leaves unsaid cannot be learned: its share of the loss is its entropy."""
+        logits = self.read(batch["caption"])
+        loss = sum(F.cross_entropy(logits[name], batch["labels"][name]) for name in ATTRIBUTES)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        logits = self.read(batch["full_caption"])
+        right = [logits[name].argmax(1) == batch["labels"][name] for name in ATTRIBUTES]
+        self._right.append(torch.stack(right, dim=1))
+
+    def on_validation_epoch_end(self) -> None:
+        shares = torch.cat(self._right).float().mean(0).tolist()
+        self._right.clear()
+        accuracy = {name: round(share, 4) for name, share in zip(ATTRIBUTES, shares, strict=True)}
+        self.print(f"read right off captions that say everything: {accuracy}")
+        self.log_dict({f"val/{name}": share for name, share in accuracy.items()})
+
+    def configure_optimizers(self) -> dict:
+        optimizer = adamw({"text_tower": (self, self.learning_rate)})
+        return with_schedule(
+            optimizer, "cosine", warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
+        )
+
+    def export(self, path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> Path:
+        """Writes the tower under Stable Diffusion's names, without the heads."""
+        parts = {"cond_stage": self.cond_stage_model.state_dict()}
+        return save_model(path, parts, alphas_cumprod=None, dtype=dtype, metadata=metadata)

@@ -1,0 +1,122 @@
+"""The estimate against what a real step holds."""
+
+from itertools import chain
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.memory import BLOCK, MIB, estimate, report, state_bytes
+from ldm.training.optimizers import adamw
+
+SIZE, BATCH = 16, 2
+
+
+def config_of(tiny_config: dict, *, trainer: dict | None = None, **params) -> dict:
+    return {
+        "model": {
+            "target": "ldm.training.latent_diffusion.LatentDiffusion",
+            "params": {**tiny_config, **params},
+        },
+        "data": {"params": {"size": SIZE, "batch_size": BATCH, "num_priors": 3}},
+        "trainer": trainer or {},
+    }
+
+
+def step(module: LatentDiffusion) -> None:
+    """One forward and backward pass as training runs it, and the optimizer's."""
+    parts = {"unet": (module.networks["unet"], 1e-4), "text_encoder": (module.cond_stage_model, 1e-4)}
+    optimizer = adamw(parts, name=module.optimizer, step_in_backward=module.step_in_backward)
+    batch = {
+        "moments": torch.rand(2 * BATCH, 8, SIZE // 2, SIZE // 2),
+        "caption": ["a photo of sks disc"] * BATCH + ["a photo of a disc"] * BATCH,
+        "is_prior": torch.tensor([False] * BATCH + [True] * BATCH),
+        "item": torch.arange(BATCH).repeat(2),
+    }
+    module.training_step(batch, 0).backward()
+    optimizer.step()
+    module.state = optimizer.state
+
+
+def saved_bytes(module: LatentDiffusion, *, mixed: bool) -> int:
+    """What the graph of the networks' forward pass keeps beside their weights, on real tensors."""
+    own = {p.untyped_storage().data_ptr() for p in chain(module.parameters(), module.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed), saved_tensors_hooks(keep, lambda t: t):
+        context = module.encode_prompts(["sks disc", "a disc"])[torch.tensor([0, 0, 1, 1])]
+        x, t = torch.zeros(2 * BATCH, 4, SIZE // 2, SIZE // 2), torch.zeros(2 * BATCH, dtype=torch.int64)
+        output = module.apply_model(x, t, context)
+    assert output.requires_grad
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"train_text_encoder": False},
+        {"optimizer": "adamw_bf16"},
+        {"optimizer": "adamw_bf16", "step_in_backward": True},
+    ],
+)
+def test_weights_gradients_and_states_are_exact(tiny_config: dict, params: dict):
+    needs, _ = estimate(config_of(tiny_config, **params))
+    module = LatentDiffusion(**tiny_config, **params)
+    step(module)
+    for name in ("unet", "cond_stage"):
+        weights = list(module.networks[name].parameters())
+        states = [v for p in weights for v in module.state.get(p, {}).values() if torch.is_tensor(v)]
+        assert needs[name].weights == sum(p.nbytes for p in weights)
+        assert needs[name].states == sum(v.nbytes for v in states)
+        if not module.step_in_backward:
+            assert needs[name].gradients == sum(p.grad.nbytes for p in weights if p.grad is not None)
+    if module.step_in_backward:
+        assert all(p.grad is None for p in module.parameters())
+        assert needs["unet"].gradients == max(p.nbytes for p in module.networks["unet"].parameters())
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16-mixed"])
+def test_activations_are_what_the_graph_saves(tiny_config: dict, mixed: bool):
+    trainer = {"precision": "bf16-mixed"} if mixed else {}
+    needs, _ = estimate(config_of(tiny_config, trainer=trainer))
+    counted = saved_bytes(LatentDiffusion(**tiny_config), mixed=mixed)
+    assert sum(need.activations for need in needs.values()) == pytest.approx(counted, rel=0.05)
+
+
+def test_checkpointing_is_counted_stage_by_stage(tiny_config: dict):
+    """Computing all again needs least; choosing a resolution lies between."""
+    found = []
+    for chosen in (False, [1], [2], True):
+        tiny_config["unet_config"]["params"]["use_checkpoint"] = chosen
+        found.append(estimate(config_of(tiny_config))[0]["unet"].activations)
+    none, fine, coarse, everything = found
+    assert everything < min(fine, coarse) <= max(fine, coarse) < none
+
+
+def test_files_and_averages(tiny_config: dict):
+    config = config_of(tiny_config)
+    needs, disk = estimate(config)
+    module = LatentDiffusion(**tiny_config)
+    assert disk["model file"] == 2 * sum(p.numel() for p in module.parameters())
+    assert "first_stage" not in needs
+    weights = sum(t.nbytes for t in module.state_dict().values())
+    states = sum(need.states for need in needs.values())
+    assert disk["checkpoints (2 + 1)"] == 3 * (weights + states)
+    assert estimate(config | {"ema_decay": 0.99})[0]["average"].weights == weights
+    assert "average" not in estimate(config | {"ema_decay": 0.99, "ema_device": "cpu"})[0]
+    config["data"]["params"]["cache_latents"] = False
+    assert estimate(config)[0]["first_stage"].weights > 0
+    assert f"{sum(need.total for need in needs.values()) / MIB:,.1f}" in report(needs, disk)
+
+
+def test_8_bit_states_take_about_two_bytes_a_weight():
+    large, small = torch.empty(64 * BLOCK, 4), torch.empty(100)
+    assert state_bytes(large, "adamw_8bit") == 2 * large.numel() * (1 + 4 / BLOCK)
+    assert state_bytes(small, "adamw_8bit") == 8 * 100
