@@ -56,13 +56,7 @@ def main(config: DictConfig, resume: str | None = None, *, allow_config_change: 
     data = instantiate(plain["data"])
     if isinstance(data, DreamBoothDataModule):
         data.check()
-    base = plain.get("base_checkpoint")
-    if base and not run.find_file(base).exists():
-        raise UserError(
-            "There is no base checkpoint",
-            where=base,
-            remedy="Name one with --actual_resume FILE; README says how the storybook's is trained.",
-        )
+    run.base_files(plain)
     pl.seed_everything(plain["seed"], verbose=False)
     set_matmul_precision(plain.get("matmul_precision", "high"))
     module = instantiate(plain["model"])
@@ -78,14 +72,14 @@ def main(config: DictConfig, resume: str | None = None, *, allow_config_change: 
 
 def work(module: pl.LightningModule, data: pl.LightningDataModule, plain: dict, folder: Path) -> list[Path]:
     """Fills the networks from the base, trains, exports -> the paths that rank 0 leaves."""
-    base = plain.get("base_checkpoint")
-    if base:
-        base_hash = run.load_base(module.networks, base, plain.get("base_parts"))
+    files, base_hash = run.base_files(plain), ""
+    if files:
+        base_hash = run.load_base(module.networks, files)
         module.to(device_of(plain["trainer"]))
         if isinstance(module, LatentDiffusion):
             data.attach(encode=module.encode_images, vae_hash=base_hash)
     if isinstance(data, DreamBoothDataModule):
-        return dreambooth(module, data, plain, folder, base_hash=base_hash if base else "")
+        return dreambooth(module, data, plain, folder, base_hash=base_hash)
     run.fit(module, data, folder=folder, callbacks=[Speed()], **training_options(plain))
     return [] if ranks.rank() else [export(module, plain, folder)]
 

@@ -14,7 +14,7 @@ from ldm.config import instantiate, to_plain
 from ldm.errors import UserError
 from ldm.training.device import device_of, set_matmul_precision
 from ldm.training.options import parse
-from ldm.training.run import load_base
+from ldm.training.run import base_files, load_base
 from ldm.training.sampling import PriorDrawing, draw_priors, prior_set, text2image
 
 
@@ -26,7 +26,7 @@ def main(config: DictConfig) -> Path:
     if not data.draws_priors:
         raise UserError("This config draws no prior images", where="data.params.num_priors")
     module = instantiate(plain["model"])
-    base_hash = load_base(module.networks, plain["base_checkpoint"], plain.get("base_parts"))
+    base_hash = load_base(module.networks, base_files(plain))
     set_matmul_precision(plain.get("matmul_precision", "high"))
     module.to(device_of(plain["trainer"]))
     drawing = PriorDrawing(**plain.get("priors", {}))

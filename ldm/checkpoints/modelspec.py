@@ -17,7 +17,13 @@ OTHER_ARCHITECTURE = "latent-diffusion"
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v"}
 IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"  # whose tensor names the file has
 CLIP_VOCABULARY = 49408
-PRIVATE = ("_root", "folder", "cache", "base_checkpoint")  # ends of keys that hold somebody's paths
+PRIVATE = (
+    "_root",
+    "folder",
+    "cache",
+    "base_checkpoint",
+    "base_parts",
+)  # ends of keys with somebody's paths
 SAID = "_config"  # end of the keys of networks, which `ldm.config` holds
 
 

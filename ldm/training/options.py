@@ -27,7 +27,7 @@ SECTIONS = {
     "name": str,
     "seed": int,
     "base_checkpoint": str | None,
-    "base_parts": list[str] | None,
+    "base_parts": dict[str, str] | None,
     "ema_decay": float | None,
     "ema_device": str | None,
     "matmul_precision": MatmulPrecision,

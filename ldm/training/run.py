@@ -1,5 +1,6 @@
 """One run: its base weights, training with resume, the model file and the pictures it leaves."""
 
+import hashlib
 import json
 import logging
 import time
@@ -40,24 +41,38 @@ class Export:
     dtype: str = "fp16"
 
 
-def load_base(networks: Mapping[str, torch.nn.Module], checkpoint: str, parts: Sequence[str] | None) -> str:
-    """Loads the named parts (all of them by default) of a base model, file or folder -> its sha256.
+def base_files(plain: Mapping[str, Any]) -> dict[str, Path]:
+    """Network -> the file or folder that it starts from; "all" stands for `base_checkpoint`, which has all.
+
+    Raises UserError where nothing is there.
+    """
+    named = plain.get("base_parts") or {"all": plain.get("base_checkpoint")}
+    files = {part: find_file(name) for part, name in named.items() if name}
+    for path in files.values():
+        if not path.exists():
+            remedy = "Name one with --actual_resume FILE; README says how the storybook's is trained."
+            raise UserError("There is no base checkpoint", where=path, remedy=remedy)
+    return files
+
+
+def load_base(networks: Mapping[str, torch.nn.Module], files: Mapping[str, Path]) -> str:
+    """Fills networks from base models, by `base_files` -> the sha256 that names these.
 
     A folder's own vocabulary is used, unless the config names one on this machine.
     """
-    names = list(networks) if parts is None else parts
-    unknown = [name for name in names if name not in networks]
-    if unknown:
-        raise UserError(
-            f"`{unknown[0]}` is not a network", where="base_parts", remedy=f"Choose {', '.join(networks)}."
-        )
-    model = open_model(find_file(checkpoint))
-    found = {name: model.parts.get(name, {}) for name in names}
-    load_parts({name: networks[name] for name in names}, found, where=model.path)
-    text = networks.get("cond_stage")
-    if text is not None and model.tokenizer is not None and not find_file(text.tokenizer_name).is_dir():
-        text.tokenizer_name = str(model.tokenizer)
-    return file_hash(model.path)
+    for part, path in files.items():
+        names = list(networks) if part == "all" else [part]
+        if part not in ("all", *networks):
+            remedy = f"Choose {', '.join(networks)}."
+            raise UserError(f"`{part}` is not a network", where="base_parts", remedy=remedy)
+        model = open_model(path)
+        found = {name: model.parts.get(name, {}) for name in names}
+        load_parts({name: networks[name] for name in names}, found, where=model.path)
+        text = networks.get("cond_stage")
+        if text is not None and model.tokenizer is not None and not find_file(text.tokenizer_name).is_dir():
+            text.tokenizer_name = str(model.tokenizer)
+    hashes = [file_hash(path) for path in files.values()]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def find_file(name: str) -> Path:
