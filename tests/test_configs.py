@@ -11,6 +11,7 @@ from ldm.config import check, instantiate, load_config, to_plain
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MAIN = CONFIGS / "dreambooth.yaml"
+BASE = CONFIGS / "storybook/base.yaml"
 PRESETS = sorted((CONFIGS / "presets").glob("*.yaml"))
 ALONE = sorted(set(CONFIGS.rglob("*.yaml")) - set(PRESETS))
 MERGES = [[path] for path in ALONE] + [[MAIN, preset] for preset in PRESETS]
@@ -42,3 +43,11 @@ def test_the_model_builds(paths):
         network = instantiate(model)
     assert sum(parameter.numel() for parameter in network.parameters()) > 0
     assert all(parameter.is_meta for parameter in network.parameters())
+
+
+def test_the_job_is_set_up_as_its_base_was_trained():
+    """Networks, schedule and what is predicted: a base is of no use to other ones."""
+    job, base = (to_plain(load_config([path]))["model"]["params"] for path in (MAIN, BASE))
+    keys = {f"{part}_config" for part in ("unet", "first_stage", "cond_stage")}
+    keys |= {"parameterization", "linear_start", "linear_end", "timesteps", "beta_schedule"}
+    assert {key: job.get(key) for key in keys} == {key: base.get(key) for key in keys}
