@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from pytorch_lightning.callbacks import EMAWeightAveraging, TQDMProgressBar
+from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from ldm.checkpoints.geometry import model_config
@@ -113,7 +113,7 @@ def fit(
         pl.Trainer(
             default_root_dir=folder,
             logger=instantiate(logger) if logger else board(folder, start=data.start_step),
-            callbacks=[*callbacks, guard, saves, *average, *progress_bar(trainer)],
+            callbacks=[*callbacks, LearningRateMonitor(), guard, saves, *average, *progress_bar(trainer)],
             plugins=[] if str(trainer.get("strategy")).startswith("fsdp") else [WholeFiles()],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
