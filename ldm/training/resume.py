@@ -16,6 +16,7 @@ from ldm.files import file_sha256
 log = logging.getLogger(__name__)
 
 NOTHING = object()
+SAME_MODEL = "Resume with the model section that the run began with."
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -61,12 +62,13 @@ def what_is_wrong(path: Path) -> str | None:
         content = unpickle(path, mapped=False)  # reads and checks every tensor
     except UserError as error:
         return error.what
-    absent = [key for key in ("state_dict", "optimizer_states", "loops", "global_step") if key not in content]
-    return f"it has no {absent[0]}" if absent else None
+    kinds = {"state_dict": dict, "optimizer_states": list, "loops": dict, "global_step": int}
+    wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
+    return f"it has no {wrong[0]}" if wrong else None
 
 
 def check_fit(state: Mapping[str, Any], module: nn.Module, *, where: Path) -> None:
-    """Refuses a checkpoint whose weights are not those of the module, by name and shape."""
+    """Refuses a checkpoint of other weights than the module's, by name and shape, or of others that learn."""
     held = {name: tuple(tensor.shape) for name, tensor in state["state_dict"].items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     wrong = [name for name in sorted(held.keys() | wanted.keys()) if held.get(name) != wanted.get(name)]
@@ -74,7 +76,13 @@ def check_fit(state: Mapping[str, Any], module: nn.Module, *, where: Path) -> No
         name = wrong[0]
         there, here = held.get(name, "absent"), wanted.get(name, "absent")
         what = f"{len(wrong)} weights differ; `{name}` is {there} in the checkpoint and {here} here"
-        raise UserError(what, where=where, remedy="Resume with the model section that the run began with.")
+        raise UserError(what, where=where, remedy=SAME_MODEL)
+    states = state["optimizer_states"]
+    moving = sum(len(group["params"]) for optimizer in states for group in optimizer["param_groups"])
+    learning = sum(parameter.requires_grad for parameter in module.parameters())
+    if moving != learning:
+        what = f"The optimizer was of {moving} weights, and {learning} learn here"
+        raise UserError(what, where=where, remedy=SAME_MODEL)
 
 
 def config_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

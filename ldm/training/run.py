@@ -109,7 +109,7 @@ def fit(
     with StopSignals() as stop:
         guard = NonFiniteGuard()
         saves = Checkpoints(kept, every=checkpoint_every, keep=checkpoints_kept, stop=stop, guard=guard)
-        average = [] if ema_decay is None else [EMAWeightAveraging(device=ema_device, decay=ema_decay)]
+        average = [] if ema_decay is None else [averaging(decay=ema_decay, device=ema_device)]
         pl.Trainer(
             default_root_dir=folder,
             logger=instantiate(logger) if logger else board(folder, start=data.start_step),
@@ -121,6 +121,11 @@ def fit(
             **trainer,
         ).fit(module, data, ckpt_path=last)
     module.to(place)  # the Trainer leaves it on the CPU
+
+
+def averaging(*, decay: float, device: str | None) -> pl.Callback:
+    """An average of the weights alone: one of the noise schedule's buffer would drift by its rounding."""
+    return EMAWeightAveraging(device=device, decay=decay, use_buffers=False)
 
 
 def progress_bar(trainer: Mapping[str, Any]) -> list[pl.Callback]:

@@ -1,0 +1,118 @@
+"""Short trainings of tiny networks, each begun as a new process would begin it, and how to stop them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.evaluation.curves import Curve, read_curves
+from ldm.training import run
+from ldm.training.latent_diffusion import LatentDiffusion
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+class At(pl.Callback):
+    """Does something at the end of one micro-batch (numbered over the run), before it counts as done."""
+
+    def __init__(self, micro_batch: int, act: Callable[[], None]):
+        self.micro_batch, self.act = micro_batch, act
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *rest: Any) -> None:
+        if rest[-1] == self.micro_batch:
+            self.act()
+
+
+def kill() -> None:
+    raise Killed
+
+
+@dataclass
+class Job:
+    """A training of 4 steps; `params` are the model's, `steps` ends it, `accumulate` splits each step."""
+
+    config: dict
+    weights: dict[str, dict]
+    subject: Path
+    accumulate: int = 1
+    batch_size: int = 2
+    steps: int = 4
+
+    def __call__(
+        self,
+        folder: Path,
+        *,
+        callbacks: Sequence[pl.Callback] = (),
+        params: dict | None = None,
+        **options: Any,
+    ) -> LatentDiffusion:
+        """Trains on in `folder` -> the module afterwards."""
+        folder.mkdir(exist_ok=True)
+        module = LatentDiffusion(**self.config, **{"seed": 7, "learning_rate": 1e-3, **(params or {})})
+        for name, network in module.networks.items():
+            network.load_state_dict(self.weights[name])
+        data = DreamBoothDataModule(
+            subject_root=str(self.subject),
+            class_word="disc",
+            size=16,
+            batch_size=self.batch_size,
+            num_priors=0,
+            seed=7,
+            accumulate=self.accumulate,
+            validation_batches=1,
+        )
+        data.attach(encode=module.encode_images, vae_hash="tiny")
+        trainer = {
+            "max_steps": self.steps,
+            "accelerator": "cpu",
+            "accumulate_grad_batches": self.accumulate,
+            "log_every_n_steps": 1,
+            "val_check_interval": 2 * self.accumulate,
+            "enable_progress_bar": False,
+        }
+        run.fit(
+            module,
+            data,
+            trainer=trainer | options.pop("trainer", {}),
+            folder=folder,
+            callbacks=callbacks,
+            **{"checkpoint_every": 1, **options},
+        )
+        return module
+
+
+@pytest.fixture
+def job(tiny_config: dict, tiny_networks: dict, subject_folder: Path) -> Job:
+    return Job(tiny_config, {k: n.state_dict() for k, n in tiny_networks.items()}, subject_folder)
+
+
+def state_of(folder: Path, step: int) -> dict:
+    """The checkpoint of a step: weights, averages, optimizer, schedule, loops, callbacks."""
+    return torch.load(folder / "checkpoints" / f"step-{step:08d}.ckpt", weights_only=True)
+
+
+def curves_of(folder: Path) -> dict[str, Curve]:
+    """All that a run logged and that no clock decides."""
+    clocked = ("train/images_per_second", "train/peak_memory_mib", "epoch")
+    return {name: curve for name, curve in read_curves(folder / "tensorboard").items() if name not in clocked}
+
+
+def differences(one: Any, other: Any, at: str = "") -> list[str]:
+    """Where two nested states differ, to the bit."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if torch.equal(one, other) else [at]
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [*dict.fromkeys([*one, *other])]
+        return [d for k in keys for d in differences(one.get(k), other.get(k), f"{at}/{k}")]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return [
+            d for k, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{at}/{k}")
+        ]
+    return [] if one == other else [f"{at}: {one!r:.60} {other!r:.60}"]

@@ -1,0 +1,135 @@
+"""Exact resume: a run that was stopped anywhere and taken up is the one that never was, bit for bit."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.config import instantiate
+from ldm.errors import UserError
+from ldm.training import resume
+from tests.training.conftest import At, Job, Killed, curves_of, differences, kill, state_of
+
+EVERYTHING = {"train_text_encoder": True, "lr_schedule": "cosine", "warmup_steps": 2}
+FROZEN_TEXT = {"train_text_encoder": False, "min_snr_gamma": 5.0}
+
+
+@pytest.mark.parametrize(
+    "params, options, kills",
+    [
+        (EVERYTHING, {"ema_decay": 0.9, "checkpoint_every": 1}, range(8)),
+        (FROZEN_TEXT, {"checkpoint_every": 2}, [2, 5, 7]),
+    ],
+    ids=["all-learn-with-averages", "frozen-text-encoder"],
+)
+def test_killed_in_any_micro_batch_it_is_the_run_that_never_stopped(
+    job: Job, tmp_path: Path, params: dict, options: dict, kills: Sequence[int]
+):
+    job = replace(job, accumulate=2)
+    whole = job(tmp_path / "whole", params=params, **options)
+    for micro_batch in kills:
+        with pytest.raises(Killed):
+            job(tmp_path / "again", callbacks=[At(micro_batch, kill)], params=params, **options)
+    again = job(tmp_path / "again", params=params, **options)
+    assert differences(state_of(tmp_path / "whole", 4), state_of(tmp_path / "again", 4)) == []
+    assert differences(whole.state_dict(), again.state_dict()) == []
+    curves = curves_of(tmp_path / "whole")
+    assert len(curves["train/loss"]) == 4 and len(curves["val/loss"]) == 2
+    assert curves_of(tmp_path / "again") == curves
+
+
+def test_the_comparison_can_fail(job: Job, tmp_path: Path):
+    job(tmp_path / "one", checkpoint_every=4)
+    job(tmp_path / "other", checkpoint_every=4, params={"seed": 8})
+    found = differences(state_of(tmp_path / "one", 4), state_of(tmp_path / "other", 4))
+    assert any("state_dict/model.diffusion_model" in key for key in found)
+    assert any("optimizer_states" in key for key in found)
+
+
+def test_more_steps_go_on_and_fewer_are_refused(job: Job, tmp_path: Path):
+    whole = job(tmp_path / "whole")
+    replace(job, steps=2)(tmp_path / "again")
+    ended = replace(job, steps=2)(tmp_path / "again")  # nothing is left to do: the weights it ended in
+    assert differences(ended.state_dict(), state_of(tmp_path / "again", 2)["state_dict"]) == []
+    again = job(tmp_path / "again")
+    assert differences(whole.state_dict(), again.state_dict()) == []
+    with pytest.raises(UserError, match="The run has 4 steps behind it already.*4 or more"):
+        replace(job, steps=3)(tmp_path / "again")
+
+
+def test_a_broken_newest_checkpoint_is_skipped_with_a_word(
+    job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    whole = job(tmp_path / "whole")
+    replace(job, steps=3)(tmp_path / "again")
+    newest = tmp_path / "again" / "checkpoints" / "step-00000003.ckpt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    with caplog.at_level(logging.INFO):
+        again = job(tmp_path / "again")
+    assert "step-00000003.ckpt is skipped: its SHA-256 is not the one in" in caplog.text
+    assert "Taken up at step 2" in caplog.text
+    assert newest.with_name(f"{newest.name}.broken").exists()
+    assert differences(whole.state_dict(), again.state_dict()) == []
+
+
+def write(path: Path, **content: object) -> Path:
+    whole = {"state_dict": {}, "optimizer_states": [], "loops": {}, "global_step": 1}
+    torch.save(whole | content, path)
+    return path
+
+
+def test_the_newest_is_the_one_of_most_steps_whatever_its_name(tmp_path: Path):
+    assert resume.newest_whole(tmp_path) is None
+    for step in (3, 20, 100):
+        write(tmp_path / f"step-{step:08d}.ckpt", global_step=step)
+    last = write(tmp_path / "last.ckpt", global_step=50)  # as Lightning names one
+    (tmp_path / "unreadable.ckpt").write_bytes(b"PK")
+    assert resume.newest_whole(tmp_path).name == "step-00000100.ckpt"
+    assert [path.name for path in resume.by_step(tmp_path)][1] == last.name
+    assert (tmp_path / "unreadable.ckpt.broken").exists()
+
+
+def test_without_a_whole_checkpoint_nothing_is_begun_anew(tmp_path: Path):
+    for step in (1, 2):
+        (tmp_path / f"step-{step}.ckpt").write_bytes(b"")
+    with pytest.raises(UserError, match="None of the checkpoints is whole.*Remove the folder"):
+        resume.newest_whole(tmp_path)
+
+
+def test_what_lacks_a_part_is_not_whole(tmp_path: Path):
+    path = write(tmp_path / "step-1.ckpt")
+    assert resume.what_is_wrong(path) is None
+    for part, wrong in [("state_dict", [1]), ("optimizer_states", None), ("loops", 3), ("global_step", "1")]:
+        write(path, **{part: wrong})
+        assert part in resume.what_is_wrong(path)
+
+
+def test_weights_of_other_networks_are_refused_by_name_and_shape(job: Job, tmp_path: Path):
+    replace(job, steps=1)(tmp_path)
+    job.config["unet_config"]["params"]["model_channels"] = 64
+    job.weights["unet"] = instantiate(job.config["unet_config"]).state_dict()
+    with pytest.raises(UserError, match=r"weights differ; `model.diffusion_model\S+` is \(.*\) in .* and \("):
+        job(tmp_path)
+
+
+def test_other_learning_parts_are_refused(job: Job, tmp_path: Path):
+    replace(job, steps=1)(tmp_path)
+    with pytest.raises(UserError, match=r"The optimizer was of \d+ weights, and \d+ learn here"):
+        job(tmp_path, params={"train_text_encoder": False})
+
+
+def test_changes_are_named_key_by_key(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    before = {"seed": 1, "model": {"params": {"lr": 0.1}}, "trainer": {"max_steps": 5}, "samples": {}}
+    after = {"seed": 1, "model": {"params": {"lr": 0.2}}, "trainer": {"max_steps": 5, "devices": 2}}
+    assert resume.config_changes(before, before) == []
+    changes = ["model.params.lr: 0.1 -> 0.2", "samples: {} -> not set", "trainer.devices: not set -> 2"]
+    assert resume.config_changes(before, after) == changes
+    with pytest.raises(UserError, match="model.params.lr: 0.1 -> 0.2; .*--allow_config_change"):
+        resume.check_changes(before, after, allowed=False, run=tmp_path)
+    resume.check_changes(before, after, allowed=True, run=tmp_path)
+    assert "goes on with a changed config: model.params.lr: 0.1 -> 0.2" in caplog.text
