@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ldm.checkpoints.layout import PREFIXES
 from ldm.checkpoints.load import file_hash, load_parts, open_model, unfilled
+from ldm.checkpoints.lora import merge_lora, read_lora
 from ldm.config import instantiate
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.samplers import SAMPLERS, sampling_timesteps
@@ -72,10 +73,12 @@ class Text2Image:
         config: Mapping[str, Any] | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        loras: Sequence[tuple[Path, float]] = (),
     ) -> "Text2Image":
         """From a Stable Diffusion file, or a folder as diffusers saves it.
 
         config: with a `model` section, or the params of one; None takes what the file says of itself.
+        loras: files, each with the weight at which it is merged into the networks.
         """
         _check_device(device)
         model = open_model(path)
@@ -83,7 +86,10 @@ class Text2Image:
         parameterization = params.get("parameterization", "eps")
         with unfilled():
             networks = {part: instantiate(params[f"{part}_config"]).to(dtype) for part in PREFIXES}
-        load_parts(networks, model.parts, where=path, device=device)
+        parts = model.parts
+        for file, weight in loras:
+            parts = merge_lora(parts, read_lora(file, parts), weight=weight)
+        load_parts(networks, parts, where=path, device=device)
         if model.tokenizer is not None and config is None:
             networks["cond_stage"].tokenizer_name = str(model.tokenizer)
         return cls(

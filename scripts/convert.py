@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 from ldm.checkpoints.geometry import SCHEDULE
 from ldm.checkpoints.load import file_hash, open_model
+from ldm.checkpoints.lora import merge_lora, read_lora
 from ldm.checkpoints.modelspec import file_metadata
 from ldm.checkpoints.save import DTYPES, save_model
 from ldm.checkpoints.save_folder import check_folder, save_folder
@@ -33,6 +34,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("target", type=Path, help="NAME.safetensors, NAME.ckpt, or a new folder")
     add("--dtype", choices=DTYPES, help="of the weights; default: as they are")
     add("--ema", action="store_true", help="take the averaged weights of the UNet, from a file that has both")
+    add("--lora", type=Path, metavar="FILE", help="a LoRA to merge into the weights")
+    add("--lora_weight", type=float, default=1.0, help="how much of it (1)")
     add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
     add("--tokenizer", metavar="FOLDER", help="with vocab.json and merges.txt; default: the model's own")
     return parser.parse_args(words)
@@ -46,6 +49,10 @@ def main(options: argparse.Namespace) -> Path:
     if options.config:
         model = replace(model, known=to_plain(load_config([options.config]))["model"]["params"])
     dtype = DTYPES[options.dtype] if options.dtype else None
+    if options.lora:
+        layers = read_lora(options.lora, model.parts)
+        dtype = dtype or model.parts["unet"]["out.2.weight"].dtype
+        model = replace(model, parts=merge_lora(model.parts, layers, weight=options.lora_weight))
     size = model.size(model.config["parameterization"])
     if to_folder:
         name = options.tokenizer or model.config["cond_stage_config"]["params"]["tokenizer"]

@@ -30,6 +30,7 @@ def parse() -> argparse.Namespace:
     add("--prompts", type=Path, metavar="FILE", help="more of them, one a line; # begins a comment line")
     add("--model", type=Path, help="model file or run folder; None: the newest run under logs/")
     add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
+    add("--lora", nargs="+", default=[], metavar="FILE[:WEIGHT]", help="LoRA files to draw with; weight 1")
     add("--n", type=int, default=4, help="pictures of each prompt")
     add("--seed", type=int, default=23, help="picture i of a prompt is drawn from seed + i")
     add("--negative_prompt", default="", metavar="TEXT", help="what pictures should not show")
@@ -47,6 +48,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def weighted(word: str) -> tuple[Path, float]:
+    """FILE[:WEIGHT] -> (file, weight)."""
+    file, colon, weight = word.rpartition(":")
+    try:
+        return (Path(file), float(weight)) if colon else (Path(word), 1.0)
+    except ValueError:
+        return Path(word), 1.0  # the colon is the path's
+
+
 def main(options: argparse.Namespace) -> None:
     lines = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else []
     prompts = options.prompt + [line.strip() for line in lines if line.strip() and not line.startswith("#")]
@@ -55,11 +65,13 @@ def main(options: argparse.Namespace) -> None:
     path, dtype = find_model(options.model), DTYPES[options.precision]
     print(f"model: {path}")
     config = to_plain(load_config([options.config])) if options.config else None
-    draw = Text2Image.from_file(path, config=config, device=options.device, dtype=dtype)
+    loras = [weighted(word) for word in options.lora]
+    draw = Text2Image.from_file(path, config=config, device=options.device, dtype=dtype, loras=loras)
     settings = {name: getattr(options, name) for name in SETTINGS}
     settings |= {side: draw.default_size for side in ("height", "width") if settings[side] is None}
     model = path.resolve().parent.name if path.stem == "model" else path.stem
     about = settings | {"model": model, "model_hash": draw.model_hash, "precision": options.precision}
+    about |= {"lora": options.lora} if loras else {}
     how = {"batched_guidance": not options.low_memory, "batch_size": options.batch_size}
     out = options.out or path.parent / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm import randomness
+from ldm.checkpoints.lora import merge_lora, save_lora
 from ldm.checkpoints.save import save_model
 from ldm.config import instantiate
 from ldm.diffusion.loss import DreamBoothLoss, dreambooth_loss, min_snr_weights, mse_per_item
 from ldm.diffusion.schedule import add_noise, make_alphas_cumprod, training_target
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
@@ -42,6 +44,7 @@ class LatentDiffusion(pl.LightningModule):
             bfloat16 and rounds their updates stochastically.
         step_in_backward: each weight learns as soon as its gradient is there, which is then freed.
         lr_schedule: after `warmup_steps` optimizer steps constant, or half a cosine down to 0.
+        lora: node of a `LoRA`: what learns are factors beside the layers of UNet and text encoder.
         compile: mode in which torch.compile translates the UNet, once for each batch size that it meets.
         seed: of the run; all draws follow from it and the item's number.
     """
@@ -70,6 +73,7 @@ class LatentDiffusion(pl.LightningModule):
         warmup_steps: int = 0,
         optimizer: OptimizerName = "adamw",
         step_in_backward: bool = False,
+        lora: dict | None = None,
         compile: CompileMode | None = None,
         seed: int = 23,
     ):
@@ -94,6 +98,9 @@ class LatentDiffusion(pl.LightningModule):
         self.first_stage_model.requires_grad_(False)
         unet.requires_grad_(train_unet)
         self.cond_stage_model.requires_grad_(train_text_encoder)
+        self.lora: LoRA | None = instantiate(lora) if lora else None
+        if self.lora is not None:
+            self.lora.attach({"unet": unet, "cond_stage": self.cond_stage_model})
         self.optimizer, self.step_in_backward = optimizer, step_in_backward
         if optimizer == "adamw_bf16":
             unet.to(torch.bfloat16)
@@ -111,6 +118,12 @@ class LatentDiffusion(pl.LightningModule):
             "cond_stage": self.cond_stage_model,
         }
 
+    @property
+    def learners(self) -> dict[str, nn.Module]:
+        """What the optimizer changes for each network: the network itself, or the factors beside it."""
+        parts = self.networks if self.lora is None else self.lora.parts
+        return {"unet": parts["unet"], "text_encoder": parts["cond_stage"]}
+
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """images: [B, 3, H, W] in [-1, 1] -> moments [B, 2C, h, w] of their latents."""
@@ -122,7 +135,7 @@ class LatentDiffusion(pl.LightningModule):
         Equal prompts go through the text encoder once: in a call, or, where it is frozen, in the whole run.
         """
         unique = list(dict.fromkeys(prompts))
-        if any(p.requires_grad for p in self.cond_stage_model.parameters()):
+        if any(p.requires_grad for p in self.learners["text_encoder"].parameters()):
             rows = torch.tensor([unique.index(prompt) for prompt in prompts])
             return self._contexts_of(unique)[rows.to(self.device, non_blocking=True)]
         if len(unique) + len(self._contexts) > KEPT_CONTEXTS:
@@ -215,11 +228,9 @@ class LatentDiffusion(pl.LightningModule):
     def configure_optimizers(self) -> dict:
         settings = ("accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
         self.check({name: getattr(self.trainer, name) for name in settings})
+        rates = {"unet": self.learning_rate, "text_encoder": self.text_learning_rate}
         optimizer = adamw(
-            {
-                "unet": (self.model["diffusion_model"], self.learning_rate),
-                "text_encoder": (self.cond_stage_model, self.text_learning_rate),
-            },
+            {name: (module, rates[name]) for name, module in self.learners.items()},
             name=self.optimizer,
             step_in_backward=self.step_in_backward,
             seed=self.seed,
@@ -239,8 +250,15 @@ class LatentDiffusion(pl.LightningModule):
         return self
 
     def export(self, path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> Path:
-        """Writes one Stable Diffusion file of all three networks and the schedule."""
+        """Writes one Stable Diffusion file of all three networks and the schedule.
+
+        Where a LoRA learns it is merged in that file, and in `lora.safetensors` beside it alone.
+        """
         parts = {name: network.state_dict() for name, network in self.networks.items()}
+        if self.lora is not None:
+            layers = self.lora.factors()
+            save_lora(path.with_name("lora.safetensors"), layers, parts, dtype=dtype, metadata=metadata)
+            parts = merge_lora(parts, layers)
         return save_model(
             path, parts, alphas_cumprod=self.alphas_cumprod.cpu(), dtype=dtype, metadata=metadata
         )
