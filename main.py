@@ -74,7 +74,8 @@ def work(module: pl.LightningModule, data: pl.LightningDataModule, plain: dict, 
     """Fills the networks from the base, trains, exports -> the paths that rank 0 leaves."""
     files, base_hash = run.base_files(plain), ""
     if files:
-        base_hash = run.load_base(module.networks, files)
+        predicts = getattr(module, "parameterization", None)
+        base_hash = run.load_base(module.networks, files, parameterization=predicts)
         module.to(device_of(plain["trainer"]))
         if isinstance(module, LatentDiffusion):
             data.attach(encode=module.encode_images, vae_hash=base_hash)

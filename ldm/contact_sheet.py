@@ -21,6 +21,7 @@ A1111_NAMES = {  # setting -> its name in the parameters line, in order
     "model_hash": "Model hash",
     "model": "Model",
     "eta": "Eta",
+    "strength": "Denoising strength",
 }
 
 

@@ -7,12 +7,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,9 +24,9 @@ from ldm.checkpoints.lora import merge_lora, read_lora
 from ldm.config import instantiate
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.samplers import SAMPLERS, sampling_timesteps
-from ldm.diffusion.schedule import check_parameterization, make_alphas_cumprod, to_eps
+from ldm.diffusion.schedule import add_noise, check_parameterization, make_alphas_cumprod, to_eps
 from ldm.errors import UserError
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 from ldm.randomness import randn
@@ -112,33 +114,34 @@ class Text2Image:
         sampler: str = "ddim",
         height: int | None = None,
         width: int | None = None,
+        init_image: Image.Image | None = None,
+        strength: float = 0.75,
+        long_prompts: bool = False,
         batch_size: int = 8,
         batched_guidance: bool = True,
         progress: bool | Callable[[int], object] = False,
     ) -> list[Sample]:
         """One picture for each prompt and its seed, `batch_size` at a time.
 
-        `progress` True shows a bar; a callable hears of n more steps, of len(prompts) * steps in all.
+        `init_image`, cropped to the shape, is drawn over in the last `strength` of the steps. `long_prompts`
+        are encoded whole, in chunks. `progress` True shows a bar; a callable hears of n more steps.
         """
         _check(prompts, seeds, sampler=sampler, batch_size=batch_size)
-        shape = self.latent_shape(height, width)
-        timesteps = sampling_timesteps(steps, T=len(self.alphas_cumprod))
-        samples = []
-        with self._drawing(), tqdm(total=len(prompts) * steps, disable=progress is not True) as bar:
+        shape, samples = self.latent_shape(height, width), {}
+        timesteps = self._timesteps(steps, None if init_image is None else strength)
+        with self._drawing(), tqdm(total=len(prompts) * len(timesteps), disable=progress is not True) as bar:
+            guide = partial(classifier_free_guidance, guidance_scale=guidance_scale, batched=batched_guidance)
             more = progress if callable(progress) else bar.update
-            contexts = self._encode([negative_prompt, *prompts], batch_size)
-            unconditional = contexts[negative_prompt].unsqueeze(0)
-            for first in range(0, len(prompts), batch_size):
-                batch = slice(first, first + batch_size)
-                context = torch.stack([contexts[prompt] for prompt in prompts[batch]])
-                predict = classifier_free_guidance(
-                    self._predict_eps, context, unconditional, guidance_scale, batched=batched_guidance
-                )
-                noise = partial(self._noise, shape, seeds[batch])
-                options = {"eta": eta, "noise": noise, "callback": lambda i, x: more(len(x))}
-                x = SAMPLERS[sampler](predict, noise("x_T"), timesteps, self.alphas_cumprod, **options)
-                samples += map(Sample, self._decode(x), _outside(x), prompts[batch], seeds[batch])
-        return samples
+            how = {"eta": eta, "callback": lambda i, x: more(len(x)), "alphas_cumprod": self.alphas_cumprod}
+            pairs = self._contexts(prompts, negative_prompt, batch_size, chunked=long_prompts)
+            initial = None if init_image is None else self._posterior(init_image, shape)
+            for batch in _batches([len(context) for context, _ in pairs], batch_size):
+                predict = guide(self._predict_eps, *_stacked([pairs[i] for i in batch]))
+                noise = partial(self._noise, shape, [seeds[i] for i in batch])
+                x = self._start(noise, initial, timesteps)
+                x = SAMPLERS[sampler](predict, x, timesteps, noise=noise, **how)
+                samples |= zip(batch, zip(self._decode(x), _outside(x), strict=True), strict=True)
+        return [Sample(*samples[i], prompts[i], seeds[i]) for i in range(len(prompts))]
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) for pixels; both networks must be able to halve them as often as they do."""
@@ -152,23 +155,67 @@ class Text2Image:
                 raise UserError(f"{side} {n} is no multiple of {unit} pixels", remedy=f"Use {valid}.")
         return self.first_stage.embed_dim, *(n // self.first_stage.factor for n in pixels.values())
 
-    def _encode(self, texts: Sequence[str], batch_size: int) -> dict[str, Tensor]:
-        """Each different text once -> its context [M, D], where and as the UNet wants it."""
-        unique, contexts = list(dict.fromkeys(texts)), {}
-        for text in unique:
-            cut = None if text in self._warned else self.cond_stage.overlong(text)
+    def _timesteps(self, steps: int, strength: float | None) -> Tensor:
+        """Descending [S]; given a strength, the last that share of them, as many whole ones as that is."""
+        timesteps = sampling_timesteps(steps, T=len(self.alphas_cumprod))
+        if strength is None:
+            return timesteps
+        kept = int(steps * strength) if 0 <= strength <= 1 else 0
+        if kept == 0:
+            what = f"strength {strength} leaves no step of {steps} to draw"
+            raise UserError(what, remedy=f"Choose from {1 / steps:.2g} to 1.")
+        return timesteps[-kept:]
+
+    def _contexts(
+        self, prompts: Sequence[str], negative_prompt: str, batch_size: int, *, chunked: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The context of each prompt, and of the negative prompt beside it, both [N M, D].
+
+        N is 1 or, `chunked`, as many chunks as the longer one has; the shorter one is filled up with empty
+        ones, as AUTOMATIC1111 does.
+        """
+        texts = [negative_prompt, *([""] if chunked else []), *prompts]
+        contexts = self._encode(texts, batch_size, chunked=chunked)
+        pairs = [(contexts[prompt], contexts[negative_prompt]) for prompt in prompts]
+        if chunked:
+            pairs = [tuple(_filled(x, contexts[""], max(map(len, pair))) for x in pair) for pair in pairs]
+        return pairs
+
+    def _encode(self, texts: Sequence[str], batch_size: int, *, chunked: bool) -> dict[str, Tensor]:
+        """Each different text once -> its context [N M, D], where and as the UNet wants it; N chunks or 1."""
+        unique, tower = list(dict.fromkeys(texts)), self.cond_stage
+        for text in [] if chunked else unique:
+            cut = None if text in self._warned else tower.overlong(text)
             if cut is not None:
                 self._warned.add(text)
-                log.warning("Only %d tokens fit: %r of %r is cut off", self.cond_stage.max_length, cut, text)
-        for first in range(0, len(unique), batch_size):
-            batch = unique[first : first + batch_size]
-            ids = self.cond_stage.tokenize(batch).to(_place(self.cond_stage)[0])
-            contexts |= zip(batch, self.cond_stage(ids).to(*_place(self.unet)), strict=True)
-        return contexts
+                log.warning("Only %d tokens fit: %r of %r is cut off", tower.max_length, cut, text)
+        ids = [tower.tokenize_chunks(text) if chunked else tower.tokenize([text]) for text in unique]
+        batches = torch.cat(ids).to(_place(tower)[0]).split(batch_size)
+        rows = torch.cat([tower(batch).to(*_place(self.unet)) for batch in batches])
+        chunks = rows.split([len(own) for own in ids])
+        return {text: own.flatten(0, 1) for text, own in zip(unique, chunks, strict=True)}
+
+    def _posterior(self, image: Image.Image, shape: Sequence[int]) -> DiagonalGaussian:
+        """The latents of a picture, cropped and scaled to those of `shape`: mean and std [1, C, h, w]."""
+        factor = self.first_stage.factor
+        image = ImageOps.fit(image.convert("RGB"), (shape[2] * factor, shape[1] * factor), Image.LANCZOS)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0) / 127.5 - 1
+        moments = self.first_stage.encode(pixels.to(*_place(self.first_stage))).moments.float()
+        return DiagonalGaussian.from_moments(moments.to(_place(self.unet)[0]))
+
+    def _start(
+        self, noise: Callable[[str], Tensor], initial: DiagonalGaussian | None, timesteps: Tensor
+    ) -> Tensor:
+        """Where the sampler sets out: noise, or a draw of the initial latents with that noise added."""
+        x_T = noise("x_T")
+        if initial is None:
+            return x_T
+        t = timesteps[:1].to(x_T.device).expand(len(x_T))
+        return add_noise(initial.sample(noise("init")), x_T, t, self.alphas_cumprod.to(x_T.device))
 
     def _noise(self, shape: Sequence[int], seeds: Sequence[int], purpose: str | int) -> Tensor:
-        """ "x_T" or a step's number -> [B, C, h, w] float32; every picture has its own seed."""
-        purpose = purpose if purpose == "x_T" else f"step/{purpose}"
+        """ "x_T", "init" or a step's number -> [B, C, h, w] float32; every picture has its own seed."""
+        purpose = f"step/{purpose}" if isinstance(purpose, int) else purpose
         draws = [randn(shape, seed=seed, items=[0], purpose=f"sample/{purpose}") for seed in seeds]
         return torch.cat(draws).to(_place(self.unet)[0])
 
@@ -235,6 +282,25 @@ def _check(prompts: Sequence[str], seeds: Sequence[int], *, sampler: str, batch_
         raise UserError(f"The sampler {sampler!r} is unknown", remedy=f"Choose {' or '.join(SAMPLERS)}.")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is impossible", remedy="Choose 1 or more.")
+
+
+def _filled(context: Tensor, empty: Tensor, length: int) -> Tensor:
+    """[N M, D] -> [length, D], the context of empty chunks [M, D] behind it."""
+    return torch.cat([context, *[empty] * ((length - len(context)) // len(empty))])
+
+
+def _stacked(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """B pairs of contexts [M, D] -> both [B, M, D]."""
+    return [torch.stack(side) for side in zip(*pairs, strict=True)]
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Numbers of pictures, in batches of contexts of one length: so each is as it would be alone."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups = [list(group) for _, group in groupby(order, key=lengths.__getitem__)]
+    return [
+        group[first : first + batch_size] for group in groups for first in range(0, len(group), batch_size)
+    ]
 
 
 def _place(network: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -26,7 +26,7 @@ def main(config: DictConfig) -> Path:
     if not data.draws_priors:
         raise UserError("This config draws no prior images", where="data.params.num_priors")
     module = instantiate(plain["model"])
-    base_hash = load_base(module.networks, base_files(plain))
+    base_hash = load_base(module.networks, base_files(plain), parameterization=module.parameterization)
     set_matmul_precision(plain.get("matmul_precision", "high"))
     module.to(device_of(plain["trainer"]))
     drawing = PriorDrawing(**plain.get("priors", {}))

@@ -11,9 +11,13 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+from ldm.checkpoints.load import open_model
+from ldm.checkpoints.modelspec import taught_words
 from ldm.checkpoints.save import DTYPES
 from ldm.config import load_config, to_plain
 from ldm.contact_sheet import contact_sheet, save_picture
+from ldm.data.images import load_image
+from ldm.data.prompts import read_prompts
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.pipeline import Text2Image, find_model
@@ -27,7 +31,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shows_defaults, allow_abbrev=False)
     add = parser.add_argument
     add("--prompt", nargs="+", default=[], metavar="TEXT", help="one or several, each in quotes")
-    add("--prompts", type=Path, metavar="FILE", help="more of them, one a line; # begins a comment line")
+    add("--prompts", metavar="FILE", help="more, one a line; or dreambooth-live, dreambooth-object")
+    add("--identifier", metavar="WORD", help="for {identifier} in them; None: as the model was taught")
+    add("--class_word", metavar="WORD", help="for {class_word} in them; None: as the model was taught")
     add("--model", type=Path, help="model file or run folder; None: the newest run under logs/")
     add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
     add("--lora", nargs="+", default=[], metavar="FILE[:WEIGHT]", help="LoRA files to draw with; weight 1")
@@ -40,6 +46,9 @@ def parse() -> argparse.Namespace:
     add("--eta", type=float, default=0.0, help="fresh noise in each step of ddim, 0 to 1")
     add("--height", type=int, help="pixels; None: as in training")
     add("--width", type=int, help="pixels; None: as in training")
+    add("--init_image", type=Path, help="picture to begin from instead of noise, cropped to the size")
+    add("--strength", type=float, default=0.75, help="share of the steps that draw over it, to 1")
+    add("--long_prompts", action="store_true", help="encode all of a long prompt, in chunks of 75 tokens")
     add("--batch_size", type=int, default=8, help="pictures at a time; no effect on what they show")
     add("--low_memory", action="store_true", help="guidance in two passes instead of a doubled batch")
     add("--device", default=DEVICE, help="where to compute")
@@ -58,12 +67,14 @@ def weighted(word: str) -> tuple[Path, float]:
 
 
 def main(options: argparse.Namespace) -> None:
-    lines = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else []
-    prompts = options.prompt + [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not prompts or options.n < 1:
+    if not (options.prompt or options.prompts) or options.n < 1:
         raise UserError("There is nothing to draw", remedy="Give --prompt or --prompts, and --n from 1.")
     path, dtype = find_model(options.model), DTYPES[options.precision]
     print(f"model: {path}")
+    words = taught_words(open_model(path).metadata)
+    words |= {name: getattr(options, name) for name in words if getattr(options, name)}
+    prompts = options.prompt + (read_prompts(options.prompts, **words) if options.prompts else [])
+    init_image = load_image(options.init_image) if options.init_image else None
     config = to_plain(load_config([options.config])) if options.config else None
     loras = [weighted(word) for word in options.lora]
     draw = Text2Image.from_file(path, config=config, device=options.device, dtype=dtype, loras=loras)
@@ -71,13 +82,18 @@ def main(options: argparse.Namespace) -> None:
     settings |= {side: draw.default_size for side in ("height", "width") if settings[side] is None}
     model = path.resolve().parent.name if path.stem == "model" else path.stem
     about = settings | {"model": model, "model_hash": draw.model_hash, "precision": options.precision}
+    if init_image:
+        settings["strength"] = options.strength
+        about |= {"strength": options.strength, "init_image": options.init_image.name}
+    settings |= {"init_image": init_image, "long_prompts": options.long_prompts}
     about |= {"lora": options.lora} if loras else {}
     how = {"batched_guidance": not options.low_memory, "batch_size": options.batch_size}
     out = options.out or path.parent / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
 
     jobs = [(row, options.seed + i) for row in range(len(prompts)) for i in range(options.n)]
     pictures, size = [[] for _ in prompts], max(options.batch_size, 1)
-    with tqdm(total=len(jobs) * options.steps, unit="step") as bar:
+    steps = int(options.steps * options.strength) if init_image else options.steps
+    with tqdm(total=len(jobs) * steps, unit="step") as bar:
         for batch in (jobs[first : first + size] for first in range(0, len(jobs), size)):
             rows, seeds = zip(*batch, strict=True)
             samples = draw([prompts[i] for i in rows], seeds=seeds, progress=bar.update, **settings, **how)

@@ -8,6 +8,8 @@ from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 
 from ldm.config import check, instantiate, load_config, to_plain
+from ldm.errors import UserError
+from ldm.training.options import parse
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MAIN = CONFIGS / "dreambooth.yaml"
@@ -51,3 +53,37 @@ def test_the_job_is_set_up_as_its_base_was_trained():
     keys = {f"{part}_config" for part in ("unet", "first_stage", "cond_stage")}
     keys |= {"parameterization", "linear_start", "linear_end", "timesteps", "beta_schedule"}
     assert {key: job.get(key) for key in keys} == {key: base.get(key) for key in keys}
+
+
+@pytest.mark.parametrize(
+    ("name", "unet", "text_encoder"),
+    [("sd1", 859_520_964, 123_060_480), ("sd2", 865_910_724, 352_984_064)],
+)
+def test_stable_diffusion_has_its_released_size(name, unet, text_encoder):
+    config = to_plain(load_config([CONFIGS / f"dreambooth-{name}.yaml"]))
+    with torch.device("meta"):
+        networks = instantiate(config["model"]).networks
+    counts = {part: sum(p.numel() for p in network.parameters()) for part, network in networks.items()}
+    assert counts == {"unet": unet, "first_stage": 83_653_863, "cond_stage": text_encoder}
+    assert config["data"]["params"]["size"] == {"sd1": 512, "sd2": 768}[name]
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+def test_each_value_of_stable_diffusion_is_commented(name):
+    lines = (CONFIGS / f"dreambooth-{name}.yaml").read_text(encoding="utf-8").splitlines()
+    values = [line for line in lines if ": " in line and not line.startswith("#")]
+    assert (
+        len(values) > 40
+        and [line for line in values if " # " not in line and "target: ldm." not in line] == []
+    )
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+def test_the_flags_of_the_command_line_reach_their_keys(name):
+    path = str(CONFIGS / f"dreambooth-{name}.yaml")
+    flags = ["--actual_resume", "sd.ckpt", "--data_root", "mine", "--class_word", "cat"]
+    config, _ = parse(["--base", path, *flags], description="")
+    assert config.base_checkpoint == "sd.ckpt"
+    assert (config.data.params.subject_root, config.data.params.class_word) == ("mine", "cat")
+    with pytest.raises(UserError, match=r"empty \(class_word\)"):
+        instantiate(parse(["--base", path], description="")[0].data).check()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from ldm.errors import UserError
 from ldm.files import file_sha256
 
 PREDICTION_TYPES = {"epsilon": "eps", "v": "v"}  # of modelspec
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,18 @@ class Model:
             return geometry.model_config(self.parts, self.known)
         except UserError as error:
             raise UserError(error.what, where=self.path, remedy=error.remedy) from error
+
+    def require_prediction(self, parameterization: str) -> None:
+        """Refuses a config by which the UNet would predict something else than the file says it does."""
+        said = self.known.get("parameterization")
+        found = said or geometry.guess_parameterization(self.parts)
+        if found == parameterization:
+            return
+        what = f"The UNet predicts {found!r}, but the config says {parameterization!r}"
+        if said is None:
+            logger.warning("%s: %s", self.path, what)
+        else:
+            raise UserError(what, where=self.path, remedy=f"Set model.params.parameterization={said}.")
 
     def size(self, parameterization: str) -> int:
         """Pixels a side that it draws best, if its UNet predicts this."""

@@ -65,6 +65,18 @@ def file_metadata(
     return about
 
 
+def taught_words(metadata: Mapping[str, str]) -> dict[str, str | None]:
+    """The identifier and the class_word of the subject a file was taught; None where it does not say."""
+    training = json.loads(metadata.get("ldm.training", "{}"))
+    class_word = training.get("data", {}).get("params", {}).get("class_word")
+    trigger = metadata.get("modelspec.trigger_phrase", "")
+    taught = class_word is not None and trigger.endswith(f" {class_word}")
+    return {
+        "identifier": trigger.removesuffix(f" {class_word}") if taught else None,
+        "class_word": class_word,
+    }
+
+
 def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's config without the paths of somebody's machine."""
     kept = {key: value for key, value in config.items() if not key.endswith((*PRIVATE, SAID))}

@@ -28,14 +28,17 @@ COMMON_WORDS = frozenset(
 )
 
 
-def fill(template: str, *, identifier: str, class_word: str) -> str:
-    """Replaces {identifier} and {class_word}; any other placeholder is a UserError."""
+def fill(template: str, *, identifier: str | None, class_word: str | None) -> str:
+    """Replaces {identifier} and {class_word}; a UserError for one that is None, and any other placeholder."""
     words = {"identifier": identifier, "class_word": class_word}
 
     def word(match: re.Match[str]) -> str:
         if match[1] not in words:
             remedy = "Only {identifier} and {class_word} stand for something."
             raise UserError(f"Unknown placeholder {match[0]}", where=f'prompt "{template}"', remedy=remedy)
+        if words[match[1]] is None:
+            what = f"Nothing says what {match[0]} stands for"
+            raise UserError(what, where=f'prompt "{template}"', remedy=f"Give {match[1]}.")
         return words[match[1]]
 
     return re.sub(r"\{([^{}]*)\}", word, template)
@@ -87,7 +90,7 @@ def read_caption(picture: Path, *, identifier: str, class_word: str) -> str | No
     return fill(caption, identifier=identifier, class_word=class_word)
 
 
-def read_prompts(file: str | Path, *, identifier: str, class_word: str) -> list[str]:
+def read_prompts(file: str | Path, *, identifier: str | None, class_word: str | None) -> list[str]:
     """Filled prompts of a text file, one a line; empty lines and those that begin with # are skipped.
 
     `file` is a path (seen from here or from the repository) or a name in configs/prompts/.

@@ -15,6 +15,7 @@ from ldm.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VOCABULARY = ("vocab.json", "merges.txt")
+COMMA_REACH = 20  # tokens that a chunk gives up to end with a comma
 
 
 class CLIPTextEncoder(nn.Module):
@@ -83,7 +84,27 @@ class CLIPTextEncoder(nn.Module):
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts -> ids [B, M] int64 on the CPU: bos, tokens (as many as fit), eos, padding."""
         rows = self.tokenizer(prompts, add_special_tokens=False, verbose=False).input_ids
-        ids = torch.full((len(prompts), self.max_length), self.pad_token_id)
+        return self._framed(rows)
+
+    def tokenize_chunks(self, prompt: str) -> Tensor:
+        """A prompt of any length -> ids [N, M] int64 on the CPU: N chunks, each with bos, eos and padding.
+
+        Cut as the web UI of AUTOMATIC1111 does: where a chunk is full, or after its last comma, if few tokens
+        follow that.
+        """
+        row = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        room, chunks = self.max_length - 2, []
+        comma = self.tokenizer.get_vocab().get(",</w>") if len(row) > room else None
+        while len(row) > room:
+            commas = [i for i in range(max(room - COMMA_REACH, 0), room) if row[i] == comma]
+            end = commas[-1] + 1 if commas and row[room] != comma else room
+            chunks.append(row[:end])
+            row = row[end:]
+        return self._framed([*chunks, row])
+
+    def _framed(self, rows: list[list[int]]) -> Tensor:
+        """Rows of tokens -> ids [len(rows), M]: bos, as many tokens as fit, eos, padding."""
+        ids = torch.full((len(rows), self.max_length), self.pad_token_id)
         for line, row in zip(ids, rows, strict=True):
             kept = [self.bos_token_id, *row[: self.max_length - 2], self.eos_token_id]
             line[: len(kept)] = torch.tensor(kept)

@@ -55,10 +55,16 @@ def base_files(plain: Mapping[str, Any]) -> dict[str, Path]:
     return files
 
 
-def load_base(networks: Mapping[str, torch.nn.Module], files: Mapping[str, Path]) -> str:
+def load_base(
+    networks: Mapping[str, torch.nn.Module],
+    files: Mapping[str, Path],
+    *,
+    parameterization: str | None = None,
+) -> str:
     """Fills networks from base models, by `base_files` -> the sha256 that names these.
 
-    A folder's own vocabulary is used, unless the config names one on this machine.
+    A folder's own vocabulary is used, unless the config names one on this machine. Given a
+    `parameterization`, a UNet that predicts something else is refused.
     """
     for part, path in files.items():
         names = list(networks) if part == "all" else [part]
@@ -66,6 +72,8 @@ def load_base(networks: Mapping[str, torch.nn.Module], files: Mapping[str, Path]
             remedy = f"Choose {', '.join(networks)}."
             raise UserError(f"`{part}` is not a network", where="base_parts", remedy=remedy)
         model = open_model(path)
+        if parameterization is not None and "unet" in names:
+            model.require_prediction(parameterization)
         found = {name: model.parts.get(name, {}) for name in names}
         load_parts({name: networks[name] for name in names}, found, where=model.path)
         text = networks.get("cond_stage")

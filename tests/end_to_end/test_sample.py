@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ldm.checkpoints.save import save_model
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "sample.py"
 QUICK = ["--steps", "2", "--height", "16", "--width", "16", "--device", "cpu"]
 
@@ -82,6 +84,38 @@ def test_a_config_stands_in_for_metadata(workdir, tiny_model_file, tiny_config, 
     assert pixels(Path("eps/000-a-dog-23.png")) != pixels(Path("v/000-a-dog-23.png"))
 
 
+def test_named_prompts_take_the_words_that_the_model_was_taught(
+    workdir, tiny_networks, tiny_config, monkeypatch, capsys
+):
+    metadata = {
+        "ldm.config": json.dumps(tiny_config),
+        "ldm.training": json.dumps({"data": {"params": {"class_word": "toy dog"}}}),
+        "modelspec.trigger_phrase": "zwx toy dog",
+    }
+    parts = {part: network.state_dict() for part, network in tiny_networks.items()}
+    path = save_model("taught.safetensors", parts, alphas_cumprod=None, metadata=metadata)
+    options = ["--prompts", "dreambooth-live", "--n", 1, "--model", path, "--steps", 1, *QUICK[2:]]
+    sample(monkeypatch, *options, "--out", "live", "--batch_size", 25)
+    assert len(list(Path("live").glob("0*.png"))) == 25
+    with Image.open("live/000-a-zwx-toy-dog-in-the-jungle-23.png") as picture:
+        assert json.loads(picture.text["dreambooth"])["prompt"] == "a zwx toy dog in the jungle"
+    Path("one.txt").write_text("{identifier}: {class_word}\n", encoding="utf-8")
+    given = ["--prompts", "one.txt", "--identifier", "sks", "--class_word", "cat", *options[2:]]
+    sample(monkeypatch, *given, "--out", "given")
+    assert Path("given/000-sks-cat-23.png").exists()
+
+
+def test_a_picture_is_drawn_over(workdir, tiny_model_file, monkeypatch):
+    Image.new("RGB", (40, 20), "orange").save("photo.png")
+    options = ["--prompt", "a dog", "--n", 1, "--model", tiny_model_file, *QUICK]
+    sample(monkeypatch, *options, "--out", "plain")
+    sample(monkeypatch, *options, "--out", "over", "--init_image", "photo.png", "--strength", 0.5)
+    assert pixels(Path("over/000-a-dog-23.png")) != pixels(Path("plain/000-a-dog-23.png"))
+    with Image.open("over/000-a-dog-23.png") as picture:
+        assert picture.size == (16, 16) and "Denoising strength: 0.5" in picture.text["parameters"]
+        assert json.loads(picture.text["dreambooth"])["init_image"] == "photo.png"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -98,6 +132,8 @@ def test_a_config_stands_in_for_metadata(workdir, tiny_model_file, tiny_config, 
             "lacks unet_config",
         ),
         (["--prompt", "a dog", "--model", "MODEL", "--device", "toaster"], "toaster"),
+        (["--prompts", "dreambooth-live", "--model", "MODEL"], "Give identifier"),
+        (["--prompt", "a dog", "--model", "MODEL", "--init_image", "absent.png"], "absent.png"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(workdir, tiny_model_file, monkeypatch, capsys, arguments, message):
