@@ -29,6 +29,7 @@ from ldm.training.callbacks import AutoencoderAside, FirstStep, Previews, Speed,
 from ldm.training.device import device_of, set_matmul_precision
 from ldm.training.folder import claimed, folder_of
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.memory import estimate, report
 from ldm.training.options import parse
 from ldm.training.sampling import (
     PriorDrawing,
@@ -197,6 +198,8 @@ if __name__ == "__main__":
         config, options = parse(sys.argv[1:], description=__doc__)
         if options.dry_run:
             print(OmegaConf.to_yaml(config, resolve=True))
+            if config.data.target == "ldm.data.dreambooth.DreamBoothDataModule":
+                print(report(*estimate(to_plain(config))))
         else:
             ranks.launch(config.trainer)
             left = main(config, options.resume, allow_config_change=options.allow_config_change)

@@ -40,12 +40,14 @@ class Need:
 def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]]:
     """A plain config of DreamBooth -> (bytes of each part on the device, bytes of each kind of file)."""
     data, trainer = config["data"].get("params", {}), config["trainer"]
-    with torch.device("meta"):
-        module: LatentDiffusion = instantiate(config["model"])
+    node = config["model"]
+    with torch.device("meta"):  # not compiled: the graph is that of the plain network
+        module: LatentDiffusion = instantiate(node | {"params": node["params"] | {"compile": None}})
     with FakeTensorMode():  # of the CPU, where autocast applies; the meta device knows none
         activations = _activations(module, data, precision=str(trainer.get("precision", "32-true")))
     needs = {}
-    for name, network in module.networks.items():
+    holders = module.networks | ({} if module.lora is None else {"lora": module.lora})
+    for name, network in holders.items():
         learning = [p for p in network.parameters() if p.requires_grad]
         needs[name] = Need(
             weights=_size(network.state_dict().values()),
@@ -93,11 +95,14 @@ def _activations(module: LatentDiffusion, data: Mapping[str, Any], *, precision:
     priors = subject if given is None else given
     side = data["size"] // module.first_stage_model.factor
     mixed = torch.autocast("cpu", dtype=torch.bfloat16) if "mixed" in precision else nullcontext()
-    found = {}
+    found, factors = {}, {}
+    if module.lora is not None:
+        module.lora._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
+        factors = dict(module.lora.named_parameters())
     with mixed:
         weights = _without_data(text)
         prompts = torch.zeros(1 + (priors > 0), text.max_length, dtype=torch.int64)
-        with _saving(text, weights, {}) as saved:
+        with _saving(text, weights | factors, {}) as saved:
             context = functional_call(text, weights, prompts)
         found["cond_stage"] = sum(saved)
         rows = torch.zeros(subject + priors, dtype=torch.int64)
@@ -105,7 +110,7 @@ def _activations(module: LatentDiffusion, data: Mapping[str, Any], *, precision:
         x = torch.zeros(subject + priors, module.first_stage_model.embed_dim, side, side)
         stages = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
         weights, dtype = _without_data(unet), next(unet.parameters()).dtype
-        with _saving(unet, weights, {stage: side for stage in stages}) as saved:
+        with _saving(unet, weights | factors, {stage: side for stage in stages}) as saved:
             functional_call(unet, weights, (x.to(dtype), rows, context.to(dtype)))
         found["unet"] = sum(saved)
     return found

@@ -12,6 +12,7 @@ from ldm.training.memory import BLOCK, MIB, estimate, report, state_bytes
 from ldm.training.optimizers import adamw
 
 SIZE, BATCH = 16, 2
+LORA = {"target": "ldm.models.lora.LoRA", "params": {"rank": 4, "unet": ["attention", "convolutions"]}}
 
 
 def config_of(tiny_config: dict, *, trainer: dict | None = None, **params) -> dict:
@@ -82,11 +83,23 @@ def test_weights_gradients_and_states_are_exact(tiny_config: dict, params: dict)
         assert needs["unet"].gradients == max(p.nbytes for p in module.networks["unet"].parameters())
 
 
+def test_a_lora_needs_gradients_and_states_for_its_factors_alone(tiny_config: dict):
+    needs, _ = estimate(config_of(tiny_config, lora=LORA, compile="default"))
+    module = LatentDiffusion(**tiny_config, lora=LORA)
+    factors = list(module.lora.parameters())
+    size = sum(p.nbytes for p in factors)
+    assert (needs["lora"].weights, needs["lora"].gradients) == (size, size)
+    assert needs["lora"].states == 2 * size + 4 * len(factors)
+    assert needs["unet"].gradients == needs["unet"].states == needs["cond_stage"].states == 0
+    assert needs["unet"].weights == sum(p.nbytes for p in module.networks["unet"].parameters())
+
+
 @pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16-mixed"])
-def test_activations_are_what_the_graph_saves(tiny_config: dict, mixed: bool):
+@pytest.mark.parametrize("lora", [None, LORA], ids=["all", "lora"])
+def test_activations_are_what_the_graph_saves(tiny_config: dict, mixed: bool, lora: dict | None):
     trainer = {"precision": "bf16-mixed"} if mixed else {}
-    needs, _ = estimate(config_of(tiny_config, trainer=trainer))
-    counted = saved_bytes(LatentDiffusion(**tiny_config), mixed=mixed)
+    needs, _ = estimate(config_of(tiny_config, trainer=trainer, lora=lora))
+    counted = saved_bytes(LatentDiffusion(**tiny_config, lora=lora), mixed=mixed)
     assert sum(need.activations for need in needs.values()) == pytest.approx(counted, rel=0.05)
 
 
