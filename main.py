@@ -26,6 +26,7 @@ from ldm.evaluation.report import Report, Row, write_report
 from ldm.pipeline import Text2Image
 from ldm.training import ranks, run
 from ldm.training.callbacks import AutoencoderAside, FirstStep, Previews, Speed, peak_memory_mib
+from ldm.training.checkpoints import check_saving
 from ldm.training.device import device_of, set_matmul_precision
 from ldm.training.folder import claimed, folder_of
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -58,6 +59,7 @@ def main(config: DictConfig, resume: str | None = None, *, allow_config_change: 
     if isinstance(data, DreamBoothDataModule):
         data.check()
     run.base_files(plain)
+    check_saving(plain)
     pl.seed_everything(plain["seed"], verbose=False)
     set_matmul_precision(plain.get("matmul_precision", "high"))
     module = instantiate(plain["model"])

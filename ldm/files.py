@@ -54,6 +54,17 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def write_section(path: Path, name: str, text: str) -> None:
+    """Puts `text` between the comments <!-- name --> and <!-- /name --> of a Markdown file."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise UserError(f"There is no section {begin} to {end}", where=path, remedy="Add both comments.")
+    with atomic_write(path) as temporary:
+        temporary.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 def _sync(path: Path) -> None:
     """Has the bytes of a file, or the names in a folder, reach the disk."""
     if path.is_dir() and os.name == "nt":

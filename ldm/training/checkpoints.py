@@ -1,7 +1,7 @@
 """Checkpoints: when the full state is written, how it gets to the disk whole, and which ones stay."""
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,13 @@ class Checkpoints(Checkpoint):
         if trainer.world_size == 1:
             return received
         return int(trainer.strategy.reduce(torch.tensor(received, device=module.device), reduce_op="max"))
+
+
+def check_saving(plain: Mapping[str, Any]) -> None:
+    """Refuses a config by which checkpoints are never written, or none is kept."""
+    for key in ("checkpoint_every", "checkpoints_kept"):
+        if plain.get(key, 1) < 1:
+            raise UserError(f"{key} is {plain[key]}", where=key, remedy="It must be at least 1.")
 
 
 def sidecar(path: Path) -> Path:

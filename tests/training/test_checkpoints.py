@@ -1,0 +1,107 @@
+"""Checkpoints: written whole or not at all, the last few and the best kept, signals heeded between steps."""
+
+import os
+import shutil
+import signal
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.errors import UserError
+from ldm.files import file_sha256
+from ldm.training.checkpoints import Checkpoints, WholeFiles, check_saving, sidecar
+from ldm.training.resume import step_of, what_is_wrong
+from ldm.training.signals import Stopped
+from tests.training.conftest import At, Job, differences, state_of
+
+CONTENT = {"state_dict": {"w": torch.arange(6.0)}, "optimizer_states": [], "loops": {}, "global_step": 3}
+
+
+def test_a_checkpoint_and_its_sum(tmp_path: Path):
+    path = tmp_path / "new" / "step-3.ckpt"
+    WholeFiles().save_checkpoint(CONTENT, path)
+    assert {p.name for p in path.parent.iterdir()} == {"step-3.ckpt", "step-3.ckpt.sha256"}
+    assert sidecar(path).read_text() == f"{file_sha256(path)}  step-3.ckpt\n"
+    assert differences(WholeFiles().load_checkpoint(path), CONTENT) == []
+    WholeFiles().remove_checkpoint(path)
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_a_cut_checkpoint_is_seen(tmp_path: Path, keep: float):
+    path = tmp_path / "step-3.ckpt"
+    WholeFiles().save_checkpoint(CONTENT, path)
+    os.truncate(path, int(path.stat().st_size * keep))
+    assert "SHA-256" in what_is_wrong(path)
+    sidecar(path).unlink()
+    assert what_is_wrong(path) is not None
+
+
+def test_what_cannot_be_written_leaves_nothing_half_done(tmp_path: Path):
+    path = tmp_path / "step-3.ckpt"
+    (path / "in the way").mkdir(parents=True)
+    with pytest.raises(UserError, match="The checkpoint cannot be written"):
+        WholeFiles().save_checkpoint(CONTENT, path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free=2**20))
+    with pytest.raises(UserError, match="GiB free, a checkpoint takes"):
+        WholeFiles().save_checkpoint(CONTENT, tmp_path / "step-3.ckpt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_and_the_best_stay(job: Job, tmp_path: Path):
+    """A learning rate that harms makes the first checkpoint the best one."""
+    job(tmp_path, checkpoints_kept=1, params={"learning_rate": 0.3}, trainer={"val_check_interval": 1})
+    kept = sorted(step_of(path) for path in (tmp_path / "checkpoints").glob("*.ckpt"))
+    best = state_of(tmp_path, 4)["callbacks"]["Checkpoints"]["best"]
+    assert kept == [best["step"], 4] and best["step"] < 4
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4  # each with its sum
+
+
+def test_keeping_none_would_lose_the_run():
+    for key in ("checkpoint_every", "checkpoints_kept"):
+        with pytest.raises(UserError, match=f"{key} is 0 .*at least 1"):
+            check_saving({key: 0})
+    check_saving({"checkpoint_every": 1, "checkpoints_kept": 1})
+    check_saving({})
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_the_step_saves_and_exits(job: Job, tmp_path: Path, signum: int):
+    job = replace(job, accumulate=2)
+    arrives = At(2, lambda: os.kill(os.getpid(), signum))  # in the middle of the second step
+    handlers = signal.getsignal(signum)
+    with pytest.raises(Stopped) as stopped:
+        job(tmp_path / "again", callbacks=[arrives], checkpoint_every=100)
+    assert stopped.value.code == 128 + signum
+    assert signal.getsignal(signum) == handlers
+    assert [p.name for p in (tmp_path / "again" / "checkpoints").glob("*.ckpt")] == ["step-00000002.ckpt"]
+    if signum == signal.SIGTERM:
+        again, whole = job(tmp_path / "again"), job(tmp_path / "whole")
+        assert differences(again.state_dict(), whole.state_dict()) == []
+
+
+def test_a_signal_before_the_first_step_is_heeded(job: Job, tmp_path: Path):
+    class Early(At):
+        def setup(self, trainer: object, module: object, stage: str) -> None:
+            self.act()
+
+    with pytest.raises(Stopped) as stopped:
+        job(tmp_path, callbacks=[Early(-1, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    assert stopped.value.code == 143
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_checkpoints_of_this_kind_are_no_others(tmp_path: Path):
+    saves = Checkpoints(tmp_path, every=1, keep=1, stop=None, guard=None)
+    saves.best = {"loss": 0.5, "step": 3}
+    other = Checkpoints(tmp_path, every=1, keep=1, stop=None, guard=None)
+    other.load_state_dict(saves.state_dict())
+    assert other.best == saves.best
