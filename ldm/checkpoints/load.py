@@ -72,15 +72,11 @@ def open_model(path: str | Path, *, ema: bool = False) -> Model:
     `ema` takes the averaged weights of the UNet, from a file that holds both.
     """
     path = Path(path)
-    if folder.is_folder(path):
-        if ema:
-            raise UserError("A diffusers folder holds no averaged (EMA) weights apart", where=path)
-        parts, about = folder.read_folder(path)
-        model = Model(path, parts, {}, about.known, given_size=about.size, tokenizer=about.tokenizer)
-    else:
-        tensors, metadata = read_checkpoint(path, ema=ema)
-        known, size = _about(metadata)
-        model = Model(path, layout.split(tensors), metadata, known, given_size=size)
+    try:
+        model = _open(path, ema=ema)
+    except OSError as error:
+        what = f"The model cannot be read: {error.strerror or error}"
+        raise UserError(what, where=error.filename or path, remedy="See to its permissions.") from error
     what = layout.describe_unet(model.parts["unet"])
     if what is not None:
         conv_in = model.parts["unet"]["input_blocks.0.0.weight"]
@@ -90,6 +86,17 @@ def open_model(path: str | Path, *, ema: bool = False) -> Model:
             remedy="Name the model for text to image that it was made from.",
         )
     return model
+
+
+def _open(path: Path, *, ema: bool) -> Model:
+    if folder.is_folder(path):
+        if ema:
+            raise UserError("A diffusers folder holds no averaged (EMA) weights apart", where=path)
+        parts, about = folder.read_folder(path)
+        return Model(path, parts, {}, about.known, given_size=about.size, tokenizer=about.tokenizer)
+    tensors, metadata = read_checkpoint(path, ema=ema)
+    known, size = _about(metadata)
+    return Model(path, layout.split(tensors), metadata, known, given_size=size)
 
 
 def read_checkpoint(path: str | Path, *, ema: bool = False) -> tuple[Mapping[str, Tensor], dict[str, str]]:

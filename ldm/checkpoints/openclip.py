@@ -33,10 +33,14 @@ LAYER_TABLE = {  # within a layer
 FUSED = {f"attn.in_proj_{kind}": [f"self_attn.{x}_proj.{kind}" for x in "qkv"] for kind in ("weight", "bias")}
 UNUSED = ("text_projection", "logit_scale")  # in every file; no part of the tower as SD uses it
 BUFFERS = ("attn_mask",)
+RELEASED_LAYERS = 24  # of ViT-H-14
 
 
 def from_openclip(tensors: Mapping[str, Tensor]) -> tuple[Lazy, Lazy]:
-    """Names after `cond_stage_model.model.` -> the tower under its module's names, and the UNUSED rest."""
+    """Names after `cond_stage_model.model.` -> the tower under its module's names, and the UNUSED rest.
+
+    Files made of diffusers folders lack the last of the RELEASED_LAYERS; they get one, as if it were there.
+    """
     tower: dict[str, Callable[[], Tensor]] = {}
     for name in tensors:
         layer, inner = _inside(name, BLOCK)
@@ -47,7 +51,10 @@ def from_openclip(tensors: Mapping[str, Tensor]) -> tuple[Lazy, Lazy]:
             module, _, kind = inner.rpartition(".")
             inner = f"{LAYER}{layer}.{LAYER_TABLE.get(module, module)}.{kind}"
             tower[inner if layer else TABLE.get(name, name)] = partial(tensors.__getitem__, name)
-    return Lazy(tower), Lazy({name: partial(tensors.__getitem__, name) for name in UNUSED if name in tensors})
+    rest = Lazy({name: partial(tensors.__getitem__, name) for name in UNUSED if name in tensors})
+    if len({_inside(name, BLOCK)[0] for name in tensors} - {""}) == RELEASED_LAYERS - 1:
+        return with_last_layer(Lazy(tower), {}, layers=RELEASED_LAYERS), rest
+    return Lazy(tower), rest
 
 
 def to_openclip(tower: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:

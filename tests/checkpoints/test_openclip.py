@@ -103,6 +103,20 @@ def test_sd1_keeps_the_names_of_transformers(released):
     assert not any(name.startswith(sd_v2.PREFIX) for name in joined)
 
 
+@torch.no_grad()
+def test_a_file_without_the_last_layer_computes_the_same():
+    """As diffusers' own converter writes it, from folders that lack the layer that nothing uses."""
+    torch.manual_seed(0)
+    reference = OpenCLIP(layers=24).eval()
+    whole = {sd_v2.PREFIX + name: tensor for name, tensor in reference.state_dict().items()}
+    short = {name: tensor for name, tensor in whole.items() if ".resblocks.23." not in name}
+    assert len(short) == len(whole) - 12
+    encoder, ids = ours(num_hidden_layers=24), torch.randint(50, (3, 8))
+    load_parts({"cond_stage": encoder}, split(short))
+    expected = reference.penultimate(ids)
+    assert (encoder(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_unknown_names_are_kept_to_be_reported(released):
     odd = {sd_v2.PREFIX + "visual.proj": torch.ones(1)}
     assert "visual.proj" in split(released | odd)["cond_stage"]

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.data.images import list_images, load_image
+from ldm.data.images import fit_image, list_images, load_image, to_tensor
+from ldm.models.autoencoder import AutoencoderKL
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOT = Path(os.environ.get("DREAMBOOTH_DATA") or REPOSITORY.parent / "shared" / "data" / "dreambooth")
@@ -36,3 +38,27 @@ def test_a_subject_trains_at_512_pixels():
     assert image.shape == (1, 3, 512, 512)
     assert image.std() > 0.1 and image.abs().max() <= 1
     assert not torch.equal(image, data.dataset[False, 1]["image"][None])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_photos_become_latents_of_the_true_size(tmp_path):
+    """EXIF, crop, 512 pixels, the autoencoder of Stable Diffusion with the weights it begins with."""
+    photo = load_image(next((ROOT / "dog").glob("*.jpg")))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    photo.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    vae, seen = AutoencoderKL().eval(), []
+    assert sum(parameter.numel() for parameter in vae.parameters()) == 83_653_863
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return vae.encode(images).moments
+
+    options = {"class_word": "dog", "size": 512, "num_priors": 0, "flip": False}
+    data = DreamBoothDataModule(subject_root=str(tmp_path), **options)
+    data.attach(encode=encode)
+    data.setup()
+    moments = next(iter(data.loader()))["moments"]
+    assert moments.shape == (1, 8, 64, 64) and moments.isfinite().all() and (moments[:, 4:] > 0).all()
+    assert torch.equal(torch.cat(seen), to_tensor(fit_image(photo, 512)).unsqueeze(0))
