@@ -69,7 +69,8 @@ def main(config: DictConfig, resume: str | None = None, *, allow_config_change: 
         lambda: folder_of(to_plain(config), resume, allow_config_change=allow_config_change)
     )
     with claimed(folder) if ranks.rank() == 0 else nullcontext():
-        save_config(config, folder / "config.yaml")
+        if ranks.rank() == 0:
+            save_config(config, folder / "config.yaml")
         return work(module, data, plain, folder)
 
 

@@ -1,6 +1,8 @@
 """Draw the class-prior images that a config needs, and nothing else: the same set that main.py would use.
 
-python scripts/generate_priors.py --base configs/dreambooth.yaml [key.sub=value ...]
+    python scripts/generate_priors.py --base configs/dreambooth.yaml [key.sub=value ...]
+
+Under torchrun, or with `trainer.devices=N`, the images are shared among the processes.
 """
 
 import logging
@@ -12,15 +14,18 @@ from omegaconf import DictConfig
 
 from ldm.config import instantiate, to_plain
 from ldm.errors import UserError
+from ldm.training import ranks
 from ldm.training.device import device_of, set_matmul_precision
 from ldm.training.options import parse
 from ldm.training.run import base_files, load_base
 from ldm.training.sampling import PriorDrawing, draw_priors, prior_set, text2image
+from ldm.training.signals import stop_at_once
 
 
 def main(config: DictConfig) -> Path:
     """Draws what is missing -> the folder of the set."""
     plain = to_plain(config)
+    plain["trainer"] = ranks.join(plain["trainer"])
     data = instantiate(plain["data"])
     data.check()
     if not data.draws_priors:
@@ -33,15 +38,20 @@ def main(config: DictConfig) -> Path:
     priors = prior_set(data, drawing, base_sha256=base_hash)
     draw = text2image(module, size=data.size)
     drawn = draw_priors(draw, priors, data.num_priors, batch_size=drawing.batch_size)
-    print(f"{drawn} drawn, {data.num_priors - drawn} were there")
+    if ranks.rank() == 0:
+        print(f"{drawn} drawn, {data.num_priors - drawn} were there")
     return priors.folder
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    stop_at_once()
     try:
         config, _ = parse(sys.argv[1:], description=__doc__)
-        print(main(config))
+        ranks.launch(config.trainer)
+        folder = main(config)
+        if ranks.rank() == 0:
+            print(folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

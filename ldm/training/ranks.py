@@ -30,21 +30,10 @@ def launch(trainer: Mapping[str, Any]) -> None:
 def join(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """Meets the processes that were started with this one -> the Trainer's arguments for as many."""
     environment = _environment()
-    if environment is None or distributed.is_initialized():
+    if environment is None:
         return dict(trainer)
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = (
-        environment.main_address,
-        str(environment.main_port),
-    )
-    on_gpu = torch.cuda.is_available() and trainer.get("accelerator", "auto") != "cpu"
-    if on_gpu:
-        torch.cuda.set_device(environment.local_rank())
-    distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        rank=environment.global_rank(),
-        world_size=environment.world_size(),
-        timeout=LONGEST,
-    )
+    if not distributed.is_initialized():
+        _meet(environment, on_gpu=torch.cuda.is_available() and trainer.get("accelerator", "auto") != "cpu")
     places = gathered((environment.node_rank(), environment.local_rank()))
     nodes = len({node for node, _ in places})
     strategy = trainer.get("strategy", "auto")
@@ -54,6 +43,19 @@ def join(trainer: Mapping[str, Any]) -> dict[str, Any]:
         "num_nodes": nodes,
         "strategy": "ddp" if strategy == "auto" else strategy,
     }
+
+
+def _meet(environment: TorchElasticEnvironment | SLURMEnvironment, *, on_gpu: bool) -> None:
+    os.environ["MASTER_ADDR"] = environment.main_address
+    os.environ["MASTER_PORT"] = str(environment.main_port)
+    if on_gpu:
+        torch.cuda.set_device(environment.local_rank())
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        rank=environment.global_rank(),
+        world_size=environment.world_size(),
+        timeout=LONGEST,
+    )
 
 
 def rank() -> int:

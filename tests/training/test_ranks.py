@@ -1,0 +1,132 @@
+"""Several processes: two with a batch of one each are one with a batch of two; prior images are shared."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+import main
+from ldm.evaluation.curves import read_curves
+from ldm.training import ranks
+from ldm.training.options import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+
+WORKER = """
+import sys
+import torch
+sys.path.insert(0, sys.argv.pop(1))
+import main
+from ldm.training import ranks
+from ldm.training.options import parse
+from scripts import generate_priors
+
+torch.set_num_threads(1)
+config, _ = parse(sys.argv[1:], description="")
+generate_priors.main(config)
+left = main.main(config)
+assert bool(left) == (ranks.rank() == 0)
+if ranks.rank() == 1:
+    raise SystemExit("rank 1 says so")
+"""
+
+
+@pytest.fixture
+def words(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folder: Path) -> list[str]:
+    config = {
+        "name": "one",
+        "seed": 5,
+        "base_checkpoint": str(tiny_model_file),
+        "model": {
+            "target": "ldm.training.latent_diffusion.LatentDiffusion",
+            "params": tiny_config | {"learning_rate": 1e-3, "seed": "${seed}"},
+        },
+        "data": {
+            "target": "ldm.data.dreambooth.DreamBoothDataModule",
+            "params": {
+                "subject_root": str(subject_folder),
+                "class_word": "disc",
+                "size": 16,
+                "batch_size": 2,
+                "num_priors": 3,
+                "seed": "${seed}",
+                "validation_batches": 1,
+            },
+        },
+        "priors": {"steps": 2, "guidance_scale": 2.0},
+        "trainer": {
+            "max_steps": 4,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "log_every_n_steps": 1,
+            "val_check_interval": 2,
+        },
+        "samples": {"prompts": ["a photo of {identifier} {class_word}"], "n": 1, "steps": 2},
+        "export": {"dtype": "fp32"},
+    }
+    OmegaConf.save(OmegaConf.create(config), workdir / "tiny.yaml")
+    return ["--base", "tiny.yaml"]
+
+
+def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Path):
+    (workdir / "worker.py").write_text(WORKER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    two = ["name=two", "data.params.batch_size=1", "priors.folder=shared"]
+    command = [*torchrun, "worker.py", str(ROOT), *words, *two]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "rank 1 says so" in done.stderr and done.returncode != 0, done.stderr
+    main.main(parse(words, description="")[0])
+
+    one, two = (load_file(f"logs/{name}/model.safetensors") for name in ("one", "two"))
+    base = load_file(OmegaConf.load("tiny.yaml").base_checkpoint)
+    learned = torch.cat([(one[key] - base[key]).flatten() for key in one]).norm()
+    apart = torch.cat([(one[key] - two[key]).flatten() for key in one]).norm()
+    assert learned > 0.1 and apart < 0.01 * learned  # AdamW makes steps of rounding where a gradient is 0
+    curves = [read_curves(Path(f"logs/{name}/tensorboard")) for name in ("one", "two")]
+    for name in ("train/loss", "train/subject_loss", "train/prior_loss"):
+        (steps, losses), (steps_two, losses_two) = (zip(*curve[name], strict=True) for curve in curves)
+        assert steps == steps_two
+        assert losses == pytest.approx(losses_two, rel=1e-4)
+
+    (mine,), (shared,) = Path("priors").iterdir(), Path("shared").iterdir()
+    assert sorted(p.name for p in mine.iterdir()) == sorted(p.name for p in shared.iterdir())
+    assert json.loads((shared / "manifest.json").read_text()) == json.loads(
+        (mine / "manifest.json").read_text()
+    )
+    names = {path.name for path in Path("logs").iterdir()}
+    assert names == {"one", "two"}  # two processes, one folder
+
+
+def test_alone_there_is_nobody_to_meet():
+    trainer = {"max_steps": 3}
+    assert ranks.join(trainer) == trainer and ranks.join(trainer) is not trainer
+    assert (ranks.rank(), ranks.world_size()) == (0, 1)
+    assert ranks.gathered("x") == ["x"] and ranks.by_first(lambda: "y") == "y"
+    ranks.wait()
+
+
+@pytest.mark.parametrize("devices", [1, "auto", [0], -1])
+def test_one_device_starts_nothing_else(devices: object):
+    ranks.launch({"devices": devices})  # returns
+
+
+def test_several_devices_start_torchrun(monkeypatch: pytest.MonkeyPatch):
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, command: started.append(command))
+    monkeypatch.setattr("sys.argv", ["main.py", "--base", "a.yaml"])
+    ranks.launch({"devices": [0, 1, 3]})
+    assert started == [
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+        + ["main.py", "--base", "a.yaml"]
+    ]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GROUP_RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    ranks.launch({"devices": 3})  # is one of them
+    assert len(started) == 1
