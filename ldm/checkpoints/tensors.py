@@ -182,6 +182,7 @@ def _state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    said = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch's advice before it is to run the file
+    reason = re.split(r"\. |\n", said.strip())[0].rstrip(".") or type(error).__name__
     remedy = f"It has {path.stat().st_size} bytes: compare that with its source and get it again."
     return UserError(f"The model file is cut short or damaged: {reason}", where=path, remedy=remedy)

@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import BatchEncoding, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.errors import UserError
 
@@ -83,8 +83,7 @@ class CLIPTextEncoder(nn.Module):
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts -> ids [B, M] int64 on the CPU: bos, tokens (as many as fit), eos, padding."""
-        rows = self.tokenizer(prompts, add_special_tokens=False, verbose=False).input_ids
-        return self._framed(rows)
+        return self._framed([self._read(prompt).input_ids for prompt in prompts])
 
     def tokenize_chunks(self, prompt: str) -> Tensor:
         """A prompt of any length -> ids [N, M] int64 on the CPU: N chunks, each with bos, eos and padding.
@@ -92,7 +91,7 @@ class CLIPTextEncoder(nn.Module):
         Cut as the web UI of AUTOMATIC1111 does: where a chunk is full, or after its last comma, if few tokens
         follow that.
         """
-        row = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        row = self._read(prompt).input_ids
         room, chunks = self.max_length - 2, []
         comma = self.tokenizer.get_vocab().get(",</w>") if len(row) > room else None
         while len(row) > room:
@@ -112,10 +111,17 @@ class CLIPTextEncoder(nn.Module):
 
     def overlong(self, prompt: str) -> str | None:
         """The end of the prompt that `tokenize` cuts off; None where all of it fits."""
-        starts = self.tokenizer(
-            prompt, add_special_tokens=False, verbose=False, return_offsets_mapping=True
-        ).offset_mapping[self.max_length - 2 :]
+        starts = self._read(prompt).offset_mapping[self.max_length - 2 :]
         return prompt[starts[0][0] :] if starts else None
+
+    def _read(self, prompt: str) -> BatchEncoding:
+        """The tokens of a prompt and where each stands in it."""
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            what = f"The prompt {prompt!a} is no text: {error.reason}"
+            raise UserError(what, remedy="Write it as UTF-8.") from error
+        return self.tokenizer(prompt, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [B, M] -> context: [B, M, D]; a token sees itself and those before it, padding or not."""

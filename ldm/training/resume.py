@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.checkpoints.tensors import unpickle
 from ldm.errors import UserError
@@ -64,7 +64,10 @@ def what_is_wrong(path: Path) -> str | None:
         return error.what
     kinds = {"state_dict": dict, "optimizer_states": list, "loops": dict, "global_step": int}
     wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
-    return f"it has no {wrong[0]}" if wrong else None
+    if wrong:
+        return f"it has no {wrong[0]}"
+    foreign = [name for name, value in content["state_dict"].items() if not isinstance(value, Tensor)]
+    return f"its weight {foreign[0]} is no tensor" if foreign else None
 
 
 def check_fit(state: Mapping[str, Any], module: nn.Module, *, where: Path) -> None:
