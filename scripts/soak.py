@@ -35,16 +35,13 @@ from ldm.training.options import parse
 from ldm.training.resume import by_step, what_is_wrong
 
 SMALL = [
-    *(
-        "data.params.batch_size=1",
-        "model.params.unet_config.params.model_channels=16",
-        "model.params.cond_stage_config.params.layer=last",
-    ),
-    *("data.params.size=32", "data.params.num_priors=12", "priors.steps=4", "priors.batch_size=2"),
+    "model.params.unet_config.params.model_channels=16",
+    *("data.params.size=32", "data.params.batch_size=1", "data.params.num_priors=24"),
+    *("priors.steps=8", "priors.batch_size=2", "base_checkpoint=base.safetensors"),
     *("trainer.max_steps=12", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=8"),
     *("trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"),
     *("checkpoint_every=2", "ema_decay=0.9", "evaluation=null"),
-    *("samples.n=1", "samples.steps=2", "samples.every_steps=6", "base_checkpoint=base.safetensors"),
+    *("samples.n=1", "samples.steps=2", "samples.every_steps=6"),
 ]
 PATTERNS = ["{priors}/*/.*.tmp", "logs/{name}*/checkpoints/.*.tmp", "logs/{name}*/.model*.tmp"]
 PATTERNS += ["logs/{name}*/samples/.*.tmp", "logs/{name}*/.[!m]*.tmp"]  # pictures; config, report, figures

@@ -9,15 +9,12 @@ from hypothesis import HealthCheck, settings
 from ldm.errors import UserError
 from ldm.files import write_section
 
-settings.register_profile(
-    "hostile",
+HOSTILE = settings(  # the same examples every time
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-settings.load_profile("hostile")
-
 ROWS: dict[tuple[str, str], str] = {}  # (kind, input) -> what it gets
 
 

@@ -14,7 +14,7 @@ from ldm.checkpoints.tensors import read_tensors
 from ldm.errors import UserError
 from ldm.training.checkpoints import WholeFiles, sidecar
 from ldm.training.resume import newest_whole, what_is_wrong
-from tests.hostile.conftest import outcome
+from tests.hostile.conftest import HOSTILE, outcome
 
 WEIGHTS = {"state_dict": {"w": torch.arange(64.0)}}
 CONTENT = WEIGHTS | {"optimizer_states": [], "loops": {}, "global_step": 3}
@@ -73,7 +73,7 @@ def test_bad_models_are_refused(workdir: Path, what: str):
     assert not Path("payload-has-run").exists()
 
 
-@settings(max_examples=80)
+@settings(HOSTILE, max_examples=80)
 @given(flip=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.none() | st.floats(0, 1))
 def test_any_bit_and_any_cut_is_seen(workdir: Path, flip: float, bit: int, cut: float | None):
     path = workdir / "step-3.ckpt"
@@ -94,7 +94,7 @@ def test_any_bit_and_any_cut_is_seen(workdir: Path, flip: float, bit: int, cut: 
         assert error.where == path
 
 
-@settings(max_examples=80)
+@settings(HOSTILE, max_examples=80)
 @given(
     start=st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02}", b"\x80\x02]", b"{", bytes(7)]), rest=st.binary()
 )

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from ldm.errors import UserError
 from ldm.training.options import parse
-from tests.hostile.conftest import outcome
+from tests.hostile.conftest import HOSTILE, outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 WHOLE = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/dreambooth.yaml"))
@@ -82,7 +82,7 @@ def leaves(node: dict, key: tuple = ()) -> list[tuple]:
     return [leaf for found in inner for leaf in found]
 
 
-@settings(max_examples=60)
+@settings(HOSTILE, max_examples=60)
 @given(key=st.sampled_from(leaves(WHOLE)), cut=st.integers(1, 4), value=VALUES)
 def test_any_value_anywhere(tmp_path: Path, key: tuple, cut: int, value: object):
     config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/dreambooth.yaml"))
@@ -97,7 +97,7 @@ def test_any_value_anywhere(tmp_path: Path, key: tuple, cut: int, value: object)
         assert str(error)
 
 
-@settings(max_examples=60)
+@settings(HOSTILE, max_examples=60)
 @given(
     content=st.binary(max_size=60) | st.text("abc:[]{}&*!|>- \n\t${}'\"#%@`0.", max_size=40).map(str.encode)
 )
@@ -107,7 +107,7 @@ def test_any_file(tmp_path: Path, content: bytes):
         load(str(tmp_path / "any.yaml"))
 
 
-@settings(max_examples=60)
+@settings(HOSTILE, max_examples=60)
 @given(words=st.lists(st.text("abc=.[]{}$:-0 \x00\n", max_size=12), min_size=1, max_size=3))
 def test_any_words(words: list[str]):
     try:

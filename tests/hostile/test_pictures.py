@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.data.images import fit_image, list_images, load_image, to_tensor
 from ldm.errors import UserError
-from tests.hostile.conftest import outcome
+from tests.hostile.conftest import HOSTILE, outcome
 
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F", "HSV", "LAB"]
 FORMAT = {
@@ -88,7 +88,7 @@ def test_odd_pictures_are_taken(tmp_path: Path, what: str):
     assert outcome("picture", what, lambda: look(path)).endswith("RGB")
 
 
-@settings(max_examples=60)
+@settings(HOSTILE, max_examples=60)
 @given(
     mode=st.sampled_from(MODES),
     kind=st.sampled_from(list(FORMAT)),
@@ -112,7 +112,7 @@ def test_any_picture_whole_or_damaged(tmp_path: Path, mode, kind, size, cut, fli
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-@settings(max_examples=60)
+@settings(HOSTILE, max_examples=60)
 @given(start=st.sampled_from([b"", *(encoded(NOISE, kind)[:30] for kind in FORMAT)]), rest=st.binary())
 def test_any_bytes(tmp_path: Path, start: bytes, rest: bytes):
     path = tmp_path / "photo.jpg"

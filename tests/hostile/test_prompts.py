@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ldm.data.prompts import check_prompts, fill, read_caption
 from ldm.errors import UserError
 from ldm.models.text_encoder import CLIPTextEncoder
-from tests.hostile.conftest import outcome
+from tests.hostile.conftest import HOSTILE, outcome
 
 WORDS = {"identifier": "sks", "class_word": "dog"}
 PROMPTS = {
@@ -70,7 +70,7 @@ def test_bad_captions_are_refused(tmp_path: Path, content: bytes):
     assert got.startswith("refused")
 
 
-@settings(max_examples=80)
+@settings(HOSTILE, max_examples=80)
 @given(prompt=st.text(max_size=200) | st.text(alphabet="{}|<>\\ a🐕\x00", max_size=40))
 def test_any_prompt(encoder: CLIPTextEncoder, prompt: str):
     assert encode(encoder, prompt).startswith("32 ids")
