@@ -17,6 +17,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.checkpoints.load import open_model
+from ldm.checkpoints.save import save_model
+from ldm.config import instantiate, load_config, to_plain
+from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.pipeline import Text2Image
 from scripts import convert
 from tests.checkpoints import sd_v1, sd_v2
@@ -187,3 +190,34 @@ def test_folder_to_file_to_folder(family, tmp_path):
         draw = Text2Image.from_file(theirs, config=open_model(folder).config)
         draw.cond_stage.tokenizer_name = str(released / "tokenizer")
         assert_close(drawn_here(draw, there["latents"]), there, "our reading of their script's file")
+
+
+LOAD = """
+import resource, sys, time, torch
+from ldm.pipeline import Text2Image
+def now():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+before, start = now(), time.perf_counter()
+draw = Text2Image.from_file(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+seconds = time.perf_counter() - start
+parts = (draw.unet, draw.first_stage, draw.cond_stage)
+size = sum(p.nbytes for part in parts for p in part.parameters())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+print(seconds, peak / size)
+"""
+
+
+def test_loading_is_quick_and_takes_little_more_than_the_model(tmp_path):
+    config = to_plain(load_config([Path(convert.__file__).parents[1] / "configs" / "dreambooth-sd1.yaml"]))
+    networks = instantiate(config["model"]).networks
+    parts = {part: network.state_dict() for part, network in networks.items()}
+    file = save_model(tmp_path / "sd.safetensors", parts, alphas_cumprod=make_alphas_cumprod())
+    del networks, parts
+    gc.collect()
+    for dtype in ("float32", "float16"):
+        words = [sys.executable, "-c", LOAD, str(file), dtype]
+        ended = subprocess.run(words, check=True, capture_output=True, text=True)
+        seconds, share = map(float, ended.stdout.split())
+        print(f"{file.stat().st_size / 1e9:.2f} GB as {dtype}: {seconds:.1f} s, {share:.3f} of the model")
+        assert seconds <= 15 and share <= 1.2
