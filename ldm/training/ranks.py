@@ -14,24 +14,39 @@ import torch
 from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from torch import distributed
 
+from ldm.errors import UserError
+
 T = TypeVar("T")
 LONGEST = timedelta(hours=2)  # that the others wait while rank 0 draws samples and takes figures
 
 
 def launch(trainer: Mapping[str, Any]) -> None:
     """Starts this program again under torchrun where the Trainer wants several devices; else does nothing."""
-    devices = trainer.get("devices", 1)
-    count = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
+    count = device_count(trainer)
     if count > 1 and _environment() is None:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
         os.execv(sys.executable, [sys.executable, *command, *sys.argv])
 
 
+def device_count(trainer: Mapping[str, Any]) -> int:
+    """How many devices of this machine a Trainer wants, given by its arguments: one, unless they say more."""
+    devices = trainer.get("devices", 1)
+    if devices in ("auto", -1, "-1"):
+        return 1 if trainer.get("accelerator") == "cpu" else max(torch.cuda.device_count(), 1)
+    if isinstance(devices, str) and not devices.isdigit():
+        remedy = "Give a number, a list of numbers, or auto."
+        raise UserError(f"{devices!r} names no devices", where="trainer.devices", remedy=remedy)
+    return int(devices) if isinstance(devices, int | str) else len(devices)
+
+
 def join(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Meets the processes that were started with this one -> the Trainer's arguments for as many."""
+    """Meets the processes that were started with this one -> the Trainer's arguments for as many.
+
+    Alone, it is one device: a Trainer that is told nothing takes all and starts processes of its own.
+    """
     environment = _environment()
     if environment is None:
-        return dict(trainer)
+        return {"devices": 1, **trainer}
     if not distributed.is_initialized():
         _meet(environment, on_gpu=torch.cuda.is_available() and trainer.get("accelerator", "auto") != "cpu")
     places = gathered((environment.node_rank(), environment.local_rank()))

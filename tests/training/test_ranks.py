@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import main
+from ldm.errors import UserError
 from ldm.evaluation.curves import read_curves
 from ldm.training import ranks
 from ldm.training.options import parse
@@ -103,23 +104,31 @@ def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Pa
 
 
 def test_alone_there_is_nobody_to_meet():
-    trainer = {"max_steps": 3}
-    assert ranks.join(trainer) == trainer and ranks.join(trainer) is not trainer
+    assert ranks.join({"max_steps": 3}) == {"max_steps": 3, "devices": 1}  # not all that are there
+    assert ranks.join({"devices": [2]}) == {"devices": [2]}
     assert (ranks.rank(), ranks.world_size()) == (0, 1)
     assert ranks.gathered("x") == ["x"] and ranks.by_first(lambda: "y") == "y"
     ranks.wait()
 
 
-@pytest.mark.parametrize("devices", [1, "auto", [0], -1])
+@pytest.mark.parametrize("devices", [1, "1", "auto", [0], -1])
 def test_one_device_starts_nothing_else(devices: object):
-    ranks.launch({"devices": devices})  # returns
+    ranks.launch({"devices": devices, "accelerator": "cpu"})  # returns
+
+
+def test_all_devices_are_those_that_are_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert [ranks.device_count({"devices": n}) for n in ("auto", -1, 2, "3", [0, 2])] == [4, 4, 2, 3, 2]
+    with pytest.raises(UserError, match="'two' names no devices .*a number"):
+        ranks.device_count({"devices": "two"})
+    assert ranks.device_count({}) == ranks.device_count({"devices": "auto", "accelerator": "cpu"}) == 1
 
 
 def test_several_devices_start_torchrun(monkeypatch: pytest.MonkeyPatch):
     started = []
     monkeypatch.setattr("os.execv", lambda program, command: started.append(command))
     monkeypatch.setattr("sys.argv", ["main.py", "--base", "a.yaml"])
-    ranks.launch({"devices": [0, 1, 3]})
+    ranks.launch(OmegaConf.create({"devices": [0, 1, 3]}))  # as main.py has it
     assert started == [
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
         + ["main.py", "--base", "a.yaml"]
