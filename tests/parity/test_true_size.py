@@ -193,18 +193,17 @@ def test_folder_to_file_to_folder(family, tmp_path):
 
 
 LOAD = """
-import resource, sys, time, torch
+import sys, time, torch
 from ldm.pipeline import Text2Image
-def now():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-before, start = now(), time.perf_counter()
+def memory(kind):
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(kind))
+before, start = memory("VmRSS"), time.perf_counter()
 draw = Text2Image.from_file(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
 seconds = time.perf_counter() - start
 parts = (draw.unet, draw.first_stage, draw.cond_stage)
 size = sum(p.nbytes for part in parts for p in part.parameters())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-print(seconds, peak / size)
+print(seconds, (memory("VmHWM") - before) / size)
 """
 
 
