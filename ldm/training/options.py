@@ -58,11 +58,7 @@ def parse(argv: Sequence[str], *, description: str) -> tuple[DictConfig, argpars
         help="continue the run in this folder; auto: the newest unfinished one of this name, else a new one",
     )
     parser.add_argument("--allow_config_change", action="store_true", help="continue it with another config")
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="print the merged config and what memory and disk it needs, and stop",
-    )
+    parser.add_argument("--dry_run", action="store_true", help="print config, memory and disk needed; stop")
     for flag, key in ALIASES.items():
         short = [f"-{flag[0]}"] if flag in ("name", "seed") else []
         parser.add_argument(*short, f"--{flag}", metavar="VALUE", help=f"the same as {key}=VALUE")
