@@ -1,12 +1,14 @@
 """Ready subjects of the storybook: folders of photos of one individual, as a user would bring them.
 
-Made by `python -m ldm.storybook.subjects FOLDER`; all photos of one are shown in places of their own.
+The shipped ones are made by `python -m ldm.storybook.subjects FOLDER`, one that nobody has seen by
+`python -m ldm.storybook.subjects FOLDER --class_word cat --seed 51`. Each photo of one shows another place.
 """
 
-import sys
+import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from ldm.storybook.world import CONTEXTS, Scene, draw, same_subject
+from ldm.storybook.world import CLASSES, CONTEXTS, Scene, draw, same_subject, sample_scene
 
 SUBJECTS = {
     "dog": Scene("dog", "orange", "white", "spotted", "soft", "green", "grass", seed=900_001),
@@ -14,6 +16,7 @@ SUBJECTS = {
     "backpack": Scene("backpack", "purple", "green", "spotted", "pointed", "yellow", "forest", seed=900_201),
 }
 PHOTOS, PIXELS = 5, 256
+NEW_SUBJECTS = 910_000  # the first of the scenes that new subjects are: no training reads them
 
 
 def write_subject(folder: Path, subject: Scene, *, photos: int = PHOTOS) -> list[Path]:
@@ -29,6 +32,25 @@ def write_subject(folder: Path, subject: Scene, *, photos: int = PHOTOS) -> list
     return paths
 
 
-if __name__ == "__main__":
+def new_subject(class_word: str, *, seed: int) -> Scene:
+    """An individual of a class, drawn from `seed`."""
+    return replace(sample_scene(NEW_SUBJECTS + seed), class_word=class_word)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="gets the photos, or a folder for each shipped subject")
+    parser.add_argument("--class_word", choices=CLASSES, help="draw a new subject of this class")
+    parser.add_argument("--seed", type=int, default=1, help="which one (1)")
+    options = parser.parse_args(argv)
+    if options.class_word:
+        write_subject(options.folder, new_subject(options.class_word, seed=options.seed))
+        return
     for name, subject in SUBJECTS.items():
-        write_subject(Path(sys.argv[1]) / name, subject)
+        write_subject(options.folder / name, subject)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""A study: the same job for every variant of a config, every subject and every seed."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any, TypedDict
+
+import yaml
+from omegaconf import DictConfig
+
+from ldm.errors import UserError
+from ldm.storybook.subjects import new_subject, write_subject
+from ldm.storybook.world import CLASSES
+from ldm.training.options import parse
+
+FIGURES = ("subject_fidelity", "prompt_fidelity", "class_drift", "diversity_ratio")
+
+
+class Subject(TypedDict, total=False):
+    """`class_word`, and either the folder `photos` or the `seed` of a subject that the storybook draws."""
+
+    class_word: str
+    photos: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """A file in configs/studies.
+
+    base: configs to merge; set: overrides of all runs; variants: overrides of each; claim: what the paper or
+    others say; finding: what the figures show; figures: columns of the table; frontier: two of them, drawn
+    one against the other; threads: of one run on the CPU, whose sums depend on it.
+    """
+
+    name: str
+    title: str
+    claim: str
+    base: Sequence[str]
+    variants: Mapping[str, Sequence[str]]
+    subjects: Mapping[str, Subject]
+    seeds: Sequence[int]
+    finding: str = ""
+    set: Sequence[str] = ()
+    figures: Sequence[str] = FIGURES
+    frontier: Sequence[str] = ()
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what varies, and its whole config."""
+
+    variant: str
+    subject: str
+    seed: int
+    config: DictConfig = field(compare=False)
+
+    @property
+    def folder(self) -> Path:
+        return Path("logs", self.config.name)
+
+
+def read_study(path: str | Path) -> Study:
+    """A study's YAML file -> the study. Raises UserError for what is missing, unknown or of another type."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError("The study cannot be read", where=path, remedy="Give a YAML file.") from error
+    known = {f.name: f.default for f in fields(Study) if f.name != "name"}
+    if not isinstance(content, dict):
+        raise UserError("This is no study", where=path, remedy=f"It has the keys {', '.join(known)}.")
+    for key in content:
+        if key not in known:
+            raise UserError(f"`{key}` is not a key of a study", where=path, remedy=f"Use {', '.join(known)}.")
+    for key in ("title", "claim", "base", "variants", "subjects", "seeds"):
+        if not content.get(key):
+            raise UserError(f"`{key}` is missing or empty", where=path, remedy="Every study needs it.")
+    study = Study(name=Path(path).stem, **content)
+    _check(study, path)
+    return study
+
+
+def jobs_of(study: Study) -> list[Job]:
+    """Every run of the study, its config merged and checked; drawn subjects are drawn."""
+    photos = {name: _photos(study, name, subject) for name, subject in study.subjects.items()}
+    found = []
+    for variant, subject, seed in product(study.variants, study.subjects, study.seeds):
+        name = f"study-{study.name}/{slug(variant)}--{slug(subject)}--{seed}"
+        class_word = study.subjects[subject]["class_word"]
+        words = [f"data.params.subject_root={photos[subject]}", f"data.params.class_word={class_word}"]
+        words += [f"name={name}", f"seed={seed}", *study.set, *study.variants[variant]]
+        try:
+            config, _ = parse(["--base", *study.base, *words], description="")
+        except UserError as error:
+            raise UserError(f"The variant `{variant}` is not a config: {error}", where=study.name) from error
+        found.append(Job(variant, subject, seed, config))
+    return found
+
+
+def part_of(jobs: Sequence[Job], part: str) -> Sequence[Job]:
+    """ "2/3" is every third job from the second on: a share for each of three processes or machines."""
+    numbers = re.fullmatch(r"(\d+)/(\d+)", part)
+    k, n = map(int, numbers.groups()) if numbers else (0, 0)
+    if not 1 <= k <= n:
+        raise UserError(f"`{part}` is no part", where="--part", remedy="Write 1/2 and 2/2, for example.")
+    return jobs[k - 1 :: n]
+
+
+def slug(text: str) -> str:
+    """A name that any file system takes."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def _photos(study: Study, name: str, subject: Subject) -> str:
+    if "photos" in subject:
+        return subject["photos"]
+    folder = Path("logs", f"study-{study.name}", "subjects", slug(name))
+    write_subject(folder, new_subject(subject["class_word"], seed=subject["seed"]))
+    return str(folder)
+
+
+def _check(study: Study, path: str | Path) -> None:
+    for name, subject in study.subjects.items():
+        if "class_word" not in subject or ("photos" in subject) == ("seed" in subject):
+            remedy = "Give it a class_word, and either a folder of photos or a seed."
+            raise UserError(f"The subject `{name}` is not complete", where=path, remedy=remedy)
+        if "seed" in subject and subject["class_word"] not in CLASSES:
+            remedy = f"It draws {', '.join(CLASSES)}."
+            raise UserError(f"The storybook has no `{subject['class_word']}`", where=path, remedy=remedy)
+    for kind in ("variants", "subjects"):
+        slugs: dict[str, Any] = {}
+        for name in getattr(study, kind):
+            if slug(name) in slugs:
+                what = f"`{name}` and `{slugs[slug(name)]}` of {kind} would share a folder"
+                raise UserError(what, where=path, remedy="Name them further apart.")
+            slugs[slug(name)] = name

@@ -1,0 +1,124 @@
+"""Run a study: every variant of a config on every subject with every seed, then its table, plots and page.
+
+    python scripts/study.py --base configs/studies/prior_preservation.yaml --processes 2
+    python scripts/study.py --base configs/studies/*.yaml --part 1/3      on the first of three machines
+
+Every config is checked before the first run. Finished runs are kept and found again, stopped ones taken up.
+When all are there, writes studies/NAME.csv, .md and .svg.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+from ldm.config import load_config
+from ldm.errors import UserError
+from ldm.evaluation import study_page
+from ldm.files import atomic_write
+from ldm.training.study import Job, Study, jobs_of, part_of, read_study
+from main import main as run
+
+
+def metrics_of(job: Job) -> dict | None:
+    """Figures of a finished run. Raises UserError if they are another config's."""
+    path = job.folder / "metrics.json"
+    if not path.exists():
+        return None
+    if load_config([job.folder / "config.yaml"]) != job.config:
+        what = "The study has changed since this run"
+        raise UserError(what, where=job.folder, remedy="Remove the run's folder, or name the study anew.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def work(study: Study, jobs: Sequence[Job]) -> None:
+    torch.set_num_threads(study.threads)
+    for number, job in enumerate(jobs, start=1):
+        if metrics_of(job) is None:
+            print(f"{study.name}, run {number} of {len(jobs)}: {job.folder.name}", flush=True)
+            run(job.config, "auto")
+            shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+
+
+def share_out(path: str, processes: int) -> None:
+    """Runs all of a study in processes of their own."""
+    command = [sys.executable, __file__, "--base", path, "--part"]
+    parts = [subprocess.Popen([*command, f"{k}/{processes}"]) for k in range(1, processes + 1)]
+    if any([part.wait() for part in parts]):
+        raise UserError("A part of the study failed", where=path, remedy="Its message stands above.")
+
+
+def publish(study: Study, jobs: Sequence[Job], folder: Path) -> list[Path]:
+    """Writes the CSV, the plots and the page of a study whose runs are all finished."""
+    found = [metrics_of(job) for job in jobs]
+    named = [{"variant": job.variant, "subject": job.subject, "seed": job.seed} for job in jobs]
+    pairs = list(zip(named, found, strict=True))
+    rows = [row | {figure: metrics[figure] for figure in study.figures} for row, metrics in pairs]
+    seconds = {
+        variant: mean(m["seconds"]["training"] for row, m in pairs if row["variant"] == variant)
+        for variant in study.variants
+    }
+    texts = {f"{study.name}.csv": study_page.to_csv(rows)}
+    plots = {f"{study.name}.svg": study_page.panels(rows, study.figures)}
+    if study.frontier:
+        plots[f"{study.name}-frontier.svg"] = study_page.frontier(rows, *study.frontier)
+    texts[f"{study.name}.md"] = study_page.page(
+        study.name,
+        title=study.title,
+        claim=study.claim,
+        finding=study.finding,
+        command=f"python scripts/study.py --base configs/studies/{study.name}.yaml",
+        rows=rows,
+        figures=study.figures,
+        seconds=seconds,
+        plots=list(plots),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (texts | plots).items():
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [folder / name for name in texts | plots]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--base", nargs="+", required=True, metavar="YAML", help="studies")
+    add("--processes", type=int, default=1, help="processes that share the runs (1)")
+    add("--part", default="1/1", metavar="K/N", help="run this share alone")
+    add("--out", type=Path, default=Path("studies"), help="folder of the results (studies)")
+    return parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> None:
+    studies = {path: read_study(path) for path in options.base}
+    jobs = {path: jobs_of(study) for path, study in studies.items()}
+    for path, study in studies.items():
+        if options.processes > 1:
+            share_out(path, options.processes)
+        else:
+            work(study, part_of(jobs[path], options.part))
+        missing = sum(metrics_of(job) is None for job in jobs[path])
+        if missing:
+            print(f"{study.name}: {missing} of {len(jobs[path])} runs are still to be done")
+        else:
+            print(*publish(study, jobs[path], options.out), sep="\n")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        main(parse())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

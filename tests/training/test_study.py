@@ -1,0 +1,134 @@
+"""Studies: the grid, its checks before any run, the table against closed forms, and a rerun bit for bit."""
+
+import csv
+import io
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ldm.config import to_plain
+from ldm.errors import UserError
+from ldm.evaluation import study_page
+from ldm.training.study import jobs_of, part_of, read_study
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs/studies").glob("*.yaml"))
+
+CONTENT = {
+    "title": "Weights",
+    "claim": "More is more.",
+    "base": [str(ROOT / "configs/dreambooth.yaml")],
+    "variants": {"Weight 0": ["model.params.prior_loss_weight=0"], "weight 1": []},
+    "subjects": {"rex": {"class_word": "dog", "seed": 51}, "car": {"class_word": "car", "photos": "cars"}},
+    "seeds": [1, 2],
+    "set": ["trainer.max_steps=3"],
+}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    path = folder / "weights.yaml"
+    path.write_text(yaml.safe_dump(CONTENT | changes, sort_keys=False))
+    return path
+
+
+def test_the_grid(workdir: Path):
+    jobs = jobs_of(read_study(write(workdir)))
+    assert [(j.variant, j.subject, j.seed) for j in jobs[:3]] == [
+        ("Weight 0", "rex", 1),
+        ("Weight 0", "rex", 2),
+        ("Weight 0", "car", 1),
+    ]
+    assert len(jobs) == 8 and len({job.folder for job in jobs}) == 8
+    first, last = to_plain(jobs[0].config), to_plain(jobs[-1].config)
+    assert jobs[0].folder == Path("logs/study-weights/weight-0--rex--1")
+    assert (first["model"]["params"]["prior_loss_weight"], first["trainer"]["max_steps"]) == (0, 3)
+    assert (last["model"]["params"]["prior_loss_weight"], last["seed"]) == (1.0, 2)
+    assert (last["data"]["params"]["class_word"], last["data"]["params"]["subject_root"]) == ("car", "cars")
+    assert len(list(Path(first["data"]["params"]["subject_root"]).glob("*.png"))) == 5
+
+
+def test_parts_share_all_jobs(workdir: Path):
+    jobs = jobs_of(read_study(write(workdir)))
+    parts = [part_of(jobs, f"{k}/3") for k in (1, 2, 3)]
+    assert sorted(job.folder for part in parts for job in part) == sorted(job.folder for job in jobs)
+    for wrong in ("0/2", "3/2", "one"):
+        with pytest.raises(UserError, match="no part"):
+            part_of(jobs, wrong)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": {}}, "`variants` is missing"),
+        ({"colour": 1}, "`colour` is not a key"),
+        ({"variants": {"a": ["model.params.no_such=1"]}}, "The variant `a` is not a config.*no_such"),
+        ({"variants": {"a b": [], "a-b": []}}, "would share a folder"),
+        ({"subjects": {"rex": {"class_word": "dog"}}}, "`rex` is not complete"),
+        ({"subjects": {"rex": {"class_word": "whale", "seed": 1}}}, "has no `whale`"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_run(workdir: Path, changes: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        jobs_of(read_study(write(workdir, **changes)))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_studies_are_sound(path: Path, monkeypatch: pytest.MonkeyPatch, workdir: Path):
+    study = read_study(path)
+    (workdir / "configs").symlink_to(ROOT / "configs")
+    jobs = jobs_of(study)
+    assert len(study.subjects) >= 4 and len(study.seeds) >= 2 and len(jobs) >= 16
+    assert study.finding.strip(), "a study is shipped with what it found"
+    rows = list(csv.DictReader((ROOT / f"studies/{study.name}.csv").open()))
+    assert [(r["variant"], r["subject"], r["seed"]) for r in rows] == [
+        (job.variant, job.subject, str(job.seed)) for job in jobs
+    ]
+
+
+ROWS = [
+    {
+        "variant": variant,
+        "subject": subject,
+        "seed": seed,
+        "subject_fidelity": value,
+        "class_drift": value / 2,
+    }
+    for variant, values in {"off": (0.2, 0.4, 0.6, 0.8), "on <1>": (0.5,) * 4}.items()
+    for (subject, seed), value in zip((("a", 1), ("a", 2), ("b", 1), ("b", 2)), values, strict=True)
+]
+
+
+def test_means_and_csv():
+    found = study_page.mean_of(ROWS, "off", "subject_fidelity")
+    assert found.mean == pytest.approx(0.5) and 0.2 < found.interval.low < 0.5 < found.interval.high < 0.8
+    constant = study_page.mean_of(ROWS, "on <1>", "subject_fidelity")
+    assert constant.interval == (0.5, 0.5)
+    back = list(csv.DictReader(io.StringIO(study_page.to_csv(ROWS))))
+    assert [float(row["subject_fidelity"]) for row in back] == [row["subject_fidelity"] for row in ROWS]
+
+
+def test_the_page_holds_every_variant():
+    figures = ("subject_fidelity", "class_drift")
+    lines = study_page.table(ROWS, figures, {"off": 10, "on <1>": 20}).splitlines()
+    assert (
+        lines[2].startswith("| off | 0.500 (")
+        and lines[3] == "| on <1> | 0.500 (0.50 to 0.50) | 0.250 (0.25 to 0.25) | 20 |"
+    )
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        study_page.panels(ROWS, ("subject_fidelity", "class_drift")),
+        study_page.frontier(ROWS, "class_drift", "subject_fidelity"),
+    ],
+)
+def test_plots_are_well_formed_and_inside_their_frame(plot: str):
+    root = ElementTree.fromstring(plot)
+    *_, width, height = map(float, root.attrib["viewBox"].split())
+    circles = [e for e in root.iter() if e.tag.endswith("circle")]
+    assert len(circles) >= 2
+    for circle in circles:
+        assert 0 <= float(circle.attrib["cx"]) <= width and 0 <= float(circle.attrib["cy"]) <= height
