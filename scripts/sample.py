@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 from ldm.checkpoints.load import open_model
-from ldm.checkpoints.modelspec import taught_words
+from ldm.checkpoints.modelspec import taught_words, usual_drawing
 from ldm.checkpoints.save import DTYPES
 from ldm.config import load_config, to_plain
 from ldm.contact_sheet import contact_sheet, save_picture
@@ -40,8 +40,12 @@ def parse() -> argparse.Namespace:
     add("--n", type=int, default=4, help="pictures of each prompt")
     add("--seed", type=int, default=23, help="picture i of a prompt is drawn from seed + i")
     add("--negative_prompt", default="", metavar="TEXT", help="what pictures should not show")
-    add("--steps", type=int, default=50, help="sampling steps")
-    add("--guidance_scale", type=float, default=7.5, help="weight of the prompt; 1: no guidance")
+    add("--steps", type=int, help="sampling steps; None: as the model's run drew its samples, else 50")
+    add(
+        "--guidance_scale",
+        type=float,
+        help="weight of the prompt, 1: none; None: as its run, else 7.5",
+    )
     add("--sampler", choices=SAMPLERS, default="ddim", help="both are deterministic while eta is 0")
     add("--eta", type=float, default=0.0, help="fresh noise in each step of ddim, 0 to 1")
     add("--height", type=int, help="pixels; None: as in training")
@@ -71,7 +75,8 @@ def main(options: argparse.Namespace) -> None:
         raise UserError("There is nothing to draw", remedy="Give --prompt or --prompts, and --n from 1.")
     path, dtype = find_model(options.model), DTYPES[options.precision]
     print(f"model: {path}")
-    words = taught_words(open_model(path).metadata)
+    said = open_model(path).metadata
+    words = taught_words(said)
     words |= {name: getattr(options, name) for name in words if getattr(options, name)}
     prompts = options.prompt + (read_prompts(options.prompts, **words) if options.prompts else [])
     init_image = load_image(options.init_image) if options.init_image else None
@@ -79,6 +84,7 @@ def main(options: argparse.Namespace) -> None:
     loras = [weighted(word) for word in options.lora]
     draw = Text2Image.from_file(path, config=config, device=options.device, dtype=dtype, loras=loras)
     settings = {name: getattr(options, name) for name in SETTINGS}
+    settings |= {name: usual for name, usual in usual_drawing(said).items() if settings[name] is None}
     settings |= {side: draw.default_size for side in ("height", "width") if settings[side] is None}
     model = path.resolve().parent.name if path.stem == "model" else path.stem
     about = settings | {"model": model, "model_hash": draw.model_hash, "precision": options.precision}
@@ -92,7 +98,7 @@ def main(options: argparse.Namespace) -> None:
 
     jobs = [(row, options.seed + i) for row in range(len(prompts)) for i in range(options.n)]
     pictures, size = [[] for _ in prompts], max(options.batch_size, 1)
-    steps = int(options.steps * options.strength) if init_image else options.steps
+    steps = int(settings["steps"] * options.strength) if init_image else settings["steps"]
     with tqdm(total=len(jobs) * steps, unit="step") as bar:
         for batch in (jobs[first : first + size] for first in range(0, len(jobs), size)):
             rows, seeds = zip(*batch, strict=True)

@@ -17,13 +17,8 @@ OTHER_ARCHITECTURE = "latent-diffusion"
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v"}
 IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"  # whose tensor names the file has
 CLIP_VOCABULARY = 49408
-PRIVATE = (
-    "_root",
-    "folder",
-    "cache",
-    "base_checkpoint",
-    "base_parts",
-)  # ends of keys with somebody's paths
+PRIVATE = ("_root", "folder", "cache", "base_checkpoint", "base_parts")  # ends of keys with paths
+DRAWING = {"steps": 50, "guidance_scale": 7.5}  # Stable Diffusion's usual ones
 SAID = "_config"  # end of the keys of networks, which `ldm.config` holds
 
 
@@ -75,6 +70,12 @@ def taught_words(metadata: Mapping[str, str]) -> dict[str, str | None]:
         "identifier": trigger.removesuffix(f" {class_word}") if taught else None,
         "class_word": class_word,
     }
+
+
+def usual_drawing(metadata: Mapping[str, str]) -> dict[str, int | float]:
+    """Sampling steps and guidance scale that suit a file: those of its run's samples, else `DRAWING`."""
+    samples = json.loads(metadata.get("ldm.training", "{}")).get("samples") or {}
+    return {name: samples.get(name, value) for name, value in DRAWING.items()}
 
 
 def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
