@@ -1,10 +1,12 @@
-"""Measure a model on the storybook: subject, prompt, class drift and diversity, read by the judge.
+"""Measure what a model learned and what it forgot, or the pictures that any tool drew.
 
     python scripts/evaluate.py                                  the newest run under logs/
     python scripts/evaluate.py --model FILE --data_root PHOTOS --class_word dog
+    python scripts/evaluate.py --pictures DRAWN --class_pictures DOGS --data_root PHOTOS --class_word dog
     python scripts/evaluate.py --model FILE --captions 512      a base: does it draw what captions say?
 
-The untouched base is measured beside it. Writes metrics.json and prints a table.
+On the storybook its judge reads the pictures; --metrics photos measures real ones by DINO, CLIP and LPIPS, as
+the DreamBooth paper does. The untouched base stands beside a model. Writes metrics.json and prints a table.
 """
 
 import argparse
@@ -15,15 +17,22 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-from ldm.config import load_config, to_plain
+from ldm.config import check, instantiate, load_config, to_plain
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import load_image
 from ldm.errors import UserError
+from ldm.evaluation.pictures import read_pictures
+from ldm.evaluation.protocol import Evaluation, Prompts
 from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.pipeline import Text2Image, find_model
 from ldm.training.run import find_file, write_json
 
 BASE = "ldm/storybook/assets/base.safetensors"
+EXAM_GUIDANCE = 4.0
+METRICS = {
+    "storybook": "ldm.evaluation.storybook.StorybookEvaluation",
+    "photos": "ldm.evaluation.photos.PhotoEvaluation",
+}
 
 
 def parse() -> argparse.Namespace:
@@ -32,77 +41,109 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, help="model file or run folder (the newest run under logs/)")
+    add("--pictures", type=Path, help="a folder of pictures of the subject instead, of one size")
+    add("--class_pictures", type=Path, help="and one of pictures of the class, drawn without the identifier")
     add("--base", help="the untouched base (the run's own, else the storybook's)")
     add("--data_root", help="photos of the subject (the run's own)")
     add("--class_word", help="what the subject is (the run's own)")
     add("--identifier", help="the rare word that names it (the run's own, else sks)")
+    add("--metrics", choices=METRICS, help="who looks at the pictures (the run's own, else storybook)")
+    add("--dino", help="folder of DINO's ViT-S/16 (facebook/dino-vits16 of the hub)")
+    add("--clip", help="folder of CLIP's ViT-B/32 (openai/clip-vit-base-patch32 of the hub)")
+    add("--no_diversity", action="store_true", help="leave LPIPS out")
+    add("--prompts", help="list of prompts for photos (dreambooth-object)")
     add("--captions", type=int, metavar="N", help="examine a base on N captions of unseen scenes instead")
-    add("--seeds", type=int, default=16, help="pictures of the subject in each of the 8 contexts (16)")
-    add("--class_samples", type=int, default=128, help="pictures of the class (128)")
-    add("--steps", type=int, default=25, help="sampling steps (25)")
-    add("--guidance_scale", type=float, default=4.0, help="weight of the prompt (4)")
+    add("--seeds", type=int, help="pictures of each prompt (storybook 16 in each of 8 places, photos 4)")
+    add("--class_samples", type=int, help="pictures of the class (storybook 128, photos 100)")
+    add("--steps", type=int, help="sampling steps (the run's own)")
+    add("--guidance_scale", type=float, help="weight of the prompt (the run's own)")
     add("--out", type=Path, help="folder of metrics.json (`evaluation` in the run's folder)")
     return parser.parse_args()
 
 
-def photos_of(options: argparse.Namespace, run: Path) -> tuple[DreamBoothDataModule, str]:
-    """The run's photos and prompts, or those the options name -> and the base they were taught to."""
-    config = to_plain(load_config([run / "config.yaml"])) if (run / "config.yaml").exists() else {}
-    params = config.get("data", {}).get("params", {})
+def run_config(model: Path | None) -> dict[str, Any]:
+    """The config of the run that a model file lies in; empty without one."""
+    path = model.with_name("config.yaml") if model else None
+    return to_plain(load_config([path])) if path and path.exists() else {}
+
+
+def evaluation_of(options: argparse.Namespace, config: Mapping[str, Any]) -> Evaluation:
+    """The evaluation of the run, in full size, or the one that the options ask for."""
+    own = config.get("evaluation") or {"target": METRICS["storybook"], "params": {}}
+    target = METRICS[options.metrics] if options.metrics else own["target"]
+    params = dict(own["params"]) if target == own["target"] else {}
+    if target == METRICS["storybook"]:
+        params |= {"seeds": 16, "class_samples": 128}
+    if options.no_diversity:
+        params["diversity"] = False
+    given = ("prompts", "seeds", "class_samples", "steps", "guidance_scale", "dino", "clip")
+    params |= {name: getattr(options, name) for name in given if getattr(options, name) is not None}
+    node = {"target": target, "params": params}
+    check({"evaluation": node}, {"evaluation": dict})
+    return instantiate(node)
+
+
+def photos_of(options: argparse.Namespace, config: Mapping[str, Any]) -> DreamBoothDataModule:
+    """The photos and what is on them, by the options, else by the run's config."""
+    params = dict(config.get("data", {}).get("params", {}))
     given = {"subject_root": options.data_root, "class_word": options.class_word}
     given["identifier"] = options.identifier
     params |= {name: value for name, value in given.items() if value is not None}
     lacking = [flag for flag in ("subject_root", "class_word") if flag not in params]
     if lacking:
         remedy = "Give --data_root and --class_word, or a folder of a run."
-        raise UserError(f"Nothing says the {lacking[0]}", where=run, remedy=remedy)
+        raise UserError(f"Nothing says the {lacking[0]}", where="evaluate.py", remedy=remedy)
     data = DreamBoothDataModule(**{"size": 64} | params)
     data.check()
-    return data, options.base or config.get("base_checkpoint") or BASE
+    return data
 
 
-def compare(options: argparse.Namespace, evaluation: StorybookEvaluation, model: Path) -> Mapping[str, Any]:
-    data, base = photos_of(options, model.parent)
+def measured(options: argparse.Namespace, model: Path | None) -> Mapping[str, Any]:
+    """The figures of a model beside its base's, or of folders of pictures."""
+    config = run_config(model)
+    data = photos_of(options, config)
+    pictures = read_pictures(options.pictures) if options.pictures else []
+    of_class = read_pictures(options.class_pictures, at_least=2) if options.class_pictures else []
+    evaluation = evaluation_of(options, config)
+    prompts = Prompts(data.subject_prompt, data.prior_prompt, **data.words)
     subject = evaluation.subject([load_image(photo.path) for photo in data.subject_photos])
-    prompts = {"subject_prompt": data.subject_prompt, "class_prompt": data.prior_prompt}
+    if model is None:
+        return evaluation.plain(pictures, subject=subject, prompts=prompts, of_class=of_class)
+    base = find_file(options.base or config.get("base_checkpoint") or BASE)
     before, after = (
-        evaluation.measure(Text2Image.from_file(path), subject=subject, **prompts)
-        for path in (find_file(base), model)
+        evaluation.measure(Text2Image.from_file(path), subject=subject, prompts=prompts)
+        for path in (base, model)
     )
     return evaluation.summary(after, before, subject)
 
 
 def table(figures: Mapping[str, Any]) -> str:
     """Figures in rows, with their interval, the base's and the ceiling where there are any."""
-    rows = [("", "model", "95 %", "base", "photos")]
+    rows = [("", "measured", "95 %", "base", "photos")]
     for name, value in figures.items():
         if isinstance(value, float):
             low_high = figures.get("intervals", {}).get(name)
             beside = [figures.get(key, {}).get(name, "") for key in ("base", "ceiling")]
             interval = "{:.3f} to {:.3f}".format(*low_high) if low_high else ""
             rows.append((name, f"{value:.3f}", interval, *map(str, beside)))
-    return "\n".join("{:18}{:>8}{:>18}{:>9}{:>9}".format(*row).rstrip() for row in rows)
+    return "\n".join("{:22}{:>8}{:>18}{:>9}{:>9}".format(*row).rstrip() for row in rows)
 
 
 def main(options: argparse.Namespace) -> None:
     given = find_file(BASE) if options.captions and options.model is None else options.model
-    model = find_model(given)
-    evaluation = StorybookEvaluation(
-        seeds=options.seeds,
-        class_samples=options.class_samples,
-        steps=options.steps,
-        guidance_scale=options.guidance_scale,
-    )
-    print(f"model: {model}")
+    model = None if options.pictures else find_model(given)
+    print(f"pictures: {options.pictures}" if model is None else f"model: {model}")
     if options.captions:
+        evaluation = StorybookEvaluation(
+            steps=options.steps or 25, guidance_scale=options.guidance_scale or EXAM_GUIDANCE
+        )
         figures = evaluation.examine(Text2Image.from_file(model), samples=options.captions)
     else:
-        figures = compare(options, evaluation, model)
+        figures = measured(options, model)
     print(table(figures))
-    is_run = model.with_name("config.yaml").exists()
-    folder = options.out or (
-        model.parent / "evaluation" if is_run else Path("logs") / f"evaluation-{model.stem}"
-    )
+    is_run = model is not None and model.with_name("config.yaml").exists()
+    name = (model or options.pictures).stem
+    folder = options.out or (model.parent / "evaluation" if is_run else Path("logs") / f"evaluation-{name}")
     folder.mkdir(parents=True, exist_ok=True)
     print(write_json(folder / "metrics.json", figures))
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
@@ -19,6 +18,7 @@ from ldm.evaluation.metrics import (
     majority,
     subject_fidelity,
 )
+from ldm.evaluation.protocol import Figures, Picture, Prompts
 from ldm.pipeline import Text2Image
 from ldm.storybook.dataset import BOOK
 from ldm.storybook.judge import SHIPPED, SIZE, Judge
@@ -113,18 +113,16 @@ class StorybookEvaluation:
         wanted = {name: value for name, value in majority(reading).items() if name in SUBJECT_ATTRIBUTES}
         return Subject(wanted, ceiling=round(float(subject_fidelity(reading, wanted).mean()), 4))
 
-    def measure(
-        self, draw: Text2Image, *, subject: Subject, subject_prompt: str, class_prompt: str
-    ) -> Measured:
-        """Draws `subject_prompt` in every context and `class_prompt`, and has the judge read them."""
+    def measure(self, draw: Text2Image, *, subject: Subject, prompts: Prompts) -> Measured:
+        """Draws the subject in every context and the class, and has the judge read them."""
         jobs = [(self.seed + s, context) for s in range(self.seeds) for context in CONTEXTS]
         pictures = self._draw(
-            draw, [f"{subject_prompt} {CONTEXTS[context]}" for _, context in jobs], [s for s, _ in jobs]
+            draw, [f"{prompts.subject} {CONTEXTS[context]}" for _, context in jobs], [s for s, _ in jobs]
         )
         reading = self.read(pictures)
         asked = torch.tensor([list(CONTEXTS).index(context) for _, context in jobs])
         seeds = [self.seed + i for i in range(self.class_samples)]
-        of_class = self._pixels(self._draw(draw, [class_prompt] * self.class_samples, seeds))
+        of_class = self._pixels(self._draw(draw, [prompts.of_class] * self.class_samples, seeds))
         return Measured(
             fidelity=subject_fidelity(reading, subject.attributes).view(self.seeds, -1),
             context=(reading["context"] == asked).float().view(self.seeds, -1),
@@ -132,7 +130,7 @@ class StorybookEvaluation:
             diversity=diversity(self.judge.features(of_class)),
         )
 
-    def summary(self, after: Measured, base: Measured, subject: Subject) -> dict[str, Any]:
+    def summary(self, after: Measured, base: Measured, subject: Subject) -> Figures:
         """What `metrics.json` holds: the model's figures, with the untouched base's and the photos'."""
         return {
             **after.figures(base),
@@ -141,6 +139,31 @@ class StorybookEvaluation:
             "ceiling": {"subject_fidelity": subject.ceiling},
             "judge": self.judge.accuracy,
         }
+
+    def score(self, figures: Mapping[str, float]) -> float:
+        """Subject fidelity x prompt fidelity, minus the drift of the class."""
+        drift = max(0.0, figures["class_drift"])
+        return figures["subject_fidelity"] * figures["prompt_fidelity"] - drift
+
+    def plain(
+        self, pictures: Sequence[Picture], *, subject: Subject, prompts: Prompts, of_class: Sequence[Picture]
+    ) -> Figures:
+        """Figures of pictures that any tool drew; prompt fidelity of those whose prompt names a place."""
+        reading = self.read([picture.image for picture in pictures])
+        values = {"subject_fidelity": subject_fidelity(reading, subject.attributes)}
+        asked = [context_of(picture.prompt) for picture in pictures]
+        if placed := [k for k, context in enumerate(asked) if context is not None]:
+            wanted = torch.tensor([list(CONTEXTS).index(asked[k]) for k in placed])
+            values["prompt_fidelity"] = (reading["context"][placed] == wanted).float()
+        figures: Figures = {}
+        if len(of_class) > 1:
+            of_class_pixels = self._pixels([picture.image for picture in of_class])
+            read = self.judge.read(of_class_pixels)
+            values["class_carries_subject"] = carries_subject(read, subject.attributes)
+            figures["class_diversity"] = round(diversity(self.judge.features(of_class_pixels)), 4)
+        figures |= {name: round(float(rows.mean()), 4) for name, rows in values.items()}
+        intervals = {name: bootstrap(rows, lambda x: float(x.mean())) for name, rows in values.items()}
+        return {**figures, "intervals": intervals, "ceiling": {"subject_fidelity": subject.ceiling}}
 
     def examine(self, draw: Text2Image, *, samples: int) -> dict[str, float]:
         """A base's own quality: full captions of unseen scenes -> share drawn right, by attribute."""
@@ -154,6 +177,11 @@ class StorybookEvaluation:
 
     def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
         return torch.stack([to_tensor(fit_image(image.convert("RGB"), SIZE)) for image in images])
+
+
+def context_of(prompt: str | None) -> str | None:
+    """The context that a prompt asks for, if it names one: "a photo of sks dog on the moon" -> "moon"."""
+    return next((name for name, phrase in CONTEXTS.items() if phrase in (prompt or "")), None)
 
 
 def _right(reading: Reading, scenes: Sequence[Scene]) -> dict[str, float]:

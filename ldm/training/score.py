@@ -6,6 +6,7 @@ from typing import Any
 from ldm.config import instantiate
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import load_image
+from ldm.evaluation.protocol import Evaluation, Prompts
 from ldm.pipeline import Text2Image
 
 
@@ -16,11 +17,11 @@ class Score:
     """
 
     def __init__(self, evaluation: dict | None, draw: Text2Image, data: DreamBoothDataModule):
-        self.evaluation = instantiate(evaluation) if evaluation else None
+        self.evaluation: Evaluation | None = instantiate(evaluation) if evaluation else None
         if self.evaluation is None:
             return
         self.draw = draw
-        self.prompts = {"subject_prompt": data.subject_prompt, "class_prompt": data.prior_prompt}
+        self.prompts = Prompts(data.subject_prompt, data.prior_prompt, **data.words)
         self.subject = self.evaluation.subject([load_image(photo.path) for photo in data.subject_photos])
 
     def before(self) -> None:
@@ -35,4 +36,4 @@ class Score:
         return self.evaluation.summary(self._measure(), self.base, self.subject)
 
     def _measure(self) -> Any:
-        return self.evaluation.measure(self.draw, subject=self.subject, **self.prompts)
+        return self.evaluation.measure(self.draw, subject=self.subject, prompts=self.prompts)

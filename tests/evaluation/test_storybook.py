@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ldm.errors import UserError
+from ldm.evaluation.protocol import Picture, Prompts
 from ldm.evaluation.storybook import EXAM, StorybookEvaluation
 from ldm.pipeline import Sample
 from ldm.storybook.dataset import BOOK
@@ -15,7 +16,7 @@ from ldm.storybook.subjects import SUBJECTS
 from ldm.storybook.world import CONTEXTS, Scene, draw, full_caption, same_subject, sample_scene
 
 DOG = SUBJECTS["dog"]
-PROMPTS = {"subject_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
+PROMPTS = Prompts("a photo of sks dog", "a photo of a dog", "sks", "dog")
 
 
 class Drawer:
@@ -70,10 +71,10 @@ def figures(evaluation: StorybookEvaluation) -> Callable[[Callable], dict]:
         draw(same_subject(DOG, context=c, seed=k), size=256) for k, c in enumerate(("grass", "city", "moon"))
     ]
     subject = evaluation.subject(photos)
-    base = evaluation.measure(Drawer(ignorant), subject=subject, **PROMPTS)
+    base = evaluation.measure(Drawer(ignorant), subject=subject, prompts=PROMPTS)
 
     def of(scene: Callable[[str, int], Scene]) -> dict:
-        after = evaluation.measure(Drawer(scene), subject=subject, **PROMPTS)
+        after = evaluation.measure(Drawer(scene), subject=subject, prompts=PROMPTS)
         return evaluation.summary(after, base, subject)
 
     return of
@@ -119,10 +120,32 @@ def test_intervals_hold_their_figures(figures):
 
 def test_every_context_is_asked_with_every_seed(evaluation: StorybookEvaluation):
     drawer = Drawer(perfect)
-    evaluation.measure(drawer, subject=evaluation.subject([draw(DOG)]), **PROMPTS)
+    evaluation.measure(drawer, subject=evaluation.subject([draw(DOG)]), prompts=PROMPTS)
     wanted = {(f"a photo of sks dog {c}", 1000 + s) for s in range(2) for c in CONTEXTS.values()}
     assert {job for job in drawer.asked if "sks" in job[0]} == wanted
     assert [seed for prompt, seed in drawer.asked if "sks" not in prompt] == list(range(1000, 1024))
+
+
+def test_plain_pictures_get_the_figures_of_the_model_that_drew_them(evaluation, figures):
+    subject = evaluation.subject([draw(same_subject(DOG, context="city", seed=k)) for k in range(4)])
+    drawer = Drawer(perfect)
+    asked = [(f"a photo of sks dog {c}", 1000 + s) for s in range(2) for c in CONTEXTS.values()]
+    pictures = [Picture(s.image, s.prompt) for p, k in asked for s in drawer([p], seeds=[k])]
+    of_class = [Picture(draw(some_dog(1000 + k)), None) for k in range(24)]
+    plain = evaluation.plain(pictures, subject=subject, prompts=PROMPTS, of_class=of_class)
+    model = figures(perfect)
+    for name in ("subject_fidelity", "prompt_fidelity"):
+        assert plain[name] == model[name]
+    assert plain["class_carries_subject"] == 0 and plain["class_diversity"] > 0
+    nameless = [Picture(picture.image, None) for picture in pictures]
+    bare = evaluation.plain(nameless, subject=subject, prompts=PROMPTS, of_class=[])
+    assert bare["subject_fidelity"] == plain["subject_fidelity"] and "prompt_fidelity" not in bare
+
+
+def test_the_score_is_the_stated_one(evaluation):
+    seen = {"subject_fidelity": 0.8, "prompt_fidelity": 0.5, "class_drift": 0.1}
+    assert evaluation.score(seen) == pytest.approx(0.3)
+    assert evaluation.score(seen | {"class_drift": -0.2}) == pytest.approx(0.4)
 
 
 def test_examining_a_base_that_draws_what_captions_say(evaluation: StorybookEvaluation):

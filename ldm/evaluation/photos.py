@@ -1,0 +1,199 @@
+"""A model on photographs, measured as the paper does (Ruiz et al. 2023, sections 4.1 and 4.3).
+
+DINO and CLIP-I: mean cosine over all pairs of a drawn picture and a photo of the subject. CLIP-T: mean cosine
+of a picture and its prompt, without the identifier. PRES: DINO between drawings of the class and the photos
+of the subject; it rises where the class turns into the subject. DIV: mean LPIPS of two pictures of a prompt.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.prompts import read_prompts
+from ldm.errors import UserError
+from ldm.evaluation.features import CLIP, DINO, Clip, Dino, Lpips
+from ldm.evaluation.metrics import bootstrap
+from ldm.evaluation.pictures import by_prompt
+from ldm.evaluation.protocol import Figures, Picture, Prompts
+from ldm.pipeline import Text2Image
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The photos' embeddings, each row of unit norm."""
+
+    dino: Tensor  # [n, D]
+    clip: Tensor  # [n, D]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's pictures: S independent rows of P; a row is a seed with its prompts, or one picture."""
+
+    dino: Tensor  # [S, P] mean cosine with the photos
+    clip_i: Tensor  # [S, P]
+    clip_t: Tensor | None  # [S, P] cosine with the prompt
+    pres: Tensor | None  # [N] of pictures of the class
+    div: Tensor | None  # [prompts] mean distance of two pictures
+
+    def values(self) -> dict[str, Tensor]:
+        """What was measured, by the name of its figure."""
+        return {name: rows for name, rows in vars(self).items() if rows is not None}
+
+    def figures(self) -> dict[str, float]:
+        return {name: round(_mean(rows), 4) for name, rows in self.values().items()}
+
+
+class PhotoEvaluation:
+    """How a model of photographs is measured; by default the paper's protocol: 25 prompts, 4 pictures each.
+
+    Args:
+        prompts: a list in configs/prompts, or a file of one's own.
+        seeds: pictures of each prompt.
+        class_samples: pictures of the class without the identifier; 0 leaves PRES out.
+        seed: of the first picture.
+        size: pixels a side; None is the model's own.
+        dino, clip: folders of the networks in transformers' format, or names on the hub.
+        diversity: measures DIV, which needs the extra `lpips`.
+        device: of DINO, CLIP and LPIPS; None is the GPU where there is one.
+    """
+
+    def __init__(
+        self,
+        *,
+        prompts: str = "dreambooth-object",
+        seeds: int = 4,
+        class_samples: int = 100,
+        sampler: str = "ddim",
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        seed: int = 1000,
+        batch_size: int = 4,
+        size: int | None = None,
+        dino: str = DINO,
+        clip: str = CLIP,
+        diversity: bool = True,
+        device: str | None = None,
+    ):
+        if seeds < 1 + diversity or class_samples < 0:
+            remedy = "Take 1 of `seeds` or more, 2 or more for the diversity, and no negative number."
+            raise UserError("There is nothing to measure", where="evaluation", remedy=remedy)
+        self.prompts, self.seeds, self.class_samples, self.seed = prompts, seeds, class_samples, seed
+        read_prompts(prompts, identifier="sks", class_word="dog")  # a file that is missing is named at once
+        self.drawing = {
+            "sampler": sampler,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "batch_size": batch_size,
+            "height": size,
+            "width": size,
+        }
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.dino, self.clip = Dino(dino, device=place), Clip(clip, device=place)
+        self.lpips = Lpips(device=place) if diversity else None
+
+    def subject(self, photos: Sequence[Image.Image]) -> Subject:
+        return Subject(self.dino.pictures(photos), self.clip.pictures(photos))
+
+    def measure(self, draw: Text2Image, *, subject: Subject, prompts: Prompts) -> Measured:
+        """Draws every prompt of the list with every seed, and the class."""
+        texts = read_prompts(self.prompts, **prompts.words)
+        jobs = [(self.seed + s, text) for s in range(self.seeds) for text in texts]
+        pictures = self._draw(draw, [text for _, text in jobs], [seed for seed, _ in jobs])
+        count = self.class_samples
+        of_class = self._draw(draw, [prompts.of_class] * count, range(self.seed, self.seed + count))
+        return self._measured(
+            pictures, of_class=of_class, subject=subject, identifier=prompts.identifier, rows=self.seeds
+        )
+
+    def summary(self, after: Measured, base: Measured, subject: Subject) -> Figures:
+        """What `metrics.json` holds: the model's figures, with the untouched base's and the photos'."""
+        own = {"dino": subject.dino, "clip_i": subject.clip}
+        return {
+            **after.figures(),
+            "intervals": _intervals(after),
+            "base": base.figures(),
+            "ceiling": {k: round(mean_of_pairs(rows), 4) for k, rows in own.items() if len(rows) > 1},
+        }
+
+    def score(self, figures: Mapping[str, float]) -> float:
+        """DINO x CLIP-T, in shares of the base's CLIP-T, minus the rise of PRES over the base's."""
+        base = figures["base"]
+        drift = figures.get("pres", 0.0) - base.get("pres", 0.0)
+        return figures["dino"] * figures["clip_t"] / base["clip_t"] - max(0.0, drift)
+
+    def plain(
+        self, pictures: Sequence[Picture], *, subject: Subject, prompts: Prompts, of_class: Sequence[Picture]
+    ) -> Figures:
+        """Figures of pictures that any tool drew: CLIP-T and DIV where their prompts are known."""
+        measured = self._measured(
+            pictures,
+            of_class=of_class,
+            subject=subject,
+            identifier=prompts.identifier,
+            rows=len(pictures),
+        )
+        return {**measured.figures(), "intervals": _intervals(measured)}
+
+    def _measured(
+        self,
+        pictures: Sequence[Picture],
+        *,
+        of_class: Sequence[Picture],
+        subject: Subject,
+        identifier: str,
+        rows: int,
+    ) -> Measured:
+        images, groups = [picture.image for picture in pictures], by_prompt(pictures)
+        dino, clip = self.dino.pictures(images), self.clip.pictures(images)
+        clip_t = div = pres = None
+        if groups:
+            texts = [without(picture.prompt, identifier) for picture in pictures]
+            unique = list(dict.fromkeys(texts))
+            named = dict(zip(unique, self.clip.texts(unique), strict=True))
+            clip_t = (clip * torch.stack([named[text] for text in texts])).sum(1).view(rows, -1)
+        if self.lpips is not None and any(len(group) > 1 for group in groups.values()):
+            div = diversity(groups, self.lpips)
+        if of_class:
+            pres = (self.dino.pictures([p.image for p in of_class]) @ subject.dino.T).mean(1)
+        return Measured(
+            dino=(dino @ subject.dino.T).mean(1).view(rows, -1),
+            clip_i=(clip @ subject.clip.T).mean(1).view(rows, -1),
+            clip_t=clip_t,
+            pres=pres,
+            div=div,
+        )
+
+    def _draw(self, draw: Text2Image, prompts: Sequence[str], seeds: Sequence[int]) -> list[Picture]:
+        samples = draw(prompts, seeds=seeds, **self.drawing, progress=True) if prompts else []
+        return [Picture(sample.image, sample.prompt) for sample in samples]
+
+
+def mean_of_pairs(rows: Tensor) -> float:
+    """Mean cosine of two different rows. rows: [n, D] of unit norm, n >= 2."""
+    n = len(rows)
+    return float(((rows @ rows.T).sum() - rows.square().sum()) / (n * (n - 1)))
+
+
+def diversity(groups: Mapping[str, Sequence[Image.Image]], distance: Lpips) -> Tensor:
+    """Mean distance of two pictures, for each prompt that has two -> [prompts]."""
+    pairs = [list(combinations(images, 2)) for images in groups.values() if len(images) > 1]
+    distances = distance([pair for group in pairs for pair in group])
+    return torch.stack([part.mean() for part in distances.split([len(group) for group in pairs])])
+
+
+def without(prompt: str, identifier: str) -> str:
+    """The prompt without the identifier, which CLIP knows nothing of: "a sks dog" -> "a dog"."""
+    return " ".join(word for word in prompt.split() if word.lower() != identifier.lower())
+
+
+def _intervals(measured: Measured) -> dict[str, tuple[float, float]]:
+    return {name: bootstrap(rows, _mean) for name, rows in measured.values().items() if len(rows) > 1}
+
+
+def _mean(rows: Tensor) -> float:
+    return float(rows.mean())

@@ -1,0 +1,205 @@
+"""The paper's metrics on small networks of random weights, against references written apart."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.multimodal import CLIPScore
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    ViTConfig,
+    ViTModel,
+)
+
+from ldm.errors import UserError
+from ldm.evaluation.features import IMAGENET, OPENAI, Clip, Dino, prepare
+from ldm.evaluation.photos import PhotoEvaluation, mean_of_pairs, without
+from ldm.evaluation.pictures import read_pictures
+from ldm.evaluation.protocol import Picture, Prompts
+from ldm.pipeline import Sample
+
+TOKENIZER = Path(__file__).resolve().parents[2] / "ldm/storybook/assets/tokenizer"
+PROMPTS = Prompts("a photo of sks dog", "a photo of a dog", "sks", "dog")
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of a DINO and a CLIP of 32 channels; DINO sees 48 pixels, CLIP 32."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    folder = tmp_path_factory.mktemp("networks")
+    ViTModel(ViTConfig(**size, image_size=48, patch_size=16), add_pooling_layer=False).save_pretrained(
+        folder / "dino"
+    )
+    text = CLIPTextConfig(**size, vocab_size=651, bos_token_id=649, eos_token_id=650)
+    vision = CLIPVisionConfig(**size, image_size=32, patch_size=8)
+    CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    ).save_pretrained(folder / "clip")
+    CLIPTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / "clip")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder / "clip")
+    return {name: str(folder / name) for name in ("dino", "clip")}
+
+
+@pytest.fixture(scope="module")
+def evaluation(networks: dict[str, str]) -> PhotoEvaluation:
+    return PhotoEvaluation(**networks, seeds=2, class_samples=3, steps=1, diversity=False, device="cpu")
+
+
+def photo(seed: int, size: tuple[int, int] = (60, 44)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+class Drawer:
+    """Draws noise: a function of the prompt and the seed."""
+
+    def __call__(self, prompts: Sequence[str], *, seeds: Sequence[int], **settings: object) -> list[Sample]:
+        return [
+            Sample(photo(seed * 1000 + len(prompt)), torch.zeros(4, 2, 2), prompt, seed)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.dot(a, b) / a.norm() / b.norm())
+
+
+def test_pictures_are_prepared_as_torchvision_and_clip_do(networks: dict[str, str]):
+    """To a level of 8 bits, as resizers round differently; both crop the same where the margin is even."""
+    processor = CLIPImageProcessorPil.from_pretrained(networks["clip"])
+    for k, size in enumerate([(60, 45), (45, 60), (32, 32), (101, 40)]):
+        theirs = torch.as_tensor(processor(photo(k, size), return_tensors="pt").pixel_values[0])
+        ours = prepare([photo(k, size)], resize=32, crop=32, normal=OPENAI)[0]
+        assert (ours - theirs).abs().max() < 2 / 255 / min(OPENAI[1])
+
+
+def test_embeddings_are_the_networks_own(networks: dict[str, str]):
+    images = [photo(k) for k in range(3)]
+    ours, network = (
+        Clip(networks["clip"]).pictures(images),
+        CLIPModel.from_pretrained(networks["clip"]).eval(),
+    )
+    with torch.no_grad():
+        hidden = network.vision_model(prepare(images, resize=32, crop=32, normal=OPENAI)).pooler_output
+        theirs = network.visual_projection(hidden)
+    assert torch.allclose(ours, theirs / theirs.norm(dim=1, keepdim=True), atol=1e-6)
+
+
+def test_dino_sees_the_middle_of_a_picture_a_seventh_larger():
+    image = Image.new("RGB", (256, 320), "red")
+    image.paste("blue", (16, 48, 240, 272))
+    seen = prepare([image], resize=256, crop=224, normal=IMAGENET)[0]
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+    blue = (torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1) - mean) / deviation
+    assert seen.shape == (3, 224, 224) and torch.allclose(seen, blue.expand_as(seen), atol=1e-6)
+
+
+def test_every_figure_is_a_mean_over_all_pairs(evaluation: PhotoEvaluation):
+    photos, drawn = [photo(k) for k in range(3)], [photo(10 + k) for k in range(4)]
+    of_class = [photo(20 + k) for k in range(2)]
+    texts = ["a sks dog in the snow", "a sks dog"] * 2
+    plain = evaluation.plain(
+        [Picture(image, text) for image, text in zip(drawn, texts, strict=True)],
+        subject=evaluation.subject(photos),
+        prompts=PROMPTS,
+        of_class=[Picture(image, None) for image in of_class],
+    )
+    dino, clip = evaluation.dino, evaluation.clip
+
+    def pairs(network: Dino | Clip, one: Sequence, other: Sequence) -> float:
+        values = [cosine(network.pictures([a])[0], network.pictures([b])[0]) for a in one for b in other]
+        return sum(values) / len(values)
+
+    assert plain["dino"] == pytest.approx(pairs(dino, drawn, photos), abs=1e-4)
+    assert plain["clip_i"] == pytest.approx(pairs(clip, drawn, photos), abs=1e-4)
+    assert plain["pres"] == pytest.approx(pairs(dino, of_class, photos), abs=1e-4)
+    named = ["a dog in the snow", "a dog"] * 2
+    values = [cosine(clip.pictures([i])[0], clip.texts([t])[0]) for i, t in zip(drawn, named, strict=True)]
+    assert plain["clip_t"] == pytest.approx(sum(values) / 4, abs=1e-4)
+
+
+def test_clip_t_is_torchmetrics_clip_score(evaluation: PhotoEvaluation, networks: dict[str, str]):
+    """Of pictures of the network's own size, which no resizer touches."""
+    images, text = [photo(k, (32, 32)) for k in range(3)], "a photo of a dog"
+    network = CLIPModel.from_pretrained(networks["clip"]).eval()
+
+    class Plain(torch.nn.Module):
+        """What torchmetrics calls: transformers 5 wraps the features that it wants bare."""
+
+        config, device = network.config, torch.device("cpu")
+
+        def get_image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+            return network.get_image_features(pixels).pooler_output
+
+        def get_text_features(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return network.get_text_features(ids, attention_mask=mask).pooler_output
+
+    processor = CLIPProcessor.from_pretrained(networks["clip"])
+    theirs = CLIPScore(model_name_or_path=lambda: (Plain(), processor))
+    ours = evaluation.clip.pictures(images) @ evaluation.clip.texts([text])[0]
+    for image, mine in zip(images, ours.tolist(), strict=True):
+        theirs.update(torch.from_numpy(np.array(image)).permute(2, 0, 1), text)
+        assert float(theirs.score) / 100 == pytest.approx(mine, abs=1e-5)
+        theirs.reset()
+
+
+def test_mean_of_pairs_leaves_each_row_itself_out():
+    rows = torch.nn.functional.normalize(torch.randn(5, 7, generator=torch.Generator().manual_seed(0)), dim=1)
+    values = [cosine(rows[i], rows[j]) for i in range(5) for j in range(5) if i != j]
+    assert mean_of_pairs(rows) == pytest.approx(sum(values) / 20, abs=1e-6)
+
+
+def test_a_model_is_drawn_from_by_the_protocol(evaluation: PhotoEvaluation):
+    subject = evaluation.subject([photo(k) for k in range(3)])
+    base = evaluation.measure(Drawer(), subject=subject, prompts=PROMPTS)
+    figures = evaluation.summary(base, base, subject)
+    assert base.dino.shape == base.clip_i.shape == base.clip_t.shape == (2, 25) and base.pres.shape == (3,)
+    assert figures["dino"] == figures["base"]["dino"] and -1 <= figures["dino"] <= 1
+    assert figures["intervals"]["clip_t"].low <= figures["clip_t"] <= figures["intervals"]["clip_t"].high
+    assert figures["ceiling"]["dino"] == pytest.approx(mean_of_pairs(subject.dino), abs=1e-4)
+    assert evaluation.score(figures) == pytest.approx(figures["dino"], abs=1e-6)  # the base's own, undrifted
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [("a sks dog", "a dog"), ("SKS", ""), ("a photo of sks dog in snow", "a photo of dog in snow")],
+)
+def test_clip_is_not_asked_for_the_identifier(prompt: str, said: str):
+    assert without(prompt, "sks") == said
+
+
+def test_what_cannot_be_had_is_said(networks: dict[str, str], tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="hf download facebook/dino-vits16"):
+        Dino(str(tmp_path / "dino"))
+    with pytest.raises(UserError, match="another one"):
+        Dino(networks["clip"])
+
+
+def test_folders_of_plain_pictures(tmp_path: Path):
+    for k in range(3):
+        photo(k).save(tmp_path / f"{k}.png")
+    assert [picture.prompt for picture in read_pictures(tmp_path)] == [None] * 3
+    with pytest.raises(UserError, match="too few, 5 are needed"):
+        read_pictures(tmp_path, at_least=5)
+    (tmp_path / "0.txt").write_text("a dog\n")
+    with pytest.raises(UserError, match="1.png has none"):
+        read_pictures(tmp_path)
+    for k in range(3):
+        (tmp_path / f"{k}.txt").write_text(f"dog {k}")
+    assert [picture.prompt for picture in read_pictures(tmp_path)] == ["dog 0", "dog 1", "dog 2"]
+    photo(3, (30, 30)).save(tmp_path / "3.png")
+    (tmp_path / "3.txt").write_text("a dog")
+    with pytest.raises(UserError, match="differ in size: .* 60 x 44, 3.png 30 x 30"):
+        read_pictures(tmp_path)
