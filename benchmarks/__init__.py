@@ -1,0 +1,1 @@
+"""Speed and memory of training and sampling beside diffusers, see `scripts/benchmark.py`."""

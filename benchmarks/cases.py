@@ -1,0 +1,67 @@
+"""What is measured: the networks' sizes, and the cases."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ldm.config import load_config, to_plain
+
+ROOT = Path(__file__).resolve().parents[1]
+SUBJECT, PRIOR = "a photo of sks dog", "a photo of a dog"
+TEXT = {"tokenizer": "ldm/storybook/assets/tokenizer", "bos_token_id": 649, "eos_token_id": 650}
+LORA_RANK = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. batch: pictures at a time; in training half are priors. steps: of the sampler."""
+
+    size: Literal["storybook", "quarter", "sd1"]
+    kind: Literal["train", "sample"]
+    batch: int
+    text: bool = False  # the text encoder learns too
+    lora: bool = False
+    steps: int = 0
+
+    @property
+    def name(self) -> str:
+        if self.kind == "sample":
+            return f"{self.size}: {self.steps} DDIM steps with CFG, batch {self.batch}"
+        parts = "UNet and text encoder" if self.text else "UNet"
+        return f"{self.size}: {'LoRA' if self.lora else 'full'} training of {parts}, batch {self.batch}"
+
+
+def cases(device: str, *, quick: bool) -> list[Case]:
+    """On a CPU networks of reduced size, on a GPU Stable Diffusion 1.5."""
+    if quick:
+        return [Case("storybook", "train", 2, text=True), Case("storybook", "sample", 1, steps=2)]
+    trained = [{"text": True}, {}, {"lora": True}]
+    if device == "cuda":
+        train = [Case("sd1", "train", 2, **kind) for kind in trained]
+        return train + [Case("sd1", "sample", batch, steps=50) for batch in (1, 8)]
+    found = [Case("storybook", "train", 8, **kind) for kind in trained]
+    found += [Case("quarter", "train", 2, **kind) for kind in trained]
+    found += [Case("storybook", "sample", batch, steps=25) for batch in (1, 8, 16)]
+    return found + [Case("quarter", "sample", 1, steps=10), Case("quarter", "sample", 8, steps=2)]
+
+
+def pixels(size: str) -> int:
+    """A side of the pictures."""
+    return {"storybook": 64, "quarter": 256, "sd1": 512}[size]
+
+
+def model_params(size: str) -> dict[str, Any]:
+    """The params of a model section: the storybook's own, SD 1.5 at a quarter of its widths, or SD 1.5."""
+    if size == "storybook":
+        return to_plain(load_config([ROOT / "configs/dreambooth.yaml"]))["model"]["params"]
+    unet, first_stage, text = {}, {}, dict(TEXT)
+    if size == "quarter":
+        unet = {"model_channels": 80, "context_dim": 192, "num_groups": 16}
+        first_stage = {"ch": 32}
+        text |= {"hidden_size": 192, "intermediate_size": 768}
+    return {
+        "unet_config": {"target": "ldm.models.unet.UNetModel", "params": unet},
+        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": first_stage},
+        "cond_stage_config": {"target": "ldm.models.text_encoder.CLIPTextEncoder", "params": text},
+        "learning_rate": 1e-6,
+    }

@@ -1,0 +1,157 @@
+"""Times in interleaved windows, peak memory in processes of their own, and the floor under both."""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import ours
+from benchmarks.cases import PRIOR, SUBJECT, Case, pixels
+
+WINDOWS = 3  # after one that is dropped
+ADAMW_BYTES = 32  # a float32 weight: gradient written and read; weight and two moments read and written
+
+
+class Side(Protocol):
+    def step(self) -> None: ...
+
+
+def open_side(name: str, case: Case, folder: Path, *, device: str, compiled: bool) -> Side:
+    """ "ours" or "diffusers", ready to step."""
+    kind = "Training" if case.kind == "train" else "Sampling"
+    if name == "ours":
+        return getattr(ours, kind)(case, device=device, compiled=compiled)
+    from benchmarks import peer  # not in the process that measures our memory
+
+    return getattr(peer, kind)(case, folder, device=device, compiled=compiled)
+
+
+def interleaved(sides: Mapping[str, Side], *, device: str, seconds: float) -> dict[str, list[float]]:
+    """Seconds of one step in each window; the windows of the sides take turns."""
+    slowest = max(_timed(side.step, 1, device) for _ in range(2) for side in sides.values())
+    steps = max(1, round(seconds / slowest))
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(1 + WINDOWS):
+        for name, side in sides.items():
+            found[name].append(_timed(side.step, steps, device) / steps)
+    return {name: times[1:] for name, times in found.items()}
+
+
+def peak_mib(name: str, case: Case, folder: Path, *, device: str, compiled: bool) -> tuple[float, float]:
+    """Most memory of three steps in a fresh process: (beyond what the imports took, of the whole process)."""
+    job = json.dumps([name, asdict(case), str(folder), device, compiled])
+    command = [sys.executable, "-m", "benchmarks.measure", job]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
+
+
+def machine(device: str) -> tuple[float, float]:
+    """What the device does at best: (FLOP/s of a matrix product, bytes/s of a copy)."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    n = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.empty(2**27, dtype=torch.uint8, device=device)
+    c = torch.empty_like(b)
+    product = min(_timed(lambda: a @ a, 1, device) for _ in range(8))
+    copy = min(_timed(lambda: c.copy_(b), 1, device) for _ in range(8))
+    return 2 * n**3 / product, 2 * len(b) / copy
+
+
+def work(case: Case) -> tuple[int, int]:
+    """(FLOP, bytes of AdamW) that a step cannot do without, counted on tensors without data."""
+    with torch.device("meta"):
+        module = ours.build(case)
+    module.to("meta")
+    side = pixels(case.size) // module.first_stage_model.factor
+    with FlopCounterMode(display=False) as counter:
+        if case.kind == "train":
+            half = case.batch // 2
+            batch = {
+                "moments": torch.rand(case.batch, 2 * module.first_stage_model.embed_dim, side, side),
+                "caption": [SUBJECT] * half + [PRIOR] * half,
+                "is_prior": torch.tensor([False] * half + [True] * half),
+                "item": torch.arange(half).repeat(2),
+            }
+            batch = module.on_before_batch_transfer(batch, 0)
+            there = {key: x.to("meta") if torch.is_tensor(x) else x for key, x in batch.items()}
+            module.training_step(there, 0).backward()
+        else:
+            module.requires_grad_(False)
+            x = torch.empty(2 * case.batch, module.first_stage_model.embed_dim, side, side, device="meta")
+            context = module.encode_prompts([SUBJECT] * len(x))
+            module.apply_model(x, torch.zeros(len(x), device="meta"), context)
+    flops = counter.get_total_flops() * max(1, case.steps)
+    if case.kind == "sample":
+        with FlopCounterMode(display=False) as counter:
+            module.first_stage_model.decode(x[: case.batch])
+        return flops + counter.get_total_flops(), 0
+    return flops, ADAMW_BYTES * sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def compare(case: Case, folder: Path, *, device: str, compiled: bool, seconds: float, best: tuple) -> dict:
+    """All figures of one case; times in ms a step, or of a batch of pictures."""
+    options = {"device": device, "compiled": compiled}
+    memory = {name: peak_mib(name, case, folder, **options) for name in ("ours", "diffusers")}
+    sides = {name: open_side(name, case, folder, **options) for name in ("ours", "diffusers")}
+    times = interleaved(sides, device=device, seconds=seconds)
+    ratios = [slow / fast for fast, slow in zip(times["ours"], times["diffusers"], strict=True)]
+    flops, traffic = work(case)
+    floor = flops / best[0] + traffic / best[1]
+    figures = {
+        "case": case.name,
+        "speed_ratio": round(statistics.median(ratios), 2),
+        "speed_ratios": [round(ratio, 2) for ratio in ratios],
+        "memory_ratio": round(memory["ours"][0] / memory["diffusers"][0], 2),
+        "floor_ms": round(1000 * floor, 2),
+        "gflop": round(flops / 1e9, 2),
+        "adamw_mb": round(traffic / 1e6, 1),
+    }
+    for name in sides:
+        middle = statistics.median(times[name])
+        figures[name] = {
+            "ms": round(1000 * middle, 2),
+            "images_per_second": round(case.batch / middle, 2),
+            "peak_mib": round(memory[name][0], 1),
+            "process_peak_mib": round(memory[name][1], 1),
+            "share_of_floor": round(floor / middle, 3),
+        }
+    return figures
+
+
+def _timed(work: Callable[[], object], times: int, device: str) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _resident_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _measure_peak(name: str, case: dict, folder: str, device: str, compiled: bool) -> tuple[float, float]:
+    if name == "diffusers":
+        import benchmarks.peer  # noqa: F401  (its memory is no part of the step's)
+    before = _resident_mib()
+    side = open_side(name, Case(**case), Path(folder), device=device, compiled=compiled)
+    for _ in range(3):
+        side.step()
+    if device == "cuda":
+        reserved = torch.cuda.max_memory_reserved() / 2**20
+        return reserved, reserved
+    return _resident_mib() - before, _resident_mib()
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure_peak(*json.loads(sys.argv[1]))))
