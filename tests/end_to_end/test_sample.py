@@ -112,7 +112,7 @@ def test_a_run_s_own_steps_and_guidance_are_the_defaults(workdir, tiny_networks,
     }
     parts = {part: network.state_dict() for part, network in tiny_networks.items()}
     path = save_model("taught.safetensors", parts, alphas_cumprod=None, metadata=metadata)
-    sample(monkeypatch, "--prompt", "a dog", "--n", 1, "--model", path, "--out", "own")
+    sample(monkeypatch, "--prompt", "a dog", "--n", 1, "--model", path, "--out", "own", *QUICK[2:])
     with Image.open("own/000-a-dog-23.png") as picture:
         about = json.loads(picture.text["dreambooth"])
     assert (about["steps"], about["guidance_scale"]) == (2, 1.5)
