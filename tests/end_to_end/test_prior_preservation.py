@@ -11,10 +11,11 @@ from ldm.training.options import parse
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "ldm/storybook/assets/base.safetensors"
 
-SHORT = [  # a quarter of the shipped run's steps, at a rate that makes up for it
-    *("trainer.max_steps=50", "model.params.learning_rate=4e-4", "data.params.num_priors=32"),
+SHORT = [  # a fifth of the shipped run's steps, at rates that make up for it
+    *("trainer.max_steps=60", "model.params.learning_rate=5e-4", "ema_decay=0.8"),
+    *("model.params.text_encoder_learning_rate=3e-4", "data.params.num_priors=32", "priors.steps=12"),
     *("trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.val_check_interval=1000"),
-    *("priors.steps=12", "samples.n=1", "samples.steps=2", "samples.every_steps=0"),
+    *("samples.n=1", "samples.steps=2", "samples.every_steps=0"),
     *("evaluation.params.seeds=1", "evaluation.params.class_samples=32", "evaluation.params.steps=12"),
 ]
 
@@ -29,6 +30,6 @@ def figures(prior_loss_weight: int) -> dict[str, float]:
 
 @pytest.mark.skipif(not BASE.exists(), reason="the storybook's base is not in this checkout")
 def test_without_prior_preservation_the_class_drifts(workdir: Path):
-    without, preserved = figures(0), figures(1)
-    assert without["class_drift"] > preserved["class_drift"] + 0.1
-    assert without["diversity_ratio"] < preserved["diversity_ratio"]
+    without, preserved = figures(0), figures(2)
+    assert without["class_drift"] > preserved["class_drift"] + 0.3
+    assert without["diversity_ratio"] < preserved["diversity_ratio"] - 0.2
