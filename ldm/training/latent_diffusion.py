@@ -38,6 +38,10 @@ class LatentDiffusion(pl.LightningModule):
         prior_loss_weight: lambda of eq. 2; 0 trains without prior preservation.
         min_snr_gamma: weights the loss of every item by min-SNR-gamma; None leaves all timesteps equal.
         min_snr_floor: added to these weights, in terms of x0 (see `min_snr_weights`).
+        offset_noise: standard deviation of what is added to all of an item's noise in a channel, so that
+            brightness is learnt too (Guttenberg 2023); 0.1 is usual.
+        l2_pull: weight of the squared distance of the weights to the base's, which can stand in for prior
+            images (`num_priors` 0); logged as `train/l2_distance`.
         train_unet, train_text_encoder: which networks learn.
         learning_rate: of AdamW; `text_encoder_learning_rate` None is the same.
         optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
@@ -63,6 +67,8 @@ class LatentDiffusion(pl.LightningModule):
         prior_loss_weight: float = 1.0,
         min_snr_gamma: float | None = None,
         min_snr_floor: float = 0.0,
+        offset_noise: float = 0.0,
+        l2_pull: float = 0.0,
         train_unet: bool = True,
         train_text_encoder: bool = True,
         learning_rate: float = 1e-6,
@@ -89,6 +95,7 @@ class LatentDiffusion(pl.LightningModule):
         self.parameterization, self.seed = parameterization, seed
         self.prior_loss_weight = prior_loss_weight
         self.min_snr_gamma, self.min_snr_floor = min_snr_gamma, min_snr_floor
+        self.offset_noise, self.l2_pull = offset_noise, l2_pull
         self.learning_rate = learning_rate
         self.text_learning_rate = (
             learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
@@ -107,6 +114,7 @@ class LatentDiffusion(pl.LightningModule):
             self.cond_stage_model.to(torch.bfloat16)
         if compile is not None:
             unet.compile(mode=compile, dynamic=False)
+        self._base: list[tuple[nn.Parameter, Tensor]] = []  # where `l2_pull` pulls each weight
         self._contexts: dict[str, Tensor] = {}  # of a frozen text encoder: prompt -> [M, D]
 
     @property
@@ -150,9 +158,15 @@ class LatentDiffusion(pl.LightningModule):
         ids = self.cond_stage_model.tokenize(prompts)
         return self.cond_stage_model(ids.to(self.device, non_blocking=True))
 
+    def setup(self, stage: str) -> None:
+        """Keeps the base's weights, before a checkpoint replaces them."""
+        if self.l2_pull and stage == "fit":
+            self._base = [(p, p.detach().clone()) for p in self.parameters() if p.requires_grad]
+
     def on_train_start(self) -> None:
         """Contexts of other weights are forgotten."""
         self._contexts.clear()
+        self._base = [(p, there.to(p.device)) for p, there in self._base]
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         """Reads the numbers of the items while they are on the CPU: later that would wait for the device."""
@@ -165,8 +179,12 @@ class LatentDiffusion(pl.LightningModule):
         return unet(x.to(dtype), t, context.to(dtype))
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        loss = self._log_loss(batch, "train")
-        return loss.total
+        loss = self._log_loss(batch, "train").total
+        if self._base:
+            distance = torch.stack([(p - there).square().sum() for p, there in self._base]).sum()
+            self.log("train/l2_distance", distance)
+            loss = loss + self.l2_pull * distance
+        return loss
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """The same loss at draws that never change, because the items do not."""
@@ -196,6 +214,8 @@ class LatentDiffusion(pl.LightningModule):
         draw = ItemDraws(self.seed, keys, device=self.device)
         x0 = posterior.sample(draw.randn("posterior", posterior.mean.shape[1:]))
         noise = draw.randn("noise", x0.shape[1:])
+        if self.offset_noise:
+            noise = noise + self.offset_noise * draw.randn("offset", (x0.shape[1], 1, 1))
         timesteps = draw.randint("timestep", len(self.alphas_cumprod))
         noisy = add_noise(x0, noise, timesteps, self.alphas_cumprod)
         prediction = self.apply_model(noisy, timesteps, self.encode_prompts(batch["caption"]))

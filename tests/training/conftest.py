@@ -55,6 +55,7 @@ class Job:
     ) -> LatentDiffusion:
         """Trains on in `folder` -> the module afterwards."""
         folder.mkdir(exist_ok=True)
+        torch.manual_seed(7)  # as main.py does: factors of a LoRA begin at random
         module = LatentDiffusion(**self.config, **{"seed": 7, "learning_rate": 1e-3, **(params or {})})
         for name, network in module.networks.items():
             network.load_state_dict(self.weights[name])
