@@ -92,14 +92,11 @@ class LatentDiffusion(pl.LightningModule):
             beta_schedule=beta_schedule, linear_start=linear_start, linear_end=linear_end, timesteps=timesteps
         )
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
-        self.parameterization, self.seed = parameterization, seed
-        self.prior_loss_weight = prior_loss_weight
+        self.parameterization, self.seed, self.prior_loss_weight = parameterization, seed, prior_loss_weight
         self.min_snr_gamma, self.min_snr_floor = min_snr_gamma, min_snr_floor
         self.offset_noise, self.l2_pull = offset_noise, l2_pull
-        self.learning_rate = learning_rate
-        self.text_learning_rate = (
-            learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
-        )
+        text_rate = learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
+        self.learning_rates = {"unet": learning_rate, "text_encoder": text_rate}
         self.weight_decay, self.betas = weight_decay, tuple(betas)
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         self.first_stage_model.requires_grad_(False)
@@ -248,9 +245,8 @@ class LatentDiffusion(pl.LightningModule):
     def configure_optimizers(self) -> dict:
         settings = ("accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
         self.check({name: getattr(self.trainer, name) for name in settings})
-        rates = {"unet": self.learning_rate, "text_encoder": self.text_learning_rate}
         optimizer = adamw(
-            {name: (module, rates[name]) for name, module in self.learners.items()},
+            {name: (module, self.learning_rates[name]) for name, module in self.learners.items()},
             name=self.optimizer,
             step_in_backward=self.step_in_backward,
             seed=self.seed,
