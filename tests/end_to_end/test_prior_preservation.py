@@ -22,7 +22,13 @@ SHORT = [  # a fifth of the shipped run's steps, at rates that make up for it
 
 def figures(prior_loss_weight: int) -> dict[str, float]:
     name = f"weight-{prior_loss_weight}"
-    words = [f"name={name}", f"model.params.prior_loss_weight={prior_loss_weight}", *SHORT]
+    photos = ROOT / "ldm/storybook/assets/subjects/dog"
+    words = [
+        f"name={name}",
+        f"data.params.subject_root={photos}",
+        f"model.params.prior_loss_weight={prior_loss_weight}",
+        *SHORT,
+    ]
     config, _ = parse(["--base", str(ROOT / "configs/dreambooth.yaml"), *words], description="")
     main.main(config)
     return json.loads(Path("logs", name, "metrics.json").read_text())

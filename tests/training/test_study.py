@@ -20,7 +20,10 @@ CONTENT = {
     "title": "Weights",
     "claim": "More is more.",
     "base": [str(ROOT / "configs/dreambooth.yaml")],
-    "variants": {"Weight 0": ["model.params.prior_loss_weight=0"], "weight 1": []},
+    "variants": {
+        "Weight 0": ["model.params.prior_loss_weight=0"],
+        "weight 1": ["model.params.prior_loss_weight=1"],
+    },
     "subjects": {"rex": {"class_word": "dog", "seed": 51}, "car": {"class_word": "car", "photos": "cars"}},
     "seeds": [1, 2],
     "set": ["trainer.max_steps=3"],
@@ -44,7 +47,7 @@ def test_the_grid(workdir: Path):
     first, last = to_plain(jobs[0].config), to_plain(jobs[-1].config)
     assert jobs[0].folder == Path("logs/study-weights/weight-0--rex--1")
     assert (first["model"]["params"]["prior_loss_weight"], first["trainer"]["max_steps"]) == (0, 3)
-    assert (last["model"]["params"]["prior_loss_weight"], last["seed"]) == (1.0, 2)
+    assert (last["model"]["params"]["prior_loss_weight"], last["seed"]) == (1, 2)
     assert (last["data"]["params"]["class_word"], last["data"]["params"]["subject_root"]) == ("car", "cars")
     assert len(list(Path(first["data"]["params"]["subject_root"]).glob("*.png"))) == 5
 
