@@ -47,7 +47,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     stop_at_once()
     try:
-        config, _ = parse(sys.argv[1:], description=__doc__)
+        config = parse(sys.argv[1:], description=__doc__)
         ranks.launch(config.trainer)
         folder = main(config)
         if ranks.rank() == 0:

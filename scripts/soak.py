@@ -26,11 +26,11 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import main as job
 from ldm.config import instantiate, to_plain
 from ldm.data.images import load_image
 from ldm.evaluation.curves import read_curves
 from ldm.files import write_section
+from ldm.training.job import run_job
 from ldm.training.options import parse
 from ldm.training.resume import by_step, what_is_wrong
 
@@ -61,7 +61,7 @@ def attempt(words: list[str]) -> None:
 
     register_optimizer_step_post_hook(count)
     try:
-        job.main(parse(words, description="")[0], "auto")
+        run_job(parse(words), "auto")
     except BaseException:
         traceback.print_exc()
         raise
@@ -70,7 +70,7 @@ def attempt(words: list[str]) -> None:
 def make_base(words: list[str]) -> None:
     """The networks of the config as they are before any training."""
     torch.manual_seed(0)
-    module = instantiate(to_plain(parse(words, description="")[0])["model"])
+    module = instantiate(to_plain(parse(words))["model"])
     module.export(Path("base.safetensors"), dtype=torch.float32, metadata={})
 
 
@@ -160,7 +160,7 @@ def soak(words: list[str], *, kills: int, moments: random.Random) -> tuple[Count
     def job_of(name: str) -> list[str]:
         return [*words, f"name={name}", f"priors.folder=priors-{name}"]
 
-    plain = to_plain(parse(job_of("whole"), description="")[0])
+    plain = to_plain(parse(job_of("whole")))
     priors, steps = plain["data"]["params"]["num_priors"], plain["trainer"]["max_steps"]
     finished(forked(make_base, words))
     start = time.monotonic()
@@ -206,7 +206,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
     report = options.report.resolve() if options.report else None
-    subject = parse(["--base", *options.base, *overrides], description="")[0].data.params.subject_root
+    subject = parse(["--base", *options.base, *overrides]).data.params.subject_root
     files = [str(Path(path).resolve()) for path in options.base]
     command = ["--base", *files, f"data.params.subject_root={Path(subject).resolve()}", *SMALL, *overrides]
     with tempfile.TemporaryDirectory() as folder:

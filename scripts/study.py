@@ -24,8 +24,8 @@ from ldm.config import load_config
 from ldm.errors import UserError
 from ldm.evaluation import study_page
 from ldm.files import atomic_write
+from ldm.training.job import run_job
 from ldm.training.study import Job, Study, jobs_of, part_of, read_study
-from main import main as run
 
 
 def metrics_of(job: Job) -> dict | None:
@@ -44,7 +44,7 @@ def work(study: Study, jobs: Sequence[Job]) -> None:
     for number, job in enumerate(jobs, start=1):
         if metrics_of(job) is None:
             print(f"{study.name}, run {number} of {len(jobs)}: {job.folder.name}", flush=True)
-            run(job.config, "auto")
+            run_job(job.config, "auto")
             shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
 
 

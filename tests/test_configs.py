@@ -82,8 +82,8 @@ def test_each_value_of_stable_diffusion_is_commented(name):
 def test_the_flags_of_the_command_line_reach_their_keys(name):
     path = str(CONFIGS / f"dreambooth-{name}.yaml")
     flags = ["--actual_resume", "sd.ckpt", "--data_root", "mine", "--class_word", "cat"]
-    config, _ = parse(["--base", path, *flags], description="")
+    config = parse(["--base", path, *flags])
     assert config.base_checkpoint == "sd.ckpt"
     assert (config.data.params.subject_root, config.data.params.class_word) == ("mine", "cat")
     with pytest.raises(UserError, match=r"empty \(class_word\)"):
-        instantiate(parse(["--base", path], description="")[0].data).check()
+        instantiate(parse(["--base", path]).data).check()

@@ -1,5 +1,6 @@
 """Training of the storybook's autoencoder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm import randomness
+from ldm.checkpoints.layout import split
+from ldm.checkpoints.load import load_parts, read_checkpoint
 from ldm.checkpoints.save import save_model
 from ldm.config import instantiate
 from ldm.models.autoencoder import AutoencoderKL
@@ -24,7 +27,8 @@ class AutoencoderTask(pl.LightningModule):
         learning_rate: of AdamW, after `warmup_steps` and along a cosine to 0.
         kl_weight: of the KL divergence per pixel value.
         square_weight: of the squared error, which is what PSNR measures, beside L1.
-        train_encoder: off, only the decoder learns, and models of its latents stay valid.
+        widen: file of an autoencoder with a fraction of the width: training starts from its function, and its
+            encoder stays as it is, so that models of its latents stay valid.
     """
 
     def __init__(
@@ -35,13 +39,16 @@ class AutoencoderTask(pl.LightningModule):
         warmup_steps: int = 100,
         kl_weight: float = 1e-3,
         square_weight: float = 10.0,
-        train_encoder: bool = True,
+        widen: str | None = None,
         seed: int = 23,
     ):
         super().__init__()
         self.first_stage_model: AutoencoderKL = instantiate(first_stage_config)
-        for part in (self.first_stage_model.encoder, self.first_stage_model.quant_conv):
-            part.requires_grad_(train_encoder)
+        if widen is not None:
+            narrow = split(read_checkpoint(widen)[0])["first_stage"]
+            load_parts(self.networks, {"first_stage": widened(narrow, self.first_stage_model)}, where=widen)
+            for part in (self.first_stage_model.encoder, self.first_stage_model.quant_conv):
+                part.requires_grad_(False)
         self.learning_rate, self.warmup_steps, self.seed = learning_rate, warmup_steps, seed
         self.kl_weight, self.square_weight = kl_weight, square_weight
 
@@ -82,3 +89,25 @@ class AutoencoderTask(pl.LightningModule):
         """Writes the autoencoder alone, under SD's names."""
         parts = {"first_stage": self.first_stage_model.state_dict()}
         return save_model(path, parts, alphas_cumprod=None, dtype=dtype, metadata=metadata)
+
+
+def widened(narrow: Mapping[str, Tensor], model: AutoencoderKL) -> dict[str, Tensor]:
+    """The state of `model`, with k times the channels, that computes what `narrow` does (Chen et al. 2016).
+
+    Each channel is repeated k times beside itself, within its group of the norms, and what reads it takes the
+    mean; in the decoder one with random weights, which sum to 1, so that the copies part in training.
+    """
+    state = {}
+    for name, like in model.state_dict().items():
+        tensor = narrow[name]
+        copies = [new // old for new, old in zip(like.shape, tensor.shape, strict=True)]
+        tensor = tensor.repeat_interleave(copies[0], 0)
+        if like.ndim > 1 and copies[1] > 1:
+            tensor = tensor.repeat_interleave(copies[1], 1) / copies[1]
+            if name.startswith("decoder."):
+                apart = tensor.std() * torch.randn_like(tensor).unflatten(1, (-1, copies[1]))
+                tensor = tensor + (apart - apart.mean(2, keepdim=True)).flatten(1, 2)
+        if ".q." in name:
+            tensor = tensor / copies[0] ** 0.5  # attention divides by the root of the width
+        state[name] = tensor
+    return state

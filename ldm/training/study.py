@@ -93,7 +93,7 @@ def jobs_of(study: Study) -> list[Job]:
         words = [f"data.params.subject_root={photos[subject]}", f"data.params.class_word={class_word}"]
         words += [f"name={name}", f"seed={seed}", *study.set, *study.variants[variant]]
         try:
-            config, _ = parse(["--base", *study.base, *words], description="")
+            config = parse(["--base", *study.base, *words])
         except UserError as error:
             raise UserError(f"The variant `{variant}` is not a config: {error}", where=study.name) from error
         found.append(Job(variant, subject, seed, config))

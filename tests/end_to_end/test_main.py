@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import main
 from ldm.errors import UserError
+from ldm.training.job import run_job
 from ldm.training.options import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,7 +118,7 @@ def test_a_run_leaves_its_results_and_a_resumed_one_the_same_weights(job: list[s
 )
 def test_bad_input_is_found_before_any_work(job: list[str], words: list[str], message: str):
     with pytest.raises(UserError, match=re.escape(message)):
-        main.main(parse([*job, *words], description="")[0])
+        run_job(parse([*job, *words]))
     assert not Path("priors").exists()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import main
+from ldm.training.job import run_job
 from ldm.training.options import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,8 +29,7 @@ def figures(prior_loss_weight: int) -> dict[str, float]:
         f"model.params.prior_loss_weight={prior_loss_weight}",
         *SHORT,
     ]
-    config, _ = parse(["--base", str(ROOT / "configs/dreambooth.yaml"), *words], description="")
-    main.main(config)
+    run_job(parse(["--base", str(ROOT / "configs/dreambooth.yaml"), *words]))
     return json.loads(Path("logs", name, "metrics.json").read_text())
 
 

@@ -48,7 +48,7 @@ OVERRIDES = {
 
 
 def load(*words: str) -> str:
-    config, _ = parse(["--base", *words], description="")
+    config = parse(["--base", *words])
     return f"a config named {config.name}"
 
 

@@ -10,10 +10,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-import main
 from ldm.errors import UserError
 from ldm.evaluation.curves import read_curves
 from ldm.training import ranks
+from ldm.training.job import run_job
 from ldm.training.options import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,15 +22,15 @@ WORKER = """
 import sys
 import torch
 sys.path.insert(0, sys.argv.pop(1))
-import main
 from ldm.training import ranks
+from ldm.training.job import run_job
 from ldm.training.options import parse
 from scripts import generate_priors
 
 torch.set_num_threads(1)
-config, _ = parse(sys.argv[1:], description="")
+config = parse(sys.argv[1:])
 generate_priors.main(config)
-left = main.main(config)
+left = run_job(config)
 assert bool(left) == (ranks.rank() == 0)
 if ranks.rank() == 1:
     raise SystemExit("rank 1 says so")
@@ -81,7 +81,7 @@ def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Pa
     command = [*torchrun, "worker.py", str(ROOT), *words, *two]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "rank 1 says so" in done.stderr and done.returncode != 0, done.stderr
-    main.main(parse(words, description="")[0])
+    run_job(parse(words))
 
     one, two = (load_file(f"logs/{name}/model.safetensors") for name in ("one", "two"))
     base = load_file(OmegaConf.load("tiny.yaml").base_checkpoint)

@@ -1,0 +1,60 @@
+"""The command line of `main.py`. It imports nothing slow: --help and a wrong option are answered at once."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ldm.errors import UserError
+
+ALIASES = {  # flag -> config key
+    "name": "name",
+    "seed": "seed",
+    "actual_resume": "base_checkpoint",
+    "data_root": "data.params.subject_root",
+    "reg_data_root": "data.params.prior_root",
+    "class_word": "data.params.class_word",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """What was asked for; `paths` and `dotlist` make the config, from left to right."""
+
+    paths: Sequence[str]
+    dotlist: Sequence[str]
+    resume: str | None
+    allow_config_change: bool
+    dry_run: bool
+
+
+def read_command(argv: Sequence[str], *, description: str | None) -> Command:
+    """Words of a command line -> what they ask for. Raises UserError for an option that there is not."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("-b", "--base", nargs="+", default=[], metavar="YAML", help="configs to merge")
+    parser.add_argument(
+        "-r",
+        "--resume",
+        metavar="RUN",
+        help="continue the run in this folder; auto: the newest unfinished one of this name, else a new one",
+    )
+    parser.add_argument("--allow_config_change", action="store_true", help="continue it with another config")
+    parser.add_argument("--dry_run", action="store_true", help="print config, memory and disk needed; stop")
+    for flag, key in ALIASES.items():
+        short = [f"-{flag[0]}"] if flag in ("name", "seed") else []
+        parser.add_argument(*short, f"--{flag}", metavar="VALUE", help=f"the same as {key}=VALUE")
+    options, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if "=" not in word or word.startswith("-")]
+    if unknown:
+        raise UserError(f"`{unknown[0]}` is not an option", remedy="Write overrides as `key.sub=value`.")
+    words = options.base + rest
+    paths = [word for word in words if "=" not in word]
+    if options.resume not in (None, "auto"):
+        paths = [f"{options.resume}/config.yaml", *paths]
+    if not paths:
+        raise UserError("No config is given", remedy="Try `--base configs/dreambooth.yaml`.")
+    given = {key: getattr(options, flag) for flag, key in ALIASES.items()}
+    dotlist = [f"{key}={value}" for key, value in given.items() if value is not None]
+    dotlist += [word for word in words if "=" in word]
+    return Command(paths, dotlist, options.resume, options.allow_config_change, options.dry_run)
