@@ -18,13 +18,20 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ldm.checkpoints.embedding import EMBEDDING, read_embedding
 from ldm.checkpoints.layout import PREFIXES
 from ldm.checkpoints.load import file_hash, load_parts, open_model, unfilled
 from ldm.checkpoints.lora import merge_lora, read_lora
 from ldm.config import instantiate
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.samplers import SAMPLERS, sampling_timesteps
-from ldm.diffusion.schedule import add_noise, check_parameterization, make_alphas_cumprod, to_eps
+from ldm.diffusion.schedule import (
+    add_noise,
+    check_parameterization,
+    ends_in_noise,
+    make_alphas_cumprod,
+    to_eps,
+)
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.text_encoder import CLIPTextEncoder
@@ -33,7 +40,7 @@ from ldm.randomness import randn
 
 log = logging.getLogger(__name__)
 
-SCHEDULE = ("beta_schedule", "linear_start", "linear_end", "timesteps")
+SCHEDULE = ("beta_schedule", "linear_start", "linear_end", "timesteps", "zero_terminal_snr")
 
 
 class Sample(NamedTuple):
@@ -76,11 +83,13 @@ class Text2Image:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         loras: Sequence[tuple[Path, float]] = (),
+        embeddings: Sequence[Path] = (),
     ) -> "Text2Image":
         """From a Stable Diffusion file, or a folder as diffusers saves it.
 
         config: with a `model` section, or the params of one; None takes what the file says of itself.
         loras: files, each with the weight at which it is merged into the networks.
+        embeddings: textual-inversion files, whose words prompts may hold; that of a run is beside its model.
         """
         _check_device(device)
         model = open_model(path)
@@ -94,6 +103,9 @@ class Text2Image:
         load_parts(networks, parts, where=path, device=device)
         if model.tokenizer is not None and config is None:
             networks["cond_stage"].tokenizer_name = str(model.tokenizer)
+        for file in [*_own_embedding(Path(path)), *embeddings]:
+            for word, vectors in read_embedding(file).items():
+                networks["cond_stage"].add_word(word, vectors)
         return cls(
             **{part: network.eval().to(device).requires_grad_(False) for part, network in networks.items()},
             alphas_cumprod=make_alphas_cumprod(**{key: params[key] for key in SCHEDULE if key in params}),
@@ -157,7 +169,8 @@ class Text2Image:
 
     def _timesteps(self, steps: int, strength: float | None) -> Tensor:
         """Descending [S]; given a strength, the last that share of them, as many whole ones as that is."""
-        timesteps = sampling_timesteps(steps, T=len(self.alphas_cumprod))
+        spacing = "trailing" if ends_in_noise(self.alphas_cumprod) else "leading"
+        timesteps = sampling_timesteps(steps, T=len(self.alphas_cumprod), spacing=spacing)
         if strength is None:
             return timesteps
         kept = int(steps * strength) if 0 <= strength <= 1 else 0
@@ -256,6 +269,12 @@ def find_model(path: Path | None = None) -> Path:
     if not runs:
         raise UserError("There is no finished run under logs/", remedy="Name a file or a run with --model.")
     return runs[-1]
+
+
+def _own_embedding(path: Path) -> list[Path]:
+    """The words that a run learned, beside its model file."""
+    file = path.with_name(EMBEDDING)
+    return [file] if path.name == "model.safetensors" and file.is_file() else []
 
 
 def _model_params(config: Mapping[str, Any], *, where: object) -> Mapping[str, Any]:

@@ -37,6 +37,7 @@ def parse() -> argparse.Namespace:
     add("--model", type=Path, help="model file or run folder; None: the newest run under logs/")
     add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
     add("--lora", nargs="+", default=[], metavar="FILE[:WEIGHT]", help="LoRA files to draw with; weight 1")
+    add("--embedding", nargs="+", default=[], type=Path, metavar="FILE", help="textual-inversion files")
     add("--n", type=int, default=4, help="pictures of each prompt")
     add("--seed", type=int, default=23, help="picture i of a prompt is drawn from seed + i")
     add("--negative_prompt", default="", metavar="TEXT", help="what pictures should not show")
@@ -82,7 +83,8 @@ def main(options: argparse.Namespace) -> None:
     init_image = load_image(options.init_image) if options.init_image else None
     config = to_plain(load_config([options.config])) if options.config else None
     loras = [weighted(word) for word in options.lora]
-    draw = Text2Image.from_file(path, config=config, device=options.device, dtype=dtype, loras=loras)
+    added = {"loras": loras, "embeddings": options.embedding}
+    draw = Text2Image.from_file(path, config=config, device=options.device, dtype=dtype, **added)
     settings = {name: getattr(options, name) for name in SETTINGS}
     settings |= {name: usual for name, usual in usual_drawing(said).items() if settings[name] is None}
     settings |= {side: draw.default_size for side in ("height", "width") if settings[side] is None}
@@ -93,6 +95,7 @@ def main(options: argparse.Namespace) -> None:
         about |= {"strength": options.strength, "init_image": options.init_image.name}
     settings |= {"init_image": init_image, "long_prompts": options.long_prompts}
     about |= {"lora": options.lora} if loras else {}
+    about |= {"embedding": [file.name for file in options.embedding]} if options.embedding else {}
     how = {"batched_guidance": not options.low_memory, "batch_size": options.batch_size}
     out = options.out or path.parent / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
 

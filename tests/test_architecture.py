@@ -102,7 +102,12 @@ def test_functions_stay_short():
         long = node.name == "__init__" or f"{path.relative_to(ROOT)}:{node.name}" in LONG_FUNCTIONS
         return NETWORK_INIT_LINES if long else FUNCTION_LINES
 
-    lengths = {(path, node): node.end_lineno - node.lineno + 1 for path, node in functions()}
+    def length(node: ast.FunctionDef) -> int:
+        """A constructor's signature is the schema of its configs: one line per key, which do not count."""
+        first = node.body[0].lineno if node.name == "__init__" else node.lineno
+        return node.end_lineno - first + 1
+
+    lengths = {(path, node): length(node) for path, node in functions()}
     too_long = {
         f"{path.relative_to(ROOT)}:{node.name}": length
         for (path, node), length in lengths.items()

@@ -187,10 +187,11 @@ def schedule_params(config: Config, *, where: Path) -> dict[str, Any]:
     prediction, schedule = config.get("prediction_type", "epsilon"), config.get("beta_schedule", "linear")
     if prediction not in predictions or schedule not in ("linear", "scaled_linear"):
         raise UserError(f"The schedule {schedule} with {prediction} is not supported", where=where)
-    if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
-        what = "Schedules of given betas or with zero terminal SNR are not supported"
-        raise UserError(what, where=where)
-    for key, ours, default in (("steps_offset", 1, 0), ("timestep_spacing", "leading", "leading")):
+    if config.get("trained_betas") is not None:
+        raise UserError("Schedules of given betas are not supported", where=where)
+    zero = bool(config.get("rescale_betas_zero_snr"))
+    spacing = "trailing" if zero else "leading"
+    for key, ours, default in (("steps_offset", 1, 0), ("timestep_spacing", spacing, "leading")):
         if config.get(key, default) != ours:
             log.warning(
                 "%s says %s %s; pictures are drawn with %s", where, key, config.get(key, default), ours
@@ -200,12 +201,14 @@ def schedule_params(config: Config, *, where: Path) -> dict[str, Any]:
         "linear_start": config.get("beta_start", 0.0001),
         "linear_end": config.get("beta_end", 0.02),
         "timesteps": config.get("num_train_timesteps", 1000),
+        "zero_terminal_snr": zero,
         "parameterization": predictions[prediction],
     }
 
 
 def schedule_config(config: Config) -> dict[str, Any]:
     """Schedule and parameterization -> scheduler_config.json, of the DDIM that our sampler equals."""
+    zero = config.get("zero_terminal_snr", False)
     return {
         "_class_name": "DDIMScheduler",
         "_diffusers_version": VERSION,
@@ -215,9 +218,10 @@ def schedule_config(config: Config) -> dict[str, Any]:
         "clip_sample": False,
         "num_train_timesteps": config["timesteps"],
         "prediction_type": PREDICTION_TYPES[config["parameterization"]],
+        "rescale_betas_zero_snr": zero,
         "set_alpha_to_one": False,
         "steps_offset": 1,
-        "timestep_spacing": "leading",
+        "timestep_spacing": "trailing" if zero else "leading",
     }
 
 

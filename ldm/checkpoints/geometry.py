@@ -20,6 +20,7 @@ SCHEDULE = {
     "linear_start": 0.00085,
     "linear_end": 0.012,
     "timesteps": 1000,
+    "zero_terminal_snr": False,
 }
 SD1 = {  # what shapes cannot tell: the defaults of the three networks
     "unet": {"num_heads": 8, "num_head_channels": None, "num_groups": 32},

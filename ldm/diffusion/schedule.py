@@ -12,6 +12,7 @@ from ldm.errors import UserError
 
 PARAMETERIZATIONS = ("eps", "v", "x0")
 BETA_SCHEDULES = ("scaled_linear", "linear")
+TERMINAL = 2.0**-24  # stands for the 0 of zero terminal SNR
 
 
 def make_alphas_cumprod(
@@ -20,18 +21,30 @@ def make_alphas_cumprod(
     linear_start: float = 0.00085,
     linear_end: float = 0.012,
     timesteps: int = 1000,
+    zero_terminal_snr: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Cumulative products of 1 - beta -> [T], computed in float64 whatever the dtype that is returned.
 
     "scaled_linear": sqrt(beta) grows linearly (Stable Diffusion, whose own code calls this "linear");
-    "linear": beta itself does (Ho et al. 2020).
+    "linear": beta itself does (Ho et al. 2020). `zero_terminal_snr` shifts and scales the square roots so
+    that the last timestep is noise alone (Lin et al. 2024, algorithm 1), but for TERMINAL: samplers divide.
     """
     _check("beta_schedule", beta_schedule, BETA_SCHEDULES)
     power = 2 if beta_schedule == "scaled_linear" else 1
     start, end = linear_start ** (1 / power), linear_end ** (1 / power)
     betas = torch.linspace(start, end, timesteps, dtype=torch.float64) ** power
-    return torch.cumprod(1 - betas, dim=0).to(dtype)
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    if zero_terminal_snr:
+        root = alphas_cumprod.sqrt()
+        alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        alphas_cumprod[-1] = TERMINAL
+    return alphas_cumprod.to(dtype)
+
+
+def ends_in_noise(alphas_cumprod: Tensor) -> bool:
+    """Whether a schedule has zero terminal SNR; then sampling must begin at its last timestep."""
+    return bool(alphas_cumprod[-1] <= TERMINAL)
 
 
 def snr(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
@@ -66,6 +67,7 @@ class CLIPTextEncoder(nn.Module):
             attn_implementation="sdpa",
         )
         self.transformer = nn.ModuleDict({"text_model": CLIPTextModel(config)})
+        self.new_words = nn.ParameterDict()  # word -> its vectors [n, D], beside the vocabulary's
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
@@ -80,6 +82,27 @@ class CLIPTextEncoder(nn.Module):
                 remedy="Use the tokenizer that the text encoder was trained with.",
             )
         return tokenizer
+
+    def add_word(self, word: str, vectors: Tensor) -> None:
+        """From now on prompts may hold this word; it is read as n tokens of these vectors [n, D]."""
+        weight = self.transformer["text_model"].embeddings.token_embedding.weight
+        if vectors.ndim != 2 or vectors.shape[1] != weight.shape[1]:
+            what = f"The vectors of `{word}` have the shape {list(vectors.shape)}"
+            raise UserError(what, where=word, remedy=f"This text encoder takes [n, {weight.shape[1]}].")
+        tokens = _tokens_of(word, len(vectors))
+        if word in self.new_words or self.tokenizer.add_tokens(tokens) < len(tokens):
+            remedy = "Choose one that is not in the vocabulary, such as <my-dog>."
+            raise UserError(f"The word `{word}` is known already", where=word, remedy=remedy)
+        self.new_words[word] = nn.Parameter(vectors.detach().clone().to(weight))
+
+    def vectors_of(self, word: str) -> Tensor:
+        """What the vocabulary makes of a word -> [n, D]."""
+        ids = torch.tensor(self._read(word).input_ids)
+        return self.transformer["text_model"].embeddings.token_embedding.weight[ids.to(self._device)]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.transformer["text_model"].embeddings.token_embedding.weight.device
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts -> ids [B, M] int64 on the CPU: bos, tokens (as many as fit), eos, padding."""
@@ -121,18 +144,34 @@ class CLIPTextEncoder(nn.Module):
         except UnicodeEncodeError as error:
             what = f"The prompt {prompt!a} is no text: {error.reason}"
             raise UserError(what, remedy="Write it as UTF-8.") from error
+        for word, vectors in self.new_words.items():
+            prompt = prompt.replace(word, " ".join(_tokens_of(word, len(vectors))))
         return self.tokenizer(prompt, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [B, M] -> context: [B, M, D]; a token sees itself and those before it, padding or not."""
         text_model = self.transformer["text_model"]
-        h = text_model.embeddings(input_ids=ids)
+        h = text_model.embeddings(inputs_embeds=self._embed(ids))
         for layer in text_model.encoder.layers[: self.depth]:
             if self.use_checkpoint and torch.is_grad_enabled():
                 h = checkpoint(layer, h, None, is_causal=True, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = layer(h, None, is_causal=True)
         return text_model.final_layer_norm(h)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """ids: [B, M] -> vectors [B, M, D]; new words are numbered on from the tokenizer's own."""
+        embedding = self.transformer["text_model"].embeddings.token_embedding
+        if not self.new_words:
+            return embedding(ids)
+        new = torch.cat(list(self.new_words.values()))
+        number = ids - (len(self.tokenizer) - len(new))
+        known = embedding(ids.where(number < 0, self.eos_token_id))
+        return torch.where((number < 0).unsqueeze(-1), known, F.embedding(number.clamp(min=0), new))
+
+
+def _tokens_of(word: str, count: int) -> list[str]:
+    return [word, *(f"{word}_{k}" for k in range(1, count))]
 
 
 def load_tokenizer(name: str) -> CLIPTokenizer:

@@ -11,7 +11,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ldm.errors import UserError
-from ldm.training.latent_diffusion import ItemDraws, LatentDiffusion, item_keys
+from ldm.training.draws import ItemDraws, item_keys
+from ldm.training.latent_diffusion import LatentDiffusion
 
 log = logging.getLogger(__name__)
 

@@ -74,6 +74,7 @@ def _train(module: pl.LightningModule, data: pl.LightningDataModule, plain: dict
         base_hash = run.load_base(module.networks, files, parameterization=predicts)
         module.to(device_of(plain["trainer"]))
         if isinstance(module, LatentDiffusion):
+            module.add_new_word()
             data.attach(encode=module.encode_images, vae_hash=base_hash)
     if isinstance(data, DreamBoothDataModule):
         return dreambooth(module, data, plain, folder, base_hash=base_hash)

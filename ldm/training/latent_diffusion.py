@@ -1,6 +1,6 @@
 """DreamBooth's training step: `LatentDiffusion` holds the networks under the names of released files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,18 +8,22 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm import randomness
+from ldm.checkpoints.embedding import EMBEDDING, save_embedding
 from ldm.checkpoints.lora import merge_lora, save_lora
 from ldm.checkpoints.save import save_model
 from ldm.config import instantiate
 from ldm.diffusion.loss import DreamBoothLoss, dreambooth_loss, min_snr_weights, mse_per_item
 from ldm.diffusion.schedule import add_noise, make_alphas_cumprod, training_target
+from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
+from ldm.training.draws import ItemDraws, item_keys
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
+from ldm.training.techniques import NewWord, Pull, Teacher
 
+PriorTarget = Literal["noise", "teacher"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 KEPT_CONTEXTS = 1024  # prompts whose context is kept while the text encoder is frozen: 236 KiB each in SD 1.x
 
@@ -35,6 +39,8 @@ class LatentDiffusion(pl.LightningModule):
         unet_config, first_stage_config, cond_stage_config: nodes of the three networks.
         parameterization: what the UNet predicts: "eps" (SD 1.x), "v" (SD 2.x at 768 pixels) or "x0".
         linear_start, linear_end, timesteps, beta_schedule: of the noise schedule.
+        zero_terminal_snr: ends the schedule in noise alone (Lin et al. 2024), so that brightness is learnt
+            too; not with "eps".
         prior_loss_weight: lambda of eq. 2; 0 trains without prior preservation.
         min_snr_gamma: weights the loss of every item by min-SNR-gamma; None leaves all timesteps equal.
         min_snr_floor: added to these weights, in terms of x0 (see `min_snr_weights`).
@@ -42,7 +48,12 @@ class LatentDiffusion(pl.LightningModule):
             brightness is learnt too (Guttenberg 2023); 0.1 is usual.
         l2_pull: weight of the squared distance of the weights to the base's, which can stand in for prior
             images (`num_priors` 0); logged as `train/l2_distance`.
+        prior_target: of the prior items: the "noise", as of the subject's, or what the frozen base predicts,
+            "teacher".
         train_unet, train_text_encoder: which networks learn.
+        text_encoder_steps: optimizer steps after which the text encoder stays as it is; None: it learns on.
+        new_word: node of a `NewWord`: vectors for the identifier, learned with the networks or, where both
+            are switched off, alone. They are kept in `embedding.safetensors`.
         learning_rate: of AdamW; `text_encoder_learning_rate` None is the same.
         optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
             bfloat16 and rounds their updates stochastically.
@@ -63,14 +74,18 @@ class LatentDiffusion(pl.LightningModule):
         linear_start: float = 0.00085,
         linear_end: float = 0.012,
         timesteps: int = 1000,
+        zero_terminal_snr: bool = False,
         beta_schedule: str = "scaled_linear",
         prior_loss_weight: float = 1.0,
         min_snr_gamma: float | None = None,
         min_snr_floor: float = 0.0,
         offset_noise: float = 0.0,
         l2_pull: float = 0.0,
+        prior_target: PriorTarget = "noise",
         train_unet: bool = True,
         train_text_encoder: bool = True,
+        text_encoder_steps: int | None = None,
+        new_word: dict | None = None,
         learning_rate: float = 1e-6,
         text_encoder_learning_rate: float | None = None,
         weight_decay: float = 0.01,
@@ -89,12 +104,21 @@ class LatentDiffusion(pl.LightningModule):
         self.first_stage_model: AutoencoderKL = instantiate(first_stage_config)
         self.cond_stage_model: CLIPTextEncoder = instantiate(cond_stage_config)
         alphas_cumprod = make_alphas_cumprod(
-            beta_schedule=beta_schedule, linear_start=linear_start, linear_end=linear_end, timesteps=timesteps
+            beta_schedule=beta_schedule,
+            linear_start=linear_start,
+            linear_end=linear_end,
+            timesteps=timesteps,
+            zero_terminal_snr=zero_terminal_snr,
         )
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+        if zero_terminal_snr and parameterization == "eps":
+            remedy = "Set model.params.parameterization=v for a base that predicts v, or take it off."
+            raise UserError("Noise alone says nothing of eps", where="zero_terminal_snr", remedy=remedy)
         self.parameterization, self.seed, self.prior_loss_weight = parameterization, seed, prior_loss_weight
         self.min_snr_gamma, self.min_snr_floor = min_snr_gamma, min_snr_floor
-        self.offset_noise, self.l2_pull = offset_noise, l2_pull
+        self.offset_noise, self.l2_pull, self.prior_target = offset_noise, l2_pull, prior_target
+        self.text_encoder_steps = text_encoder_steps
+        self.new_word: NewWord | None = instantiate(new_word) if new_word else None
         text_rate = learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
         self.learning_rates = {"unet": learning_rate, "text_encoder": text_rate}
         self.weight_decay, self.betas = weight_decay, tuple(betas)
@@ -111,7 +135,8 @@ class LatentDiffusion(pl.LightningModule):
             self.cond_stage_model.to(torch.bfloat16)
         if compile is not None:
             unet.compile(mode=compile, dynamic=False)
-        self._base: list[tuple[nn.Parameter, Tensor]] = []  # where `l2_pull` pulls each weight
+        self._pull: Pull | None = None
+        self._teacher: Teacher | None = None
         self._contexts: dict[str, Tensor] = {}  # of a frozen text encoder: prompt -> [M, D]
 
     @property
@@ -127,7 +152,9 @@ class LatentDiffusion(pl.LightningModule):
     def learners(self) -> dict[str, nn.Module]:
         """What the optimizer changes for each network: the network itself, or the factors beside it."""
         parts = self.networks if self.lora is None else self.lora.parts
-        return {"unet": parts["unet"], "text_encoder": parts["cond_stage"]}
+        text = self.cond_stage_model.transformer if self.lora is None else parts["cond_stage"]
+        words = {} if self.new_word is None else {"new_word": self.cond_stage_model.new_words}
+        return {"unet": parts["unet"], "text_encoder": text, **words}
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -140,9 +167,11 @@ class LatentDiffusion(pl.LightningModule):
         Equal prompts go through the text encoder once: in a call, or, where it is frozen, in the whole run.
         """
         unique = list(dict.fromkeys(prompts))
-        if any(p.requires_grad for p in self.learners["text_encoder"].parameters()):
+        if self._text_learns:
             rows = torch.tensor([unique.index(prompt) for prompt in prompts])
-            return self._contexts_of(unique)[rows.to(self.device, non_blocking=True)]
+            over = self.text_encoder_steps is not None and self.global_step >= self.text_encoder_steps
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not over):
+                return self._contexts_of(unique)[rows.to(self.device, non_blocking=True)]
         if len(unique) + len(self._contexts) > KEPT_CONTEXTS:
             self._contexts.clear()
         new = [prompt for prompt in unique if prompt not in self._contexts]
@@ -151,19 +180,35 @@ class LatentDiffusion(pl.LightningModule):
                 self._contexts |= zip(new, self._contexts_of(new), strict=True)
         return torch.stack([self._contexts[prompt] for prompt in prompts])
 
+    @property
+    def _text_learns(self) -> bool:
+        parts = [part for name, part in self.learners.items() if name != "unet"]
+        return any(p.requires_grad for part in parts for p in part.parameters())
+
     def _contexts_of(self, prompts: list[str]) -> Tensor:
         ids = self.cond_stage_model.tokenize(prompts)
         return self.cond_stage_model(ids.to(self.device, non_blocking=True))
 
     def setup(self, stage: str) -> None:
-        """Keeps the base's weights, before a checkpoint replaces them."""
+        """Keeps the base as it is, before a checkpoint replaces its weights."""
+        self.add_new_word()
         if self.l2_pull and stage == "fit":
-            self._base = [(p, p.detach().clone()) for p in self.parameters() if p.requires_grad]
+            self._pull = Pull(self.parameters())
+        if self.prior_target == "teacher" and stage == "fit":
+            self._teacher = Teacher(self.model["diffusion_model"], self.cond_stage_model)
+
+    def add_new_word(self) -> None:
+        """Lets prompts hold the new word; once the base's weights are there. More calls do nothing."""
+        tower, new = self.cond_stage_model, self.new_word
+        if new is not None and new.word not in tower.new_words:
+            tower.add_word(new.word, tower.vectors_of(new.init))
 
     def on_train_start(self) -> None:
         """Contexts of other weights are forgotten."""
         self._contexts.clear()
-        self._base = [(p, there.to(p.device)) for p, there in self._base]
+        for kept in (self._pull, self._teacher):
+            if kept is not None:
+                kept.to(self.device)
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         """Reads the numbers of the items while they are on the CPU: later that would wait for the device."""
@@ -177,8 +222,8 @@ class LatentDiffusion(pl.LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         loss = self._log_loss(batch, "train").total
-        if self._base:
-            distance = torch.stack([(p - there).square().sum() for p, there in self._base]).sum()
+        if self._pull is not None:
+            distance = self._pull.distance()
             self.log("train/l2_distance", distance)
             loss = loss + self.l2_pull * distance
         return loss
@@ -217,6 +262,10 @@ class LatentDiffusion(pl.LightningModule):
         noisy = add_noise(x0, noise, timesteps, self.alphas_cumprod)
         prediction = self.apply_model(noisy, timesteps, self.encode_prompts(batch["caption"]))
         target = training_target(self.parameterization, x0, noise, timesteps, self.alphas_cumprod)
+        if self._teacher is not None:
+            rows = [row for row, (_, part) in enumerate(keys) if part == "prior"]
+            prompts = [batch["caption"][row] for row in rows]
+            target[rows] = self._teacher.predict(noisy[rows], timesteps[rows], prompts).to(target)
         return mse_per_item(prediction, target) * self.loss_weights(timesteps)
 
     def loss_weights(self, timesteps: Tensor) -> Tensor:
@@ -241,12 +290,18 @@ class LatentDiffusion(pl.LightningModule):
             precision=trainer.get("precision"),
             processes=trainer.get("world_size", 1),
         )
+        if self.text_encoder_steps is not None and trainer.get("world_size", 1) > 1:
+            remedy = "Train with one device, or take model.params.text_encoder_steps off."
+            raise UserError(
+                "Several processes need gradients of the text encoder at every step", remedy=remedy
+            )
 
     def configure_optimizers(self) -> dict:
         settings = ("accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
         self.check({name: getattr(self.trainer, name) for name in settings})
+        rates = self.learning_rates | ({"new_word": self.new_word.learning_rate} if self.new_word else {})
         optimizer = adamw(
-            {name: (module, self.learning_rates[name]) for name, module in self.learners.items()},
+            {name: (module, rates[name]) for name, module in self.learners.items()},
             name=self.optimizer,
             step_in_backward=self.step_in_backward,
             seed=self.seed,
@@ -268,9 +323,13 @@ class LatentDiffusion(pl.LightningModule):
     def export(self, path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> Path:
         """Writes one Stable Diffusion file of all three networks and the schedule.
 
-        Where a LoRA learns it is merged in that file, and in `lora.safetensors` beside it alone.
+        Where a LoRA learns it is merged in that file, and in `lora.safetensors` beside it alone; a new word
+        is in `embedding.safetensors` alone.
         """
         parts = {name: network.state_dict() for name, network in self.networks.items()}
+        for word, vectors in self.cond_stage_model.new_words.items():
+            del parts["cond_stage"][f"new_words.{word}"]
+            save_embedding(path.with_name(EMBEDDING), word, vectors, metadata=metadata)
         if self.lora is not None:
             layers = self.lora.factors()
             save_lora(path.with_name("lora.safetensors"), layers, parts, dtype=dtype, metadata=metadata)
@@ -278,28 +337,3 @@ class LatentDiffusion(pl.LightningModule):
         return save_model(
             path, parts, alphas_cumprod=self.alphas_cumprod.cpu(), dtype=dtype, metadata=metadata
         )
-
-
-def item_keys(batch: dict) -> list[tuple[int, str]]:
-    """(item number, part) of each item of a batch: what names its draws."""
-    parts = ("prior" if prior else "subject" for prior in batch["is_prior"].tolist())
-    return list(zip(batch["item"].tolist(), parts, strict=True))
-
-
-class ItemDraws:
-    """The random draws of a batch, each a function of (seed, item number, part, purpose), made on the CPU."""
-
-    def __init__(self, seed: int, keys: Sequence[tuple[int, str]], *, device: torch.device):
-        self.seed, self.keys, self.device = seed, keys, device
-
-    def randn(self, purpose: str, shape: Sequence[int]) -> Tensor:
-        """Standard normal [B, *shape]."""
-        return self._each(lambda g: torch.randn(tuple(shape), generator=g), purpose)
-
-    def randint(self, purpose: str, high: int) -> Tensor:
-        """Uniform integers in [0, high), [B]."""
-        return self._each(lambda g: torch.randint(high, (), generator=g), purpose)
-
-    def _each(self, draw: Callable[[torch.Generator], Tensor], purpose: str) -> Tensor:
-        draws = [draw(randomness.generator(self.seed, k, f"{part}/{purpose}")) for k, part in self.keys]
-        return torch.stack(draws).to(self.device, non_blocking=True)

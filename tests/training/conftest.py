@@ -44,6 +44,7 @@ class Job:
     accumulate: int = 1
     batch_size: int = 2
     steps: int = 4
+    identifier: str = "sks"
 
     def __call__(
         self,
@@ -62,6 +63,7 @@ class Job:
         data = DreamBoothDataModule(
             subject_root=str(self.subject),
             class_word="disc",
+            identifier=self.identifier,
             size=16,
             batch_size=self.batch_size,
             num_priors=0,

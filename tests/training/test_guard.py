@@ -9,8 +9,8 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.errors import UserError
+from ldm.training.draws import ItemDraws
 from ldm.training.guard import MOST_SKIPS, Later, NonFiniteGuard, Step
-from ldm.training.latent_diffusion import ItemDraws
 from tests.training.conftest import Job
 
 

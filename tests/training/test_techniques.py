@@ -1,10 +1,16 @@
 """Techniques that a config can switch on: off they change nothing, on they do what their formula says."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.embedding import read_embedding
+from ldm.checkpoints.load import read_checkpoint
+from ldm.errors import UserError
 from ldm.training.latent_diffusion import LatentDiffusion
+from tests.training.conftest import state_of
 
 
 @pytest.fixture
@@ -74,3 +80,79 @@ def test_the_pull_is_its_formula(tiny_config, tiny_networks, batch):
     for name, move in moves.items():
         difference = pulled.get_parameter(name).grad - plain.get_parameter(name).grad
         torch.testing.assert_close(difference, 2 * 0.25 * move, rtol=1e-3, atol=1e-5)
+
+
+def test_a_teacher_is_the_base_itself(tiny_config, tiny_networks, batch):
+    """At the start the base predicts what its teacher does: no prior loss, and the subject's is as ever."""
+    plain = build(tiny_config, tiny_networks)
+    taught = build(tiny_config, tiny_networks, prior_target="teacher")
+    taught.setup("fit")
+    with torch.no_grad():
+        losses, expected = taught.loss_per_item(batch), plain.loss_per_item(batch)
+        assert torch.equal(losses[:2], expected[:2]) and expected[2:].min() > 0.1
+        assert losses[2:].max() < 1e-10
+        for parameter in taught.model.parameters():
+            parameter += 0.01  # the student moves on, the teacher does not
+        assert taught.loss_per_item(batch)[2:].min() > 1e-6
+    assert not any("teacher" in name for name in taught.state_dict())
+
+
+def test_text_encoder_learns_for_its_first_steps_alone(job, tmp_path):
+    """As long as it learns the run is the one in which it learns on; then it stays, and the UNet does not."""
+    key = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
+    unet = "model.diffusion_model.out.2.weight"
+    job(tmp_path / "stops", params={"text_encoder_steps": 2}, checkpoints_kept=9)
+    job(tmp_path / "learns", checkpoints_kept=9)
+    stops, learns = (
+        [state_of(tmp_path / name, step)["state_dict"] for step in (2, 3, 4)] for name in ("stops", "learns")
+    )
+    assert torch.equal(stops[0][key], learns[0][key])
+    assert torch.equal(stops[2][key], stops[0][key]) and not torch.equal(learns[2][key], learns[0][key])
+    assert not torch.equal(stops[2][unet], stops[1][unet])
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "with the networks"])
+def test_a_new_word_is_learned_and_kept_in_its_own_file(job, tmp_path, alone):
+    node = {"word": "<my-disc>", "init": "disc", "learning_rate": 0.1}
+    new_word = {"target": "ldm.training.techniques.NewWord", "params": node}
+    job.identifier = "<my-disc>"
+    params = {"new_word": new_word} | ({"train_unet": False, "train_text_encoder": False} if alone else {})
+    module = job(tmp_path / "run", params=params)
+    tower = module.cond_stage_model
+    vectors, begun = tower.new_words["<my-disc>"], tower.vectors_of("disc")
+    assert vectors.shape == (len(tower.tokenizer("disc", add_special_tokens=False).input_ids), 32)
+    assert (vectors - begun).abs().max() > 0.05  # four steps of some 0.1
+    same = {
+        name: torch.equal(value, job.weights[part][name])
+        for part, network in (("unet", module.networks["unet"]), ("cond_stage", tower))
+        for name, value in network.state_dict().items()
+        if name in job.weights[part] and "position_ids" not in name
+    }
+    assert all(same.values()) if alone else not any(same.values())
+    model = module.export(tmp_path / "model.safetensors", dtype=torch.float32, metadata={})
+    assert not any("new_words" in name for name in read_checkpoint(model)[0])
+    kept = read_embedding(tmp_path / "embedding.safetensors")
+    torch.testing.assert_close(kept, {"<my-disc>": vectors.data})
+
+
+def test_a_text_encoder_reads_new_words(tiny_networks):
+    """The context of a word whose vector is that of another one is that word's context."""
+    tower = copy.deepcopy(tiny_networks["cond_stage"])
+    before = tower(tower.tokenize(["a photo of a disc"]))
+    disc = tower.vectors_of("disc").detach()
+    tower.add_word("<copy>", disc)
+    tower.add_word("<other>", -disc)
+    with torch.no_grad():
+        same, other, plain = (
+            tower(tower.tokenize([f"a photo of a {word}"])) for word in ("<copy>", "<other>", "disc")
+        )
+    assert torch.equal(plain, before) and torch.equal(same, before) and not torch.equal(other, before)
+    with pytest.raises(UserError, match="known already"):
+        tower.add_word("<copy>", disc)
+    with pytest.raises(UserError, match="takes"):
+        tower.add_word("<wide>", torch.zeros(1, 99))
+
+
+def test_zero_terminal_snr_is_refused_where_it_says_nothing(tiny_config):
+    with pytest.raises(UserError, match="eps"):
+        LatentDiffusion(**tiny_config | {"parameterization": "eps"}, zero_terminal_snr=True)

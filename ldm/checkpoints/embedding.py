@@ -1,0 +1,41 @@
+"""Textual-inversion files: vectors of learned words, as A1111, ComfyUI and diffusers read them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm.checkpoints.tensors import read_tensors, unpickle
+from ldm.errors import UserError
+from ldm.files import atomic_write
+
+EMBEDDING = "embedding.safetensors"  # beside a run's model file
+NAMELESS = ("emb_params", "*")  # keys under which others keep vectors whose word is the file's name
+
+
+def save_embedding(path: str | Path, word: str, vectors: Tensor, *, metadata: Mapping[str, str]) -> Path:
+    """vectors: [n, D], kept under the word itself, float32 -> path."""
+    path = Path(path)
+    with atomic_write(path) as temporary:
+        save_file({word: vectors.detach().float().cpu().contiguous()}, temporary, metadata=dict(metadata))
+    return path
+
+
+def read_embedding(path: str | Path) -> dict[str, Tensor]:
+    """Word -> vectors [n, D]. Raises UserError for a file that is no textual inversion."""
+    path = Path(path)
+    if path.suffix == ".pt" or path.suffix == ".bin":
+        held = unpickle(path, mapped=False)
+        tensors = held.get("string_to_param", held)
+    else:
+        tensors = read_tensors(path)[0]
+    found = {}
+    for key in tensors:
+        vectors = tensors[key]
+        if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(tensors) > 8:
+            remedy = "A LoRA goes to --lora, a whole model to --model."
+            raise UserError("This is no textual-inversion file", where=path, remedy=remedy)
+        found[path.stem if key in NAMELESS else key] = torch.atleast_2d(vectors)
+    return found
