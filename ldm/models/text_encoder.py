@@ -91,7 +91,7 @@ class CLIPTextEncoder(nn.Module):
             raise UserError(what, where=word, remedy=f"This text encoder takes [n, {weight.shape[1]}].")
         tokens = _tokens_of(word, len(vectors))
         if word in self.new_words or self.tokenizer.add_tokens(tokens) < len(tokens):
-            remedy = "Choose one that is not in the vocabulary, such as <my-dog>."
+            remedy = "Choose another one, such as <my-dog>."
             raise UserError(f"The word `{word}` is known already", where=word, remedy=remedy)
         self.new_words[word] = nn.Parameter(vectors.detach().clone().to(weight))
 

@@ -191,16 +191,17 @@ class LatentDiffusion(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Keeps the base as it is, before a checkpoint replaces its weights."""
-        self.add_new_word()
+        if self.new_word is not None and not self.cond_stage_model.new_words:
+            raise ValueError("call add_new_word between loading the base and training")
         if self.l2_pull and stage == "fit":
             self._pull = Pull(self.parameters())
         if self.prior_target == "teacher" and stage == "fit":
             self._teacher = Teacher(self.model["diffusion_model"], self.cond_stage_model)
 
     def add_new_word(self) -> None:
-        """Lets prompts hold the new word; once the base's weights are there. More calls do nothing."""
+        """Lets prompts hold the new word, if there is one. To be called when the base's weights are there."""
         tower, new = self.cond_stage_model, self.new_word
-        if new is not None and new.word not in tower.new_words:
+        if new is not None:
             tower.add_word(new.word, tower.vectors_of(new.init))
 
     def on_train_start(self) -> None:
@@ -262,8 +263,8 @@ class LatentDiffusion(pl.LightningModule):
         noisy = add_noise(x0, noise, timesteps, self.alphas_cumprod)
         prediction = self.apply_model(noisy, timesteps, self.encode_prompts(batch["caption"]))
         target = training_target(self.parameterization, x0, noise, timesteps, self.alphas_cumprod)
-        if self._teacher is not None:
-            rows = [row for row, (_, part) in enumerate(keys) if part == "prior"]
+        rows = [row for row, (_, part) in enumerate(keys) if part == "prior"]
+        if self._teacher is not None and rows:
             prompts = [batch["caption"][row] for row in rows]
             target[rows] = self._teacher.predict(noisy[rows], timesteps[rows], prompts).to(target)
         return mse_per_item(prediction, target) * self.loss_weights(timesteps)

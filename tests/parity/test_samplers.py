@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, PNDMScheduler
 
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.samplers import SPACINGS, ddim, plms, sampling_timesteps
-from ldm.diffusion.schedule import to_eps
+from ldm.diffusion.schedule import ends_in_noise, make_alphas_cumprod, to_eps
 
 SD = {
     "beta_schedule": "scaled_linear",
@@ -117,3 +117,19 @@ def test_guidance(batched):
     guided_eps = classifier_free_guidance(eps, CONTEXT, UNCONDITIONAL, 7.5, batched=batched)
     ours = ddim(guided_eps, X_T, sampling_timesteps(20), alphas)
     assert error(ours, run(scheduler, 20, guided_v)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("parameterization, name", [("v", "v_prediction"), ("x0", "sample")])
+def test_zero_terminal_snr(parameterization, name):
+    """Theirs divides by the last timestep's exact 0 nowhere; ours by 2^-12 in float32, which costs digits."""
+    theirs = ddim_scheduler(prediction_type=name, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    alphas = make_alphas_cumprod(zero_terminal_snr=True)
+    assert ends_in_noise(alphas) and not ends_in_noise(make_alphas_cumprod())
+    torch.testing.assert_close(alphas, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+    def eps(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return to_eps(parameterization, predict(x, t), x, t, alphas)
+
+    timesteps = sampling_timesteps(25, spacing="trailing")
+    assert int(timesteps[0]) == 999
+    assert error(ddim(eps, X_T, timesteps, alphas), run(theirs, 25)) <= 2e-3

@@ -16,6 +16,8 @@ from tests.training.conftest import At, Job, Killed, curves_of, differences, kil
 EVERYTHING = {"train_text_encoder": True, "lr_schedule": "cosine", "warmup_steps": 2}
 FROZEN_TEXT = {"train_text_encoder": False, "min_snr_gamma": 5.0}
 PULLED = {"l2_pull": 0.1, "offset_noise": 0.1}
+NEW_WORD = {"target": "ldm.training.techniques.NewWord", "params": {"word": "sks", "init": "disc"}}
+WORD_AND_TEXT = {"new_word": NEW_WORD, "text_encoder_steps": 2}
 LORA = {"lora": {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}}
 
 
@@ -26,8 +28,15 @@ LORA = {"lora": {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}}
         (FROZEN_TEXT, {"checkpoint_every": 2}, [2, 5, 7]),
         (PULLED, {"checkpoint_every": 1}, [3, 6]),
         (LORA, {"checkpoint_every": 1}, [3, 6]),
+        (WORD_AND_TEXT, {"ema_decay": 0.9, "checkpoint_every": 1}, [3, 5]),
     ],
-    ids=["all-learn-with-averages", "frozen-text-encoder", "pulled-to-the-base", "lora"],
+    ids=[
+        "all-learn-with-averages",
+        "frozen-text-encoder",
+        "pulled-to-the-base",
+        "lora",
+        "a-new-word-and-text-for-two-steps",
+    ],
 )
 def test_killed_in_any_micro_batch_it_is_the_run_that_never_stopped(
     job: Job, tmp_path: Path, params: dict, options: dict, kills: Sequence[int]
