@@ -1,7 +1,7 @@
 """Curves of a run: read from TensorBoard's files, drawn as SVG."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -37,34 +37,70 @@ def chart(curve: Curve, *, label: str) -> str:
     curve = [(step, value) for step, value in curve if math.isfinite(value)]
     if not curve:
         return ""
-    steps, values = [s for s, _ in curve], [v for _, v in curve]
-    x_ticks = ticks(0, max(*steps, 1))
-    y_ticks = ticks(min(0.0, *values), max(0.0, *values) or 1.0)
-    x_span, y_low, y_span = max(x_ticks[-1], *steps), y_ticks[0], y_ticks[-1] - y_ticks[0]
+    axes, window = _Axes([curve]), len(curve) // 8
+    parts = [axes.line(curve, "raw"), axes.line(smooth(curve, window=window), "smooth")] if window > 1 else []
+    return axes.svg(parts or [axes.line(curve, "smooth")], label=label)
 
-    def x(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * step / x_span
 
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - y_low) / y_span
+def together(curves: Mapping[str, Curve], *, mark: int | None, label: str) -> str:
+    """Several curves in one <svg>, each with its name at its end; a line at the step `mark`."""
+    axes, parts = _Axes(list(curves.values()), right=112), []
+    if mark is not None:
+        parts.append(f'<line class="mark" x1="{axes.x(mark):.1f}" x2="{axes.x(mark):.1f}" {axes.height}/>')
+    names = _apart({name: axes.y(curve[-1][1]) for name, curve in curves.items()})
+    for k, (name, curve) in enumerate(curves.items()):
+        parts.append(axes.line(curve, f"line line-{k}"))
+        parts += [
+            f'<circle class="dot-{k}" cx="{axes.x(s):.1f}" cy="{axes.y(v):.1f}" r="2.5"/>' for s, v in curve
+        ]
+        x = axes.x(curve[-1][0]) + 8
+        parts.append(f'<text class="name-{k}" x="{x:.1f}" y="{names[name] + 4:.1f}">{escape(name)}</text>')
+    return axes.svg(parts, label=label)
 
-    def line(points: Curve, kind: str) -> str:
-        return f'<polyline class="{kind}" points="{" ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in points)}"/>'
 
-    parts = [
-        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
-        f'<text x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:g}</text>'
-        for v in y_ticks
-    ]
-    parts += [
-        f'<text x="{x(s):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{s:g}</text>' for s in x_ticks[:-1]
-    ]
-    window = len(curve) // 8
-    parts += [line(curve, "raw"), line(smooth(curve, window=window), "smooth")] if window > 1 else []
-    parts += [] if window > 1 else [line(curve, "smooth")]
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
-    )
+class _Axes:
+    """Steps and values -> pixels, with round numbers along the left and below."""
+
+    def __init__(self, curves: Sequence[Curve], *, right: float = RIGHT):
+        steps = [step for curve in curves for step, _ in curve]
+        values = [value for curve in curves for _, value in curve]
+        self.x_ticks, self.right = ticks(0, max(*steps, 1)), right
+        self.y_ticks = ticks(min(0.0, *values), max(0.0, *values) or 1.0)
+        self.x_end = max(self.x_ticks[-1], *steps)
+        self.height = f'y1="{TOP}" y2="{HEIGHT - BOTTOM}"'
+
+    def x(self, step: float) -> float:
+        return LEFT + (WIDTH - LEFT - self.right) * step / self.x_end
+
+    def y(self, value: float) -> float:
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / (high - low)
+
+    def line(self, points: Curve, kind: str) -> str:
+        places = " ".join(f"{self.x(s):.1f},{self.y(v):.1f}" for s, v in points)
+        return f'<polyline class="{kind}" points="{places}"/>'
+
+    def svg(self, parts: Sequence[str], *, label: str) -> str:
+        across = f'x1="{LEFT}" x2="{WIDTH - self.right}"'
+        grid = [
+            f'<line class="axis" {across} y1="{self.y(v):.1f}" y2="{self.y(v):.1f}"/>'
+            f'<text x="{LEFT - 6}" y="{self.y(v) + 4:.1f}" text-anchor="end">{v:g}</text>'
+            for v in self.y_ticks
+        ]
+        grid += [
+            f'<text x="{self.x(s):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{s:g}</text>'
+            for s in self.x_ticks[:-1]
+        ]
+        box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}"'
+        return f"<svg {box}>{''.join([*grid, *parts])}</svg>"
+
+
+def _apart(heights: Mapping[str, float], *, gap: float = 13) -> dict[str, float]:
+    """The same heights, moved down where two names would lie on each other."""
+    placed: dict[str, float] = {}
+    for name, height in sorted(heights.items(), key=lambda item: item[1]):
+        placed[name] = max([height, *(other + gap for other in placed.values())])
+    return placed
 
 
 def ticks(low: float, high: float, *, about: int = 4) -> list[float]:

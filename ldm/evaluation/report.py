@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ldm.evaluation.curves import Curve, chart
+from ldm.evaluation.curves import Curve, chart, together
 from ldm.files import atomic_write
 
 Pictures = Sequence[Image.Image]
@@ -23,6 +23,13 @@ class Row(NamedTuple):
     prompt: str
     before: Pictures
     after: Pictures
+
+
+class Measured(NamedTuple):
+    """Figures of steps on the way, {"step", "score", ...}, and the step of the best score."""
+
+    rows: Sequence[Mapping[str, float]] = ()
+    best_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Report:
     curves: Mapping[str, Curve]
     config: str  # YAML
     previews: Sequence[tuple[int, Image.Image]] = field(default_factory=list)  # (optimizer step, sheet)
+    measured: Measured = Measured()
 
 
 class Card(NamedTuple):
@@ -53,6 +61,13 @@ CARDS = {
     "prompt_fidelity": Card("Prompt fidelity", "pictures in the place asked for", (0, 1)),
     "class_drift": Card("Class drift", "pictures of the class that became the subject; 0 is best", (-0.2, 1)),
     "diversity_ratio": Card("Diversity", "of the class, relative to the base's", (0, 1.2)),
+}
+MEASURED = {
+    "subject_fidelity": "Subject",
+    "prompt_fidelity": "Prompt",
+    "class_drift": "Class drift",
+    "diversity_ratio": "Diversity",
+    "score": "Score",
 }
 CURVES = {
     "train/subject_loss": "Subject loss",
@@ -71,7 +86,7 @@ def write_report(path: Path, report: Report) -> Path:
         ("", cards(report.figures)),
         ("The subject's photos", row(report.subject)),
         ("Before and after", "".join(before_and_after(r) for r in report.rows)),
-        ("While it learned", "".join(map(preview, report.previews))),
+        ("While it learned", learning(report.measured, report.previews)),
         ("Prior images", row(report.priors, kind="small")),
         ("Curves", charts(report.curves)),
         ("Time", times(report.seconds)),
@@ -138,10 +153,26 @@ def before_and_after(shown: Row) -> str:
     )
 
 
-def preview(shown: tuple[int, Image.Image]) -> str:
-    step, sheet = shown
-    sheet = f'<div class="wide">{picture(sheet)}</div>'
-    return f"<details><summary>After step {step}</summary>{sheet}</details>"
+def learning(measured: Measured, previews: Sequence[tuple[int, Image.Image]]) -> str:
+    """The figures of every measured step as curves, then what was drawn at each step, with its figures."""
+    curves = {
+        label: [(row["step"], row[name]) for row in measured.rows if name in row]
+        for name, label in MEASURED.items()
+    }
+    curves = {label: curve for label, curve in curves.items() if curve}
+    plot = ""
+    if curves:
+        said = f"The score was best after step {measured.best_step}: few pictures, so look at them as well."
+        drawn = together(curves, mark=measured.best_step, label="Figures at each measured step")
+        plot = f'<figure class="half"><figcaption>{said}</figcaption>{drawn}</figure>'
+    figures = {row["step"]: row for row in measured.rows}
+    return plot + "".join(preview(step, sheet, figures.get(step, {})) for step, sheet in previews)
+
+
+def preview(step: int, sheet: Image.Image, figures: Mapping[str, float]) -> str:
+    said = [f"{label.lower()} {figures[name]:.2f}" for name, label in MEASURED.items() if name in figures]
+    summary = " · ".join([f"After step {step}", *said])
+    return f'<details><summary>{summary}</summary><div class="wide">{picture(sheet)}</div></details>'
 
 
 def charts(curves: Mapping[str, Curve]) -> str:

@@ -44,11 +44,9 @@ class AutoencoderTask(pl.LightningModule):
     ):
         super().__init__()
         self.first_stage_model: AutoencoderKL = instantiate(first_stage_config)
-        if widen is not None:
-            narrow = split(read_checkpoint(widen)[0])["first_stage"]
-            load_parts(self.networks, {"first_stage": widened(narrow, self.first_stage_model)}, where=widen)
-            for part in (self.first_stage_model.encoder, self.first_stage_model.quant_conv):
-                part.requires_grad_(False)
+        for part in (self.first_stage_model.encoder, self.first_stage_model.quant_conv):
+            part.requires_grad_(widen is None)
+        self.widen = widen
         self.learning_rate, self.warmup_steps, self.seed = learning_rate, warmup_steps, seed
         self.kl_weight, self.square_weight = kl_weight, square_weight
 
@@ -56,6 +54,13 @@ class AutoencoderTask(pl.LightningModule):
     def networks(self) -> dict[str, AutoencoderKL]:
         """By the name of `ldm.checkpoints.layout`."""
         return {"first_stage": self.first_stage_model}
+
+    def setup(self, stage: str) -> None:
+        """Takes the narrow autoencoder over, before a checkpoint replaces it."""
+        if self.widen is not None:
+            narrow = split(read_checkpoint(self.widen)[0])["first_stage"]
+            parts = {"first_stage": widened(narrow, self.first_stage_model)}
+            load_parts(self.networks, parts, where=self.widen)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         image = batch["image"].to(memory_format=torch.channels_last)

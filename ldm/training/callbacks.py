@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ class Previews(pl.Callback):
     """Every `drawing.every_steps` optimizer steps: the same prompts from the same seeds, on one sheet."""
 
     def __init__(self, draw: Text2Image, drawing: SampleDrawing, prompts: Sequence[str], folder: Path):
-        self.draw, self.drawing, self.prompts, self.folder = draw, drawing, prompts, folder
+        self.draw, self.prompts, self.folder = draw, prompts, folder
+        self.drawing = replace(drawing, n=min(drawing.n, drawing.preview_n))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: object, batch: dict, batch_idx: int

@@ -15,10 +15,11 @@ from ldm.checkpoints.tensors import unpickle
 from ldm.errors import UserError
 from ldm.files import atomic_write, file_sha256, require_space
 from ldm.training.guard import NonFiniteGuard
-from ldm.training.resume import by_step, step_of
+from ldm.training.measures import Measures
+from ldm.training.resume import by_step, name_of, step_of
 from ldm.training.signals import Stopped, StopSignals
 
-MONITORED = "val/loss"  # the checkpoint where it was least is kept beside the newest ones
+MONITORED = "val/loss"  # unless scores are measured, the checkpoint where it was least is kept as the best
 
 
 class WholeFiles(CheckpointIO):
@@ -50,15 +51,26 @@ class WholeFiles(CheckpointIO):
 
 
 class Checkpoints(Checkpoint):
-    """Saves every `every` optimizer steps and at the end; keeps the last `keep`, and the best.
+    """Saves every `every` optimizer steps, where a measured score is the best, and at the end.
+
+    It keeps the last `keep`, and the best: by the score, or by the validation loss of those that were saved.
 
     A checkpoint is written between two steps, when all that the last one logs is logged and on disk. There
     a signal is heeded too: the step is finished, saved, and `Stopped` ends the training.
     """
 
-    def __init__(self, folder: Path, *, every: int, keep: int, stop: StopSignals, guard: NonFiniteGuard):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every: int,
+        keep: int,
+        stop: StopSignals,
+        guard: NonFiniteGuard,
+        measures: Measures | None = None,
+    ):
         self.folder, self.every, self.keep = folder, every, keep
-        self.stop, self.guard = stop, guard
+        self.stop, self.guard, self.measures = stop, guard, measures
         self.saved = -1  # the step last saved
         self.best: dict[str, float] = {}  # "loss" and "step" of the best one that was saved
         self._loss: dict[str, float] = {}  # the same of the last validation
@@ -81,7 +93,8 @@ class Checkpoints(Checkpoint):
         # Logs count with this number, which Lightning guesses on resuming; for one optimizer it is the step.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         asked = self._asked_to_stop(trainer, module)
-        if asked or trainer.global_step % self.every == 0:
+        measured_best = self.measures is not None and self._is_best(trainer.global_step)
+        if asked or trainer.global_step % self.every == 0 or measured_best:
             self.save(trainer, module)
         if asked:
             raise Stopped(asked)
@@ -91,9 +104,15 @@ class Checkpoints(Checkpoint):
         self.save(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if MONITORED in trainer.callback_metrics:
+        score = self.measures.latest(trainer.global_step) if self.measures else None
+        if score is not None:
+            self._loss = {"loss": -score, "step": trainer.global_step}
+        elif self.measures is None and MONITORED in trainer.callback_metrics:
             loss = float(trainer.callback_metrics[MONITORED])
             self._loss = {"loss": loss, "step": trainer.global_step}
+
+    def _is_best(self, step: int) -> bool:
+        return self._loss.get("step") == step and self._loss["loss"] < self.best.get("loss", float("inf"))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -111,11 +130,11 @@ class Checkpoints(Checkpoint):
         if step == self.saved:
             return
         self.guard.judge(trainer, module)
-        if self._loss.get("step") == step and self._loss["loss"] < self.best.get("loss", float("inf")):
+        if self._is_best(step):
             self.best = self._loss
         for logger in trainer.loggers:
             logger.save()
-        trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt", weights_only=False)
+        trainer.save_checkpoint(self.folder / name_of(step), weights_only=False)
         self.saved = step
         if trainer.is_global_zero:
             for path in by_step(self.folder)[self.keep :]:

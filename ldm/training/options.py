@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from ldm import config as configs
 from ldm.training.command import Command, read_command
 from ldm.training.device import MatmulPrecision
+from ldm.training.measures import Measuring
 from ldm.training.run import Export
 from ldm.training.sampling import PriorDrawing, SampleDrawing
 
@@ -28,6 +29,7 @@ SECTIONS = {
     "logger": dict | None,
     "samples": SampleDrawing,
     "evaluation": dict | None,
+    "measures": Measuring,
     "export": Export,
 }
 REQUIRED = ("name", "seed", "model", "data", "trainer")

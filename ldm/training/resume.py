@@ -42,6 +42,11 @@ def by_step(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.ckpt"), key=step_of, reverse=True)
 
 
+def name_of(step: int) -> str:
+    """The file name of a step's checkpoint."""
+    return f"step-{step:08d}.ckpt"
+
+
 def step_of(path: Path) -> float:
     """Optimizer steps behind a checkpoint, by its name or else by itself; infinite if it is broken."""
     named = re.search(r"step[-=](\d+)", path.name)

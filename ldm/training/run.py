@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -23,22 +23,28 @@ from ldm.checkpoints.save import DTYPES
 from ldm.checkpoints.tensors import unpickle
 from ldm.config import instantiate
 from ldm.contact_sheet import contact_sheet, save_picture
+from ldm.data.prompts import fill
 from ldm.errors import UserError
 from ldm.files import atomic_write, require_space
 from ldm.training import ranks
 from ldm.training.checkpoints import Checkpoints, WholeFiles
 from ldm.training.guard import NonFiniteGuard
-from ldm.training.resume import check_fit, newest_whole, state_bytes
+from ldm.training.measures import Measures
+from ldm.training.resume import check_fit, name_of, newest_whole, state_bytes
 from ldm.training.signals import StopSignals
 
 log = logging.getLogger(__name__)
 
+# The sections of a config that `fit` takes
+TRAINING = ("trainer", "logger", "ema_decay", "ema_device", "checkpoint_every", "checkpoints_kept")
+
 
 @dataclass(frozen=True)
 class Export:
-    """The model file of a run: precision of its weights."""
+    """The model file of a run: the precision of its weights; the last ones or, by the measures, the best."""
 
     dtype: str = "fp16"
+    weights: Literal["last", "best"] = "last"
 
 
 def base_files(plain: Mapping[str, Any]) -> dict[str, Path]:
@@ -101,6 +107,7 @@ def fit(
     ema_device: str | None = None,
     checkpoint_every: int = 250,
     checkpoints_kept: int = 2,
+    measures: Measures | None = None,
 ) -> None:
     """Trains to `max_steps`, from the run's newest whole checkpoint where it has one.
 
@@ -115,13 +122,12 @@ def fit(
     bytes_needed = (checkpoints_kept + 1) * state_bytes(module, averaged=ema_decay is not None)
     require_space(folder, bytes_needed, what="a run's checkpoints")
     with StopSignals() as stop:
-        guard = NonFiniteGuard()
-        saves = Checkpoints(kept, every=checkpoint_every, keep=checkpoints_kept, stop=stop, guard=guard)
+        keepers = _keepers(kept, every=checkpoint_every, keep=checkpoints_kept, stop=stop, measures=measures)
         average = [] if ema_decay is None else [averaging(decay=ema_decay, device=ema_device)]
         pl.Trainer(
             default_root_dir=folder,
             logger=instantiate(logger) if logger else board(folder, start=data.start_step),
-            callbacks=[*callbacks, LearningRateMonitor(), guard, saves, *average, *progress_bar(trainer)],
+            callbacks=[*callbacks, *keepers, *average, *progress_bar(trainer)],
             plugins=[] if str(trainer.get("strategy")).startswith("fsdp") else [WholeFiles()],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -129,6 +135,33 @@ def fit(
             **trainer,
         ).fit(module, data, ckpt_path=last)
     module.to(place)  # the Trainer leaves it on the CPU
+
+
+def _keepers(
+    folder: Path, *, every: int, keep: int, stop: StopSignals, measures: Measures | None
+) -> list[pl.Callback]:
+    """What measures and logs, what stops at a loss that is not finite, and what saves, in this order."""
+    guard = NonFiniteGuard()
+    saves = Checkpoints(folder, every=every, keep=keep, stop=stop, guard=guard, measures=measures)
+    return [*([measures] if measures else []), LearningRateMonitor(), guard, saves]
+
+
+def measured(folder: Path) -> list[dict[str, float]]:
+    """The rows of `Measures` in a run's newest checkpoint; none where nothing was measured."""
+    newest = newest_whole(folder / "checkpoints")
+    states = unpickle(newest, mapped=True)["callbacks"] if newest else {}
+    return states.get("Measures", {}).get("rows", [])
+
+
+def take_best(module: pl.LightningModule, folder: Path, step: int) -> None:
+    """Gives the module the weights of the checkpoint of a step."""
+    path = folder / "checkpoints" / name_of(step)
+    if not path.exists():
+        remedy = "Export the last weights: export.weights=last."
+        raise UserError("The best checkpoint is gone", where=path, remedy=remedy)
+    state = unpickle(path, mapped=True)
+    module.load_state_dict(state["state_dict"])
+    module.on_load_checkpoint(state)
 
 
 def averaging(*, decay: float, device: str | None) -> pl.Callback:
@@ -160,6 +193,31 @@ def take_up(module: pl.LightningModule, checkpoint: Path, *, max_steps: int) -> 
 def board(folder: Path, *, start: int) -> TensorBoardLogger:
     """TensorBoard's files; what an earlier process logged of steps from `start` on is void."""
     return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=start)
+
+
+def training_options(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of the config that `fit` takes."""
+    return {key: plain[key] for key in TRAINING if key in plain}
+
+
+def export_of(
+    module: Any,
+    plain: Mapping[str, Any],
+    folder: Path,
+    *,
+    words: Mapping[str, str] | None = None,
+    base_hash: str = "",
+) -> Path:
+    """The model file of a run; `words` are the {identifier} and {class_word} that it was taught."""
+    return export(
+        module,
+        folder / "model.safetensors",
+        size=plain["data"]["params"].get("size", 64),
+        dtype=Export(**plain.get("export", {})).dtype,
+        training=plain,
+        trigger_phrase=fill("{identifier} {class_word}", **words) if words else None,
+        base_sha256=base_hash or None,
+    )
 
 
 def export(

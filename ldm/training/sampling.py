@@ -41,6 +41,7 @@ class SampleDrawing:
     seed: int = 23
     batch_size: int = 16
     every_steps: int = 0  # optimizer steps between previews; 0 draws none
+    preview_n: int = 2  # pictures of each prompt in a preview
 
 
 def text2image(module: LatentDiffusion, *, size: int) -> Text2Image:

@@ -1,0 +1,148 @@
+"""DreamBooth's run: prior images, pictures and figures of the base, training, and the same of the result."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.images import load_image
+from ldm.data.priors import PriorSet
+from ldm.data.prompts import fill
+from ldm.evaluation.curves import read_curves
+from ldm.evaluation.report import Measured, Report, Row, write_report
+from ldm.training import ranks, run
+from ldm.training.callbacks import AutoencoderAside, FirstStep, Previews, Speed, peak_memory_mib
+from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.measures import Measures, Measuring, best_of
+from ldm.training.sampling import (
+    PriorDrawing,
+    SampleDrawing,
+    draw_priors,
+    draw_samples,
+    prior_set,
+    text2image,
+)
+from ldm.training.score import Score
+
+SHOWN_PRIORS = 32  # on the report's page
+
+
+class DreamBoothRun:
+    """Teaches networks that hold the base's weights one subject; called once, it does all of the run.
+
+    Making it finds what does not fit together. plain: the whole config. base_hash: names the base.
+    """
+
+    def __init__(
+        self,
+        module: LatentDiffusion,
+        data: DreamBoothDataModule,
+        plain: Mapping[str, Any],
+        folder: Path,
+        *,
+        base_hash: str,
+    ):
+        self.module, self.data, self.plain, self.folder = module, data, plain, folder
+        self.base_hash, self.watch = base_hash, run.Stopwatch()
+        self.draw = text2image(module, size=data.size)
+        self.draw.latent_shape()  # the size suits the networks
+        evaluation, measuring = plain.get("evaluation"), Measuring(**plain.get("measures", {}))
+        self.score, self.measures = Score(evaluation, self.draw, data), None
+        if measuring.every_steps:
+            smaller = {**evaluation, "params": {**evaluation.get("params", {}), **measuring.params}}
+            self.measures = Measures(Score(smaller, self.draw, data), measuring)
+        self.samples = SampleDrawing(**plain.get("samples", {}))
+        self.prompts = [fill(prompt, **data.words) for prompt in self.samples.prompts]
+
+    def __call__(self) -> list[Path]:
+        """-> the paths that rank 0 leaves: contact sheet, model file, report."""
+        with self.watch("prior_images"):
+            priors = self._priors() if self.data.draws_priors else None
+        self.data.attach(encode=self.module.encode_images, vae_hash=self.base_hash, priors=priors)
+        before = self._look_at_base() if ranks.rank() == 0 else []
+        with self.watch("training"):
+            run.fit(
+                self.module,
+                self.data,
+                folder=self.folder,
+                callbacks=self._callbacks(),
+                measures=self.measures,
+                **run.training_options(self.plain),
+            )
+        return self._leave(before) if ranks.rank() == 0 else []
+
+    def _priors(self) -> PriorSet:
+        """The prior images, drawn as far as they are missing."""
+        drawing = PriorDrawing(**self.plain.get("priors", {}))
+        priors = prior_set(self.data, drawing, base_sha256=self.base_hash)
+        draw_priors(self.draw, priors, self.data.num_priors, batch_size=drawing.batch_size)
+        return priors
+
+    def _look_at_base(self) -> run.Rows:
+        """Pictures and figures of the untouched base; a run that is taken up has the pictures already."""
+        kept, settings = self.folder / "samples" / "before", asdict(self.samples)
+        for other in ("prompts", "n", "every_steps", "preview_n", "batch_size"):
+            del settings[other]
+        with self.watch("samples_before"):
+            rows = run.load_rows(kept, self.prompts, self.samples.n, settings)
+            if rows is None:
+                rows = draw_samples(self.draw, self.samples, self.prompts, progress=True)
+                run.save_rows(kept, rows, settings)
+        with self.watch("figures_before"):
+            self.score.before()
+            if self.measures is not None:
+                self.measures.score.before()
+        return rows
+
+    def _callbacks(self) -> list[pl.Callback]:
+        callbacks = [Speed(), FirstStep()]
+        if self.data.cache_latents:
+            callbacks.append(AutoencoderAside())
+        if self.samples.every_steps:
+            callbacks.append(Previews(self.draw, self.samples, self.prompts, self.folder / "samples"))
+        return callbacks
+
+    def _leave(self, before: run.Rows) -> list[Path]:
+        """Model file, pictures, figures and report of the trained networks."""
+        measured = run.measured(self.folder)
+        best = measured[best_of(measured)]["step"] if measured else None
+        if best is not None and run.Export(**self.plain.get("export", {})).weights == "best":
+            run.take_best(self.module, self.folder, best)
+        model = run.export_of(
+            self.module, self.plain, self.folder, words=self.data.words, base_hash=self.base_hash
+        )
+        with self.watch("samples_after"):
+            after = draw_samples(self.draw, self.samples, self.prompts, progress=True)
+        with self.watch("figures_after"):
+            figures = self.score.after()
+        sheet = run.leave_pictures(self.folder / "samples", before, after)
+        metrics = {
+            **figures,
+            **({"measures": measured, "best_step": best} if measured else {}),
+            "seconds": self.watch.seconds,
+            "peak_memory_mib": round(peak_memory_mib(), 1),
+            "prior_images": self.data.num_priors if self.data.draws_priors else 0,
+        }
+        run.write_json(self.folder / "metrics.json", metrics)
+        return [sheet, model, self._report(before, after, metrics)]
+
+    def _report(self, before: run.Rows, after: run.Rows, metrics: Mapping[str, Any]) -> Path:
+        """The run on one page -> report.html."""
+        pairs = zip(before, after, strict=True)
+        previews = sorted(self.folder.glob("samples/step-*.png"))
+        report = Report(
+            title=f"{self.folder.name}: {self.data.subject_prompt}",
+            subject=[load_image(photo.path) for photo in self.data.subject_photos],
+            priors=[load_image(photo.path) for photo in self.data.prior_photos[:SHOWN_PRIORS]],
+            rows=[Row(prompt, old, new) for (prompt, old), (_, new) in pairs],
+            figures=metrics,
+            seconds=metrics["seconds"],
+            curves=read_curves(self.folder / "tensorboard"),
+            config=(self.folder / "config.yaml").read_text(encoding="utf-8"),
+            previews=[(int(path.stem.split("-")[1]), load_image(path)) for path in previews],
+            measured=Measured(metrics.get("measures", []), metrics.get("best_step")),
+        )
+        return write_report(self.folder / "report.html", report)
