@@ -4,7 +4,7 @@ It knows no network: `attach` hands it the encoder and the prior images.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.data.images import load_image
-from ldm.data.items import DreamBoothDataset, Index, ItemBatches, Part, Photo, read_photos
+from ldm.data.items import VALIDATION_STEP, DreamBoothDataset, Index, ItemBatches, Part, Photo, read_photos
 from ldm.data.latents import Encode, cached_moments
-from ldm.data.priors import PriorSet
+from ldm.data.priors import Draw, PriorSet
 from ldm.data.prompts import (
     PRIOR_TEMPLATE,
     SUBJECT_TEMPLATE,
@@ -32,7 +32,7 @@ from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
 
-VALIDATION_STEP = 2**32  # no run gets there: the items of these steps never train
+ENOUGH_PHOTOS = 5  # to hold one of them out
 
 
 class DreamBoothDataModule(pl.LightningDataModule):
@@ -54,6 +54,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
         flip: mirrors half of the photos; turn it off for a subject with lettering or a parting.
         prior_root: folder of your own photos of the class, all of which are used, none drawn.
         num_priors: prior images that the base model draws. They are used as drawn, never mirrored.
+        online_priors: every prior item shows a new image, which the base draws between two steps (Ruiz et al.
+            2023, sec. 3.3); the first `num_priors` are kept for validation. All go to the same set.
         captions: a photo's caption is the .txt file beside it, if there is one.
         caption_dropout: share of the items with an empty caption, 0 to 1.
         cache_latents: encode each view once before training rather than at every step.
@@ -61,8 +63,10 @@ class DreamBoothDataModule(pl.LightningDataModule):
         skip_unreadable: leave pictures out that cannot be decoded rather than stop.
         num_workers: processes that decode when latents are not cached; any number gives the same items.
         accumulate: micro-batches per optimizer step, as the Trainer has it.
-        validation_batches: batches of the validation loss: items that never train, the same each time. The
-            Trainer computes it every `val_check_interval` batches, where that is given as a whole number.
+        validation_batches: batches of the validation loss, each as large as a step's: items that never train,
+            the same each time. The Trainer computes it every `val_check_interval` batches, where that is a
+            whole number.
+        hold_out: of five photos or more, the last by name never trains: the validation loss is that of it.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
         flip: bool = True,
         prior_root: str | None = None,
         num_priors: int = 64,
+        online_priors: bool = False,
         captions: bool = False,
         caption_dropout: float = 0.0,
         cache_latents: bool = True,
@@ -90,6 +95,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         accumulate: int = 1,
         validation_batches: int = 8,
+        hold_out: bool = False,
     ):
         super().__init__()
         self.subject_root, self.prior_root, self.num_priors = subject_root, prior_root, num_priors
@@ -100,19 +106,28 @@ class DreamBoothDataModule(pl.LightningDataModule):
         self.batch_size, self.prior_batch_size = batch_size, batch_size if has_priors else 0
         if prior_batch_size is not None:
             self.prior_batch_size = prior_batch_size
+        self.online_priors = online_priors
         self.size, self.seed, self.accumulate, self.num_workers = size, seed, accumulate, num_workers
         self.crop_variants, self.flip = crop_variants if crop == "random" else None, flip
         self.captions, self.caption_dropout, self.skip_unreadable = captions, caption_dropout, skip_unreadable
         self.cache_latents, self.cache_root = cache_latents, cache_root
-        self.validation_batches = validation_batches
+        self.validation_batches, self.hold_out = validation_batches, hold_out
         self.start_step = 0  # optimizer steps already done: set it before training to resume
         self.attach()
 
     def attach(
-        self, *, encode: Encode | None = None, vae_hash: str = "", priors: PriorSet | None = None
+        self,
+        *,
+        encode: Encode | None = None,
+        vae_hash: str = "",
+        priors: PriorSet | None = None,
+        draw: Draw | None = None,
     ) -> None:
-        """Hands over the VAE (images on the CPU -> moments), the hash that names it, the drawn priors."""
-        self.encode, self.vae_hash, self.priors = encode, vae_hash, priors
+        """Hands over the VAE (images on the CPU -> moments), the hash that names it, the drawn priors.
+
+        `draw` draws more of them as the base does; `online_priors` need it.
+        """
+        self.encode, self.vae_hash, self.priors, self.draw = encode, vae_hash, priors, draw
         self.dataset: DreamBoothDataset | None = None
 
     @property
@@ -142,21 +157,26 @@ class DreamBoothDataModule(pl.LightningDataModule):
         parts = {False: self._part("subject", self.subject_photos)}
         if self.prior_batch_size:
             parts[True] = self._part("prior", self.prior_photos)
-        self.dataset = DreamBoothDataset(parts, self._moments(parts) if self.cache_latents else None)
+        moments = self._moments(parts) if self.cache_latents else None
+        self.dataset = DreamBoothDataset(parts, moments, self._fresh if self.online_priors else None)
 
     def train_dataloader(self) -> DataLoader:
         """Endless batches of this rank from `start_step` on, for the Trainer."""
-        ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return self.loader(rank=ranks[0], world_size=ranks[1], start_step=self.start_step)
+        return self.loader(**self._rank(), start_step=self.start_step)
 
     def val_dataloader(self) -> DataLoader:
-        """`validation_batches` batches of items beyond all that train; the same on every rank."""
-        return self._loader(list(islice(self._batches(start_step=VALIDATION_STEP), self.validation_batches)))
+        """Items beyond all that train: the same ones however a step is split over ranks and micro-batches."""
+        batches = self._batches(**self._rank(), start_step=VALIDATION_STEP)
+        return self._loader(list(islice(batches, self.validation_batches * self.accumulate)))
 
     def loader(self, *, rank: int = 0, world_size: int = 1, start_step: int = 0) -> DataLoader:
         """Batches: {"moments" [B, 2z, h, w] or "image" [B, 3, H, W], "caption" list[str],
         "is_prior" [B] bool, "item" [B] int64}, subject items first."""
         return self._loader(self._batches(rank=rank, world_size=world_size, start_step=start_step))
+
+    def _rank(self) -> dict[str, int]:
+        trainer = self.trainer
+        return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
 
     def _batches(self, *, rank: int = 0, world_size: int = 1, start_step: int = 0) -> ItemBatches:
         return ItemBatches(
@@ -216,14 +236,16 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     def _part(self, name: Literal["subject", "prior"], photos: tuple[Photo, ...]) -> Part:
         drawn = name == "prior" and self.draws_priors
+        held = photos[-1:] if name == "subject" and self.hold_out and len(photos) >= ENOUGH_PHOTOS else ()
         return Part(
             name,
-            photos,
+            photos[: len(photos) - len(held)],
             size=self.size,
             seed=self.seed,
             crop_variants=None if drawn else self.crop_variants,
             flip=self.flip and not drawn,
             caption_dropout=self.caption_dropout,
+            held_out=held,
         )
 
     def _moments(self, parts: Mapping[bool, Part]) -> dict[str, Tensor]:
@@ -242,6 +264,11 @@ class DreamBoothDataModule(pl.LightningDataModule):
             )
         return moments | encoded
 
+    def _fresh(self, items: Sequence[int]) -> list[Tensor]:
+        """Moments of prior items, from images behind the first `num_priors`: one of its own for each item."""
+        drawn = self.priors.drawn_now([self.num_priors + item for item in items], self.draw)
+        return [torch.cat([mean, torch.zeros_like(mean)]) for mean in drawn]
+
     def _check_numbers(self, size_multiple: int) -> None:
         least = {"size": 1, "batch_size": 1, "prior_batch_size": 0, "num_priors": 0}
         for name, bound in (least | {"num_workers": 0, "accumulate": 1, "validation_batches": 0}).items():
@@ -254,6 +281,9 @@ class DreamBoothDataModule(pl.LightningDataModule):
             near = max(size_multiple, round(self.size / size_multiple) * size_multiple)
             remedy = f"It must be a multiple of {size_multiple}; {near} is near."
             raise UserError(f"size is {self.size} pixels", where="size", remedy=remedy)
+        if self.online_priors and not (self.draws_priors and self.cache_latents):
+            remedy = "They need num_priors, no prior_root, and cache_latents: true."
+            raise UserError("There is nothing to draw online", where="online_priors", remedy=remedy)
         if not 0 <= self.caption_dropout <= 1:
             raise UserError(f"{self.caption_dropout} is no share", where="caption_dropout", remedy="0 to 1.")
         if self.draws_priors and not self.num_priors:

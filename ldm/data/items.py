@@ -8,7 +8,7 @@ n * effective_batch + i, effective_batch = batch_size * accumulate * world_size,
 spread over ranks and micro-batches; so resuming is nothing but starting at another step.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -25,6 +25,9 @@ from ldm.files import file_sha256
 from ldm.randomness import generator
 
 Index = tuple[bool, int]  # (is prior, item number): the two parts are numbered apart
+Item = dict[str, Tensor | str | bool | int]
+VALIDATION_STEP = 2**32  # no run gets there: the items of these steps never train
+VALIDATION_ITEM = VALIDATION_STEP  # a step has at least one item of a part
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,19 @@ class Part:
     crop_variants: int | None  # random crops of each photo; None: the middle
     flip: bool  # half of the items are mirrored
     caption_dropout: float  # share of the items whose caption is empty
+    held_out: tuple[Photo, ...] = ()  # what validation items show instead
 
     def view(self, item: int) -> View:
         """The view that an item shows. Every photo comes once in each pass over the photos."""
-        done, position = divmod(item, len(self.photos))
-        order = torch.randperm(len(self.photos), generator=self._draws(done, "photo"))
+        photos = self.held_out if self.held_out and item >= VALIDATION_ITEM else self.photos
+        done, position = divmod(item, len(photos))
+        order = torch.randperm(len(photos), generator=self._draws(done, "photo"))
         variant, flip = None, False
         if self.crop_variants is not None:
             variant = int(torch.randint(self.crop_variants, (), generator=self._draws(item, "crop")))
         if self.flip:
             flip = bool(torch.rand((), generator=self._draws(item, "flip")) < 0.5)
-        return View(self.photos[order[position]], self.size, variant, flip, self.seed)
+        return View(photos[order[position]], self.size, variant, flip, self.seed)
 
     def caption(self, item: int) -> str:
         """The caption of the photo that an item shows, or now and then none."""
@@ -93,19 +98,42 @@ class Part:
         """Every view that any item can show, those of one photo side by side."""
         variants = [None] if self.crop_variants is None else range(self.crop_variants)
         flips = (False, True) if self.flip else (False,)
-        return [View(p, self.size, v, f, self.seed) for p in self.photos for v in variants for f in flips]
+        photos = self.photos + self.held_out
+        return [View(p, self.size, v, f, self.seed) for p in photos for v in variants for f in flips]
 
     def _draws(self, item: int, what: str) -> torch.Generator:
         return generator(self.seed, item, f"{self.name}/{what}")
 
 
 class DreamBoothDataset(Dataset):
-    """Index -> {"moments" [2z, h, w] or "image" [3, H, W] in [-1, 1], "caption", "is_prior", "item"}."""
+    """Index -> {"moments" [2z, h, w] or "image" [3, H, W] in [-1, 1], "caption", "is_prior", "item"}.
 
-    def __init__(self, parts: Mapping[bool, Part], moments: Mapping[str, Tensor] | None = None):
-        self.parts, self.moments = dict(parts), moments
+    fresh: numbers of prior items -> moments [2z, h, w] of a new prior image for each of them.
+    """
 
-    def __getitem__(self, index: Index) -> dict[str, Tensor | str | bool | int]:
+    def __init__(
+        self,
+        parts: Mapping[bool, Part],
+        moments: Mapping[str, Tensor] | None = None,
+        fresh: Callable[[Sequence[int]], Sequence[Tensor]] | None = None,
+    ):
+        self.parts, self.moments, self.fresh = dict(parts), moments, fresh
+
+    def __getitems__(self, indices: Sequence[Index]) -> list[Item]:
+        """A batch; `fresh` draws what its prior items show, unless they are there to validate."""
+        if self.fresh is None:
+            return [self[index] for index in indices]
+        new = [item for is_prior, item in indices if is_prior and item < VALIDATION_ITEM]
+        moments = dict(zip(new, self.fresh(new), strict=True)) if new else {}
+        return [self._drawn(index[1], moments) if index[0] else self[index] for index in indices]
+
+    def _drawn(self, item: int, moments: Mapping[int, Tensor]) -> Item:
+        if item not in moments:
+            return self[True, item]
+        caption = self.parts[True].caption(item)
+        return {"moments": moments[item], "caption": caption, "is_prior": True, "item": item}
+
+    def __getitem__(self, index: Index) -> Item:
         is_prior, item = index
         part = self.parts[is_prior]
         view = part.view(item)

@@ -116,6 +116,15 @@ class PriorSet:
             self._write_manifest(present)
         return wanted
 
+    def drawn_now(self, numbers: Sequence[int], draw: Draw) -> list[Tensor]:
+        """Latents of these images, which are drawn together unless all of them are there."""
+        if any(self._read(number) is None for number in numbers):
+            self._make_folder()
+            drawn = draw([self.spec.seed + number for number in numbers])
+            for number, (picture, latents) in zip(numbers, drawn, strict=True):
+                self._write(number, picture, latents)
+        return [self.latents(number) for number in numbers]
+
     def write_manifest(self, count: int) -> None:
         """Rebuilds manifest.json from the complete images among the first `count`."""
         self._make_folder()

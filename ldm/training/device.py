@@ -15,7 +15,7 @@ def device_of(trainer: Mapping[str, Any]) -> torch.device:
     """The device that a Trainer of this config will train on, in this process."""
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        rank = int(os.environ.get("LOCAL_RANK", 0))
+        rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
         return torch.device("cuda", devices[rank] if isinstance(devices, list) else rank)
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")

@@ -22,6 +22,8 @@ from ldm.training.sampling import (
     SampleDrawing,
     draw_priors,
     draw_samples,
+    drawing_of,
+    frozen,
     prior_set,
     text2image,
 )
@@ -61,7 +63,10 @@ class DreamBoothRun:
         """-> the paths that rank 0 leaves: contact sheet, model file, report."""
         with self.watch("prior_images"):
             priors = self._priors() if self.data.draws_priors else None
-        self.data.attach(encode=self.module.encode_images, vae_hash=self.base_hash, priors=priors)
+        draw = None
+        if self.data.online_priors:
+            draw = drawing_of(priors.spec, frozen(self.draw), batch_size=self.data.prior_batch_size)
+        self.data.attach(encode=self.module.encode_images, vae_hash=self.base_hash, priors=priors, draw=draw)
         before = self._look_at_base() if ranks.rank() == 0 else []
         with self.watch("training"):
             run.fit(

@@ -15,6 +15,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasti
 from torch import distributed
 
 from ldm.errors import UserError
+from ldm.training.device import device_of
 
 T = TypeVar("T")
 LONGEST = timedelta(hours=2)  # that the others wait while rank 0 draws samples and takes figures
@@ -48,25 +49,26 @@ def join(trainer: Mapping[str, Any]) -> dict[str, Any]:
     if environment is None:
         return {"devices": 1, **trainer}
     if not distributed.is_initialized():
-        _meet(environment, on_gpu=torch.cuda.is_available() and trainer.get("accelerator", "auto") != "cpu")
+        _meet(environment, device_of(trainer))
+    given, here = trainer.get("devices"), environment.world_size()
     places = gathered((environment.node_rank(), environment.local_rank()))
     nodes = len({node for node, _ in places})
     strategy = trainer.get("strategy", "auto")
     return {
         **trainer,
-        "devices": environment.world_size() // nodes,
+        "devices": given if isinstance(given, list) and len(given) == here // nodes else here // nodes,
         "num_nodes": nodes,
         "strategy": "ddp" if strategy == "auto" else strategy,
     }
 
 
-def _meet(environment: TorchElasticEnvironment | SLURMEnvironment, *, on_gpu: bool) -> None:
+def _meet(environment: TorchElasticEnvironment | SLURMEnvironment, device: torch.device) -> None:
     os.environ["MASTER_ADDR"] = environment.main_address
     os.environ["MASTER_PORT"] = str(environment.main_port)
-    if on_gpu:
-        torch.cuda.set_device(environment.local_rank())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=environment.global_rank(),
         world_size=environment.world_size(),
         timeout=LONGEST,

@@ -1,5 +1,6 @@
 """Pictures drawn by a training run: its prior images, its previews and its final samples."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.data.priors import PriorSet, PriorSpec
+from ldm.data.priors import Draw, PriorSet, PriorSpec
 from ldm.pipeline import Text2Image
 from ldm.training import ranks
+from ldm.training.device import placed
 from ldm.training.latent_diffusion import LatentDiffusion
 
 
@@ -69,26 +71,44 @@ def prior_set(data: DreamBoothDataModule, drawing: PriorDrawing, *, base_sha256:
     return PriorSet(Path(drawing.folder), spec)
 
 
+def drawing_of(spec: PriorSpec, draw: Text2Image, *, batch_size: int) -> Draw:
+    """How a set's images are drawn, by the networks of `draw`."""
+
+    def pictures(seeds: Sequence[int]) -> list[tuple[Image.Image, Tensor]]:
+        with placed(draw.first_stage, next(draw.unet.parameters()).device):
+            samples = draw(
+                [spec.prompt] * len(seeds),
+                seeds=seeds,
+                sampler=spec.sampler,
+                steps=spec.steps,
+                guidance_scale=spec.guidance_scale,
+                negative_prompt=spec.negative_prompt,
+                batch_size=batch_size,
+            )
+        return [(sample.image, sample.latents) for sample in samples]
+
+    return pictures
+
+
+def frozen(draw: Text2Image) -> Text2Image:
+    """The same way to draw, with copies of the UNet and text encoder that training does not change."""
+    copies = {name: copy.deepcopy(getattr(draw, name)) for name in ("unet", "cond_stage")}
+    return Text2Image(
+        **{name: network.eval().requires_grad_(False) for name, network in copies.items()},
+        first_stage=draw.first_stage,
+        alphas_cumprod=draw.alphas_cumprod.clone(),
+        parameterization=draw.parameterization,
+        default_size=draw.default_size,
+    )
+
+
 def draw_priors(draw: Text2Image, priors: PriorSet, count: int, *, batch_size: int) -> int:
     """Draws the prior images that are missing, shared among the processes, resumable -> how many were."""
     missing = len(priors.missing(count))
     ranks.wait()  # until all have counted
     if missing == 0:
         return 0
-    spec = priors.spec
-
-    def pictures(seeds: Sequence[int]) -> list[tuple[Image.Image, Tensor]]:
-        samples = draw(
-            [spec.prompt] * len(seeds),
-            seeds=seeds,
-            sampler=spec.sampler,
-            steps=spec.steps,
-            guidance_scale=spec.guidance_scale,
-            negative_prompt=spec.negative_prompt,
-            batch_size=batch_size,
-        )
-        return [(sample.image, sample.latents) for sample in samples]
-
+    pictures = drawing_of(priors.spec, draw, batch_size=batch_size)
     rank, world_size = ranks.rank(), ranks.world_size()
     with tqdm(total=missing, desc="Drawing prior images", unit="image", disable=rank > 0) as bar:
         priors.generate_missing(

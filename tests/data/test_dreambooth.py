@@ -381,3 +381,45 @@ def test_lightning_takes_the_endless_stream(folders, tmp_path):
     )
     trainer.fit(model, data)
     assert model.seen == [[k, k + 1] * 2 for k in (12, 14, 16, 18)]
+
+
+def test_a_photo_that_is_held_out_validates_and_never_trains(folders):
+    data = ready(subject_root=folders["subject_root"], num_priors=0, hold_out=True, validation_batches=3)
+    names = [Path(photo.path).name for photo in data.subject_photos]
+    held, part = names[-1], data.dataset.parts[False]
+    trained = {part.view(item).photo.path.name for item in range(200)}
+    assert trained == set(names) - {held}
+    validated = [int(item) for batch in data.val_dataloader() for item in batch["item"]]
+    assert {part.view(item).photo.path.name for item in validated} == {held}
+    few = ready(subject_root=folders["prior_root"], num_priors=0, hold_out=True)
+    assert len(few.dataset.parts[False].photos) == 6  # of seven
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_online_priors_are_new_images_for_every_item(folders, drawn, online):
+    asked = []
+
+    def draw(seeds):
+        asked.append(list(seeds))
+        return [
+            (noise(seed, SIZE, SIZE), torch.full((3, SIZE // 2, SIZE // 2), float(seed))) for seed in seeds
+        ]
+
+    def rows() -> dict:
+        data = ready(priors=drawn, subject_root=folders["subject_root"], num_priors=6, batch_size=2,
+                     online_priors=online)  # fmt: skip
+        data.draw = draw
+        validation = [batch for batch in data.val_dataloader()]
+        assert {float(b["moments"][-1, 0, 0, 0]) for b in validation} <= set(map(float, range(6)))
+        return by_number(items(data, 3))
+
+    first = rows()
+    shown = [float(first[True, k]["moments"][0, 0, 0]) for k in range(6)]
+    if not online:
+        assert set(shown) <= set(map(float, range(6))) and asked == []
+        return
+    assert shown == [6.0, 7.0, 8.0, 9.0, 10.0, 11.0]
+    assert asked == [[6, 7], [8, 9], [10, 11]]
+    (drawn.folder / "0009.safetensors").unlink()  # killed in between: what was drawn together is drawn again
+    assert all(equal(first[key], row) for key, row in rows().items())
+    assert asked[3:] == [[8, 9]]

@@ -104,6 +104,27 @@ def test_a_run_leaves_its_results_and_a_resumed_one_the_same_weights(job: list[s
     assert Path(sampled.stdout.split()[-1]).name == "contact_sheet.png"
 
 
+def test_online_priors_a_teacher_and_a_new_word(job: list[str]):
+    """All through one job, stopped and taken up; its pictures need the word that stands beside the model."""
+    words = ["data.params.online_priors=true", "model.params.prior_target=teacher"]
+    words += ["data.params.identifier=<my-disc>", "model.params.new_word.params.word=<my-disc>"]
+    words += ["model.params.new_word.target=ldm.training.techniques.NewWord"]
+    words += ["model.params.new_word.params.init=disc"]
+    paths = [path for path in run_job(parse([*job, *words]))]
+    assert all(path.exists() for path in paths)
+    (priors,) = Path("priors").iterdir()
+    # to validate; two new ones a step, and Lightning asks for a batch ahead
+    assert len(list(priors.glob("*.png"))) == 3 + (3 + 1) * 2
+    run_job(parse([*job, *words, "name=stopped", "priors.folder=others", "trainer.max_steps=1"]))
+    again = [*job, *words, "name=stopped", "priors.folder=others", "trainer.max_steps=3"]
+    run_job(parse(again), "auto", allow_config_change=True)
+    for name in ("model", "embedding"):
+        whole, again = (load_file(f"logs/{run}/{name}.safetensors") for run in ("tiny", "stopped"))
+        assert all(torch.equal(whole[key], again[key]) for key in whole) and whole.keys() == again.keys()
+    sampled = run("scripts/sample.py", "--prompt", "a photo of <my-disc> disc", "--n", "1", "--steps", "2")
+    assert sampled.returncode == 0, sampled.stderr
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -114,6 +135,8 @@ def test_a_run_leaves_its_results_and_a_resumed_one_the_same_weights(job: list[s
         (["trainer.max_steps=soon"], "max_steps"),
         (["--frobnicate"], "--frobnicate"),
         (["data.params.size=18"], "18"),
+        (["measures.every_steps=1"], "no `evaluation`"),
+        (["data.params.online_priors=true", "data.params.num_priors=0"], "online_priors"),
     ],
 )
 def test_bad_input_is_found_before_any_work(job: list[str], words: list[str], message: str):

@@ -3,6 +3,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.training.autoencoder import widened
 from tests.checkpoints import sd_v1
 
 
@@ -90,3 +91,23 @@ def test_gradients_reach_every_parameter():
     ((output - pixels).square().mean() + posterior.kl().mean()).backward()
     silent = [n for n, p in autoencoder.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert silent == []
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_widened_autoencoder_computes_the_same(factor):
+    """Until it is trained: then the copies of a channel part, because they are read with other weights."""
+    options = {"ch_mult": [1, 2], "num_res_blocks": 1, "num_groups": 4, "scale_factor": 0.5}
+    narrow, wide = AutoencoderKL(ch=8, **options), AutoencoderKL(ch=8 * factor, **options)
+    for parameter in narrow.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    wide.load_state_dict(widened(narrow.state_dict(), wide))
+    image = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(
+            wide.encode(image).moments, narrow.encode(image).moments, rtol=1e-4, atol=1e-5
+        )
+        z = narrow.encode(image).mean
+        torch.testing.assert_close(wide.decode(z), narrow.decode(z), rtol=1e-4, atol=1e-4)
+    wide.decode(z).square().mean().backward()
+    gradient = wide.decoder.conv_in.weight.grad
+    assert not torch.allclose(gradient[0::factor], gradient[1::factor])

@@ -89,7 +89,7 @@ def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Pa
     apart = torch.cat([(one[key] - two[key]).flatten() for key in one]).norm()
     assert learned > 0.1 and apart < 0.01 * learned  # AdamW makes steps of rounding where a gradient is 0
     curves = [read_curves(Path(f"logs/{name}/tensorboard")) for name in ("one", "two")]
-    for name in ("train/loss", "train/subject_loss", "train/prior_loss"):
+    for name in ("train/loss", "train/subject_loss", "train/prior_loss", "val/loss"):
         (steps, losses), (steps_two, losses_two) = (zip(*curve[name], strict=True) for curve in curves)
         assert steps == steps_two
         assert losses == pytest.approx(losses_two, rel=1e-4)
