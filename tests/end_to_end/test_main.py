@@ -117,7 +117,7 @@ def test_online_priors_a_teacher_and_a_new_word(job: list[str]):
     assert len(list(priors.glob("*.png"))) == 3 + (3 + 1) * 2
     run_job(parse([*job, *words, "name=stopped", "priors.folder=others", "trainer.max_steps=1"]))
     again = [*job, *words, "name=stopped", "priors.folder=others", "trainer.max_steps=3"]
-    run_job(parse(again), "auto", allow_config_change=True)
+    run_job(parse(again), "logs/stopped", allow_config_change=True)
     for name in ("model", "embedding"):
         whole, again = (load_file(f"logs/{run}/{name}.safetensors") for run in ("tiny", "stopped"))
         assert all(torch.equal(whole[key], again[key]) for key in whole) and whole.keys() == again.keys()
