@@ -52,10 +52,10 @@ class DreamBoothRun:
         self.draw = text2image(module, size=data.size)
         self.draw.latent_shape()  # the size suits the networks
         evaluation, measuring = plain.get("evaluation"), Measuring(**plain.get("measures", {}))
-        self.score, self.measures = Score(evaluation, self.draw, data), None
+        self.score, self.measures = Score(evaluation, self.draw, data, base_hash=base_hash), None
         if measuring.every_steps:
             smaller = {**evaluation, "params": {**evaluation.get("params", {}), **measuring.params}}
-            self.measures = Measures(Score(smaller, self.draw, data), measuring)
+            self.measures = Measures(Score(smaller, self.draw, data, base_hash=base_hash), measuring)
         self.samples = SampleDrawing(**plain.get("samples", {}))
         self.prompts = [fill(prompt, **data.words) for prompt in self.samples.prompts]
 

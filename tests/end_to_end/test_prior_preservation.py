@@ -17,6 +17,7 @@ SHORT = [  # a fifth of the shipped run's steps, at rates that make up for it
     *("trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.val_check_interval=1000"),
     *("samples.n=1", "samples.steps=2", "samples.every_steps=0"),
     *("evaluation.params.seeds=1", "evaluation.params.class_samples=32", "evaluation.params.steps=12"),
+    "measures.every_steps=0",
 ]
 
 

@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,15 @@ def run_convert(*words: str | Path) -> Path:
 def names(file: Path) -> set[str]:
     with safe_open(file, framework="pt") as opened:
         return set(opened.keys())
+
+
+@pytest.fixture(autouse=True)
+def all_cores() -> Iterator[None]:
+    """Networks of this size repay more threads than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=FAMILIES)
