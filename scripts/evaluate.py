@@ -6,7 +6,8 @@
     python scripts/evaluate.py --model FILE --captions 512      a base: does it draw what captions say?
 
 On the storybook its judge reads the pictures; --metrics photos measures real ones by DINO, CLIP and LPIPS, as
-the DreamBooth paper does. The untouched base stands beside a model. Writes metrics.json and prints a table.
+the DreamBooth paper does. The untouched base stands beside a model. Writes metrics.json and figures.svg, and
+prints a table.
 """
 
 import argparse
@@ -22,8 +23,10 @@ from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import load_image
 from ldm.errors import UserError
 from ldm.evaluation.pictures import read_pictures
+from ldm.evaluation.plot import figures_plot
 from ldm.evaluation.protocol import Evaluation, Prompts
 from ldm.evaluation.storybook import StorybookEvaluation
+from ldm.files import atomic_write
 from ldm.pipeline import Text2Image, find_model
 from ldm.training.run import find_file, write_json
 
@@ -146,6 +149,9 @@ def main(options: argparse.Namespace) -> None:
     folder = options.out or (model.parent / "evaluation" if is_run else Path("logs") / f"evaluation-{name}")
     folder.mkdir(parents=True, exist_ok=True)
     print(write_json(folder / "metrics.json", figures))
+    with atomic_write(folder / "figures.svg") as temporary:
+        temporary.write_text(figures_plot(figures), encoding="utf-8")
+    print(folder / "figures.svg")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from ldm.evaluation.curves import chart, read_curves, smooth, ticks
+from ldm.evaluation.plot import figures_plot
 from ldm.evaluation.report import Report, Row, write_report
 
 FIGURES = {
@@ -158,3 +160,19 @@ def test_a_resumed_runs_files_are_merged_and_the_later_wins(tmp_path: Path):
             writer.add_scalar("train/loss", value, step)
         writer.close()
     assert read_curves(tmp_path) == {"train/loss": [(k, 1.0 if k < 3 else 2.0) for k in range(8)]}
+
+
+def test_the_plot_of_an_evaluation_holds_every_figure_inside_its_frame():
+    figures = {
+        "subject_fidelity": 0.8,
+        "class_drift": -0.1,
+        "intervals": {"subject_fidelity": [0.7, 0.9]},
+        "base": {"subject_fidelity": 0.2, "class_drift": 0.0},
+        "ceiling": {"subject_fidelity": 1.0},
+    }
+    root = ElementTree.fromstring(figures_plot(figures))
+    *_, width, height = map(float, root.attrib["viewBox"].split())
+    circles = [e for e in root.iter() if e.tag.endswith("circle")]
+    assert len(circles) == 2 and len([e for e in root.iter() if e.tag.endswith("line")]) == 2 + 1 + 3
+    high, low = (float(circle.attrib["cx"]) for circle in circles)
+    assert 0 < low < high < width and all(0 < float(c.attrib["cy"]) < height for c in circles)
