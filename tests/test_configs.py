@@ -14,8 +14,8 @@ from ldm.training.options import parse
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MAIN = CONFIGS / "dreambooth.yaml"
 BASE = CONFIGS / "storybook/base.yaml"
-PRESETS = sorted((CONFIGS / "presets").glob("*.yaml"))
-ALONE = sorted(set(CONFIGS.rglob("*.yaml")) - set(PRESETS))
+PRESETS = sorted([*(CONFIGS / "presets").glob("*.yaml"), *(CONFIGS / "studies/common").glob("*.yaml")])
+ALONE = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS / "storybook").glob("*.yaml")])
 MERGES = [[path] for path in ALONE] + [[MAIN, preset] for preset in PRESETS]
 
 

@@ -43,7 +43,7 @@ def test_the_autoencoder_redraws(drawings: list[dict]):
     images = torch.stack([drawing["image"] for drawing in drawings[:64]])
     with torch.inference_mode():
         redrawn = autoencoder.decode(autoencoder.encode(images).mean).clamp(-1, 1)
-    assert -10 * torch.log10((redrawn - images).square().mean() / 4) > 27.5  # dB; the peak is 2
+    assert -10 * torch.log10((redrawn - images).square().mean() / 4) > 30  # dB; the peak is 2
 
 
 def test_the_base_draws_what_captions_say():
