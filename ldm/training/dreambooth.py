@@ -124,9 +124,12 @@ class DreamBoothRun:
         with self.watch("figures_after"):
             figures = self.score.after()
         sheet = run.leave_pictures(self.folder / "samples", before, after)
+        on_the_way = {"measures": measured, "best_step": best} if measured else {}
+        if self.measures is not None:
+            on_the_way["measures_seconds"] = round(self.measures.seconds, 2)  # of "training"
         metrics = {
             **figures,
-            **({"measures": measured, "best_step": best} if measured else {}),
+            **on_the_way,
             "seconds": self.watch.seconds,
             "peak_memory_mib": round(peak_memory_mib(), 1),
             "prior_images": self.data.num_priors if self.data.draws_priors else 0,

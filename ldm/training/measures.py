@@ -1,5 +1,6 @@
 """Figures while a run learns: how well the subject is drawn by now, and whether the class still is."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ class Measures(pl.Callback):
     def __init__(self, score: Score, measuring: Measuring):
         self.score, self.measuring = score, measuring
         self.rows: list[dict[str, float]] = []
+        self.seconds = 0.0  # spent measuring in this process
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -49,13 +51,14 @@ class Measures(pl.Callback):
         step = trainer.global_step
         if step % self.measuring.every_steps:
             return
-        figures = None
+        figures, since = None, time.perf_counter()
         if trainer.is_global_zero:
             with placed(self.score.draw.first_stage, module.device):
                 figures = self.score.after()
             figures = {name: value for name, value in figures.items() if isinstance(value, float)}
             figures["score"] = round(self.score.evaluation.score(figures), 4)
         figures = trainer.strategy.broadcast(figures)
+        self.seconds += time.perf_counter() - since
         self.rows.append({"step": step, **figures})
         module.log_dict({f"measure/{name}": value for name, value in figures.items()}, sync_dist=True)
         trainer.should_stop |= self._over()
