@@ -157,6 +157,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
         parts = {False: self._part("subject", self.subject_photos)}
         if self.prior_batch_size:
             parts[True] = self._part("prior", self.prior_photos)
+        for photo in parts[False].held_out:
+            log.info("%s never trains: the validation loss is that of it", photo.path)
         moments = self._moments(parts) if self.cache_latents else None
         self.dataset = DreamBoothDataset(parts, moments, self._fresh if self.online_priors else None)
 

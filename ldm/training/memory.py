@@ -63,7 +63,17 @@ def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]
         del needs["first_stage"]
     if config.get("ema_decay") is not None and config.get("ema_device") != "cpu":
         needs["average"] = Need(weights=_size(module.state_dict().values()))
+    if copies := _copies_of_base(module, data):
+        needs["copies of the base"] = Need(weights=copies)
     return needs, disk
+
+
+def _copies_of_base(module: LatentDiffusion, data: Mapping[str, Any]) -> int:
+    """Bytes of what techniques keep of the untouched base: whole networks, or the weights that learn."""
+    networks = [module.networks[name] for name in ("unet", "cond_stage")]
+    whole = sum(_size(network.parameters()) for network in networks)
+    copies = whole * ((module.prior_target == "teacher") + bool(data.get("online_priors")))
+    return copies + (_size(p for p in module.parameters() if p.requires_grad) if module.l2_pull else 0)
 
 
 def state_bytes(parameter: Tensor, optimizer: str) -> int:

@@ -133,3 +133,16 @@ def test_8_bit_states_take_about_two_bytes_a_weight():
     large, small = torch.empty(64 * BLOCK, 4), torch.empty(100)
     assert state_bytes(large, "adamw_8bit") == 2 * large.numel() * (1 + 4 / BLOCK)
     assert state_bytes(small, "adamw_8bit") == 8 * 100
+
+
+@pytest.mark.parametrize(
+    "params, online, copies",
+    [({}, False, 0), ({"prior_target": "teacher"}, False, 1), ({"prior_target": "teacher"}, True, 2)],
+)
+def test_copies_of_the_base_are_counted(tiny_config: dict, params: dict, online: bool, copies: int):
+    config = config_of(tiny_config, **params)
+    config["data"]["params"]["online_priors"] = online
+    needs, _ = estimate(config)
+    counted = needs["copies of the base"].weights if copies else 0
+    learns = needs["unet"].gradients + needs["cond_stage"].gradients  # float32, as large as the weights
+    assert counted == copies * learns and ("copies of the base" in needs) == (copies > 0)
