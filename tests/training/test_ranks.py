@@ -111,6 +111,11 @@ def test_alone_there_is_nobody_to_meet():
     ranks.wait()
 
 
+def test_fsdp_is_refused_where_there_is_no_gpu():
+    with pytest.raises(UserError, match="GPUs.*trainer.strategy"):
+        ranks.join({"strategy": "fsdp", "accelerator": "cpu"})
+
+
 @pytest.mark.parametrize("devices", [1, "1", "auto", [0], -1])
 def test_one_device_starts_nothing_else(devices: object):
     ranks.launch({"devices": devices, "accelerator": "cpu"})  # returns
