@@ -125,6 +125,30 @@ def test_online_priors_a_teacher_and_a_new_word(job: list[str]):
     assert sampled.returncode == 0, sampled.stderr
 
 
+def test_figures_on_the_way_choose_the_weights(job: list[str]):
+    words = ["evaluation.target=ldm.evaluation.storybook.StorybookEvaluation"]
+    words += [f"evaluation.params.{key}" for key in ("seeds=1", "class_samples=2", "steps=2")]
+    words += ["measures.every_steps=1", "measures.params.steps=1", "export.weights=best"]
+    run_job(parse([*job, *words]))
+    folder = Path("logs/tiny")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    rows = metrics["measures"]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        drift = max(0.0, row["class_drift"])
+        assert row["score"] == pytest.approx(
+            row["subject_fidelity"] * row["prompt_fidelity"] - drift, abs=1e-3
+        )
+    best = max(rows, key=lambda row: row["score"])["step"]
+    assert metrics["best_step"] == best and metrics["measures_seconds"] > 0
+    model = load_file(folder / "model.safetensors")
+    kept = torch.load(folder / f"checkpoints/step-{best:08d}.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(model[key], kept[key]) for key in kept if key in model)
+    assert {"measure/score", "measure/subject_fidelity"} <= scalars(folder)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"The score was best after step {best}" in page
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
