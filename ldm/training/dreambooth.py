@@ -140,11 +140,12 @@ class DreamBoothRun:
     def _report(self, before: run.Rows, after: run.Rows, metrics: Mapping[str, Any]) -> Path:
         """The run on one page -> report.html."""
         pairs = zip(before, after, strict=True)
+        priors = self.data.prior_photos[:SHOWN_PRIORS] if self.data.prior_batch_size else ()
         previews = sorted(self.folder.glob("samples/step-*.png"))
         report = Report(
             title=f"{self.folder.name}: {self.data.subject_prompt}",
             subject=[load_image(photo.path) for photo in self.data.subject_photos],
-            priors=[load_image(photo.path) for photo in self.data.prior_photos[:SHOWN_PRIORS]],
+            priors=[load_image(photo.path) for photo in priors],
             rows=[Row(prompt, old, new) for (prompt, old), (_, new) in pairs],
             figures=metrics,
             seconds=metrics["seconds"],

@@ -125,6 +125,12 @@ def test_online_priors_a_teacher_and_a_new_word(job: list[str]):
     assert sampled.returncode == 0, sampled.stderr
 
 
+def test_a_run_without_prior_images(job: list[str]):
+    paths = run_job(parse([*job, "data.params.num_priors=0", "model.params.l2_pull=0.1"]))
+    assert all(path.exists() for path in paths) and not Path("priors").exists()
+    assert json.loads(Path("logs/tiny/metrics.json").read_text())["prior_images"] == 0
+
+
 def test_figures_on_the_way_choose_the_weights(job: list[str]):
     words = ["evaluation.target=ldm.evaluation.storybook.StorybookEvaluation"]
     words += [f"evaluation.params.{key}" for key in ("seeds=1", "class_samples=2", "steps=2")]
