@@ -40,7 +40,7 @@ SMALL = [
     *("priors.steps=8", "priors.batch_size=2", "base_checkpoint=base.safetensors"),
     *("trainer.max_steps=12", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=8"),
     *("trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"),
-    *("checkpoint_every=2", "ema_decay=0.9", "evaluation=null"),
+    *("checkpoint_every=2", "ema_decay=0.9", "evaluation=null", "measures.every_steps=0"),
     *("samples.n=1", "samples.steps=2", "samples.every_steps=6"),
 ]
 PATTERNS = ["{priors}/*/.*.tmp", "logs/{name}*/checkpoints/.*.tmp", "logs/{name}*/.model*.tmp"]
