@@ -86,13 +86,13 @@ def work(case: Case) -> tuple[int, int]:
             module.training_step(there, 0).backward()
         else:
             module.requires_grad_(False)
-            x = torch.empty(2 * case.batch, module.first_stage_model.embed_dim, side, side, device="meta")
-            context = module.encode_prompts([SUBJECT] * len(x))
-            module.apply_model(x, torch.zeros(len(x), device="meta"), context)
+            x = torch.empty(case.batch, module.first_stage_model.embed_dim, side, side, device="meta")
+            prompts = module.encode_prompts([PRIOR, SUBJECT] * len(x))  # two different ones, as of guidance
+            module.apply_model(x, torch.zeros(len(x), device="meta"), prompts)
     flops = counter.get_total_flops() * max(1, case.steps)
     if case.kind == "sample":
         with FlopCounterMode(display=False) as counter:
-            module.first_stage_model.decode(x[: case.batch])
+            module.first_stage_model.decode(x)
         return flops + counter.get_total_flops(), 0
     return flops, ADAMW_BYTES * sum(p.numel() for p in module.parameters() if p.requires_grad)
 

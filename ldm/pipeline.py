@@ -6,7 +6,7 @@ A picture is a function of its own seed and prompt, whatever else is in the call
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from ldm.checkpoints.layout import PREFIXES
 from ldm.checkpoints.load import file_hash, load_parts, open_model, unfilled
 from ldm.checkpoints.lora import merge_lora, read_lora
 from ldm.config import instantiate
-from ldm.diffusion.guidance import classifier_free_guidance
+from ldm.diffusion.guidance import ConditionalPredict, classifier_free_guidance
 from ldm.diffusion.samplers import SAMPLERS, sampling_timesteps
 from ldm.diffusion.schedule import (
     add_noise,
@@ -33,6 +33,7 @@ from ldm.diffusion.schedule import (
     to_eps,
 )
 from ldm.errors import UserError
+from ldm.models.attention import repeat_rows
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
@@ -148,7 +149,7 @@ class Text2Image:
             pairs = self._contexts(prompts, negative_prompt, batch_size, chunked=long_prompts)
             initial = None if init_image is None else self._posterior(init_image, shape)
             for batch in _batches([len(context) for context, _ in pairs], batch_size):
-                predict = guide(self._predict_eps, *_stacked([pairs[i] for i in batch]))
+                predict = guide(*self._conditional([pairs[i] for i in batch]))
                 noise = partial(self._noise, shape, [seeds[i] for i in batch])
                 x = self._start(noise, initial, timesteps)
                 x = SAMPLERS[sampler](predict, x, timesteps, noise=noise, **how)
@@ -187,12 +188,16 @@ class Text2Image:
         N is 1 or, `chunked`, as many chunks as the longer one has; the shorter one is filled up with empty
         ones, as AUTOMATIC1111 does.
         """
-        texts = [negative_prompt, *([""] if chunked else []), *prompts]
-        contexts = self._encode(texts, batch_size, chunked=chunked)
-        pairs = [(contexts[prompt], contexts[negative_prompt]) for prompt in prompts]
-        if chunked:
-            pairs = [tuple(_filled(x, contexts[""], max(map(len, pair))) for x in pair) for pair in pairs]
-        return pairs
+        contexts = self._encode([negative_prompt, "", *prompts], batch_size, chunked=chunked)
+
+        @cache
+        def filled(text: str, length: int) -> Tensor:
+            missing = (length - len(contexts[text])) // len(contexts[""])
+            return torch.cat([contexts[text], *[contexts[""]] * missing])
+
+        pairs = [(prompt, negative_prompt) for prompt in prompts]
+        lengths = [max(len(contexts[text]) for text in pair) for pair in pairs]
+        return [tuple(filled(text, n) for text in pair) for pair, n in zip(pairs, lengths, strict=True)]
 
     def _encode(self, texts: Sequence[str], batch_size: int, *, chunked: bool) -> dict[str, Tensor]:
         """Each different text once -> its context [N M, D], where and as the UNet wants it; N chunks or 1."""
@@ -232,14 +237,29 @@ class Text2Image:
         draws = [randn(shape, seed=seed, items=[0], purpose=f"sample/{purpose}") for seed in seeds]
         return torch.cat(draws).to(_place(self.unet)[0])
 
-    def _predict_eps(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def _conditional(
+        self, pairs: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[ConditionalPredict, Tensor, Tensor]:
+        """B pairs of contexts [M, D] -> eps by the numbers of prompts, and the two [B] of the pairs' numbers.
+
+        A tensor that several pairs hold goes through the network once.
+        """
+        contexts = list({id(context): context for pair in pairs for context in pair}.values())
+        number = {id(context): i for i, context in enumerate(contexts)}
+        numbers = torch.tensor([[number[id(context)] for context in pair] for pair in pairs])
+        rows = numbers.to(contexts[0].device).unbind(1)
+        return partial(self._predict_eps, torch.stack(contexts)), *rows
+
+    def _predict_eps(self, contexts: Tensor, x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         """The network in its own precision, everything around it in float32."""
-        prediction = self.unet(x.to(context.dtype), t, context).float()
+        prediction = self.unet.predict(x, t, contexts, rows).float()
+        x, t = repeat_rows(x, len(rows)), repeat_rows(t, len(rows))
         return to_eps(self.parameterization, prediction, x, t, self.alphas_cumprod.to(x.device))
 
     def _decode(self, latents: Tensor) -> list[Image.Image]:
-        """[B, C, h, w] -> B pictures."""
-        pixels = self.first_stage.decode(latents.to(*_place(self.first_stage))).float()  # [B, 3, H, W]
+        """[B, C, h, w] -> B pictures, one at a time: more at once take more memory and no less time."""
+        place = _place(self.first_stage)
+        pixels = torch.cat([self.first_stage.decode(one.to(*place)).float() for one in latents.split(1)])
         if not pixels.isfinite().all():
             log.warning("A picture has values that are not finite: try fp32 or bf16")
         levels = ((pixels.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -301,16 +321,6 @@ def _check(prompts: Sequence[str], seeds: Sequence[int], *, sampler: str, batch_
         raise UserError(f"The sampler {sampler!r} is unknown", remedy=f"Choose {' or '.join(SAMPLERS)}.")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is impossible", remedy="Choose 1 or more.")
-
-
-def _filled(context: Tensor, empty: Tensor, length: int) -> Tensor:
-    """[N M, D] -> [length, D], the context of empty chunks [M, D] behind it."""
-    return torch.cat([context, *[empty] * ((length - len(context)) // len(empty))])
-
-
-def _stacked(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """B pairs of contexts [M, D] -> both [B, M, D]."""
-    return [torch.stack(side) for side in zip(*pairs, strict=True)]
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -58,7 +58,9 @@ def test_a_picture_is_the_same_in_any_batch(pipeline, sampler, eta):
 
 def test_noise_comes_from_the_pictures_own_seed(pipeline, monkeypatch):
     """A network that sees no noise leaves x_T scaled, and the step noise added to it."""
-    monkeypatch.setattr(pipeline.unet, "forward", lambda x, t, context: torch.zeros_like(x))
+    monkeypatch.setattr(
+        pipeline.unet, "forward", lambda x, t, context, rows: torch.zeros(len(rows), *x.shape[1:])
+    )
     alphas = pipeline.alphas_cumprod
 
     def drawn(purpose: str) -> torch.Tensor:
@@ -71,13 +73,13 @@ def test_noise_comes_from_the_pictures_own_seed(pipeline, monkeypatch):
     torch.testing.assert_close(noisy, plain + sigma * drawn("step/0"), rtol=1e-4, atol=1e-5)
 
 
-def test_texts_are_encoded_once_and_pictures_decoded_in_batches(pipeline, monkeypatch):
+def test_texts_are_encoded_once_and_pictures_decoded_one_by_one(pipeline, monkeypatch):
     encoded = count_calls(monkeypatch, pipeline.cond_stage)
     decoded = count_calls(monkeypatch, pipeline.first_stage, "decode")
     predicted = count_calls(monkeypatch, pipeline.unet)
     pipeline(PROMPTS, seeds=SEEDS, batch_size=3, steps=2)
     assert sum(encoded) == 4 and max(encoded) <= 3  # "", dog, cat, car
-    assert decoded == [3, 2] and predicted == [6, 6, 4, 4]
+    assert decoded == [1] * 5 and predicted == [3, 3, 2, 2]  # with two prompts each
 
 
 def test_two_passes_and_scale_1(pipeline, monkeypatch):

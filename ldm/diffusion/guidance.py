@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x [B, C, h, w], t [B] -> eps [B, C, h, w]
-ConditionalPredict = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, t, context [B, M, D] -> eps
+ConditionalPredict = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, t, prompts [B] or [2 B] -> as many eps
 
 
 def classifier_free_guidance(
     predict: ConditionalPredict,
-    context: Tensor,
+    prompts: Tensor,
     unconditional: Tensor,
     guidance_scale: float,
     *,
@@ -19,19 +19,19 @@ def classifier_free_guidance(
 ) -> Predict:
     """eps_uncond + guidance_scale * (eps_cond - eps_uncond), in the parametrisation of Stable Diffusion.
 
-    context: [B, M, D]; unconditional: [B, M, D] or [1, M, D]. Scale 1 is the conditional prediction alone.
-    `batched` sends [uncond, cond] through the network as one batch; otherwise two passes, half the memory.
+    prompts, unconditional: of B items each, numbers [B] by which `predict` knows them. Scale 1 is the
+    conditional prediction alone. `batched` asks for x with [unconditional, prompts] at once, 2 B predictions
+    of B latents; otherwise two passes, half the memory.
     """
     if guidance_scale == 1:
-        return lambda x, t: predict(x, t, context)
-    unconditional = unconditional.expand_as(context)
-    both = torch.cat([unconditional, context])
+        return lambda x, t: predict(x, t, prompts)
+    both = torch.cat([unconditional, prompts])
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         if batched:
-            eps_uncond, eps_cond = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+            eps_uncond, eps_cond = predict(x, t, both).chunk(2)
         else:
-            eps_uncond, eps_cond = predict(x, t, unconditional), predict(x, t, context)
+            eps_uncond, eps_cond = predict(x, t, unconditional), predict(x, t, prompts)
         return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
 
     return guided

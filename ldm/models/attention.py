@@ -1,6 +1,7 @@
 """Attention of image cells to one another and to the prompt (Rombach et al. 2022, sec. 3.3)."""
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,26 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x if x.requires_grad or not torch.is_grad_enabled() else x.contiguous())
 
 
+def repeat_rows(x: Tensor, rows: int) -> Tensor:
+    """The batch, over and over until it has so many rows. [b, ...] -> [rows, ...]."""
+    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))  # `repeat` would lose the layout
+
+
+class Prompts(NamedTuple):
+    """What a batch attends to: P different contexts [P, M, D], and which of them each item has: rows [B].
+
+    None: as many items as contexts, each with its own.
+    """
+
+    contexts: Tensor
+    rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.contexts if self.rows is None else self.rows)
+
+
 class CrossAttention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017). x: [B, N, C], context: [B, M, D] -> [B, N, C]."""
+    """Multi-head attention (Vaswani et al. 2017). x: [B, N, C], of B prompts [M, D] -> [B, N, C]."""
 
     def __init__(self, channels: int, *, num_heads: int, context_dim: int | None = None):
         super().__init__()
@@ -33,12 +52,14 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Without context, x attends to itself."""
-        source = x if context is None else context
+    def forward(self, x: Tensor, prompts: Prompts | None = None) -> Tensor:
+        """Without prompts, x attends to itself. Items of one prompt share its keys and values."""
+        contexts, rows = (x, None) if prompts is None else prompts
+        k, v = self.to_k(contexts), self.to_v(contexts)
+        if rows is not None:
+            k, v = k[rows], v[rows]
         q, k, v = (
-            rearrange(t, "b n (heads c) -> b heads n c", heads=self.num_heads)
-            for t in (self.to_q(x), self.to_k(source), self.to_v(source))
+            rearrange(t, "b n (heads c) -> b heads n c", heads=self.num_heads) for t in (self.to_q(x), k, v)
         )
         attended = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(rearrange(attended, "b heads n c -> b n (heads c)"))
@@ -70,7 +91,10 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Attention within, then to the prompt, then feed-forward. x: [B, N, C], context: [B, M, D] -> as x."""
+    """Attention within, then to the prompt, then feed-forward. x: [b, N, C], of B prompts -> [B, N, C].
+
+    Where b is less than B, x goes with all the prompts; what comes before them is computed once.
+    """
 
     def __init__(self, channels: int, *, num_heads: int, context_dim: int):
         super().__init__()
@@ -81,14 +105,14 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.norm3 = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+    def forward(self, x: Tensor, prompts: Prompts) -> Tensor:
+        x = repeat_rows(x + self.attn1(self.norm1(x)), len(prompts))
+        x = x + self.attn2(self.norm2(x), prompts)
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer over the cells of a feature map. x: [B, C, h, w], context: [B, M, D] -> [B, C, h, w].
+    """Transformer over the cells of a feature map. x: [b, C, h, w], of B prompts -> [B, C, h, w].
 
     The projections in and out are 1x1 convolutions in SD 1.x, linear layers (`use_linear`) in SD 2.x.
     """
@@ -114,16 +138,16 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zero_init(projection(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, prompts: Prompts) -> Tensor:
         h = self.norm(x)
         if self.use_linear:
             h = self.proj_in(rearrange(h, "b c h w -> b (h w) c"))
         else:
             h = rearrange(self.proj_in(h), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, prompts)
         if self.use_linear:
             h = rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])
         else:
             h = self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]))
-        return x + h
+        return repeat_rows(x, len(h)) + h

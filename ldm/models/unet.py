@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UserError
-from ldm.models.attention import GroupNorm, SpatialTransformer, zero_init
+from ldm.models.attention import GroupNorm, Prompts, SpatialTransformer, repeat_rows, zero_init
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -78,13 +78,13 @@ class Upsample(nn.Module):
 class Stage(nn.Sequential):
     """Layers in a row; hands the timestep to residual blocks and the prompt to transformers."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, prompts: Prompts) -> Tensor:
         for layer in self:
             match layer:
                 case ResBlock():
-                    x = layer(x, emb)
+                    x = layer(x, repeat_rows(emb, len(x)))
                 case SpatialTransformer():
-                    x = layer(x, context)
+                    x = layer(x, prompts)
                 case _:
                     x = layer(x)
         return x
@@ -98,7 +98,12 @@ class UNetModel(nn.Module):
     num_head_channels: width of a head (SD 2.x); where given, it replaces `num_heads` (SD 1.x).
     use_checkpoint: keep only each stage's input for the backward pass and compute the rest again; a list of
         downsampling factors ([1, 2]) does so at these alone.
+
+    `fixed_shapes`, to be set where it is compiled, gives each item a context and latents of its own, as one
+    more shape would be one more translation.
     """
+
+    fixed_shapes = False
 
     def __init__(
         self,
@@ -161,8 +166,22 @@ class UNetModel(nn.Module):
         )
         self.to(memory_format=torch.channels_last)  # much the faster layout for convolutions
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """x: [B, C, h, w], timesteps: [B] in [0, T), context: [B, M, D] -> [B, C, h, w]."""
+    def predict(self, x: Tensor, timesteps: Tensor, context: Tensor, rows: Tensor | None = None) -> Tensor:
+        """`forward` in the network's own precision, whatever that of x and of the context is."""
+        if self.fixed_shapes and rows is not None:
+            x, timesteps = repeat_rows(x, len(rows)), repeat_rows(timesteps, len(rows))
+            context, rows = context[rows], None
+        dtype = self.time_embed[0].weight.dtype
+        return self(x.to(dtype), timesteps, context.to(dtype), rows)
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x: [b, C, h, w], timesteps: [b] in [0, T), context: [P, M, D] -> [B, C, h, w].
+
+        rows: [B], of int64, which of the P contexts each item has; None: its own (b = B = P). Where b is less
+        than B (guidance), all of x goes with each of the B / b runs of rows; what comes before the first
+        prompt is then computed once.
+        """
+        prompts = Prompts(context, rows)
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise UserError(
                 f"Latents of {x.shape[2]} x {x.shape[3]} cells do not fit the UNet",
@@ -173,11 +192,12 @@ class UNetModel(nn.Module):
         skips = []
         h, height = x, x.shape[2]
         for stage in self.input_blocks:
-            h = self._run(stage, h, emb, context, height // h.shape[2])
+            h = self._run(stage, h, emb, prompts, height // h.shape[2])
             skips.append(h)
-        h = self._run(self.middle_block, h, emb, context, height // h.shape[2])
+        h = self._run(self.middle_block, h, emb, prompts, height // h.shape[2])
         for stage in self.output_blocks:
-            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb, context, height // h.shape[2])
+            h = torch.cat([h, repeat_rows(skips.pop(), len(h))], dim=1)
+            h = self._run(stage, h, emb, prompts, height // h.shape[2])
         return self.out(h)
 
     def recomputes(self, factor: int) -> bool:
@@ -185,7 +205,7 @@ class UNetModel(nn.Module):
         chosen = self.use_checkpoint
         return chosen if isinstance(chosen, bool) else factor in chosen
 
-    def _run(self, stage: Stage, x: Tensor, emb: Tensor, context: Tensor, factor: int) -> Tensor:
+    def _run(self, stage: Stage, x: Tensor, emb: Tensor, prompts: Prompts, factor: int) -> Tensor:
         if self.recomputes(factor) and torch.is_grad_enabled():
-            return checkpoint(stage, x, emb, context, use_reentrant=False, preserve_rng_state=False)
-        return stage(x, emb, context)
+            return checkpoint(stage, x, emb, prompts, use_reentrant=False, preserve_rng_state=False)
+        return stage(x, emb, prompts)

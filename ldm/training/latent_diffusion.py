@@ -15,6 +15,7 @@ from ldm.config import instantiate
 from ldm.diffusion.loss import DreamBoothLoss, dreambooth_loss, min_snr_weights, mse_per_item
 from ldm.diffusion.schedule import add_noise, make_alphas_cumprod, training_target
 from ldm.errors import UserError
+from ldm.models.attention import Prompts
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
@@ -134,6 +135,7 @@ class LatentDiffusion(pl.LightningModule):
             unet.to(torch.bfloat16)
             self.cond_stage_model.to(torch.bfloat16)
         if compile is not None:
+            unet.fixed_shapes = True
             unet.compile(mode=compile, dynamic=False)
         self._pull: Pull | None = None
         self._teacher: Teacher | None = None
@@ -161,24 +163,25 @@ class LatentDiffusion(pl.LightningModule):
         """images: [B, 3, H, W] in [-1, 1] -> moments [B, 2C, h, w] of their latents."""
         return self.first_stage_model.encode(images.to(self.device)).moments.contiguous()
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> context [B, M, D].
+    def encode_prompts(self, prompts: Sequence[str]) -> Prompts:
+        """B prompts -> the contexts [P, M, D] of the different ones, and which of them each has.
 
         Equal prompts go through the text encoder once: in a call, or, where it is frozen, in the whole run.
         """
         unique = list(dict.fromkeys(prompts))
+        rows = torch.tensor([unique.index(prompt) for prompt in prompts])
+        rows = rows.to(self.device, non_blocking=True)
         if self._text_learns:
-            rows = torch.tensor([unique.index(prompt) for prompt in prompts])
             over = self.text_encoder_steps is not None and self.global_step >= self.text_encoder_steps
             with torch.set_grad_enabled(torch.is_grad_enabled() and not over):
-                return self._contexts_of(unique)[rows.to(self.device, non_blocking=True)]
+                return Prompts(self._contexts_of(unique), rows)
         if len(unique) + len(self._contexts) > KEPT_CONTEXTS:
             self._contexts.clear()
         new = [prompt for prompt in unique if prompt not in self._contexts]
         if new:
             with torch.inference_mode(False), torch.no_grad():  # validation's are used in training too
                 self._contexts |= zip(new, self._contexts_of(new), strict=True)
-        return torch.stack([self._contexts[prompt] for prompt in prompts])
+        return Prompts(torch.stack([self._contexts[prompt] for prompt in unique]), rows)
 
     @property
     def _text_learns(self) -> bool:
@@ -215,11 +218,9 @@ class LatentDiffusion(pl.LightningModule):
         """Reads the numbers of the items while they are on the CPU: later that would wait for the device."""
         return batch | {"keys": item_keys(batch)}
 
-    def apply_model(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """x: [B, C, h, w], t: [B], context: [B, M, D] -> the UNet's prediction [B, C, h, w]."""
-        unet = self.model["diffusion_model"]
-        dtype = next(unet.parameters()).dtype
-        return unet(x.to(dtype), t, context.to(dtype))
+    def apply_model(self, x: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
+        """x: [B, C, h, w], t: [B], prompts of B items -> the UNet's prediction [B, C, h, w]."""
+        return self.networks["unet"].predict(x, t, *prompts)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         loss = self._log_loss(batch, "train").total

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ldm.models.text_encoder import CLIPTextEncoder
+from ldm.models.unet import UNetModel
+
 
 @dataclass(frozen=True)
 class NewWord:
@@ -42,7 +45,7 @@ class Teacher:
     The class is then kept by what the base would do, not by what its pictures show (Li and Hoiem 2016).
     """
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
+    def __init__(self, unet: UNetModel, text_encoder: CLIPTextEncoder):
         self.unet = copy.deepcopy(unet).eval().requires_grad_(False)
         self.text_encoder = copy.deepcopy(text_encoder).eval().requires_grad_(False)
 
@@ -56,5 +59,4 @@ class Teacher:
         unique = list(dict.fromkeys(prompts))
         contexts = self.text_encoder(self.text_encoder.tokenize(unique).to(x.device))
         rows = torch.tensor([unique.index(prompt) for prompt in prompts])
-        dtype = next(self.unet.parameters()).dtype
-        return self.unet(x.to(dtype), t, contexts[rows.to(x.device)].to(dtype))
+        return self.unet.predict(x, t, contexts, rows.to(x.device))

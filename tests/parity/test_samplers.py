@@ -7,6 +7,7 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.samplers import SPACINGS, ddim, plms, sampling_timesteps
 from ldm.diffusion.schedule import ends_in_noise, make_alphas_cumprod, to_eps
+from ldm.models.attention import repeat_rows
 
 SD = {
     "beta_schedule": "scaled_linear",
@@ -111,10 +112,12 @@ def test_guidance(batched):
         uncond, cond = network(x, t, UNCONDITIONAL), network(x, t, CONTEXT)
         return uncond + 7.5 * (cond - uncond)
 
-    def eps(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        return to_eps("v", network(x, t, context), x, t, alphas)
+    def eps(x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        x, t = repeat_rows(x, len(rows)), repeat_rows(t, len(rows))
+        return to_eps("v", network(x, t, torch.cat([UNCONDITIONAL, CONTEXT])[rows]), x, t, alphas)
 
-    guided_eps = classifier_free_guidance(eps, CONTEXT, UNCONDITIONAL, 7.5, batched=batched)
+    numbers = torch.arange(2 * len(X_T)).chunk(2)
+    guided_eps = classifier_free_guidance(eps, numbers[1], numbers[0], 7.5, batched=batched)
     ours = ddim(guided_eps, X_T, sampling_timesteps(20), alphas)
     assert error(ours, run(scheduler, 20, guided_v)) <= TOLERANCE
 
