@@ -1,7 +1,6 @@
 """Times in interleaved windows, peak memory in processes of their own, and the floor under both."""
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ours
 from benchmarks.cases import PRIOR, SUBJECT, Case, pixels
+from ldm.training.device import peak_resident_mib
 
 WINDOWS = 3  # after one that is dropped
 ADAMW_BYTES = 32  # a float32 weight: gradient written and read; weight and two moments read and written
@@ -136,26 +136,17 @@ def _timed(work: Callable[[], object], times: int, device: str) -> float:
     return time.perf_counter() - start
 
 
-def _resident_mib() -> float:
-    """Most memory that this process has held. Linux hands `ru_maxrss` down from the parent, this not."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**10
-
-
 def _measure_peak(name: str, case: dict, folder: str, device: str, compiled: bool) -> tuple[float, float]:
     if name == "diffusers":
         import benchmarks.peer  # noqa: F401  (its memory is no part of the step's)
-    before = _resident_mib()
+    before = peak_resident_mib()
     side = open_side(name, Case(**case), Path(folder), device=device, compiled=compiled)
     for _ in range(3):
         side.step()
     if device == "cuda":
         reserved = torch.cuda.max_memory_reserved() / 2**20
         return reserved, reserved
-    return _resident_mib() - before, _resident_mib()
+    return peak_resident_mib() - before, peak_resident_mib()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from ldm.files import atomic_write
 
 EMBEDDING = "embedding.safetensors"  # beside a run's model file
 NAMELESS = ("emb_params", "*")  # keys under which others keep vectors whose word is the file's name
+MOST_WORDS = 8  # of a file; one with more tensors is another kind of file
 
 
 def save_embedding(path: str | Path, word: str, vectors: Tensor, *, metadata: Mapping[str, str]) -> Path:
@@ -31,11 +32,9 @@ def read_embedding(path: str | Path) -> dict[str, Tensor]:
         tensors = held.get("string_to_param", held)
     else:
         tensors = read_tensors(path)[0]
-    found = {}
-    for key in tensors:
-        vectors = tensors[key]
-        if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(tensors) > 8:
-            remedy = "A LoRA goes to --lora, a whole model to --model."
-            raise UserError("This is no textual-inversion file", where=path, remedy=remedy)
-        found[path.stem if key in NAMELESS else key] = torch.atleast_2d(vectors)
-    return found
+    words = {path.stem if key in NAMELESS else key: tensors[key] for key in tensors}
+    vectors = [x for x in words.values() if isinstance(x, Tensor) and x.ndim in (1, 2)]
+    if len(vectors) < len(words) or len(words) > MOST_WORDS:
+        remedy = "A LoRA goes to --lora, a whole model to --model."
+        raise UserError("This is no textual-inversion file", where=path, remedy=remedy)
+    return {word: torch.atleast_2d(x) for word, x in words.items()}

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.data.images import load_image
-from ldm.data.items import VALIDATION_STEP, DreamBoothDataset, Index, ItemBatches, Part, Photo, read_photos
-from ldm.data.latents import Encode, cached_moments
+from ldm.data.items import VALIDATION_START, DreamBoothDataset, Index, ItemBatches, Part, Photo, read_photos
+from ldm.data.latents import Encode, cached_moments, without_spread
 from ldm.data.priors import Draw, PriorSet
 from ldm.data.prompts import (
     PRIOR_TEMPLATE,
@@ -168,7 +168,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Items beyond all that train: the same ones however a step is split over ranks and micro-batches."""
-        batches = self._batches(**self._rank(), start_step=VALIDATION_STEP)
+        batches = self._batches(**self._rank(), start_step=VALIDATION_START)
         return self._loader(list(islice(batches, self.validation_batches * self.accumulate)))
 
     def loader(self, *, rank: int = 0, world_size: int = 1, start_step: int = 0) -> DataLoader:
@@ -255,8 +255,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
         moments = {}
         if self.draws_priors:
             for i, view in enumerate(parts[True].views()):
-                mean = self.priors.latents(i)
-                moments[view.key] = torch.cat([mean, torch.zeros_like(mean)])
+                moments[view.key] = without_spread(self.priors.latents(i))
         views = [view for part in parts.values() for view in part.views()]
         todo = {view.key: view.render for view in views if view.key not in moments}
         folder = Path(self.cache_root) if self.cache_root else None
@@ -269,7 +268,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
     def _fresh(self, items: Sequence[int]) -> list[Tensor]:
         """Moments of prior items, from images behind the first `num_priors`: one of its own for each item."""
         drawn = self.priors.drawn_now([self.num_priors + item for item in items], self.draw)
-        return [torch.cat([mean, torch.zeros_like(mean)]) for mean in drawn]
+        return [without_spread(latents) for latents in drawn]
 
     def _check_numbers(self, size_multiple: int) -> None:
         least = {"size": 1, "batch_size": 1, "prior_batch_size": 0, "num_priors": 0}

@@ -26,8 +26,7 @@ from ldm.randomness import generator
 
 Index = tuple[bool, int]  # (is prior, item number): the two parts are numbered apart
 Item = dict[str, Tensor | str | bool | int]
-VALIDATION_STEP = 2**32  # no run gets there: the items of these steps never train
-VALIDATION_ITEM = VALIDATION_STEP  # a step has at least one item of a part
+VALIDATION_START = 2**32  # steps and items from here on never train: no run gets there
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Part:
 
     def view(self, item: int) -> View:
         """The view that an item shows. Every photo comes once in each pass over the photos."""
-        photos = self.held_out if self.held_out and item >= VALIDATION_ITEM else self.photos
+        photos = self.held_out if self.held_out and item >= VALIDATION_START else self.photos
         done, position = divmod(item, len(photos))
         order = torch.randperm(len(photos), generator=self._draws(done, "photo"))
         variant, flip = None, False
@@ -123,7 +122,7 @@ class DreamBoothDataset(Dataset):
         """A batch; `fresh` draws what its prior items show, unless they are there to validate."""
         if self.fresh is None:
             return [self[index] for index in indices]
-        new = [item for is_prior, item in indices if is_prior and item < VALIDATION_ITEM]
+        new = [item for is_prior, item in indices if is_prior and item < VALIDATION_START]
         moments = dict(zip(new, self.fresh(new), strict=True)) if new else {}
         return [self._drawn(index[1], moments) if index[0] else self[index] for index in indices]
 

@@ -22,6 +22,11 @@ log = logging.getLogger(__name__)
 Encode = Callable[[Tensor], Tensor]  # [B, 3, H, W] in [-1, 1] -> moments [B, 2z, h, w]
 
 
+def without_spread(latents: Tensor) -> Tensor:
+    """[z, h, w] -> moments [2z, h, w] of which every sample is these latents."""
+    return torch.cat([latents, torch.zeros_like(latents)])
+
+
 def save_latents(path: Path, latents: Tensor, *, metadata: Mapping[str, str]) -> None:
     """One tensor as float32 safetensors: whole or absent, with its checksum among the metadata.
 

@@ -1,8 +1,6 @@
 """What a run does beside learning: previews, speed, memory and gradient norm."""
 
 import logging
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +14,7 @@ from torch.optim import Optimizer
 
 from ldm.contact_sheet import contact_sheet, save_picture
 from ldm.pipeline import Text2Image
-from ldm.training.device import placed
+from ldm.training.device import peak_memory_mib, placed
 from ldm.training.sampling import SampleDrawing, draw_samples
 
 log = logging.getLogger(__name__)
@@ -102,11 +100,3 @@ class Speed(pl.Callback):
             }
         )
         self.since, self.images = now, 0
-
-
-def peak_memory_mib() -> float:
-    """Most memory that this process has held: on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / 2**20
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

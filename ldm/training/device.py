@@ -1,8 +1,11 @@
 """Where a run computes: the device of its networks from the first prior image to the last sample."""
 
 import os
+import resource
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,6 +32,22 @@ def set_matmul_precision(precision: MatmulPrecision) -> None:
     """
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision(precision)
+
+
+def peak_memory_mib() -> float:
+    """Most memory that this process has held: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**20
+    return peak_resident_mib()
+
+
+def peak_resident_mib() -> float:
+    status = Path("/proc/self/status")  # Linux hands `ru_maxrss` down from the parent process, this not
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from ldm.data.prompts import fill
 from ldm.evaluation.curves import read_curves
 from ldm.evaluation.report import Measured, Report, Row, write_report
 from ldm.training import ranks, run
-from ldm.training.callbacks import AutoencoderAside, FirstStep, Previews, Speed, peak_memory_mib
+from ldm.training.callbacks import AutoencoderAside, FirstStep, Previews, Speed
+from ldm.training.device import peak_memory_mib
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.measures import Measures, Measuring, best_of
 from ldm.training.sampling import (
