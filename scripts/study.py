@@ -76,6 +76,7 @@ def publish(study: Study, jobs: Sequence[Job], folder: Path) -> list[Path]:
         claim=study.claim,
         finding=study.finding,
         command=f"python scripts/study.py --base configs/studies/{study.name}.yaml",
+        made_at=study.made_at,
         rows=rows,
         figures=study.figures,
         seconds=seconds,

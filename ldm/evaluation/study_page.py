@@ -56,6 +56,7 @@ def page(
     claim: str,
     finding: str,
     command: str,
+    made_at: str,
     rows: Sequence[Row],
     figures: Sequence[str],
     seconds: Mapping[str, float],
@@ -72,7 +73,8 @@ def page(
     parts = [f"# {title}", f"**What is said.** {claim.strip()}"]
     parts += [f"**What we measured.** {finding.strip()}"] if finding.strip() else []
     parts += [table(rows, figures, seconds), made, *(f"![]({plot})" for plot in plots)]
-    return "\n\n".join([*parts, f"Made by `{command}`."]) + "\n"
+    place = f" at {made_at.strip()}" if made_at.strip() else ""
+    return "\n\n".join([*parts, f"Made by `{command}`{place}."]) + "\n"
 
 
 def panels(rows: Sequence[Row], figures: Sequence[str]) -> str:

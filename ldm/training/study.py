@@ -31,8 +31,9 @@ class Study:
     """A file in configs/studies.
 
     base: configs to merge; set: overrides of all runs; variants: overrides of each; claim: what the paper or
-    others say; finding: what the figures show; figures: columns of the table; frontier: two of them, drawn
-    one against the other; threads: of one run on the CPU, whose sums depend on it.
+    others say; finding: what the figures show; made_at: commit and machine of its runs; figures: columns of
+    the table; frontier: two of them, drawn one against the other; threads: of one run on the CPU, whose sums
+    depend on it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Study:
     subjects: Mapping[str, Subject]
     seeds: Sequence[int]
     finding: str = ""
+    made_at: str = ""
     set: Sequence[str] = ()
     figures: Sequence[str] = FIGURES
     frontier: Sequence[str] = ()

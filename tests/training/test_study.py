@@ -84,7 +84,7 @@ def test_shipped_studies_are_sound(path: Path, monkeypatch: pytest.MonkeyPatch, 
     (workdir / "configs").symlink_to(ROOT / "configs")
     jobs = jobs_of(study)
     assert len(study.subjects) >= 4 and len(study.seeds) >= 2 and len(jobs) >= 16
-    assert study.finding.strip(), "a study is shipped with what it found"
+    assert study.finding.strip() and study.made_at.strip(), "a study is shipped with what it found, and where"
     rows = list(csv.DictReader((ROOT / f"studies/{study.name}.csv").open()))
     assert [(r["variant"], r["subject"], r["seed"]) for r in rows] == [
         (job.variant, job.subject, str(job.seed)) for job in jobs
