@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ldm.contact_sheet import contact_sheet, save_picture
 from ldm.pipeline import Text2Image
 from ldm.training.device import peak_memory_mib, placed
 from ldm.training.sampling import SampleDrawing, draw_samples
+from ldm.training.sharding import total_norm
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Speed(pl.Callback):
         gradients = [p.grad for p in parameters if p.grad is not None]
         now = time.perf_counter()
         if gradients:  # there are none where the optimizer steps in the backward pass
-            module.log("train/grad_norm", get_total_norm(gradients))
+            module.log("train/grad_norm", total_norm(gradients))
         module.log_dict(
             {
                 "train/images_per_second": self.images / (now - self.since),

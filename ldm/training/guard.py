@@ -7,12 +7,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ldm.errors import UserError
 from ldm.training.draws import ItemDraws, item_keys
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.sharding import total_norm
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class NonFiniteGuard(pl.Callback):
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:  # there are none where the optimizer steps in the backward pass
-            self._now(trainer.global_step).gradient = Later(get_total_norm(gradients).isfinite()[None])
+            self._now(trainer.global_step).gradient = Later(total_norm(gradients).isfinite()[None])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: dict, batch: dict, batch_idx: int

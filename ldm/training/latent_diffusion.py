@@ -22,6 +22,7 @@ from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 from ldm.training.draws import ItemDraws, item_keys
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
+from ldm.training.sharding import Sharded, shard
 from ldm.training.techniques import NewWord, Pull, Teacher
 
 PriorTarget = Literal["noise", "teacher"]
@@ -200,6 +201,11 @@ class LatentDiffusion(pl.LightningModule):
             self._pull = Pull(self.parameters())
         if self.prior_target == "teacher" and stage == "fit":
             self._teacher = Teacher(self.model["diffusion_model"], self.cond_stage_model)
+
+    def configure_model(self) -> None:
+        """Splits the networks over the processes, where the Trainer asks for that."""
+        if isinstance(self.trainer.strategy, Sharded):
+            shard(self.networks, self.device_mesh["data_parallel"])
 
     def add_new_word(self) -> None:
         """Lets prompts hold the new word, if there is one. To be called when the base's weights are there."""

@@ -45,9 +45,6 @@ def join(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
     Alone, it is one device: a Trainer that is told nothing takes all and starts processes of its own.
     """
-    if str(trainer.get("strategy")).startswith("fsdp") and device_of(trainer).type != "cuda":
-        remedy = "Take it off; several CPU processes train with ddp."
-        raise UserError("FSDP splits a model over GPUs", where="trainer.strategy", remedy=remedy)
     environment = _environment()
     if environment is None:
         return {"devices": 1, **trainer}

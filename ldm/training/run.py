@@ -31,6 +31,7 @@ from ldm.training.checkpoints import Checkpoints, WholeFiles
 from ldm.training.guard import NonFiniteGuard
 from ldm.training.measures import Measures
 from ldm.training.resume import check_fit, name_of, newest_whole, state_bytes
+from ldm.training.sharding import stand_in
 from ldm.training.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -121,19 +122,19 @@ def fit(
         return
     bytes_needed = (checkpoints_kept + 1) * state_bytes(module, averaged=ema_decay is not None)
     require_space(folder, bytes_needed, what="a run's checkpoints")
-    with StopSignals() as stop:
+    with StopSignals() as stop, stand_in(module, trainer) as (learner, trainer):
         keepers = _keepers(kept, every=checkpoint_every, keep=checkpoints_kept, stop=stop, measures=measures)
         average = [] if ema_decay is None else [averaging(decay=ema_decay, device=ema_device)]
         pl.Trainer(
             default_root_dir=folder,
             logger=instantiate(logger) if logger else board(folder, start=data.start_step),
             callbacks=[*callbacks, *keepers, *average, *progress_bar(trainer)],
-            plugins=[] if str(trainer.get("strategy")).startswith("fsdp") else [WholeFiles()],
+            plugins=[WholeFiles()],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             enable_model_summary=False,
             **trainer,
-        ).fit(module, data, ckpt_path=last)
+        ).fit(learner, data, ckpt_path=last)
     module.to(place)  # the Trainer leaves it on the CPU
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.evaluation.curves import Curve, read_curves
@@ -120,3 +121,40 @@ def differences(one: Any, other: Any, at: str = "") -> list[str]:
             d for k, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{at}/{k}")
         ]
     return [] if one == other else [f"{at}: {one!r:.60} {other!r:.60}"]
+
+
+@pytest.fixture
+def words(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folder: Path) -> list[str]:
+    config = {
+        "name": "one",
+        "seed": 5,
+        "base_checkpoint": str(tiny_model_file),
+        "model": {
+            "target": "ldm.training.latent_diffusion.LatentDiffusion",
+            "params": tiny_config | {"learning_rate": 1e-3, "seed": "${seed}"},
+        },
+        "data": {
+            "target": "ldm.data.dreambooth.DreamBoothDataModule",
+            "params": {
+                "subject_root": str(subject_folder),
+                "class_word": "disc",
+                "size": 16,
+                "batch_size": 2,
+                "num_priors": 3,
+                "seed": "${seed}",
+                "validation_batches": 1,
+            },
+        },
+        "priors": {"steps": 2, "guidance_scale": 2.0},
+        "trainer": {
+            "max_steps": 4,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "log_every_n_steps": 1,
+            "val_check_interval": 2,
+        },
+        "samples": {"prompts": ["a photo of {identifier} {class_word}"], "n": 1, "steps": 2},
+        "export": {"dtype": "fp32"},
+    }
+    OmegaConf.save(OmegaConf.create(config), workdir / "tiny.yaml")
+    return ["--base", "tiny.yaml"]

@@ -37,43 +37,6 @@ if ranks.rank() == 1:
 """
 
 
-@pytest.fixture
-def words(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folder: Path) -> list[str]:
-    config = {
-        "name": "one",
-        "seed": 5,
-        "base_checkpoint": str(tiny_model_file),
-        "model": {
-            "target": "ldm.training.latent_diffusion.LatentDiffusion",
-            "params": tiny_config | {"learning_rate": 1e-3, "seed": "${seed}"},
-        },
-        "data": {
-            "target": "ldm.data.dreambooth.DreamBoothDataModule",
-            "params": {
-                "subject_root": str(subject_folder),
-                "class_word": "disc",
-                "size": 16,
-                "batch_size": 2,
-                "num_priors": 3,
-                "seed": "${seed}",
-                "validation_batches": 1,
-            },
-        },
-        "priors": {"steps": 2, "guidance_scale": 2.0},
-        "trainer": {
-            "max_steps": 4,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "log_every_n_steps": 1,
-            "val_check_interval": 2,
-        },
-        "samples": {"prompts": ["a photo of {identifier} {class_word}"], "n": 1, "steps": 2},
-        "export": {"dtype": "fp32"},
-    }
-    OmegaConf.save(OmegaConf.create(config), workdir / "tiny.yaml")
-    return ["--base", "tiny.yaml"]
-
-
 def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Path):
     (workdir / "worker.py").write_text(WORKER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -109,11 +72,6 @@ def test_alone_there_is_nobody_to_meet():
     assert (ranks.rank(), ranks.world_size()) == (0, 1)
     assert ranks.gathered("x") == ["x"] and ranks.by_first(lambda: "y") == "y"
     ranks.wait()
-
-
-def test_fsdp_is_refused_where_there_is_no_gpu():
-    with pytest.raises(UserError, match="GPUs.*trainer.strategy"):
-        ranks.join({"strategy": "fsdp", "accelerator": "cpu"})
 
 
 @pytest.mark.parametrize("devices", [1, "1", "auto", [0], -1])
