@@ -100,6 +100,7 @@ def check_sharding(plain: Mapping[str, Any]) -> None:
             f"model.params.{key}": bool(params.get(key)) for key in ("lora", "l2_pull", "compile", "new_word")
         },
     }
-    for key in (key for key, present in refused.items() if present):
-        remedy = f"Take {key} off, or train with trainer.strategy=ddp."
-        raise UserError(f"{key} does not go with FSDP", where=key, remedy=remedy)
+    found = ", ".join(key for key, present in refused.items() if present)
+    if found:
+        remedy = "Take it off, or train with trainer.strategy=ddp."
+        raise UserError("FSDP does not go with all that the config asks for", where=found, remedy=remedy)
