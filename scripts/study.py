@@ -3,8 +3,8 @@
     python scripts/study.py --base configs/studies/prior_preservation.yaml --processes 2
     python scripts/study.py --base configs/studies/*.yaml --part 1/3      on the first of three machines
 
-Every config is checked before the first run. Finished runs are kept and found again, stopped ones taken up.
-When all are there, writes studies/NAME.csv, .md and .svg.
+Every config is checked before the first run. Finished runs are kept and found again, in other studies too;
+stopped ones are taken up. When all are there, writes studies/NAME.csv, .md and .svg.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from statistics import mean
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-from ldm.config import load_config
+from ldm.config import load_config, save_config
 from ldm.errors import UserError
 from ldm.evaluation import study_page
 from ldm.files import atomic_write
 from ldm.training.job import run_job
-from ldm.training.study import Job, Study, jobs_of, part_of, read_study
+from ldm.training.study import Job, Study, jobs_of, part_of, read_study, same_but_for_study
 
 
 def metrics_of(job: Job) -> dict | None:
@@ -39,11 +39,26 @@ def metrics_of(job: Job) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def twin_of(job: Job) -> Path | None:
+    """The folder of the same run where another study has finished it."""
+    folders = (path.parent for path in sorted(Path("logs").glob("study-*/*/metrics.json")))
+    return next(
+        (f for f in folders if same_but_for_study(load_config([f / "config.yaml"]), job.config)), None
+    )
+
+
 def work(study: Study, jobs: Sequence[Job]) -> None:
     torch.set_num_threads(study.threads)
     for number, job in enumerate(jobs, start=1):
-        if metrics_of(job) is None:
-            print(f"{study.name}, run {number} of {len(jobs)}: {job.folder.name}", flush=True)
+        if metrics_of(job) is not None:
+            continue
+        print(f"{study.name}, run {number} of {len(jobs)}: {job.folder.name}", flush=True)
+        twin = twin_of(job)
+        if twin is not None:
+            print(f"as in {twin}", flush=True)
+            shutil.copytree(twin, job.folder, dirs_exist_ok=True)
+            save_config(job.config, job.folder / "config.yaml")
+        else:
             run_job(job.config, "auto")
             shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
 

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import yaml
 from omegaconf import DictConfig
 
+from ldm.config import to_plain
 from ldm.errors import UserError
 from ldm.storybook.subjects import new_subject, write_subject
 from ldm.storybook.world import CLASSES
@@ -100,6 +101,16 @@ def jobs_of(study: Study) -> list[Job]:
             raise UserError(f"The variant `{variant}` is not a config: {error}", where=study.name) from error
         found.append(Job(variant, subject, seed, config))
     return found
+
+
+def same_but_for_study(one: DictConfig, other: DictConfig) -> bool:
+    """Whether runs of two studies are the same run: configs that differ in the study's name alone."""
+    plain = [to_plain(config) for config in (one, other)]
+    for content in plain:
+        study = Path(content.pop("name")).parts[0]  # drawn subjects are in its folder
+        params = content["data"]["params"]
+        params["subject_root"] = str(params["subject_root"]).replace(f"logs/{study}/", "logs/")
+    return plain[0] == plain[1]
 
 
 def part_of(jobs: Sequence[Job], part: str) -> Sequence[Job]:

@@ -11,7 +11,7 @@ import yaml
 from ldm.config import to_plain
 from ldm.errors import UserError
 from ldm.evaluation import study_page
-from ldm.training.study import jobs_of, part_of, read_study
+from ldm.training.study import jobs_of, part_of, read_study, same_but_for_study
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs/studies").glob("*.yaml"))
@@ -51,6 +51,18 @@ def test_the_grid(workdir: Path):
     assert (last["model"]["params"]["prior_loss_weight"], last["seed"]) == (1, 2)
     assert (last["data"]["params"]["class_word"], last["data"]["params"]["subject_root"]) == ("car", "cars")
     assert len(list(Path(first["data"]["params"]["subject_root"]).glob("*.png"))) == 5
+
+
+def test_runs_that_studies_have_in_common_are_known(workdir: Path):
+    jobs = jobs_of(read_study(write(workdir)))
+    again = CONTENT | {"variants": {"alone": ["model.params.prior_loss_weight=1.0"]}}
+    (workdir / "other.yaml").write_text(yaml.safe_dump(again, sort_keys=False))
+    others = jobs_of(read_study(workdir / "other.yaml"))
+    same = {
+        (a.folder.name, b.folder.name) for a in jobs for b in others if same_but_for_study(a.config, b.config)
+    }
+    runs = ("rex--1", "rex--2", "car--1", "car--2")
+    assert same == {(f"weight-1--{run}", f"alone--{run}") for run in runs}
 
 
 def test_parts_share_all_jobs(workdir: Path):
