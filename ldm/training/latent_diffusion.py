@@ -170,8 +170,10 @@ class LatentDiffusion(pl.LightningModule):
         Equal prompts go through the text encoder once: in a call, or, where it is frozen, in the whole run.
         """
         unique = list(dict.fromkeys(prompts))
-        rows = torch.tensor([unique.index(prompt) for prompt in prompts])
-        rows = rows.to(self.device, non_blocking=True)
+        rows = None  # each its own
+        if len(unique) < len(prompts):
+            rows = torch.tensor([unique.index(prompt) for prompt in prompts])
+            rows = rows.to(self.device, non_blocking=True)
         if self._text_learns:
             over = self.text_encoder_steps is not None and self.global_step >= self.text_encoder_steps
             with torch.set_grad_enabled(torch.is_grad_enabled() and not over):
