@@ -37,7 +37,8 @@ class Prompts(NamedTuple):
     contexts: Tensor
     rows: Tensor | None = None
 
-    def __len__(self) -> int:
+    @property
+    def items(self) -> int:
         return len(self.contexts if self.rows is None else self.rows)
 
 
@@ -106,7 +107,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, prompts: Prompts) -> Tensor:
-        x = repeat_rows(x + self.attn1(self.norm1(x)), len(prompts))
+        x = repeat_rows(x + self.attn1(self.norm1(x)), prompts.items)
         x = x + self.attn2(self.norm2(x), prompts)
         return x + self.ff(self.norm3(x))
 
