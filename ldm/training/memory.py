@@ -17,6 +17,8 @@ from torch.func import functional_call
 
 from ldm.config import instantiate
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.ranks import device_count
+from ldm.training.sharding import FSDP
 
 MIB = 2**20
 BLOCK, SMALL = 256, 4096  # bitsandbytes: weights per scale; smaller tensors keep float32 states
@@ -59,6 +61,8 @@ def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]
         largest = max((p.nbytes for p in module.parameters() if p.requires_grad), default=0)
         needs["unet"] = Need(**{**vars(needs["unet"]), "gradients": largest})
     disk = _disk(config, needs, count=sum(p.numel() for p in module.parameters()))
+    if trainer.get("strategy") == FSDP:
+        needs |= {name: _share(need, device_count(trainer)) for name, need in needs.items() if need.states}
     if data.get("cache_latents", True):
         del needs["first_stage"]
     if config.get("ema_decay") is not None and config.get("ema_device") != "cpu":
@@ -66,6 +70,12 @@ def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]
     if copies := _copies_of_base(module, data):
         needs["copies of the base"] = Need(weights=copies)
     return needs, disk
+
+
+def _share(need: Need, processes: int) -> Need:
+    """What one process has of a network that FSDP splits; the block that computes is whole for that time."""
+    parts = {name: -(-getattr(need, name) // processes) for name in ("weights", "gradients", "states")}
+    return Need(**parts, activations=need.activations)
 
 
 def _copies_of_base(module: LatentDiffusion, data: Mapping[str, Any]) -> int:
@@ -115,13 +125,14 @@ def _activations(module: LatentDiffusion, data: Mapping[str, Any], *, precision:
         with _saving(text, weights | factors, {}) as saved:
             context = functional_call(text, weights, prompts)
         found["cond_stage"] = sum(saved)
-        rows = torch.zeros(subject + priors, dtype=torch.int64)
-        context = context[rows].detach().requires_grad_(context.requires_grad)
+        timesteps = torch.zeros(subject + priors, dtype=torch.int64)
+        rows = timesteps if subject + priors > len(prompts) else None
+        context = context.detach().requires_grad_(context.requires_grad)
         x = torch.zeros(subject + priors, module.first_stage_model.embed_dim, side, side)
         stages = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
         weights, dtype = _without_data(unet), next(unet.parameters()).dtype
         with _saving(unet, weights | factors, {stage: side for stage in stages}) as saved:
-            functional_call(unet, weights, (x.to(dtype), rows, context.to(dtype)))
+            functional_call(unet, weights, (x.to(dtype), timesteps, context.to(dtype), rows))
         found["unet"] = sum(saved)
     return found
 

@@ -103,6 +103,15 @@ def test_activations_are_what_the_graph_saves(tiny_config: dict, mixed: bool, lo
     assert sum(need.activations for need in needs.values()) == pytest.approx(counted, rel=0.05)
 
 
+def test_fsdp_leaves_each_process_its_share(tiny_config: dict):
+    whole, _ = estimate(config_of(tiny_config))
+    split, _ = estimate(config_of(tiny_config, trainer={"strategy": "fsdp", "devices": 4}))
+    for name in ("unet", "cond_stage"):
+        for kind in ("weights", "gradients", "states"):
+            assert getattr(split[name], kind) == -(-getattr(whole[name], kind) // 4)
+        assert split[name].activations == whole[name].activations
+
+
 def test_checkpointing_is_counted_stage_by_stage(tiny_config: dict):
     """Computing all again needs least; choosing a resolution lies between."""
     found = []
