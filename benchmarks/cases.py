@@ -14,13 +14,17 @@ LORA_RANK = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. batch: pictures at a time; in training half are priors. steps: of the sampler."""
+    """One comparison. batch: pictures at a time; in training half are priors. steps: of the sampler.
+
+    lean: ours steps each weight in the backward pass and keeps no gradients; diffusers has no such flag.
+    """
 
     size: Literal["storybook", "quarter", "sd1"]
     kind: Literal["train", "sample"]
     batch: int
     text: bool = False  # the text encoder learns too
     lora: bool = False
+    lean: bool = False
     steps: int = 0
 
     @property
@@ -28,14 +32,15 @@ class Case:
         if self.kind == "sample":
             return f"{self.size}: {self.steps} DDIM steps with CFG, batch {self.batch}"
         parts = "UNet and text encoder" if self.text else "UNet"
-        return f"{self.size}: {'LoRA' if self.lora else 'full'} training of {parts}, batch {self.batch}"
+        kind = "LoRA" if self.lora else "lean" if self.lean else "full"
+        return f"{self.size}: {kind} training of {parts}, batch {self.batch}"
 
 
 def cases(device: str, *, quick: bool) -> list[Case]:
     """On a CPU networks of reduced size, on a GPU Stable Diffusion 1.5."""
     if quick:
         return [Case("storybook", "train", 2, text=True), Case("storybook", "sample", 1, steps=2)]
-    trained = [{"text": True}, {}, {"lora": True}]
+    trained = [{"text": True}, {"text": True, "lean": True}, {}, {"lora": True}]
     if device == "cuda":
         train = [Case("sd1", "train", 2, **kind) for kind in trained]
         return train + [Case("sd1", "sample", batch, steps=50) for batch in (1, 8)]

@@ -53,7 +53,7 @@ class Training:
         self.device, self.half, self.done = device, case.batch // 2, 0
         self.moments = torch.rand(case.batch, 2 * self.module.first_stage_model.embed_dim, side, side)
         parts = {name: (module, 1e-6) for name, module in self.module.learners.items()}
-        self.optimizer = adamw(parts)
+        self.optimizer = adamw(parts, step_in_backward=case.lean)
         self.learning = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def step(self) -> None:
@@ -69,7 +69,7 @@ class Training:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
             loss = self.module.training_step(batch, 0)
         loss.backward()
-        clip_grad_norm_(self.learning, 1.0)
+        clip_grad_norm_(self.learning, 1.0)  # of none, if lean
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

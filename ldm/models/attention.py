@@ -42,6 +42,18 @@ class Prompts(NamedTuple):
         return len(self.contexts if self.rows is None else self.rows)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(c)) v (Vaswani et al. 2017, eq. 1). [B, heads, N, c], two of [B, heads, M, c] -> as q.
+
+    Widths that are no multiple of 8 are filled up with zeros: a CPU's kernel is twice as fast then at c = 10.
+    """
+    width = q.shape[-1]
+    if width % 8 == 0:
+        return F.scaled_dot_product_attention(q, k, v)
+    q, k, v = (F.pad(t, (0, -width % 8)) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=width**-0.5)[..., :width]
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017). x: [B, N, C], of B prompts [M, D] -> [B, N, C]."""
 
@@ -62,7 +74,7 @@ class CrossAttention(nn.Module):
         q, k, v = (
             rearrange(t, "b n (heads c) -> b heads n c", heads=self.num_heads) for t in (self.to_q(x), k, v)
         )
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = attend(q, k, v)
         return self.to_out(rearrange(attended, "b heads n c -> b n (heads c)"))
 
 

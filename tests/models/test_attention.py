@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ldm.models.attention import GEGLU, CrossAttention, Prompts, SpatialTransformer
+from ldm.models.attention import GEGLU, CrossAttention, Prompts, SpatialTransformer, attend
 
 
 @pytest.mark.parametrize("context_dim", [None, 6], ids=["self", "cross"])
@@ -22,6 +22,18 @@ def test_attention_is_softmax_of_scaled_products_head_by_head(context_dim):
     expected = attention.to_out(torch.cat(heads, dim=-1))
     prompts = None if context is None else Prompts(context)
     torch.testing.assert_close(attention(x, prompts), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [10, 16])
+def test_widths_filled_up_with_zeros_attend_as_they_are(width: int):
+    torch.manual_seed(0)
+    q, k, v, weight = (torch.randn(2, 3, n, width) for n in (5, 7, 7, 5))
+    found = []
+    for attention in (attend, torch.nn.functional.scaled_dot_product_attention):
+        tensors = [t.clone().requires_grad_() for t in (q, k, v)]
+        y = attention(*tensors)
+        found.append([y, *torch.autograd.grad((weight * y).sum(), tensors)])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
