@@ -17,7 +17,7 @@ from benchmarks import ours
 from benchmarks.cases import PRIOR, SUBJECT, Case, pixels
 from ldm.training.device import peak_resident_mib
 
-WINDOWS = 3  # after one that is dropped
+WINDOWS = 7  # after one that is dropped
 ADAMW_BYTES = 32  # a float32 weight: gradient written and read; weight and two moments read and written
 
 

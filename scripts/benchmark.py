@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compile", action="store_true", help="compile the UNet on both sides")
     add("--only", default="", metavar="TEXT", help="cases whose name holds this")
-    add("--seconds", type=float, default=8.0, help="of a window of the slower side (8)")
+    add("--seconds", type=float, default=3.0, help="of a window of the slower side (3)")
     add("--out", type=Path, default=Path("benchmarks"), help="folder of the JSON file and the plot")
     return parser.parse_args()
 

@@ -43,8 +43,9 @@ class Prompts(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(c)) v (Vaswani et al. 2017, eq. 1). [B, heads, N, c], two of [B, heads, M, c] -> as q.
+    """softmax(q k^T / sqrt(c)) v (Vaswani et al. 2017, eq. 1).
 
+    q: [B, heads, N, c], k and v: [B, heads, M, c] -> [B, heads, N, c].
     Widths that are no multiple of 8 are filled up with zeros: a CPU's kernel is twice as fast then at c = 10.
     """
     width = q.shape[-1]
