@@ -142,7 +142,7 @@ SHARED = torch.tensor([1, 1, 0, 1])  # of four items, the context
 
 def shared(unet: UNetModel) -> list[torch.Tensor]:
     """Output of two latents under two prompts each, and all gradients: of what is there once."""
-    x, timesteps, context = inputs()
+    x, timesteps, context = inputs(torch.float64)
     context.requires_grad_()
     output = unet.predict(x, timesteps, context, SHARED)
     output.square().sum().backward()
@@ -154,9 +154,9 @@ def shared(unet: UNetModel) -> list[torch.Tensor]:
 def test_items_share_prompts_and_what_comes_before_them(resolutions, use_checkpoint):
     """As if each item had latents and a context of its own, which is what `fixed_shapes` makes of it."""
     options = {"attention_resolutions": resolutions, "use_checkpoint": use_checkpoint}
-    unet, plain, fixed = (build(**options) for _ in range(3))
+    unet, plain, fixed = (build(**options).double() for _ in range(3))
     fixed.fixed_shapes = True
-    x, timesteps, context = inputs()
+    x, timesteps, context = inputs(torch.float64)
     context.requires_grad_()
     expected = plain(torch.cat([x, x]), torch.cat([timesteps, timesteps]), context[SHARED])
     expected.square().sum().backward()
@@ -164,7 +164,7 @@ def test_items_share_prompts_and_what_comes_before_them(resolutions, use_checkpo
         assert found[0].shape == (4, 4, 8, 6)
         references = [expected.detach(), context.grad, *(p.grad for p in plain.parameters())]
         for one, other in zip(found, references, strict=True):
-            assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+            assert (one - other).abs().max() <= 1e-10 * other.abs().max()
 
 
 @torch.no_grad()
