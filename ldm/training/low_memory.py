@@ -10,37 +10,63 @@ from torch.optim import Optimizer
 from ldm import randomness
 
 Group = dict[str, Any]  # "params", "lr", "name"
+PASSES = 32  # of the optimizer in a backward pass
 
 
 class StepInBackward(Optimizer):
-    """Steps each parameter as soon as its gradient is there, then frees it: no gradients are kept.
+    """Steps parameters while the backward pass goes on, some at a time, and frees their gradients.
 
     The result is that of stepping afterwards. It rules out all that needs every gradient at once: clipping,
     accumulation, a loss scaler, averaging over processes. State dicts are those of `make`'s optimizer.
+    At most `1 / PASSES` of all gradients are held, and one more: a step for each would cost more time
+    than all of the update's arithmetic.
 
-    groups: parameter groups, each with its "lr". make: groups -> an optimizer, called once per parameter.
+    groups: parameter groups, each with its "lr". make: groups -> the optimizer that steps.
     """
 
     def __init__(self, groups: Iterable[Group], make: Callable[[list[Group]], Optimizer]):
         groups = [dict(group, params=list(group["params"])) for group in groups]
-        self._alone = {p: make([{**group, "params": [p]}]) for group in groups for p in group["params"]}
-        defaults = next(iter(self._alone.values())).defaults
-        super().__init__(groups, defaults)
+        self._inner = make(groups)
+        super().__init__(groups, self._inner.defaults)
         self._group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
-        for parameter in self._alone:
-            parameter.register_post_accumulate_grad_hook(self._step_one)
+        self._room = held_gradients(self._group_of)
+        self._waiting: list[Tensor] = []
+        self._held, self._in_backward = 0, False
+        for parameter in self._group_of:
+            parameter.register_post_accumulate_grad_hook(self._arrived)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """The work is done when the backward pass is: `closure` holds it, if there is one."""
         return None if closure is None else torch.enable_grad()(closure)()
 
-    def _step_one(self, parameter: Tensor) -> None:
-        alone = self._alone[parameter]
-        group = self.param_groups[self._group_of[parameter]]
-        alone.param_groups[0].update({key: value for key, value in group.items() if key != "params"})
-        alone.state = self.state  # so that saving and loading this optimizer does so for all of them
-        alone.step()
-        parameter.grad = None
+    def _arrived(self, parameter: Tensor) -> None:
+        if not self._in_backward:  # as distributed wrappers do: autograd calls back when this pass is over
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+            self._in_backward = True
+        self._waiting.append(parameter)
+        self._held += parameter.grad.nbytes
+        if self._held > self._room:
+            self._step_waiting()
+
+    def _end(self) -> None:
+        self._in_backward = False
+        self._step_waiting()
+
+    def _step_waiting(self) -> None:
+        groups = [{**group, "params": []} for group in self.param_groups]
+        for parameter in self._waiting:
+            groups[self._group_of[parameter]]["params"].append(parameter)
+        self._inner.param_groups = [group for group in groups if group["params"]]
+        self._inner.state = self.state  # so that saving and loading this optimizer does so for all of them
+        self._inner.step()
+        for parameter in self._waiting:
+            parameter.grad = None
+        self._waiting, self._held = [], 0
+
+
+def held_gradients(parameters: Iterable[Tensor]) -> int:
+    """Bytes of gradients that wait for their step at most, the one that comes last not counted."""
+    return sum(p.nbytes for p in parameters) // PASSES
 
 
 class AdamWBF16(Optimizer):
@@ -49,7 +75,8 @@ class AdamWBF16(Optimizer):
     Each update is computed in float32 and written with stochastic rounding. Rounding to the nearest would
     lose every update below 1/512 of a weight: at learning rates of fine-tuning, nearly all of them.
 
-    groups: parameter groups, each with its "lr". seed: of the rounding, which is drawn anew at each step.
+    groups: parameter groups, each with its "lr". seed: of the rounding, which each parameter draws anew at
+    each step, whichever others are stepped with it.
     """
 
     def __init__(
@@ -63,21 +90,19 @@ class AdamWBF16(Optimizer):
     ):
         super().__init__(groups, {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
+        everything = (p for group in self.param_groups for p in group["params"])
+        self._number = {parameter: i for i, parameter in enumerate(everything)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         loss = None if closure is None else torch.enable_grad()(closure)()
-        first = self.param_groups[0]["params"][0]
-        done = self.state[first]["step"] if first in self.state else 0
-        seed = randomness.generator(self.seed, done, "rounding").initial_seed()
-        draws = torch.Generator(first.device).manual_seed(seed)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group, draws)
+                    self._update(parameter, group)
         return loss
 
-    def _update(self, parameter: Tensor, group: Group, draws: torch.Generator) -> None:
+    def _update(self, parameter: Tensor, group: Group) -> None:
         """Loshchilov and Hutter 2019, algorithm 2."""
         state = self.state[parameter]
         if not state:
@@ -91,6 +116,8 @@ class AdamWBF16(Optimizer):
         weight = parameter.float().mul_(1 - lr * group["weight_decay"])
         scale = (square / (1 - beta2**t)).sqrt_().add_(group["eps"])
         weight.addcdiv_(mean, scale, value=-lr / (1 - beta1**t))
+        seed = randomness.generator(self.seed, t, f"rounding/{self._number[parameter]}").initial_seed()
+        draws = torch.Generator(parameter.device).manual_seed(seed)
         for kept, exact in ((state["exp_avg"], mean), (state["exp_avg_sq"], square), (parameter, weight)):
             round_into(kept, exact, draws)
 

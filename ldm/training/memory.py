@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from ldm.config import instantiate
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.low_memory import held_gradients
 from ldm.training.ranks import device_count
 from ldm.training.sharding import FSDP
 
@@ -57,9 +58,10 @@ def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]
             states=sum(state_bytes(p, module.optimizer) for p in learning),
             activations=activations.get(name, 0),
         )
-    if module.step_in_backward:  # the one gradient that is there
-        largest = max((p.nbytes for p in module.parameters() if p.requires_grad), default=0)
-        needs["unet"] = Need(**{**vars(needs["unet"]), "gradients": largest})
+    if module.step_in_backward:  # those that wait, and the one that comes last
+        learning = [p for p in module.parameters() if p.requires_grad]
+        waiting = held_gradients(learning) + max((p.nbytes for p in learning), default=0)
+        needs["unet"] = Need(**{**vars(needs["unet"]), "gradients": waiting})
     disk = _disk(config, needs, count=sum(p.numel() for p in module.parameters()))
     if trainer.get("strategy") == FSDP:
         needs |= {name: _share(need, device_count(trainer)) for name, need in needs.items() if need.states}

@@ -1,7 +1,6 @@
 """AdamW over parameter groups, and learning-rate schedules."""
 
 import importlib.util
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -35,11 +34,10 @@ def adamw(
     "adamw_8bit": 2 bytes a weight, bitsandbytes. "adamw_bf16": 4 bytes, for bfloat16 weights; `seed` rounds.
     """
     options = {"betas": tuple(betas), "weight_decay": weight_decay, "eps": 1e-8}
-    seeds = itertools.count(seed)
 
     def make(groups: list[dict]) -> Optimizer:
         if name == "adamw_bf16":
-            return AdamWBF16(groups, **options, seed=next(seeds))
+            return AdamWBF16(groups, **options, seed=seed)
         if name == "adamw_8bit":
             import bitsandbytes  # an extra: only here, where it is asked for
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.training import low_memory
 from ldm.training.low_memory import round_into
 from ldm.training.optimizers import adamw, check_optimizer
 
@@ -22,7 +23,7 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, *, steps: range) -> 
     for k in steps:
         x = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(k))
         optimizer.zero_grad()
-        net(x).square().mean().backward()
+        net(x.to(net[0].weight.dtype)).square().mean().backward()
         optimizer.step()
     return [p.detach().clone() for p in net.parameters()]
 
@@ -48,15 +49,20 @@ def test_states_of_another_layout_resume_as_if_never_stopped(fused: bool):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_steps_in_the_backward_pass_are_those_after_it():
+@pytest.mark.parametrize(("name", "dtype"), [("adamw", torch.float32), ("adamw_bf16", torch.bfloat16)])
+@pytest.mark.parametrize("passes", [1, 2, 32])
+def test_steps_in_the_backward_pass_are_those_after_it(
+    name: str, dtype: torch.dtype, passes: int, monkeypatch: pytest.MonkeyPatch
+):
     """Bit for bit, the learning rate changing; no gradient stays; states go from one way to the other."""
+    monkeypatch.setattr(low_memory, "PASSES", passes)
 
     def run(in_backward: list[bool]) -> tuple[dict, dict]:
-        weights, state = network().state_dict(), None
+        weights, state = network().to(dtype).state_dict(), None
         for half, chosen in enumerate(in_backward):
-            net = network()  # one that no earlier optimizer steps
+            net = network().to(dtype)  # one that no earlier optimizer steps
             net.load_state_dict(weights)
-            optimizer = adamw({"net": (net, 1e-2)}, step_in_backward=chosen)
+            optimizer = adamw({"net": (net, 1e-2)}, name=name, step_in_backward=chosen)
             if state is not None:
                 optimizer.load_state_dict(state)
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + half)
