@@ -1,4 +1,4 @@
-"""Times in interleaved windows, peak memory in processes of their own, and the floor under both."""
+"""Times in interleaved windows, peak memory, and the floor under both; each side in a process of its own."""
 
 import json
 import statistics
@@ -8,51 +8,59 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Self
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ours
 from benchmarks.cases import PRIOR, SUBJECT, Case, pixels
-from ldm.training.device import peak_resident_mib
 
 WINDOWS = 7  # after one that is dropped
 ADAMW_BYTES = 32  # a float32 weight: gradient written and read; weight and two moments read and written
 
 
-class Side(Protocol):
-    def step(self) -> None: ...
+class Side:
+    """ "ours" or "diffusers", ready to step in a process that nothing else runs in.
+
+    peak_mib: most memory of its first steps, (beyond what the imports took, of the whole process).
+    """
+
+    def __init__(self, name: str, case: Case, folder: Path, *, device: str, compiled: bool):
+        job = json.dumps([name, asdict(case), str(folder), device, compiled])
+        command = [sys.executable, "-m", "benchmarks.side", job]
+        root, pipe = Path(__file__).resolve().parents[1], subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root)
+        self.peak_mib: tuple[float, float] = tuple(self._answer())
+
+    def seconds(self, steps: int) -> float:
+        """Of so many steps, one after the other."""
+        print(steps, file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> list | float:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a side ended with status {self._process.wait()}; what it said is above")
+        return json.loads(line)
 
 
-def open_side(name: str, case: Case, folder: Path, *, device: str, compiled: bool) -> Side:
-    """ "ours" or "diffusers", ready to step."""
-    kind = "Training" if case.kind == "train" else "Sampling"
-    if name == "ours":
-        return getattr(ours, kind)(case, device=device, compiled=compiled)
-    from benchmarks import peer  # not in the process that measures our memory
-
-    return getattr(peer, kind)(case, folder, device=device, compiled=compiled)
-
-
-def interleaved(sides: Mapping[str, Side], *, device: str, seconds: float) -> dict[str, list[float]]:
+def interleaved(sides: Mapping[str, Side], *, seconds: float) -> dict[str, list[float]]:
     """Seconds of one step in each window; the windows of the sides take turns."""
-    slowest = max(_timed(side.step, 1, device) for _ in range(2) for side in sides.values())
+    slowest = max(side.seconds(1) for _ in range(2) for side in sides.values())
     steps = max(1, round(seconds / slowest))
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(1 + WINDOWS):
         for name, side in sides.items():
-            found[name].append(_timed(side.step, steps, device) / steps)
+            found[name].append(side.seconds(steps) / steps)
     return {name: times[1:] for name, times in found.items()}
-
-
-def peak_mib(name: str, case: Case, folder: Path, *, device: str, compiled: bool) -> tuple[float, float]:
-    """Most memory of three steps in a fresh process: (beyond what the imports took, of the whole process)."""
-    job = json.dumps([name, asdict(case), str(folder), device, compiled])
-    command = [sys.executable, "-m", "benchmarks.measure", job]
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
-    return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
 def machine(device: str) -> tuple[float, float]:
@@ -61,8 +69,8 @@ def machine(device: str) -> tuple[float, float]:
     n = 8192 if device == "cuda" else 2048
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.empty(2**27, dtype=torch.uint8, device=device)
     c = torch.empty_like(b)
-    product = min(_timed(lambda: a @ a, 1, device) for _ in range(8))
-    copy = min(_timed(lambda: c.copy_(b), 1, device) for _ in range(8))
+    product = min(timed(lambda: a @ a, 1, device) for _ in range(8))
+    copy = min(timed(lambda: c.copy_(b), 1, device) for _ in range(8))
     return 2 * n**3 / product, 2 * len(b) / copy
 
 
@@ -100,9 +108,10 @@ def work(case: Case) -> tuple[int, int]:
 def compare(case: Case, folder: Path, *, device: str, compiled: bool, seconds: float, best: tuple) -> dict:
     """All figures of one case; times in ms a step, or of a batch of pictures."""
     options = {"device": device, "compiled": compiled}
-    memory = {name: peak_mib(name, case, folder, **options) for name in ("ours", "diffusers")}
-    sides = {name: open_side(name, case, folder, **options) for name in ("ours", "diffusers")}
-    times = interleaved(sides, device=device, seconds=seconds)
+    with Side("ours", case, folder, **options) as mine, Side("diffusers", case, folder, **options) as theirs:
+        sides = {"ours": mine, "diffusers": theirs}
+        times = interleaved(sides, seconds=seconds)
+    memory = {name: side.peak_mib for name, side in sides.items()}
     ratios = [slow / fast for fast, slow in zip(times["ours"], times["diffusers"], strict=True)]
     flops, traffic = work(case)
     floor = flops / best[0] + traffic / best[1]
@@ -127,27 +136,10 @@ def compare(case: Case, folder: Path, *, device: str, compiled: bool, seconds: f
     return figures
 
 
-def _timed(work: Callable[[], object], times: int, device: str) -> float:
+def timed(work: Callable[[], object], times: int, device: str) -> float:
     start = time.perf_counter()
     for _ in range(times):
         work()
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def _measure_peak(name: str, case: dict, folder: str, device: str, compiled: bool) -> tuple[float, float]:
-    if name == "diffusers":
-        import benchmarks.peer  # noqa: F401  (its memory is no part of the step's)
-    before = peak_resident_mib()
-    side = open_side(name, Case(**case), Path(folder), device=device, compiled=compiled)
-    for _ in range(3):
-        side.step()
-    if device == "cuda":
-        reserved = torch.cuda.max_memory_reserved() / 2**20
-        return reserved, reserved
-    return peak_resident_mib() - before, peak_resident_mib()
-
-
-if __name__ == "__main__":
-    print(json.dumps(_measure_peak(*json.loads(sys.argv[1]))))

@@ -10,6 +10,7 @@ from ldm.checkpoints.geometry import model_config
 from ldm.checkpoints.save_folder import save_folder
 from ldm.models.text_encoder import load_tokenizer
 from ldm.pipeline import Text2Image
+from ldm.training.device import keep_freed_memory
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.optimizers import adamw
 
@@ -42,6 +43,8 @@ class Training:
     """The step of `LatentDiffusion` with fused AdamW and clipping, from cached latents; no Trainer around."""
 
     def __init__(self, case: Case, *, device: str, compiled: bool):
+        if device == "cpu":
+            keep_freed_memory()
         self.module = build(case, compiled=compiled)
         side = pixels(case.size) // self.module.first_stage_model.factor
         self.module.first_stage_model.cpu()

@@ -24,7 +24,6 @@ from benchmarks.measure import compare, machine
 from benchmarks.ours import export
 from benchmarks.plot import plot
 from ldm.errors import UserError
-from ldm.training.device import set_matmul_precision
 from ldm.training.run import write_json
 
 COLUMNS = (
@@ -65,7 +64,6 @@ def row(figures: Mapping) -> str:
 
 def main(options: argparse.Namespace) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    set_matmul_precision("high")
     seconds = 0.2 if options.quick else options.seconds
     chosen = [case for case in cases(options.device, quick=options.quick) if options.only in case.name]
     if not chosen:

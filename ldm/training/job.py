@@ -11,7 +11,7 @@ from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.training import ranks, run
 from ldm.training.callbacks import Speed
 from ldm.training.checkpoints import check_saving
-from ldm.training.device import device_of, set_matmul_precision
+from ldm.training.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.training.dreambooth import DreamBoothRun
 from ldm.training.folder import claimed, folder_of
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -37,6 +37,8 @@ def run_job(
     check_measuring(plain)
     check_sharding(plain)
     pl.seed_everything(plain["seed"], verbose=False)
+    if device_of(plain["trainer"]).type == "cpu":
+        keep_freed_memory()
     set_matmul_precision(plain.get("matmul_precision", "high"))
     module = instantiate(plain["model"])
     if isinstance(module, LatentDiffusion):
