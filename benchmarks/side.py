@@ -1,4 +1,4 @@
-"""One side in its own process: says its peak memory, then the seconds of as many steps as each line asks for."""
+"""One side in its own process: says its peak memory, then how long as many steps as a line asks for take."""
 
 import json
 import os

@@ -239,18 +239,18 @@ class Text2Image:
 
     def _conditional(
         self, pairs: Sequence[tuple[Tensor, Tensor]]
-    ) -> tuple[ConditionalPredict, Tensor, Tensor]:
-        """B pairs of contexts [M, D] -> eps by the numbers of prompts, and the two [B] of the pairs' numbers.
+    ) -> tuple[ConditionalPredict, list[int], list[int]]:
+        """B pairs of contexts [M, D] -> eps by the numbers of prompts, and the B numbers of either side.
 
         A tensor that several pairs hold goes through the network once.
         """
-        contexts = list({id(context): context for pair in pairs for context in pair}.values())
-        number = {id(context): i for i, context in enumerate(contexts)}
-        numbers = torch.tensor([[number[id(context)] for context in pair] for pair in pairs])
-        rows = numbers.to(contexts[0].device).unbind(1)
-        return partial(self._predict_eps, torch.stack(contexts)), *rows
+        order = [*(unconditional for _, unconditional in pairs), *(context for context, _ in pairs)]
+        unique = list({id(context): context for context in order}.values())
+        number = {id(context): i for i, context in enumerate(unique)}
+        numbers = [[number[id(pair[side])] for pair in pairs] for side in (0, 1)]
+        return partial(self._predict_eps, torch.stack(unique)), *numbers
 
-    def _predict_eps(self, contexts: Tensor, x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+    def _predict_eps(self, contexts: Tensor, x: Tensor, t: Tensor, rows: Sequence[int]) -> Tensor:
         """The network in its own precision, everything around it in float32."""
         prediction = self.unet.predict(x, t, contexts, rows).float()
         x, t = repeat_rows(x, len(rows)), repeat_rows(t, len(rows))

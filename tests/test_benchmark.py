@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from benchmarks import ours, peer
 from benchmarks.cases import Case, cases
-from benchmarks.measure import ADAMW_BYTES, work
+from benchmarks.measure import ADAMW_BYTES, WINDOWS, Side, interleaved, work
 from benchmarks.plot import plot
 
 TRAIN = Case("storybook", "train", 2, text=True)
@@ -27,7 +27,7 @@ def test_both_sides_start_from_the_same_networks(folder):
     x, t = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
     context = mine.module.encode_prompts(["a photo of sks dog", "a photo of a dog"])
     with torch.no_grad():
-        one = mine.module.apply_model(x, t, context)
+        one = mine.module.apply_model(x, t, *context)
         other = theirs.unet(x, t, theirs.text(theirs.ids)[0], return_dict=False)[0]
     assert F.mse_loss(one, other) < 1e-8 * other.square().mean()
 
@@ -41,6 +41,17 @@ def test_both_sides_step(case: Case, folder):
         side.step()
         if before:
             assert not all(torch.equal(a, b) for a, b in zip(before, side.learning, strict=False))
+
+
+def test_a_side_runs_in_a_process_of_its_own(folder):
+    case = Case("storybook", "sample", 1, steps=1)
+    with Side("ours", case, folder, device="cpu", compiled=False) as side:
+        beyond, whole = side.peak_mib
+        assert 10 < beyond < whole < 4096
+        times = interleaved({"one": side, "other": side}, seconds=0.0)
+        assert {len(found) for found in times.values()} == {WINDOWS} and min(times["one"]) > 0
+    with pytest.raises(RuntimeError, match="status 1"):
+        Side("diffusers", case, folder / "absent", device="cpu", compiled=False)
 
 
 def test_the_floor_counts_what_learns_and_grows_with_the_batch():

@@ -1,31 +1,31 @@
 """Classifier-free guidance (Ho & Salimans 2022): a predict with context becomes a predict without."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x [B, C, h, w], t [B] -> eps [B, C, h, w]
-ConditionalPredict = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, t, prompts [B] or [2 B] -> as many eps
+Numbers = Sequence[int]  # the prompt of each item, by the number that `predict` knows it by
+ConditionalPredict = Callable[[Tensor, Tensor, Numbers], Tensor]  # x, t, B or 2 B numbers -> as many eps
 
 
 def classifier_free_guidance(
     predict: ConditionalPredict,
-    prompts: Tensor,
-    unconditional: Tensor,
+    prompts: Numbers,
+    unconditional: Numbers,
     guidance_scale: float,
     *,
     batched: bool = True,
 ) -> Predict:
     """eps_uncond + guidance_scale * (eps_cond - eps_uncond), in the parametrisation of Stable Diffusion.
 
-    prompts, unconditional: of B items each, numbers [B] by which `predict` knows them. Scale 1 is the
-    conditional prediction alone. `batched` asks for x with [unconditional, prompts] at once, 2 B predictions
-    of B latents; otherwise two passes, half the memory.
+    prompts, unconditional: of B items each. Scale 1 is the conditional prediction alone. `batched` asks for
+    x with [unconditional, prompts] at once, 2 B predictions of B latents; otherwise two passes, half the
+    memory.
     """
     if guidance_scale == 1:
         return lambda x, t: predict(x, t, prompts)
-    both = torch.cat([unconditional, prompts])
+    both = [*unconditional, *prompts]
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         if batched:

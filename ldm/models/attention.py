@@ -1,7 +1,8 @@
 """Attention of image cells to one another and to the prompt (Rombach et al. 2022, sec. 3.3)."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,17 +30,29 @@ def repeat_rows(x: Tensor, rows: int) -> Tensor:
 
 
 class Prompts(NamedTuple):
-    """What a batch attends to: P different contexts [P, M, D], and which of them each item has: rows [B].
+    """What B items attend to: P contexts [P, M, D], and which of them each item has: index [B] of int64.
 
-    None: as many items as contexts, each with its own.
+    index None: the items lie in P runs of B / P, one for each context in its order.
     """
 
     contexts: Tensor
-    rows: Tensor | None = None
+    items: int
+    index: Tensor | None = None
 
-    @property
-    def items(self) -> int:
-        return len(self.contexts if self.rows is None else self.rows)
+    @classmethod
+    def of(cls, contexts: Tensor, rows: Sequence[int] | None = None) -> Self:
+        """rows: [B], the number of each item's context; None: as many items as contexts."""
+        if rows is None:
+            return cls(contexts, len(contexts))
+        run = len(rows) // len(contexts)
+        if list(rows) == [i for i in range(len(contexts)) for _ in range(run)]:
+            return cls(contexts, len(rows))
+        return cls(contexts, len(rows), index_of(rows, contexts.device))
+
+
+def index_of(rows: Sequence[int], device: torch.device) -> Tensor:
+    """[B] int64; nothing waits for the device."""
+    return torch.tensor(rows).to(device, non_blocking=True)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -68,15 +81,14 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, prompts: Prompts | None = None) -> Tensor:
         """Without prompts, x attends to itself. Items of one prompt share its keys and values."""
-        contexts, rows = (x, None) if prompts is None else prompts
-        k, v = self.to_k(contexts), self.to_v(contexts)
-        if rows is not None:
-            k, v = k.index_select(0, rows), v.index_select(0, rows)  # quicker to go back through than k[rows]
-        q, k, v = (
-            rearrange(t, "b n (heads c) -> b heads n c", heads=self.num_heads) for t in (self.to_q(x), k, v)
-        )
-        attended = attend(q, k, v)
-        return self.to_out(rearrange(attended, "b heads n c -> b n (heads c)"))
+        contexts, _, index = Prompts.of(x) if prompts is None else prompts
+        q, k, v = self.to_q(x), self.to_k(contexts), self.to_v(contexts)
+        if index is not None:
+            k, v = k.index_select(0, index), v.index_select(0, index)  # quicker back through than k[index]
+        q = q.reshape(len(k), -1, q.shape[2])  # a run of items is one long item
+        q, k, v = (rearrange(t, "b n (heads c) -> b heads n c", heads=self.num_heads) for t in (q, k, v))
+        attended = rearrange(attend(q, k, v), "b heads n c -> b n (heads c)")
+        return self.to_out(attended.reshape(x.shape))
 
 
 class GEGLU(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UserError
-from ldm.models.attention import GroupNorm, Prompts, SpatialTransformer, repeat_rows, zero_init
+from ldm.models.attention import GroupNorm, Prompts, SpatialTransformer, index_of, repeat_rows, zero_init
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -166,22 +166,26 @@ class UNetModel(nn.Module):
         )
         self.to(memory_format=torch.channels_last)  # much the faster layout for convolutions
 
-    def predict(self, x: Tensor, timesteps: Tensor, context: Tensor, rows: Tensor | None = None) -> Tensor:
+    def predict(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, rows: Sequence[int] | None = None
+    ) -> Tensor:
         """`forward` in the network's own precision, whatever that of x and of the context is."""
         if self.fixed_shapes and rows is not None:
             x, timesteps = repeat_rows(x, len(rows)), repeat_rows(timesteps, len(rows))
-            context, rows = context[rows], None
+            context, rows = context.index_select(0, index_of(rows, context.device)), None
         dtype = self.time_embed[0].weight.dtype
         return self(x.to(dtype), timesteps, context.to(dtype), rows)
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, rows: Sequence[int] | None = None
+    ) -> Tensor:
         """x: [b, C, h, w], timesteps: [b] in [0, T), context: [P, M, D] -> [B, C, h, w].
 
-        rows: [B], of int64, which of the P contexts each item has; None: its own (b = B = P). Where b is less
-        than B (guidance), all of x goes with each of the B / b runs of rows; what comes before the first
-        prompt is then computed once.
+        rows: [B], which of the P contexts each item has; None: its own (b = B = P). Where b is less than B
+        (guidance), all of x goes with each of the B / b runs of rows; what comes before the first prompt is
+        then computed once.
         """
-        prompts = Prompts(context, rows)
+        prompts = Prompts.of(context, rows)
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise UserError(
                 f"Latents of {x.shape[2]} x {x.shape[3]} cells do not fit the UNet",

@@ -15,7 +15,6 @@ from ldm.config import instantiate
 from ldm.diffusion.loss import DreamBoothLoss, dreambooth_loss, min_snr_weights, mse_per_item
 from ldm.diffusion.schedule import add_noise, make_alphas_cumprod, training_target
 from ldm.errors import UserError
-from ldm.models.attention import Prompts
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
@@ -164,27 +163,24 @@ class LatentDiffusion(pl.LightningModule):
         """images: [B, 3, H, W] in [-1, 1] -> moments [B, 2C, h, w] of their latents."""
         return self.first_stage_model.encode(images.to(self.device)).moments.contiguous()
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Prompts:
-        """B prompts -> the contexts [P, M, D] of the different ones, and which of them each has.
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """B prompts -> the contexts [P, M, D] of the different ones, and which of them each has: [B].
 
         Equal prompts go through the text encoder once: in a call, or, where it is frozen, in the whole run.
         """
         unique = list(dict.fromkeys(prompts))
-        rows = None  # each its own
-        if len(unique) < len(prompts):
-            rows = torch.tensor([unique.index(prompt) for prompt in prompts])
-            rows = rows.to(self.device, non_blocking=True)
+        rows = [unique.index(prompt) for prompt in prompts]
         if self._text_learns:
             over = self.text_encoder_steps is not None and self.global_step >= self.text_encoder_steps
             with torch.set_grad_enabled(torch.is_grad_enabled() and not over):
-                return Prompts(self._contexts_of(unique), rows)
+                return self._contexts_of(unique), rows
         if len(unique) + len(self._contexts) > KEPT_CONTEXTS:
             self._contexts.clear()
         new = [prompt for prompt in unique if prompt not in self._contexts]
         if new:
             with torch.inference_mode(False), torch.no_grad():  # validation's are used in training too
                 self._contexts |= zip(new, self._contexts_of(new), strict=True)
-        return Prompts(torch.stack([self._contexts[prompt] for prompt in unique]), rows)
+        return torch.stack([self._contexts[prompt] for prompt in unique]), rows
 
     @property
     def _text_learns(self) -> bool:
@@ -226,9 +222,9 @@ class LatentDiffusion(pl.LightningModule):
         """Reads the numbers of the items while they are on the CPU: later that would wait for the device."""
         return batch | {"keys": item_keys(batch)}
 
-    def apply_model(self, x: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
-        """x: [B, C, h, w], t: [B], prompts of B items -> the UNet's prediction [B, C, h, w]."""
-        return self.networks["unet"].predict(x, t, *prompts)
+    def apply_model(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """x: [B, C, h, w], t: [B], context: [P, M, D], rows: [B] -> the UNet's prediction [B, C, h, w]."""
+        return self.networks["unet"].predict(x, t, context, rows)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         loss = self._log_loss(batch, "train").total
@@ -270,7 +266,7 @@ class LatentDiffusion(pl.LightningModule):
             noise = noise + self.offset_noise * draw.randn("offset", (x0.shape[1], 1, 1))
         timesteps = draw.randint("timestep", len(self.alphas_cumprod))
         noisy = add_noise(x0, noise, timesteps, self.alphas_cumprod)
-        prediction = self.apply_model(noisy, timesteps, self.encode_prompts(batch["caption"]))
+        prediction = self.apply_model(noisy, timesteps, *self.encode_prompts(batch["caption"]))
         target = training_target(self.parameterization, x0, noise, timesteps, self.alphas_cumprod)
         rows = [row for row, (_, part) in enumerate(keys) if part == "prior"]
         if self._teacher is not None and rows:

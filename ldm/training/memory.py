@@ -128,7 +128,7 @@ def _activations(module: LatentDiffusion, data: Mapping[str, Any], *, precision:
             context = functional_call(text, weights, prompts)
         found["cond_stage"] = sum(saved)
         timesteps = torch.zeros(subject + priors, dtype=torch.int64)
-        rows = timesteps if subject + priors > len(prompts) else None
+        rows = [0] * subject + [1] * priors
         context = context.detach().requires_grad_(context.requires_grad)
         x = torch.zeros(subject + priors, module.first_stage_model.embed_dim, side, side)
         stages = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]

@@ -58,5 +58,4 @@ class Teacher:
         """x: [B, C, h, w], t: [B], B prompts -> the base's prediction [B, C, h, w]."""
         unique = list(dict.fromkeys(prompts))
         contexts = self.text_encoder(self.text_encoder.tokenize(unique).to(x.device))
-        rows = torch.tensor([unique.index(prompt) for prompt in prompts])
-        return self.unet.predict(x, t, contexts, rows.to(x.device))
+        return self.unet.predict(x, t, contexts, [unique.index(prompt) for prompt in prompts])

@@ -6,7 +6,7 @@ import torch
 from ldm.diffusion.guidance import classifier_free_guidance
 
 X, T = torch.zeros(2, 1, 1, 1), torch.tensor([3, 4])
-PROMPTS, UNCONDITIONAL = torch.tensor([2, 5]), torch.tensor([1, 1])
+PROMPTS, UNCONDITIONAL = [2, 5], [1, 1]
 
 
 @pytest.fixture
@@ -18,10 +18,10 @@ def calls() -> list[tuple[int, list[int]]]:
 def predict(calls):
     """eps = x + t + the number of the prompt; notes the latents and the prompts of each call."""
 
-    def predict(x: torch.Tensor, t: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        calls.append((len(x), prompts.tolist()))
+    def predict(x: torch.Tensor, t: torch.Tensor, prompts: list[int]) -> torch.Tensor:
+        calls.append((len(x), prompts))
         times = len(prompts) // len(x)
-        return x.repeat(times, 1, 1, 1) + (t.repeat(times) + prompts)[:, None, None, None]
+        return x.repeat(times, 1, 1, 1) + (t.repeat(times) + torch.tensor(prompts))[:, None, None, None]
 
     return predict
 

@@ -137,30 +137,28 @@ def test_each_item_is_computed_by_itself():
     assert (both - unet(x, timesteps.flip(0), context)).abs().max() > 1e-2
 
 
-SHARED = torch.tensor([1, 1, 0, 1])  # of four items, the context
-
-
-def shared(unet: UNetModel) -> list[torch.Tensor]:
+def shared(unet: UNetModel, rows: list[int]) -> list[torch.Tensor]:
     """Output of two latents under two prompts each, and all gradients: of what is there once."""
     x, timesteps, context = inputs(torch.float64)
     context.requires_grad_()
-    output = unet.predict(x, timesteps, context, SHARED)
+    output = unet.predict(x, timesteps, context, rows)
     output.square().sum().backward()
     return [output.detach(), context.grad, *(p.grad for p in unet.parameters())]
 
 
 @pytest.mark.parametrize("resolutions", [(2,), (1, 2), ()], ids=["second", "all", "middle"])
 @pytest.mark.parametrize("use_checkpoint", [False, True])
-def test_items_share_prompts_and_what_comes_before_them(resolutions, use_checkpoint):
+@pytest.mark.parametrize("rows", [[0, 0, 1, 1], [1, 1, 0, 1]], ids=["runs", "mixed"])
+def test_items_share_prompts_and_what_comes_before_them(resolutions, use_checkpoint, rows):
     """As if each item had latents and a context of its own, which is what `fixed_shapes` makes of it."""
     options = {"attention_resolutions": resolutions, "use_checkpoint": use_checkpoint}
     unet, plain, fixed = (build(**options).double() for _ in range(3))
     fixed.fixed_shapes = True
     x, timesteps, context = inputs(torch.float64)
     context.requires_grad_()
-    expected = plain(torch.cat([x, x]), torch.cat([timesteps, timesteps]), context[SHARED])
+    expected = plain(torch.cat([x, x]), torch.cat([timesteps, timesteps]), context[rows])
     expected.square().sum().backward()
-    for found in (shared(unet), shared(fixed)):
+    for found in (shared(unet, rows), shared(fixed, rows)):
         assert found[0].shape == (4, 4, 8, 6)
         references = [expected.detach(), context.grad, *(p.grad for p in plain.parameters())]
         for one, other in zip(found, references, strict=True):
@@ -182,7 +180,7 @@ def test_what_is_shared_is_computed_once():
             lambda _, inputs, output, name=name: seen.update({name: (len(inputs[0]), len(output))})
         )
     x, timesteps, context = inputs()
-    unet(x, timesteps, context, torch.tensor([0, 0, 1, 1, 0, 0]))
+    unet(x, timesteps, context, [0, 0, 1, 1, 0, 0])
     assert seen == {"block": (2, 2), "self": (2, 2), "cross": (6, 6), "keys": (2, 2)}
 
 

@@ -112,12 +112,13 @@ def test_guidance(batched):
         uncond, cond = network(x, t, UNCONDITIONAL), network(x, t, CONTEXT)
         return uncond + 7.5 * (cond - uncond)
 
-    def eps(x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def eps(x: torch.Tensor, t: torch.Tensor, rows: list[int]) -> torch.Tensor:
         x, t = repeat_rows(x, len(rows)), repeat_rows(t, len(rows))
         return to_eps("v", network(x, t, torch.cat([UNCONDITIONAL, CONTEXT])[rows]), x, t, alphas)
 
-    numbers = torch.arange(2 * len(X_T)).chunk(2)
-    guided_eps = classifier_free_guidance(eps, numbers[1], numbers[0], 7.5, batched=batched)
+    numbers = list(range(2 * len(X_T)))
+    unconditional, prompts = numbers[: len(X_T)], numbers[len(X_T) :]
+    guided_eps = classifier_free_guidance(eps, prompts, unconditional, 7.5, batched=batched)
     ours = ddim(guided_eps, X_T, sampling_timesteps(20), alphas)
     assert error(ours, run(scheduler, 20, guided_v)) <= TOLERANCE
 

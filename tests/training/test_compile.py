@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.models.attention import Prompts
 from ldm.training.latent_diffusion import LatentDiffusion
 
 
@@ -24,7 +23,7 @@ def test_compiling_keeps_names_and_copies(tiny_config: dict):
 def outcome(module: LatentDiffusion) -> list[Tensor]:
     torch.manual_seed(0)
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 32, 32)
-    output = module.apply_model(x, t, Prompts(context, torch.tensor([0, 1])))
+    output = module.apply_model(x, t, context, [0, 1])
     output.square().sum().backward()
     return [output.detach(), *(p.grad for p in module.networks["unet"].parameters())]
 

@@ -44,7 +44,7 @@ def test_a_frozen_text_encoder_reads_each_prompt_once(tiny_config: dict, tiny_ne
     for step in range(3):
         assert torch.equal(frozen.loss_per_item(batch_of(3 * step)), plain.loss_per_item(batch_of(3 * step)))
     assert rows == [2]
-    contexts = [module.encode_prompts(["new", PROMPTS[1]]).contexts for module in (frozen, plain)]
+    contexts = [module.encode_prompts(["new", PROMPTS[1]])[0] for module in (frozen, plain)]
     assert torch.equal(contexts[0][1], contexts[1][1])
     assert rows == [2, 1]
     frozen.on_train_start()
@@ -73,8 +73,8 @@ def test_contexts_do_not_pile_up(tiny_config: dict, tiny_networks: dict, monkeyp
     monkeypatch.setattr(latent_diffusion, "KEPT_CONTEXTS", 4)
     module = make(tiny_config, tiny_networks, train_text_encoder=False)
     for k in range(6):
-        alone = module.encode_prompts([f"disc {k}"]).contexts
-        assert torch.equal(module.encode_prompts([f"disc {k}", "disc"]).contexts[:1], alone)
+        alone = module.encode_prompts([f"disc {k}"])[0]
+        assert torch.equal(module.encode_prompts([f"disc {k}", "disc"])[0][:1], alone)
         assert len(module._contexts) <= 4
 
 

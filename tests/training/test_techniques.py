@@ -1,6 +1,7 @@
 """Techniques that a config can switch on: off they change nothing, on they do what their formula says."""
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 from ldm.checkpoints.embedding import read_embedding
 from ldm.checkpoints.load import read_checkpoint
 from ldm.errors import UserError
-from ldm.models.attention import Prompts
 from ldm.training.latent_diffusion import LatentDiffusion
 from tests.training.conftest import state_of
 
@@ -37,10 +37,10 @@ def build(tiny_config: dict, tiny_networks: dict, **settings: object) -> LatentD
 class SeenNoise(LatentDiffusion):
     """Keeps what the loss compared the prediction with: eps is the noise itself."""
 
-    def apply_model(self, x: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
+    def apply_model(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         self.noise = (x - a.sqrt() * self.x0) / (1 - a).sqrt()
-        return super().apply_model(x, t, prompts)
+        return super().apply_model(x, t, context, rows)
 
 
 def noise_of(config: dict, batch: dict, **settings: object) -> Tensor:
