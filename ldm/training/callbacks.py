@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from ldm.contact_sheet import contact_sheet, save_picture
 from ldm.pipeline import Text2Image
 from ldm.training.device import peak_memory_mib, placed
+from ldm.training.gradients import gradient_norm
 from ldm.training.sampling import SampleDrawing, draw_samples
-from ldm.training.sharding import total_norm
 
 log = logging.getLogger(__name__)
 
@@ -88,11 +88,9 @@ class Speed(pl.Callback):
     ) -> None:
         if trainer.global_step % trainer.log_every_n_steps:
             return
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        now = time.perf_counter()
-        if gradients:  # there are none where the optimizer steps in the backward pass
-            module.log("train/grad_norm", total_norm(gradients))
+        now, norm = time.perf_counter(), gradient_norm(trainer, optimizer)
+        if norm is not None:
+            module.log("train/grad_norm", norm)
         module.log_dict(
             {
                 "train/images_per_second": self.images / (now - self.since),

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from ldm.errors import UserError
 from ldm.training.draws import ItemDraws, item_keys
+from ldm.training.gradients import gradient_norm
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.sharding import total_norm
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +65,9 @@ class NonFiniteGuard(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if gradients:  # there are none where the optimizer steps in the backward pass
-            self._now(trainer.global_step).gradient = Later(total_norm(gradients).isfinite()[None])
+        norm = gradient_norm(trainer, optimizer)
+        if norm is not None:
+            self._now(trainer.global_step).gradient = Later(norm.isfinite()[None])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: dict, batch: dict, batch_idx: int

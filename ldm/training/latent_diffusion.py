@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ldm.checkpoints.embedding import EMBEDDING, save_embedding
 from ldm.checkpoints.lora import merge_lora, save_lora
@@ -20,6 +21,7 @@ from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 from ldm.training.draws import ItemDraws, item_keys
+from ldm.training.gradients import clip
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
 from ldm.training.sharding import Sharded, shard
 from ldm.training.techniques import NewWord, Pull, Teacher
@@ -122,15 +124,14 @@ class LatentDiffusion(pl.LightningModule):
         self.new_word: NewWord | None = instantiate(new_word) if new_word else None
         text_rate = learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
         self.learning_rates = {"unet": learning_rate, "text_encoder": text_rate}
-        self.weight_decay, self.betas = weight_decay, tuple(betas)
-        self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
+        self.weight_decay, self.betas, self.lr_schedule = weight_decay, tuple(betas), lr_schedule
         self.first_stage_model.requires_grad_(False)
         unet.requires_grad_(train_unet)
         self.cond_stage_model.requires_grad_(train_text_encoder)
         self.lora: LoRA | None = instantiate(lora) if lora else None
         if self.lora is not None:
             self.lora.attach({"unet": unet, "cond_stage": self.cond_stage_model})
-        self.optimizer, self.step_in_backward = optimizer, step_in_backward
+        self.optimizer, self.step_in_backward, self.warmup_steps = optimizer, step_in_backward, warmup_steps
         if optimizer == "adamw_bf16":
             unet.to(torch.bfloat16)
             self.cond_stage_model.to(torch.bfloat16)
@@ -184,7 +185,7 @@ class LatentDiffusion(pl.LightningModule):
 
     @property
     def _text_learns(self) -> bool:
-        parts = [part for name, part in self.learners.items() if name != "unet"]
+        parts = (part for name, part in self.learners.items() if name != "unet")
         return any(p.requires_grad for part in parts for p in part.parameters())
 
     def _contexts_of(self, prompts: list[str]) -> Tensor:
@@ -298,9 +299,8 @@ class LatentDiffusion(pl.LightningModule):
         )
         if self.text_encoder_steps is not None and trainer.get("world_size", 1) > 1:
             remedy = "Train with one device, or take model.params.text_encoder_steps off."
-            raise UserError(
-                "Several processes need gradients of the text encoder at every step", remedy=remedy
-            )
+            what = "Several processes need gradients of the text encoder at every step"
+            raise UserError(what, remedy=remedy)
 
     def configure_optimizers(self) -> dict:
         settings = ("accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
@@ -318,6 +318,12 @@ class LatentDiffusion(pl.LightningModule):
         return with_schedule(
             optimizer, self.lr_schedule, warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
         )
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
+    ) -> None:
+        """By the norm that the step computes anyway."""
+        clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def train(self, mode: bool = True) -> "LatentDiffusion":
         """Frozen networks stay in eval mode."""
@@ -340,6 +346,5 @@ class LatentDiffusion(pl.LightningModule):
             layers = self.lora.factors()
             save_lora(path.with_name("lora.safetensors"), layers, parts, dtype=dtype, metadata=metadata)
             parts = merge_lora(parts, layers)
-        return save_model(
-            path, parts, alphas_cumprod=self.alphas_cumprod.cpu(), dtype=dtype, metadata=metadata
-        )
+        alphas_cumprod = self.alphas_cumprod.cpu()
+        return save_model(path, parts, alphas_cumprod=alphas_cumprod, dtype=dtype, metadata=metadata)

@@ -12,12 +12,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 
 from ldm.errors import UserError
 from ldm.training import ranks
@@ -69,12 +67,6 @@ def stand_in(
     state = get_model_state_dict(learner, options=whole)
     if ranks.rank() == 0:
         module.load_state_dict(state)
-
-
-def total_norm(gradients: list[Tensor]) -> Tensor:
-    """2-norm of all gradients -> scalar, the same in every process, split or not."""
-    norm = get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def check_sharding(plain: Mapping[str, Any]) -> None:
