@@ -16,7 +16,8 @@ LORA_RANK = 8
 class Case:
     """One comparison. batch: pictures at a time; in training half are priors. steps: of the sampler.
 
-    lean: ours steps each weight in the backward pass and keeps no gradients; diffusers has no such flag.
+    lean: ours steps the weights in the backward pass and keeps no gradients, and computes the two finest levels'
+    activations again; diffusers, which has no flag for the former, runs as in the other cases.
     """
 
     size: Literal["storybook", "quarter", "sd1"]

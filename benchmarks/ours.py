@@ -14,6 +14,7 @@ from ldm.training.device import keep_freed_memory
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.optimizers import adamw
 
+RECOMPUTED = [1, 2]  # levels of the UNet, where it is lean: the finest have the largest activations
 BEGIN_AT_ZERO = ("out_layers.3.weight", "proj_out.weight", "out.2.weight")
 
 
@@ -22,6 +23,9 @@ def build(case: Case, *, compiled: bool = False) -> LatentDiffusion:
     params = model_params(case.size) | {"train_text_encoder": case.text}
     if case.lora:
         params["lora"] = {"target": "ldm.models.lora.LoRA", "params": {"rank": LORA_RANK}}
+    if case.lean:
+        unet = params["unet_config"]
+        params["unet_config"] = unet | {"params": unet["params"] | {"use_checkpoint": RECOMPUTED}}
     torch.manual_seed(0)
     module = LatentDiffusion(**params, compile="default" if compiled else None)
     for name, parameter in module.networks["unet"].named_parameters():
