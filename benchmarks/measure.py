@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Self
 
@@ -77,7 +77,7 @@ def machine(device: str) -> tuple[float, float]:
 def work(case: Case) -> tuple[int, int]:
     """(FLOP, bytes of AdamW) that a step cannot do without, counted on tensors without data."""
     with torch.device("meta"):
-        module = ours.build(case)
+        module = ours.build(replace(case, lean=False))  # what is computed again could be kept
     module.to("meta")
     side = pixels(case.size) // module.first_stage_model.factor
     with FlopCounterMode(display=False) as counter:
