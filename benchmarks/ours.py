@@ -47,8 +47,7 @@ class Training:
     """The step of `LatentDiffusion` with fused AdamW and clipping, from cached latents; no Trainer around."""
 
     def __init__(self, case: Case, *, device: str, compiled: bool):
-        if device == "cpu":
-            keep_freed_memory()
+        keep_freed_memory()
         self.module = build(case, compiled=compiled)
         side = pixels(case.size) // self.module.first_stage_model.factor
         self.module.first_stage_model.cpu()
@@ -85,6 +84,7 @@ class Sampling:
     """`Text2Image`, from prompts to pictures."""
 
     def __init__(self, case: Case, *, device: str, compiled: bool):
+        keep_freed_memory()
         module = build(case, compiled=compiled).requires_grad_(False)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         unet, first_stage, cond_stage = (n.to(device, dtype).eval() for n in module.networks.values())

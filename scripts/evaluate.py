@@ -28,6 +28,7 @@ from ldm.evaluation.protocol import Evaluation, Prompts
 from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.files import atomic_write
 from ldm.pipeline import Text2Image, find_model
+from ldm.training.device import keep_freed_memory
 from ldm.training.run import find_file, write_json
 
 BASE = "ldm/storybook/assets/base.safetensors"
@@ -133,6 +134,7 @@ def table(figures: Mapping[str, Any]) -> str:
 
 
 def main(options: argparse.Namespace) -> None:
+    keep_freed_memory()
     given = find_file(BASE) if options.captions and options.model is None else options.model
     model = None if options.pictures else find_model(given)
     print(f"pictures: {options.pictures}" if model is None else f"model: {model}")

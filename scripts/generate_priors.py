@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from ldm.config import instantiate, to_plain
 from ldm.errors import UserError
 from ldm.training import ranks
-from ldm.training.device import device_of, set_matmul_precision
+from ldm.training.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.training.options import parse
 from ldm.training.run import base_files, load_base
 from ldm.training.sampling import PriorDrawing, draw_priors, prior_set, text2image
@@ -24,6 +24,7 @@ from ldm.training.signals import stop_at_once
 
 def main(config: DictConfig) -> Path:
     """Draws what is missing -> the folder of the set."""
+    keep_freed_memory()
     plain = to_plain(config)
     plain["trainer"] = ranks.join(plain["trainer"])
     data = instantiate(plain["data"])

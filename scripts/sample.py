@@ -21,6 +21,7 @@ from ldm.data.prompts import read_prompts
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.pipeline import Text2Image, find_model
+from ldm.training.device import keep_freed_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 SETTINGS = ("negative_prompt", "steps", "guidance_scale", "sampler", "eta", "height", "width")
@@ -74,6 +75,7 @@ def weighted(word: str) -> tuple[Path, float]:
 def main(options: argparse.Namespace) -> None:
     if not (options.prompt or options.prompts) or options.n < 1:
         raise UserError("There is nothing to draw", remedy="Give --prompt or --prompts, and --n from 1.")
+    keep_freed_memory()
     path, dtype = find_model(options.model), DTYPES[options.precision]
     print(f"model: {path}")
     said = open_model(path).metadata

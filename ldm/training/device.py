@@ -38,10 +38,10 @@ def set_matmul_precision(precision: MatmulPrecision) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep what this process frees on the CPU, where it is glibc.
+    """Has the C library keep what this process frees in the host's memory, where that library is glibc.
 
     Else every step hands its activations and gradients back to the system and takes them again, page by
-    page: some per cent of its time. What a process holds at most stays the same.
+    page: some per cent of its time on a CPU. What a process holds at most stays the same.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -37,8 +37,7 @@ def run_job(
     check_measuring(plain)
     check_sharding(plain)
     pl.seed_everything(plain["seed"], verbose=False)
-    if device_of(plain["trainer"]).type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()
     set_matmul_precision(plain.get("matmul_precision", "high"))
     module = instantiate(plain["model"])
     if isinstance(module, LatentDiffusion):

@@ -1,5 +1,9 @@
 """A step does no work twice and never waits for the device."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -143,3 +147,24 @@ def test_the_autoencoder_comes_back_for_pictures_only(tiny_config: dict):
         assert {p.device.type for p in module.first_stage_model.parameters()} == {"cuda"}
     assert {p.device.type for p in module.first_stage_model.parameters()} == {"cpu"}
     assert {p.device.type for p in module.cond_stage_model.parameters()} == {"cuda"}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_freed_memory_is_not_handed_back():
+    """The pages of tensors as large as activations are there when the next ones want them."""
+    code = """
+import resource, torch
+from ldm.training.device import keep_freed_memory
+def faults(keep):
+    if keep:
+        keep_freed_memory()
+    for k in range(20):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        large = [torch.ones(2**22) for _ in range(8)]
+        del large
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(False), faults(True))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    plain, kept = map(int, done.stdout.split())
+    assert kept < 100 < plain
