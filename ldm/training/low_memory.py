@@ -31,7 +31,7 @@ class StepInBackward(Optimizer):
         self._group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
         self._room = held_gradients(self._group_of)
         self._waiting: list[Tensor] = []
-        self._held, self._in_backward = 0, False
+        self._held = 0  # bytes
         for parameter in self._group_of:
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
@@ -40,19 +40,16 @@ class StepInBackward(Optimizer):
         return None if closure is None else torch.enable_grad()(closure)()
 
     def _arrived(self, parameter: Tensor) -> None:
-        if not self._in_backward:  # as distributed wrappers do: autograd calls back when this pass is over
-            torch.autograd.Variable._execution_engine.queue_callback(self._end)
-            self._in_backward = True
+        if not self._waiting:  # autograd calls back when the pass is over, for the last ones
+            torch.autograd.Variable._execution_engine.queue_callback(self._step_waiting)
         self._waiting.append(parameter)
         self._held += parameter.grad.nbytes
         if self._held > self._room:
             self._step_waiting()
 
-    def _end(self) -> None:
-        self._in_backward = False
-        self._step_waiting()
-
     def _step_waiting(self) -> None:
+        if not self._waiting:
+            return
         groups = [{**group, "params": []} for group in self.param_groups]
         for parameter in self._waiting:
             groups[self._group_of[parameter]]["params"].append(parameter)
