@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.errors import UserError
@@ -117,3 +118,9 @@ def _read_text(path: Path) -> str:
         raise UserError(
             f"The text cannot be read: {error}", where=path, remedy="Save it as UTF-8."
         ) from error
+
+
+def distinct(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The different prompts as they first come, and the number of each prompt among them: [B]."""
+    unique = list(dict.fromkeys(prompts))
+    return unique, [unique.index(prompt) for prompt in prompts]

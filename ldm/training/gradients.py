@@ -29,8 +29,8 @@ def gradient_norm(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
 def clip(
     module: pl.LightningModule,
     optimizer: Optimizer,
-    gradient_clip_val: float | None = None,
-    gradient_clip_algorithm: str | None = None,
+    gradient_clip_val: float | None,
+    gradient_clip_algorithm: str | None,
 ) -> None:
     """As the Trainer asks for; where that is by norm, without computing it again (Pascanu et al. 2013)."""
     if not gradient_clip_val or gradient_clip_algorithm == "value":

@@ -13,6 +13,7 @@ from ldm.checkpoints.embedding import EMBEDDING, save_embedding
 from ldm.checkpoints.lora import merge_lora, save_lora
 from ldm.checkpoints.save import save_model
 from ldm.config import instantiate
+from ldm.data.prompts import distinct
 from ldm.diffusion.loss import DreamBoothLoss, dreambooth_loss, min_snr_weights, mse_per_item
 from ldm.diffusion.schedule import add_noise, make_alphas_cumprod, training_target
 from ldm.errors import UserError
@@ -169,8 +170,7 @@ class LatentDiffusion(pl.LightningModule):
 
         Equal prompts go through the text encoder once: in a call, or, where it is frozen, in the whole run.
         """
-        unique = list(dict.fromkeys(prompts))
-        rows = [unique.index(prompt) for prompt in prompts]
+        unique, rows = distinct(prompts)
         if self._text_learns:
             over = self.text_encoder_steps is not None and self.global_step >= self.text_encoder_steps
             with torch.set_grad_enabled(torch.is_grad_enabled() and not over):

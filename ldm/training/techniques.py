@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ldm.data.prompts import distinct
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 
@@ -56,6 +57,6 @@ class Teacher:
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """x: [B, C, h, w], t: [B], B prompts -> the base's prediction [B, C, h, w]."""
-        unique = list(dict.fromkeys(prompts))
+        unique, rows = distinct(prompts)
         contexts = self.text_encoder(self.text_encoder.tokenize(unique).to(x.device))
-        return self.unet.predict(x, t, contexts, [unique.index(prompt) for prompt in prompts])
+        return self.unet.predict(x, t, contexts, rows)
