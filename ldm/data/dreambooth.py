@@ -5,6 +5,7 @@ It knows no network: `attach` hands it the encoder and the prior images.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -49,7 +50,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
             "a photo of sks dog" and "a photo of a dog".
         size: pixels a side.
         batch_size, prior_batch_size: items per micro-batch and device; None is as many as the subject's.
-            Without prior images (num_priors 0 and no prior_root) there are no prior items.
+            Without prior images (num_priors 0 and no prior_root) there are no prior items, unless
+            `prior_caption_dropout` asks for some.
         crop: the largest square in the middle, or anywhere: one of `crop_variants` fixed ones per photo.
         flip: mirrors half of the photos; turn it off for a subject with lettering or a parting.
         prior_root: folder of your own photos of the class, all of which are used, none drawn.
@@ -57,7 +59,12 @@ class DreamBoothDataModule(pl.LightningDataModule):
         online_priors: every prior item shows a new image, which the base draws between two steps (Ruiz et al.
             2023, sec. 3.3); the first `num_priors` are kept for validation. All go to the same set.
         captions: a photo's caption is the .txt file beside it, if there is one.
-        caption_dropout: share of the items with an empty caption, 0 to 1.
+        caption_dropout: share of the items with an empty caption, 0 to 1, the subject's too: that teaches
+            the empty prompt the subject.
+        prior_caption_dropout: share of the prior items alone with an empty caption, 0 to 1: they hold the
+            empty prompt, from which classifier-free guidance extrapolates, where the base has it
+            (docs/guidance.md). Without prior images the prior items then show the subject's photos, for which
+            the target has to be the teacher's prediction; those with a caption have `prior_prompt`.
         cache_latents: encode each view once before training rather than at every step.
         cache_root: folder that keeps the encoded views for later runs; None keeps them in memory.
         skip_unreadable: leave pictures out that cannot be decoded rather than stop.
@@ -89,6 +96,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
         online_priors: bool = False,
         captions: bool = False,
         caption_dropout: float = 0.0,
+        prior_caption_dropout: float = 0.0,
         cache_latents: bool = True,
         cache_root: str | None = None,
         skip_unreadable: bool = False,
@@ -102,8 +110,11 @@ class DreamBoothDataModule(pl.LightningDataModule):
         self.words = {"identifier": identifier, "class_word": class_word}
         self.subject_prompt = fill(subject_prompt or SUBJECT_TEMPLATE, **self.words)
         self.prior_prompt = fill(prior_prompt or PRIOR_TEMPLATE, **self.words)
+        self.prior_caption_dropout = prior_caption_dropout
         has_priors = prior_root is not None or num_priors > 0
-        self.batch_size, self.prior_batch_size = batch_size, batch_size if has_priors else 0
+        self.priors_show_subject = not has_priors and prior_caption_dropout > 0
+        self.batch_size = batch_size
+        self.prior_batch_size = batch_size if has_priors or self.priors_show_subject else 0
         if prior_batch_size is not None:
             self.prior_batch_size = prior_batch_size
         self.online_priors = online_priors
@@ -133,7 +144,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
     @property
     def draws_priors(self) -> bool:
         """Whether the base model has to draw `num_priors` prior images of `prior_prompt`."""
-        return self.prior_batch_size > 0 and self.prior_root is None
+        return self.prior_batch_size > 0 and self.prior_root is None and not self.priors_show_subject
 
     def check(self, *, size_multiple: int = 1) -> None:
         """Finds whatever a user got wrong, before any network is built."""
@@ -213,7 +224,9 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     @cached_property
     def prior_photos(self) -> tuple[Photo, ...]:
-        """The pictures of the class: the user's own, or those that the base model drew."""
+        """The pictures of the class: the user's own, those that the base model drew, or the subject's photos."""
+        if self.priors_show_subject:
+            return tuple(replace(photo, caption=self.prior_prompt) for photo in self.subject_photos)
         if self.prior_root is not None:
             return read_photos(
                 self.prior_root,
@@ -238,7 +251,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     def _part(self, name: Literal["subject", "prior"], photos: tuple[Photo, ...]) -> Part:
         drawn = name == "prior" and self.draws_priors
-        held = photos[-1:] if name == "subject" and self.hold_out and len(photos) >= ENOUGH_PHOTOS else ()
+        of_subject = name == "subject" or self.priors_show_subject
+        held = photos[-1:] if of_subject and self.hold_out and len(photos) >= ENOUGH_PHOTOS else ()
         return Part(
             name,
             photos[: len(photos) - len(held)],
@@ -247,6 +261,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
             crop_variants=None if drawn else self.crop_variants,
             flip=self.flip and not drawn,
             caption_dropout=self.caption_dropout,
+            empty_share=self.prior_caption_dropout if name == "prior" else 0.0,
             held_out=held,
         )
 
@@ -285,8 +300,12 @@ class DreamBoothDataModule(pl.LightningDataModule):
         if self.online_priors and not (self.draws_priors and self.cache_latents):
             remedy = "They need num_priors, no prior_root, and cache_latents: true."
             raise UserError("There is nothing to draw online", where="online_priors", remedy=remedy)
-        if not 0 <= self.caption_dropout <= 1:
-            raise UserError(f"{self.caption_dropout} is no share", where="caption_dropout", remedy="0 to 1.")
+        for name in ("caption_dropout", "prior_caption_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{getattr(self, name)} is no share", where=name, remedy="Choose from 0 to 1.")
+        if self.prior_caption_dropout and not self.prior_batch_size:
+            remedy = "Raise prior_batch_size, or set prior_caption_dropout to 0."
+            raise UserError("There are no prior items to hold", where="prior_caption_dropout", remedy=remedy)
         if self.draws_priors and not self.num_priors:
             remedy = "Raise num_priors, give prior_root, or set prior_batch_size to 0."
             raise UserError("Prior items are wanted without images", where="prior_batch_size", remedy=remedy)

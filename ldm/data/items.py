@@ -10,8 +10,10 @@ spread over ranks and micro-batches; so resuming is nothing but starting at anot
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from itertools import count
+from math import floor
 from pathlib import Path
 from typing import Literal
 
@@ -73,7 +75,8 @@ class Part:
     seed: int
     crop_variants: int | None  # random crops of each photo; None: the middle
     flip: bool  # half of the items are mirrored
-    caption_dropout: float  # share of the items whose caption is empty
+    caption_dropout: float  # share of the items whose caption is empty, drawn for each
+    empty_share: float = 0.0  # share of the items whose caption is empty, spread evenly over them
     held_out: tuple[Photo, ...] = ()  # what validation items show instead
 
     def view(self, item: int) -> View:
@@ -89,7 +92,14 @@ class Part:
         return View(photos[order[position]], self.size, variant, flip, self.seed)
 
     def caption(self, item: int) -> str:
-        """The caption of the photo that an item shows, or now and then none."""
+        """The caption of the photo that an item shows, or the empty one.
+
+        `empty_share` is exact in any run of items: with 0.25 every fourth has it, so a step of four prior
+        items has one, in the same place.
+        """
+        share = Fraction(self.empty_share).limit_denominator(1000)
+        if floor((item + 1) * share) > floor(item * share):
+            return ""
         dropped = torch.rand((), generator=self._draws(item, "dropout")) < self.caption_dropout
         return "" if dropped else self.view(item).photo.caption
 

@@ -11,6 +11,7 @@ from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import load_image
 from ldm.data.priors import PriorSet
 from ldm.data.prompts import fill
+from ldm.errors import UserError
 from ldm.evaluation.curves import read_curves
 from ldm.evaluation.report import Measured, Report, Row, write_report
 from ldm.training import ranks, run
@@ -31,6 +32,14 @@ from ldm.training.sampling import (
 from ldm.training.score import Score
 
 SHOWN_PRIORS = 32  # on the report's page
+
+
+def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
+    """Refuses to teach the empty prompt the subject: only the base says what it means on the photos."""
+    if data.priors_show_subject and module.prior_target != "teacher":
+        what = "Without prior images only the teacher knows what the empty prompt is to keep"
+        remedy = "Set model.params.prior_target=teacher, or raise data.params.num_priors."
+        raise UserError(what, where="prior_caption_dropout", remedy=remedy)
 
 
 class DreamBoothRun:
@@ -141,7 +150,8 @@ class DreamBoothRun:
     def _report(self, before: run.Rows, after: run.Rows, metrics: Mapping[str, Any]) -> Path:
         """The run on one page -> report.html."""
         pairs = zip(before, after, strict=True)
-        priors = self.data.prior_photos[:SHOWN_PRIORS] if self.data.prior_batch_size else ()
+        of_class = self.data.prior_batch_size and not self.data.priors_show_subject
+        priors = self.data.prior_photos[:SHOWN_PRIORS] if of_class else ()
         previews = sorted(self.folder.glob("samples/step-*.png"))
         report = Report(
             title=f"{self.folder.name}: {self.data.subject_prompt}",

@@ -12,7 +12,7 @@ from ldm.training import ranks, run
 from ldm.training.callbacks import Speed
 from ldm.training.checkpoints import check_saving
 from ldm.training.device import device_of, keep_freed_memory, set_matmul_precision
-from ldm.training.dreambooth import DreamBoothRun
+from ldm.training.dreambooth import DreamBoothRun, check_prior_target
 from ldm.training.folder import claimed, folder_of
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.measures import check_measuring
@@ -42,6 +42,8 @@ def run_job(
     module = instantiate(plain["model"])
     if isinstance(module, LatentDiffusion):
         module.check(plain["trainer"])
+        if isinstance(data, DreamBoothDataModule):
+            check_prior_target(module, data)
     folder = ranks.by_first(
         lambda: folder_of(to_plain(config), resume, allow_config_change=allow_config_change)
     )

@@ -123,7 +123,8 @@ def _activations(module: LatentDiffusion, data: Mapping[str, Any], *, precision:
         factors = dict(module.lora.named_parameters())
     with mixed:
         weights = _without_data(text)
-        prompts = torch.zeros(1 + (priors > 0), text.max_length, dtype=torch.int64)
+        captions = 1 + (priors > 0) + (data.get("prior_caption_dropout", 0.0) > 0)
+        prompts = torch.zeros(captions, text.max_length, dtype=torch.int64)
         with _saving(text, weights | factors, {}) as saved:
             context = functional_call(text, weights, prompts)
         found["cond_stage"] = sum(saved)
