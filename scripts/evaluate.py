@@ -115,22 +115,22 @@ def measured(options: argparse.Namespace, model: Path | None) -> Mapping[str, An
         return evaluation.plain(pictures, subject=subject, prompts=prompts, of_class=of_class)
     base = find_file(options.base or config.get("base_checkpoint") or BASE)
     before, after = (
-        evaluation.measure(Text2Image.from_file(path), subject=subject, prompts=prompts)
+        evaluation.measure(Text2Image.from_file(path), subject=subject, prompts=prompts, is_base=path == base)
         for path in (base, model)
     )
     return evaluation.summary(after, before, subject)
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Figures in rows, with their interval, the base's and the ceiling where there are any."""
-    rows = [("", "measured", "95 %", "base", "photos")]
+    """Metrics in rows, with what there is of interval, base, photos and noise floor."""
+    rows = [("", "measured", "95 %", "base", "photos", "noise")]
     for name, value in figures.items():
         if isinstance(value, float):
             low_high = figures.get("intervals", {}).get(name)
-            beside = [figures.get(key, {}).get(name, "") for key in ("base", "ceiling")]
+            beside = [figures.get(key, {}).get(name, "") for key in ("base", "ceiling", "noise_floor")]
             interval = "{:.3f} to {:.3f}".format(*low_high) if low_high else ""
             rows.append((name, f"{value:.3f}", interval, *map(str, beside)))
-    return "\n".join("{:22}{:>8}{:>18}{:>9}{:>9}".format(*row).rstrip() for row in rows)
+    return "\n".join("{:30}{:>8}{:>18}{:>9}{:>9}{:>9}".format(*row).rstrip() for row in rows)
 
 
 def main(options: argparse.Namespace) -> None:

@@ -37,7 +37,7 @@ class Score:
         """Measures the untouched base."""
         if self.evaluation is None:
             return
-        self.base = self._bases.get(self.key) or self._measure()
+        self.base = self._bases.get(self.key) or self._measure(is_base=True)
         if self.key is not None:
             self._bases[self.key] = self.base
 
@@ -47,5 +47,5 @@ class Score:
             return {}
         return self.evaluation.summary(self._measure(), self.base, self.subject)
 
-    def _measure(self) -> Any:
-        return self.evaluation.measure(self.draw, subject=self.subject, prompts=self.prompts)
+    def _measure(self, *, is_base: bool = False) -> Any:
+        return self.evaluation.measure(self.draw, subject=self.subject, prompts=self.prompts, is_base=is_base)
