@@ -162,12 +162,10 @@ class PhotoEvaluation:
     def score(self, figures: Mapping[str, float]) -> float:
         """DINO x CLIP-T, in shares of the base's CLIP-T, minus what the class has lost.
 
-        That is the rise of PRES over the base's, or the shift of the class beyond its noise floor if that is
-        more.
+        That is the rise of PRES over the base's, or the shift of the class in any direction if that is more.
         """
-        base, name = figures["base"], "class_shift_frechet"
+        base, shift = figures["base"], figures.get("class_shift_frechet", 0.0)
         drift = figures.get("pres", 0.0) - base.get("pres", 0.0)
-        shift = figures.get(name, 0.0) - figures["noise_floor"].get(name, 0.0)
         return figures["dino"] * figures["clip_t"] / base["clip_t"] - max(0.0, drift, shift)
 
     def plain(

@@ -193,11 +193,9 @@ class StorybookEvaluation:
     def score(self, figures: Mapping[str, float]) -> float:
         """Subject fidelity x prompt fidelity, minus what the class has lost.
 
-        That is its drift to the subject, or its shift in any direction beyond the noise floor if that is
-        more.
+        That is its drift to the subject, or its shift in any direction if that is more.
         """
-        shift = figures["class_shift"] - figures["noise_floor"]["class_shift"]
-        lost = max(0.0, figures["class_drift"], shift)
+        lost = max(0.0, figures["class_drift"], figures["class_shift"])
         return figures["subject_fidelity"] * figures["prompt_fidelity"] - lost
 
     def plain(
