@@ -75,6 +75,7 @@ class PhotoEvaluation:
         prompts: a list in configs/prompts, or a file of one's own.
         seeds: pictures of each prompt.
         class_samples: pictures of the class without the identifier; 0 leaves PRES out.
+        guidance_base: whether the base predicts for the empty prompt, in the trained model's place.
         seed: of the first picture.
         size: pixels a side; None is the model's own.
         dino, clip: folders of the networks in transformers' format, or names on the hub.
@@ -91,6 +92,7 @@ class PhotoEvaluation:
         sampler: str = "ddim",
         steps: int = 50,
         guidance_scale: float = 7.5,
+        guidance_base: bool = False,
         seed: int = 1000,
         batch_size: int = 4,
         size: int | None = None,
@@ -112,6 +114,7 @@ class PhotoEvaluation:
             "height": size,
             "width": size,
         }
+        self.guidance_base = guidance_base
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.dino, self.clip = Dino(dino, device=place), Clip(clip, device=place)
         self.lpips = Lpips(device=place) if diversity else None

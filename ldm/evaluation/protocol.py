@@ -34,6 +34,8 @@ class Picture(NamedTuple):
 class Evaluation(Protocol):
     """`subject`, then `measure` of the base and of the trained model, then `summary`; or `plain` alone."""
 
+    guidance_base: bool  # whether `measure` wants a model whose unconditional prediction is the base's
+
     def subject(self, photos: Sequence[Image.Image]) -> Any:
         """Who is on the photos, as `measure` and `plain` take it."""
 

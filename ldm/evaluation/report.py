@@ -46,6 +46,7 @@ class Report:
     config: str  # YAML
     previews: Sequence[tuple[int, Image.Image]] = field(default_factory=list)  # (optimizer step, sheet)
     measured: Measured = Measured()
+    also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the metrics under other sampling
 
 
 class Card(NamedTuple):
@@ -89,6 +90,7 @@ def write_report(path: Path, report: Report) -> Path:
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     sections = [
         ("", cards(report.figures)),
+        ("With other sampling", other_sampling(report.figures, report.also)),
         ("The subject's photos", row(report.subject)),
         ("Before and after", "".join(before_and_after(r) for r in report.rows)),
         ("While it learned", learning(report.measured, report.previews)),
@@ -131,6 +133,19 @@ def card(key: str, figures: Mapping[str, Any]) -> str:
         f"{gauge(value, chance if base is None else base, scale=about.scale)}"
         f'<div class="beside">{" · ".join(beside)}</div><div class="beside">{about.meaning}</div></div>'
     )
+
+
+def other_sampling(figures: Mapping[str, Any], also: Mapping[str, Mapping[str, Any]]) -> str:
+    """The headline metrics once more, a row for each way of sampling."""
+    if not also:
+        return ""
+    shown = [key for key in CARDS if key in figures]
+    head = "".join(f"<th>{CARDS[key].name}</th>" for key in shown)
+    rows = [
+        f"<tr><td>{escape(name)}</td>" + "".join(f'<td class="number">{f[key]:.2f}</td>' for key in shown)
+        for name, f in {"as configured": figures, **also}.items()
+    ]
+    return f"<table><tr><th></th>{head}</tr>{'</tr>'.join(rows)}</tr></table>"
 
 
 def gauge(value: float, base: float | None, *, scale: tuple[float, float]) -> str:

@@ -109,6 +109,7 @@ class StorybookEvaluation:
     Args:
         seeds: pictures of the subject in each of the 8 contexts.
         class_samples: pictures of the class without the identifier.
+        guidance_base: whether the base predicts for the empty prompt, in the trained model's place.
         seed: of the first picture.
         judge: its weights; None takes the shipped ones.
     """
@@ -121,6 +122,7 @@ class StorybookEvaluation:
         sampler: str = "ddim",
         steps: int = 25,
         guidance_scale: float = 4.0,
+        guidance_base: bool = False,
         seed: int = 1000,
         batch_size: int = 16,
         judge_file: str | None = None,
@@ -135,6 +137,7 @@ class StorybookEvaluation:
             "guidance_scale": guidance_scale,
             "batch_size": batch_size,
         }
+        self.guidance_base = guidance_base
         self.judge = Judge.from_file(judge_file or SHIPPED)
 
     def read(self, images: Sequence[Image.Image]) -> Reading:

@@ -17,6 +17,7 @@ from ldm.training.folder import claimed, folder_of
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.measures import check_measuring
 from ldm.training.memory import estimate, report
+from ldm.training.score import check_evaluations
 from ldm.training.sharding import check_sharding
 
 
@@ -34,6 +35,7 @@ def run_job(
         data.check()
     run.base_files(plain)
     check_saving(plain)
+    check_evaluations(plain)
     check_measuring(plain)
     check_sharding(plain)
     pl.seed_everything(plain["seed"], verbose=False)

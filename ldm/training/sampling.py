@@ -40,6 +40,7 @@ class SampleDrawing:
     steps: int = 50
     guidance_scale: float = 7.5
     negative_prompt: str = ""
+    guidance_base: bool = False  # whether the base predicts for the negative prompt, not the trained model
     seed: int = 23
     batch_size: int = 16
     every_steps: int = 0  # optimizer steps between previews; 0 draws none
