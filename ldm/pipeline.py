@@ -318,7 +318,9 @@ def _check(prompts: Sequence[str], seeds: Sequence[int], *, sampler: str, batch_
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts do not go with {len(seeds)} seeds")
     if sampler not in SAMPLERS:
-        raise UserError(f"The sampler {sampler!r} is unknown", remedy=f"Choose {' or '.join(SAMPLERS)}.")
+        *others, last = SAMPLERS
+        remedy = f"Choose {', '.join(others)} or {last}."
+        raise UserError(f"The sampler {sampler!r} is unknown", remedy=remedy)
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is impossible", remedy="Choose 1 or more.")
 

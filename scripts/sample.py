@@ -48,8 +48,13 @@ def parse() -> argparse.Namespace:
         type=float,
         help="weight of the prompt, 1: none; None: as its run, else 7.5",
     )
-    add("--sampler", choices=SAMPLERS, default="ddim", help="both are deterministic while eta is 0")
-    add("--eta", type=float, default=0.0, help="fresh noise in each step of ddim, 0 to 1")
+    add("--sampler", choices=SAMPLERS, help="None: as the model's run drew its samples, else ddim")
+    add(
+        "--eta",
+        type=float,
+        default=0.0,
+        help="fresh noise in each step of ddim, 0 to 1; 0 in the other samplers",
+    )
     add("--height", type=int, help="pixels; None: as in training")
     add("--width", type=int, help="pixels; None: as in training")
     add("--init_image", type=Path, help="picture to begin from instead of noise, cropped to the size")

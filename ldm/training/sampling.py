@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.priors import Draw, PriorSet, PriorSpec
+from ldm.diffusion.samplers import SamplerName
 from ldm.pipeline import Text2Image
 from ldm.training import ranks
 from ldm.training.device import placed
@@ -22,7 +23,7 @@ class PriorDrawing:
     """How the base model draws prior images, and the folder that keeps the sets."""
 
     folder: str = "priors"
-    sampler: str = "ddim"
+    sampler: SamplerName = "ddim"
     steps: int = 50
     guidance_scale: float = 7.5
     negative_prompt: str = ""
@@ -36,7 +37,7 @@ class SampleDrawing:
 
     prompts: Sequence[str] = field(default_factory=list)
     n: int = 4
-    sampler: str = "ddim"
+    sampler: SamplerName = "ddim"
     steps: int = 50
     guidance_scale: float = 7.5
     negative_prompt: str = ""
