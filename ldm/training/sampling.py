@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.priors import Draw, PriorSet, PriorSpec
+from ldm.denoiser import Denoiser
+from ldm.diffusion.samplers import SamplerName
 from ldm.pipeline import Text2Image
 from ldm.training import ranks
 from ldm.training.device import placed
@@ -22,7 +24,7 @@ class PriorDrawing:
     """How the base model draws prior images, and the folder that keeps the sets."""
 
     folder: str = "priors"
-    sampler: str = "ddim"
+    sampler: SamplerName = "ddim"
     steps: int = 50
     guidance_scale: float = 7.5
     negative_prompt: str = ""
@@ -36,7 +38,7 @@ class SampleDrawing:
 
     prompts: Sequence[str] = field(default_factory=list)
     n: int = 4
-    sampler: str = "ddim"
+    sampler: SamplerName = "ddim"
     steps: int = 50
     guidance_scale: float = 7.5
     negative_prompt: str = ""
@@ -47,13 +49,32 @@ class SampleDrawing:
     preview_n: int = 2  # pictures of each prompt in a preview
 
 
-def text2image(module: LatentDiffusion, *, size: int) -> Text2Image:
+def text2image(module: LatentDiffusion, *, size: int, guidance_base: Denoiser | None = None) -> Text2Image:
     """The sampling path over the live networks of a run."""
     return Text2Image(
         **module.networks,
         alphas_cumprod=module.alphas_cumprod,
         parameterization=module.parameterization,
         default_size=size,
+        guidance_base=guidance_base,
+    )
+
+
+def base_denoiser(module: LatentDiffusion) -> Denoiser:
+    """The base that a run sets out from, whatever it learns later; to be made before it trains.
+
+    Where a LoRA learns, these are the live networks without its factors; else copies of them.
+    """
+    unet, cond_stage = module.networks["unet"], module.networks["cond_stage"]
+    without = [] if module.lora is None else [module.lora]
+    if module.lora is None:
+        unet, cond_stage = (copy.deepcopy(n).eval().requires_grad_(False) for n in (unet, cond_stage))
+    return Denoiser(
+        unet,
+        cond_stage,
+        alphas_cumprod=module.alphas_cumprod.clone(),
+        parameterization=module.parameterization,
+        without=without,
     )
 
 

@@ -105,17 +105,19 @@ def test_named_prompts_take_the_words_that_the_model_was_taught(
     assert Path("given/000-sks-cat-23.png").exists()
 
 
-def test_a_run_s_own_steps_and_guidance_are_the_defaults(workdir, tiny_networks, tiny_config, monkeypatch):
+def test_a_run_s_own_sampler_steps_and_guidance_are_the_defaults(
+    workdir, tiny_networks, tiny_config, monkeypatch
+):
     metadata = {
         "ldm.config": json.dumps(tiny_config),
-        "ldm.training": json.dumps({"samples": {"steps": 2, "guidance_scale": 1.5}}),
+        "ldm.training": json.dumps({"samples": {"sampler": "dpm++2m", "steps": 2, "guidance_scale": 1.5}}),
     }
     parts = {part: network.state_dict() for part, network in tiny_networks.items()}
     path = save_model("taught.safetensors", parts, alphas_cumprod=None, metadata=metadata)
     sample(monkeypatch, "--prompt", "a dog", "--n", 1, "--model", path, "--out", "own", *QUICK[2:])
     with Image.open("own/000-a-dog-23.png") as picture:
         about = json.loads(picture.text["dreambooth"])
-    assert (about["steps"], about["guidance_scale"]) == (2, 1.5)
+    assert (about["sampler"], about["steps"], about["guidance_scale"]) == ("dpm++2m", 2, 1.5)
 
 
 def test_a_picture_is_drawn_over(workdir, tiny_model_file, monkeypatch):
