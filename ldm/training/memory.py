@@ -20,6 +20,7 @@ from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.low_memory import held_gradients
 from ldm.training.ranks import device_count
 from ldm.training.sharding import FSDP
+from ldm.training.techniques import AUTOCAST, cast_by_autocast
 
 MIB = 2**20
 BLOCK, SMALL = 256, 4096  # bitsandbytes: weights per scale; smaller tensors keep float32 states
@@ -69,7 +70,7 @@ def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]
         del needs["first_stage"]
     if config.get("ema_decay") is not None and config.get("ema_device") != "cpu":
         needs["average"] = Need(weights=_size(module.state_dict().values()))
-    if copies := _copies_of_base(module, data):
+    if copies := _copies_of_base(module, data, precision=str(trainer.get("precision", "32-true"))):
         needs["copies of the base"] = Need(weights=copies)
     return needs, disk
 
@@ -80,11 +81,15 @@ def _share(need: Need, processes: int) -> Need:
     return Need(**parts, activations=need.activations)
 
 
-def _copies_of_base(module: LatentDiffusion, data: Mapping[str, Any]) -> int:
+def _copies_of_base(module: LatentDiffusion, data: Mapping[str, Any], *, precision: str) -> int:
     """Bytes of what techniques keep of the untouched base: whole networks, or the weights that learn."""
     networks = [module.networks[name] for name in ("unet", "cond_stage")]
     whole = sum(_size(network.parameters()) for network in networks)
-    copies = whole * ((module.prior_target == "teacher") + bool(data.get("online_priors")))
+    copies = whole * bool(data.get("online_priors"))
+    if module.prior_target == "teacher" and module.lora is None:
+        layers = [layer for network in networks for layer in cast_by_autocast(network)]
+        halved = _size(p for layer in layers for p in layer.parameters() if p.dtype == torch.float32) // 2
+        copies += whole - (halved if precision in AUTOCAST else 0)
     return copies + (_size(p for p in module.parameters() if p.requires_grad) if module.l2_pull else 0)
 
 
