@@ -52,7 +52,7 @@ class LatentDiffusion(pl.LightningModule):
             brightness is learnt too (Guttenberg 2023); 0.1 is usual.
         l2_pull: weight of the squared distance of the weights to the base's, which can stand in for prior
             images (`num_priors` 0); logged as `train/l2_distance`.
-        prior_target: of the prior items: the "noise", as of the subject's, or "teacher", what the base predicts.
+        prior_target: of the prior items: "noise", as of the subject's, or "teacher": the base's prediction.
         train_unet, train_text_encoder: which networks learn.
         text_encoder_steps: optimizer steps after which the text encoder stays as it is; None: it learns on.
         new_word: node of a `NewWord`: vectors for the identifier, learned with the networks or, where both
