@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ldm.denoiser import Denoiser, evaluating, filler, placement, require_same_kind
 from ldm.diffusion.guidance import Predict, classifier_free_guidance
-from ldm.diffusion.samplers import SAMPLERS, sampling_timesteps
+from ldm.diffusion.samplers import DEFAULT_SPACING, SAMPLERS, SamplerName, sampling_timesteps
 from ldm.diffusion.schedule import add_noise, ends_in_noise
 from ldm.errors import UserError
 from ldm.model_file import ModelFile
@@ -141,7 +141,7 @@ class Text2Image:
         """
         _check(prompts, seeds, sampler=sampler, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
-        timesteps = self._timesteps(steps, None if init_image is None else strength)
+        timesteps = self._timesteps(sampler, steps, None if init_image is None else strength)
         with self._drawing(), tqdm(total=len(prompts) * len(timesteps), disable=progress is not True) as bar:
             more = progress if callable(progress) else bar.update
             how = {"eta": eta, "callback": lambda i, x: more(len(x)), "alphas_cumprod": self.alphas_cumprod}
@@ -168,9 +168,9 @@ class Text2Image:
                 raise UserError(f"{side} {n} is no multiple of {unit} pixels", remedy=f"Use {valid}.")
         return self.first_stage.embed_dim, *(n // self.first_stage.factor for n in pixels.values())
 
-    def _timesteps(self, steps: int, strength: float | None) -> Tensor:
+    def _timesteps(self, sampler: SamplerName, steps: int, strength: float | None) -> Tensor:
         """Descending [S]; given a strength, the last that share of them, as many whole ones as that is."""
-        spacing = "trailing" if ends_in_noise(self.alphas_cumprod) else "leading"
+        spacing = "trailing" if ends_in_noise(self.alphas_cumprod) else DEFAULT_SPACING[sampler]
         timesteps = sampling_timesteps(steps, T=len(self.alphas_cumprod), spacing=spacing)
         if strength is None:
             return timesteps
