@@ -13,6 +13,7 @@ from ldm.data.priors import PriorSet
 from ldm.data.prompts import fill
 from ldm.errors import UserError
 from ldm.evaluation.curves import read_curves
+from ldm.evaluation.memo import ImageMemo
 from ldm.evaluation.report import Measured, Report, Row, write_report
 from ldm.pipeline import Text2Image
 from ldm.training import ranks, run
@@ -152,8 +153,9 @@ class DreamBoothRun:
         with self.watch("samples_after"):
             after = draw_samples(self.pipeline, self.samples, self.prompts, progress=True)
         with self.watch("figures_after"):
-            figures = self.score.after()
-            also = {name: score.after() for name, score in self.also.items()}
+            memo = ImageMemo()
+            figures = self.score.after(memo)
+            also = {name: score.after(memo) for name, score in self.also.items()}
         sheet = run.leave_pictures(self.folder / "samples", before, after)
         on_the_way = {"measures": measured, "best_step": best} if measured else {}
         if self.measures is not None:

@@ -1,6 +1,5 @@
 """A run's figures: the live networks measured before and after training."""
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -8,6 +7,7 @@ from ldm.config import check, instantiate
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import load_image
 from ldm.errors import UserError
+from ldm.evaluation.memo import ImageMemo, MemoPipeline
 from ldm.evaluation.protocol import Evaluation, Prompts
 from ldm.pipeline import Text2Image
 
@@ -36,12 +36,12 @@ def check_evaluations(plain: Mapping[str, Any]) -> None:
 class Score:
     """Measures what a run draws, by the config's `evaluation`; without one there are no figures.
 
-    pipeline: whether the base gives the unconditional prediction -> how images are drawn.
-    Making a score reads the judge and the photos, so that whatever they lack is said before long work. A base
-    with a hash is measured once in a process for the same photos and prompts, which spares a study much time.
+    pipeline: whether the base gives the unconditional prediction -> how images are drawn. Making a score
+    reads the judge and the photos, so that whatever they lack is said before long work. Images of a base with
+    a hash are drawn once in a process, which spares a study much time.
     """
 
-    _bases: ClassVar[dict[str, Any]] = {}
+    _of_bases: ClassVar[dict[str, ImageMemo]] = {}
 
     def __init__(
         self,
@@ -55,31 +55,25 @@ class Score:
         if self.evaluation is None:
             return
         self.draw = pipeline(self.evaluation.guidance_base)
+        self.base_draw = pipeline(False)  # the base's own unconditional prediction is the base's anyway
+        self.base_memo = self._of_bases.setdefault(base_hash, ImageMemo()) if base_hash else ImageMemo()
         self.prompts = Prompts(data.subject_prompt, data.prior_prompt, **data.words)
         self.subject = self.evaluation.subject([load_image(photo.path) for photo in data.subject_photos])
-        photos = [photo.sha256 for photo in data.subject_photos]
-        own = {**evaluation.get("params", {}), "guidance_base": False}  # of the base it is the same
-        asked = {
-            "evaluation": {**evaluation, "params": own},
-            "prompts": self.prompts,
-            "photos": photos,
-            "size": data.size,
-        }
-        self.key = json.dumps([base_hash, asked], sort_keys=True) if base_hash else None
 
     def before(self) -> None:
         """Measures the untouched base."""
-        if self.evaluation is None:
-            return
-        self.base = self._bases.get(self.key) or self._measure(is_base=True)
-        if self.key is not None:
-            self._bases[self.key] = self.base
+        if self.evaluation is not None:
+            self.base = self._measure(MemoPipeline(self.base_draw, self.base_memo), is_base=True)
 
-    def after(self) -> Mapping[str, Any]:
-        """The figures of `metrics.json`, the base's beside them; call `before` first."""
+    def after(self, memo: ImageMemo | None = None) -> Mapping[str, Any]:
+        """The figures of `metrics.json`, the base's beside them; call `before` first.
+
+        Scores of the same weights may share a memo: images that both ask for are then drawn once.
+        """
         if self.evaluation is None:
             return {}
-        return self.evaluation.summary(self._measure(), self.base, self.subject)
+        draw = MemoPipeline(self.draw, ImageMemo() if memo is None else memo)
+        return self.evaluation.summary(self._measure(draw), self.base, self.subject)
 
-    def _measure(self, *, is_base: bool = False) -> Any:
-        return self.evaluation.measure(self.draw, subject=self.subject, prompts=self.prompts, is_base=is_base)
+    def _measure(self, draw: MemoPipeline, *, is_base: bool = False) -> Any:
+        return self.evaluation.measure(draw, subject=self.subject, prompts=self.prompts, is_base=is_base)
