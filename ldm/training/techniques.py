@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.data.prompts import distinct
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
+from ldm.training.conditioning import Conditioner
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,14 @@ class Teacher:
 
     def __init__(self, unet: UNetModel, text_encoder: CLIPTextEncoder):
         self.unet = copy.deepcopy(unet).eval().requires_grad_(False)
-        self.text_encoder = copy.deepcopy(text_encoder).eval().requires_grad_(False)
+        self.conditioner = Conditioner(copy.deepcopy(text_encoder).eval().requires_grad_(False))
 
     def to(self, device: torch.device) -> None:
         self.unet.to(device)
-        self.text_encoder.to(device)
+        self.conditioner.text_encoder.to(device)
+        self.conditioner.forget()
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """x: [B, C, h, w], t: [B], B prompts -> the base's prediction [B, C, h, w]."""
-        unique, rows = distinct(prompts)
-        contexts = self.text_encoder(self.text_encoder.tokenize(unique).to(x.device))
-        return self.unet.predict(x, t, contexts, rows)
+        return self.unet.predict(x, t, *self.conditioner(prompts, frozen=True))
