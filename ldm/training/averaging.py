@@ -191,6 +191,13 @@ class WeightAverage(pl.Callback):
             self._take_out()
 
 
+def averaging(
+    decay: float | None, *, device: Literal["cpu"] | None = None, every: int = 1
+) -> list[WeightAverage]:
+    """The callback that these settings ask for; none without a decay."""
+    return [] if decay is None else [WeightAverage(decay=decay, device=device, every=every)]
+
+
 def evaluated_weights(trainer: pl.Trainer) -> Any:
     """Context in which the module holds the weights that are looked at: the averages, if there are any."""
     averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAverage)]

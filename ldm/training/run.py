@@ -27,8 +27,9 @@ from ldm.data.prompts import fill
 from ldm.errors import UserError
 from ldm.files import atomic_write, require_space
 from ldm.training import ranks
-from ldm.training.averaging import WeightAverage
+from ldm.training.averaging import averaging
 from ldm.training.checkpoints import Checkpoints, WholeFiles
+from ldm.training.gradients import FreeGradients
 from ldm.training.guard import NonFiniteGuard
 from ldm.training.measures import Measures
 from ldm.training.resume import check_fit, name_of, newest_whole, state_bytes
@@ -117,8 +118,7 @@ def fit(
 ) -> None:
     """Trains to `max_steps`, from the run's newest whole checkpoint where it has one.
 
-    `ema_decay`, `ema_device` and `ema_every` are those of a `WeightAverage`; without a decay there is none.
-    SIGTERM, SIGINT and SIGUSR1 save and raise `Stopped`.
+    `ema_*` are of a `WeightAverage`. SIGTERM, SIGINT and SIGUSR1 save and raise `Stopped`.
     """
     place, kept = module.device, folder / "checkpoints"
     last = ranks.by_first(lambda: newest_whole(kept))
@@ -129,13 +129,11 @@ def fit(
     require_space(folder, bytes_needed, what="a run's checkpoints")
     with StopSignals() as stop, stand_in(module, trainer) as (learner, trainer):
         keepers = _keepers(kept, every=checkpoint_every, keep=checkpoints_kept, stop=stop, measures=measures)
-        average = (
-            [] if ema_decay is None else [WeightAverage(decay=ema_decay, device=ema_device, every=ema_every)]
-        )
+        average = averaging(ema_decay, device=ema_device, every=ema_every)
         pl.Trainer(
             default_root_dir=folder,
             logger=instantiate(logger) if logger else board(folder, start=data.start_step),
-            callbacks=[*average, *callbacks, *keepers, *progress_bar(trainer)],
+            callbacks=[FreeGradients(), *average, *callbacks, *keepers, *progress_bar(trainer)],
             plugins=[WholeFiles()],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
