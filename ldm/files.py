@@ -4,11 +4,15 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from ldm.errors import UserError
+
+_UMASK_LOCK = threading.Lock()
 
 
 @contextmanager
@@ -32,6 +36,29 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+class HashingWriter:
+    """A binary file open for writing that computes the SHA-256 of what passes, which need not be read again.
+
+    For writers that go from the beginning to the end, as `torch.save` does.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    @property
+    def sha256(self) -> str:
+        """Of all bytes so far, 64 hex digits."""
+        return self._hash.hexdigest()
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -77,7 +104,8 @@ def _sync(path: Path) -> None:
 
 
 def _umask() -> int:
-    """The process's file mode mask (which can only be read by setting it)."""
-    mask = os.umask(0)
-    os.umask(mask)
+    """The process's file mode mask, which can only be read by setting it: by one thread at a time."""
+    with _UMASK_LOCK:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask

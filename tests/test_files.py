@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from ldm.files import atomic_write, file_sha256
+from ldm.files import HashingWriter, atomic_write, file_sha256
 
 
 def test_the_new_file_replaces_the_old_one(tmp_path):
@@ -55,3 +57,27 @@ def test_the_file_is_as_readable_as_an_ordinary_one(tmp_path):
 def test_file_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc" * 100_000)
     assert file_sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_what_is_written_is_hashed_on_its_way(tmp_path):
+    """torch.save writes the same bytes as to a path, from the beginning to the end."""
+    state = {"w": torch.arange(1e5), "more": [torch.ones(3, 3), 5], "name": "x" * 1000}
+    with (tmp_path / "a.pt").open("wb") as file:
+        hashed = HashingWriter(file)
+        torch.save(state, hashed)
+    assert hashed.sha256 == file_sha256(tmp_path / "a.pt")
+    loaded = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert torch.equal(loaded["w"], state["w"]) and loaded["name"] == state["name"]
+
+
+def test_threads_write_side_by_side(tmp_path):
+    def write(k):
+        with atomic_write(tmp_path / str(k)) as temporary:
+            temporary.write_text(str(k))
+
+    mask = os.umask(0)
+    os.umask(mask)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(64)))
+    assert sorted(int(path.read_text()) for path in tmp_path.iterdir()) == list(range(64))
+    assert os.umask(mask) == mask

@@ -98,10 +98,11 @@ class CLIPTextEncoder(nn.Module):
     def vectors_of(self, word: str) -> Tensor:
         """What the vocabulary makes of a word -> [n, D]."""
         ids = torch.tensor(self._read(word).input_ids)
-        return self.transformer["text_model"].embeddings.token_embedding.weight[ids.to(self._device)]
+        return self.transformer["text_model"].embeddings.token_embedding.weight[ids.to(self.device)]
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """That of the weights."""
         return self.transformer["text_model"].embeddings.token_embedding.weight.device
 
     def tokenize(self, prompts: list[str]) -> Tensor:

@@ -14,6 +14,7 @@ from ldm.checkpoints.load import load_parts, read_checkpoint
 from ldm.checkpoints.save import save_model
 from ldm.config import instantiate
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.training.gradients import clip
 from ldm.training.optimizers import adamw, with_schedule
 
 
@@ -84,8 +85,11 @@ class AutoencoderTask(pl.LightningModule):
         mse = self.trainer.callback_metrics["val/mse"]
         self.log("val/psnr", -10 * torch.log10(mse / 4), prog_bar=True)  # the peak is 2, from -1 to 1
 
+    configure_gradient_clipping = clip
+
     def configure_optimizers(self) -> dict:
-        optimizer = adamw({"first_stage": (self.first_stage_model, self.learning_rate)})
+        parts = {"first_stage": (self.first_stage_model, self.learning_rate)}
+        optimizer = adamw(parts, fused=self.trainer.precision != "16-mixed")  # its scaler comes first
         return with_schedule(
             optimizer, "cosine", warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
         )

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ldm.contact_sheet import contact_sheet, save_picture
 from ldm.pipeline import Text2Image
+from ldm.training.averaging import evaluated_weights
 from ldm.training.device import peak_memory_mib, placed
 from ldm.training.gradients import gradient_norm
 from ldm.training.sampling import SampleDrawing, draw_samples
@@ -33,7 +34,7 @@ class Previews(pl.Callback):
         step, done = trainer.global_step, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not done or step % self.drawing.every_steps or not trainer.is_global_zero:
             return
-        with placed(self.draw.first_stage, module.device):
+        with evaluated_weights(trainer), placed(self.draw.first_stage, module.device):
             sheet = contact_sheet(draw_samples(self.draw, self.drawing, self.prompts))
         self.folder.mkdir(parents=True, exist_ok=True)
         save_picture(self.folder / f"step-{step:06d}.png", sheet, {"prompts": list(self.prompts)})

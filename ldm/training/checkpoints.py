@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.checkpoints.tensors import unpickle
 from ldm.errors import UserError
-from ldm.files import atomic_write, file_sha256, require_space
+from ldm.files import HashingWriter, atomic_write, require_space
 from ldm.training.guard import NonFiniteGuard
 from ldm.training.measures import Measures
 from ldm.training.resume import by_step, name_of, step_of
@@ -30,13 +30,14 @@ class WholeFiles(CheckpointIO):
     ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        require_space(path.parent, sum(t.nbytes for t in _tensors(checkpoint)) + 2**20, what="a checkpoint")
+        require_space(path.parent, _bytes_of(checkpoint) + 2**20, what="a checkpoint")
         try:
             with atomic_write(path) as temporary:
                 with temporary.open("wb") as file:
-                    torch.save(checkpoint, file)
+                    hashed = HashingWriter(file)
+                    torch.save(checkpoint, hashed)
                 with atomic_write(sidecar(path)) as note:  # first: no checkpoint stands there without it
-                    note.write_text(f"{file_sha256(temporary)}  {path.name}\n", encoding="utf-8")
+                    note.write_text(f"{hashed.sha256}  {path.name}\n", encoding="utf-8")
         except (OSError, RuntimeError, pickle.PicklingError) as error:
             raise UserError(f"The checkpoint cannot be written: {error}", where=path) from error
 
@@ -159,6 +160,12 @@ def check_saving(plain: Mapping[str, Any]) -> None:
 def sidecar(path: Path) -> Path:
     """The file beside a checkpoint that `sha256sum --check` reads."""
     return path.with_name(f"{path.name}.sha256")
+
+
+def _bytes_of(checkpoint: Any) -> int:
+    """Of all tensors in it; what several of them share is written once."""
+    storages = (tensor.untyped_storage() for tensor in _tensors(checkpoint))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _tensors(node: Any) -> Iterator[Tensor]:

@@ -1,12 +1,14 @@
-"""The gradient as a whole, before the optimizer's step: its norm, computed once a step, and clipping."""
+"""The gradient as a whole: its norm, computed once a step, clipping, and when its memory is freed."""
 
 from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+
+EPSILON = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 
 _newest: WeakKeyDictionary[Optimizer, tuple[int, Tensor]] = WeakKeyDictionary()  # micro-batch, norm
 
@@ -29,16 +31,46 @@ def gradient_norm(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
 def clip(
     module: pl.LightningModule,
     optimizer: Optimizer,
-    gradient_clip_val: float | None,
-    gradient_clip_algorithm: str | None,
+    gradient_clip_val: float | None = None,
+    gradient_clip_algorithm: str | None = None,
 ) -> None:
-    """As the Trainer asks for; where that is by norm, without computing it again (Pascanu et al. 2013)."""
-    if not gradient_clip_val or gradient_clip_algorithm == "value":
-        module.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+    """A module's `configure_gradient_clipping`: by value, or by the norm that the step computes anyway.
+
+    By norm (Pascanu et al. 2013) the optimizer itself divides the gradients, where it can: `grad_scale` is 1,
+    exactly, for a step that is not clipped.
+    """
+    if not gradient_clip_val:
+        return
+    if gradient_clip_algorithm == "value":
+        clip_grad_value_(_parameters(optimizer), gradient_clip_val)
         return
     norm = gradient_norm(module.trainer, optimizer)
-    if norm is not None:
+    if norm is None:
+        return
+    if _divides(optimizer):
+        optimizer.grad_scale = ((norm + EPSILON) / gradient_clip_val).clamp(min=1.0)
+    else:
         clip_grads_with_norm_(_parameters(optimizer), gradient_clip_val, norm)
+
+
+class FreeGradients(pl.Callback):
+    """Frees the gradients when the optimizer has stepped; Lightning keeps them through the next forward pass.
+
+    To be the first of the callbacks: what the others do after a step has that memory too.
+    """
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: object, batch: dict, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            for optimizer in trainer.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+
+
+def _divides(optimizer: Optimizer) -> bool:
+    """Whether it divides gradients by its `grad_scale`: torch's fused ones do, of undivided weights."""
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return fused and not any(isinstance(p, DTensor) for p in _parameters(optimizer))
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -112,9 +112,9 @@ def _error(what: str, step: Step, items: list[tuple[int, str]], module: pl.Light
     """Names the items and, where they have some, the timesteps that these drew."""
     names = [f"{part} item {number}" for number, part in items]
     if isinstance(module, LatentDiffusion):
-        draws = ItemDraws(module.seed, items, device=torch.device("cpu"))
-        timesteps = draws.randint("timestep", len(module.alphas_cumprod)).tolist()
-        names = [f"{name} at timestep {t}" for name, t in zip(names, timesteps, strict=True)]
+        timesteps = torch.empty(len(items), dtype=torch.int64)
+        ItemDraws(module.seed, items).randint("timestep", len(module.alphas_cumprod), timesteps)
+        names = [f"{name} at timestep {t}" for name, t in zip(names, timesteps.tolist(), strict=True)]
     return UserError(
         f"The {what} of step {step.number} is not finite",
         where=", ".join(names),

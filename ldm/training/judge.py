@@ -13,6 +13,7 @@ from ldm import randomness
 from ldm.checkpoints.save import write_tensors
 from ldm.storybook.judge import Judge
 from ldm.storybook.world import ATTRIBUTES
+from ldm.training.gradients import clip
 from ldm.training.optimizers import adamw, with_schedule
 
 
@@ -71,8 +72,11 @@ class JudgeTask(pl.LightningModule):
         self.print(f"right on unseen drawings: {self.accuracy}")
         self.log_dict({f"val/{name}": share for name, share in self.accuracy.items()})
 
+    configure_gradient_clipping = clip
+
     def configure_optimizers(self) -> dict:
-        optimizer = adamw({"judge": (self.judge, self.learning_rate)})
+        parts = {"judge": (self.judge, self.learning_rate)}
+        optimizer = adamw(parts, fused=self.trainer.precision != "16-mixed")  # its scaler comes first
         return with_schedule(
             optimizer, "cosine", warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
         )

@@ -7,13 +7,11 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ldm.checkpoints.embedding import EMBEDDING, save_embedding
 from ldm.checkpoints.lora import merge_lora, save_lora
 from ldm.checkpoints.save import save_model
 from ldm.config import instantiate
-from ldm.data.prompts import distinct
 from ldm.diffusion.loss import DreamBoothLoss, dreambooth_loss, min_snr_weights, mse_per_item
 from ldm.diffusion.schedule import add_noise, make_alphas_cumprod, training_target
 from ldm.errors import UserError
@@ -21,7 +19,8 @@ from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
-from ldm.training.draws import ItemDraws, item_keys
+from ldm.training.conditioning import Conditioner
+from ldm.training.draws import StepDraws, drawn, latent_shape
 from ldm.training.gradients import clip
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
 from ldm.training.sharding import Sharded, shard
@@ -29,7 +28,6 @@ from ldm.training.techniques import NewWord, Pull, Teacher
 
 PriorTarget = Literal["noise", "teacher"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
-KEPT_CONTEXTS = 1024  # prompts whose context is kept while the text encoder is frozen: 236 KiB each in SD 1.x
 
 
 class LatentDiffusion(pl.LightningModule):
@@ -140,7 +138,7 @@ class LatentDiffusion(pl.LightningModule):
             unet.compile(mode=compile, dynamic=False)
         self._pull: Pull | None = None
         self._teacher: Teacher | None = None
-        self._contexts: dict[str, Tensor] = {}  # of a frozen text encoder: prompt -> [M, D]
+        self._conditioner = Conditioner(self.cond_stage_model)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -169,27 +167,14 @@ class LatentDiffusion(pl.LightningModule):
 
         Equal prompts go through the text encoder once: in a call, or, where it is frozen, in the whole run.
         """
-        unique, rows = distinct(prompts)
-        if self._text_learns:
-            over = self.text_encoder_steps is not None and self.global_step >= self.text_encoder_steps
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not over):
-                return self._contexts_of(unique), rows
-        if len(unique) + len(self._contexts) > KEPT_CONTEXTS:
-            self._contexts.clear()
-        new = [prompt for prompt in unique if prompt not in self._contexts]
-        if new:
-            with torch.inference_mode(False), torch.no_grad():  # validation's are used in training too
-                self._contexts |= zip(new, self._contexts_of(new), strict=True)
-        return torch.stack([self._contexts[prompt] for prompt in unique]), rows
+        over = self.text_encoder_steps is not None and self.global_step >= self.text_encoder_steps
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not over):
+            return self._conditioner(prompts, frozen=not self._text_learns)
 
     @property
     def _text_learns(self) -> bool:
         parts = (part for name, part in self.learners.items() if name != "unet")
         return any(p.requires_grad for part in parts for p in part.parameters())
-
-    def _contexts_of(self, prompts: list[str]) -> Tensor:
-        ids = self.cond_stage_model.tokenize(prompts)
-        return self.cond_stage_model(ids.to(self.device, non_blocking=True))
 
     def setup(self, stage: str) -> None:
         """Keeps the base as it is, before a checkpoint replaces its weights."""
@@ -211,17 +196,21 @@ class LatentDiffusion(pl.LightningModule):
         tower, new = self.cond_stage_model, self.new_word
         if new is not None:
             tower.add_word(new.word, tower.vectors_of(new.init))
+            self._conditioner.forget()
 
     def on_train_start(self) -> None:
-        """Contexts of other weights are forgotten."""
-        self._contexts.clear()
+        """Contexts of other weights, and ids on another device, are forgotten."""
+        self._conditioner.forget()
         for kept in (self._pull, self._teacher):
             if kept is not None:
                 kept.to(self.device)
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
-        """Reads the numbers of the items while they are on the CPU: later that would wait for the device."""
-        return batch | {"keys": item_keys(batch)}
+        """Adds what is read or drawn on the CPU while the items are there (see `drawn`)."""
+        stage = self.first_stage_model
+        shape = latent_shape(batch, channels=stage.embed_dim, factor=stage.factor)
+        timesteps, offset = len(self.alphas_cumprod), bool(self.offset_noise)
+        return batch | drawn(batch, self.seed, shape, timesteps=timesteps, offset=offset)
 
     def apply_model(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """x: [B, C, h, w], t: [B], context: [P, M, D], rows: [B] -> the UNet's prediction [B, C, h, w]."""
@@ -257,22 +246,23 @@ class LatentDiffusion(pl.LightningModule):
 
     def loss_per_item(self, batch: dict) -> Tensor:
         """Weighted denoising loss of each item -> [B] float32 (Ho et al. 2020, eq. 14)."""
+        if "draws" not in batch:
+            batch = self.on_before_batch_transfer(batch, 0)
         moments = batch["moments"] if "moments" in batch else self.encode_images(batch["image"])
         posterior = DiagonalGaussian.from_moments(moments.float())
-        keys = batch["keys"] if "keys" in batch else item_keys(batch)
-        draw = ItemDraws(self.seed, keys, device=self.device)
-        x0 = posterior.sample(draw.randn("posterior", posterior.mean.shape[1:]))
-        noise = draw.randn("noise", x0.shape[1:])
+        draws = batch["draws"].to(self.device, non_blocking=True)
+        timesteps, posterior_noise, noise, offset = StepDraws.views(draws, posterior.mean.shape)
+        x0 = posterior.sample(posterior_noise)
         if self.offset_noise:
-            noise = noise + self.offset_noise * draw.randn("offset", (x0.shape[1], 1, 1))
-        timesteps = draw.randint("timestep", len(self.alphas_cumprod))
+            noise = noise + self.offset_noise * offset
         noisy = add_noise(x0, noise, timesteps, self.alphas_cumprod)
         prediction = self.apply_model(noisy, timesteps, *self.encode_prompts(batch["caption"]))
         target = training_target(self.parameterization, x0, noise, timesteps, self.alphas_cumprod)
-        rows = [row for row, (_, part) in enumerate(keys) if part == "prior"]
-        if self._teacher is not None and rows:
-            prompts = [batch["caption"][row] for row in rows]
-            target[rows] = self._teacher.predict(noisy[rows], timesteps[rows], prompts).to(target)
+        prompts = [c for c, (_, part) in zip(batch["caption"], batch["keys"], strict=True) if part == "prior"]
+        if self._teacher is not None and prompts:
+            rows = batch["prior_rows"].to(self.device, non_blocking=True)
+            kept = self._teacher.predict(noisy[rows], timesteps[rows], prompts)
+            target = target.index_copy(0, rows, kept.to(target))
         return mse_per_item(prediction, target) * self.loss_weights(timesteps)
 
     def loss_weights(self, timesteps: Tensor) -> Tensor:
@@ -319,11 +309,7 @@ class LatentDiffusion(pl.LightningModule):
             optimizer, self.lr_schedule, warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
         )
 
-    def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
-    ) -> None:
-        """By the norm that the step computes anyway."""
-        clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+    configure_gradient_clipping = clip
 
     def train(self, mode: bool = True) -> "LatentDiffusion":
         """Frozen networks stay in eval mode."""

@@ -52,7 +52,7 @@ def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]
     needs = {}
     holders = module.networks | ({} if module.lora is None else {"lora": module.lora})
     for name, network in holders.items():
-        learning = [p for p in network.parameters() if p.requires_grad]
+        learning = _learning(network)
         needs[name] = Need(
             weights=_size(network.state_dict().values()),
             gradients=0 if module.step_in_backward else _size(learning),
@@ -60,16 +60,17 @@ def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]
             activations=activations.get(name, 0),
         )
     if module.step_in_backward:  # those that wait, and the one that comes last
-        learning = [p for p in module.parameters() if p.requires_grad]
+        learning = _learning(module)
         waiting = held_gradients(learning) + max((p.nbytes for p in learning), default=0)
         needs["unet"] = Need(**{**vars(needs["unet"]), "gradients": waiting})
-    disk = _disk(config, needs, count=sum(p.numel() for p in module.parameters()))
+    average = _average(config, module, needs)
+    disk = _disk(config, needs, module)
     if trainer.get("strategy") == FSDP:
         needs |= {name: _share(need, device_count(trainer)) for name, need in needs.items() if need.states}
     if data.get("cache_latents", True):
         del needs["first_stage"]
-    if config.get("ema_decay") is not None and config.get("ema_device") != "cpu":
-        needs["average"] = Need(weights=_size(module.state_dict().values()))
+    if average.total:
+        needs["average"] = average
     if copies := _copies_of_base(module, data, precision=str(trainer.get("precision", "32-true"))):
         needs["copies of the base"] = Need(weights=copies)
     return needs, disk
@@ -81,6 +82,19 @@ def _share(need: Need, processes: int) -> Need:
     return Need(**parts, activations=need.activations)
 
 
+def _average(config: Mapping[str, Any], module: LatentDiffusion, needs: Mapping[str, Need]) -> Need:
+    """A float32 average of what learns, and a copy of it in the weights' place while the validation runs.
+
+    The copy is made where the average is of another dtype or on another device; no gradients are held then.
+    """
+    if config.get("ema_decay") is None:
+        return Need()
+    learning, apart = _learning(module), config.get("ema_device") == "cpu"
+    copied = _size(p for p in learning if apart or p.dtype != torch.float32)
+    free_then = sum(need.gradients + need.activations for need in needs.values())
+    return Need(weights=0 if apart else _float_size(learning), activations=max(0, copied - free_then))
+
+
 def _copies_of_base(module: LatentDiffusion, data: Mapping[str, Any], *, precision: str) -> int:
     """Bytes of what techniques keep of the untouched base: whole networks, or the weights that learn."""
     networks = [module.networks[name] for name in ("unet", "cond_stage")]
@@ -90,7 +104,7 @@ def _copies_of_base(module: LatentDiffusion, data: Mapping[str, Any], *, precisi
         layers = [layer for network in networks for layer in cast_by_autocast(network)]
         halved = _size(p for layer in layers for p in layer.parameters() if p.dtype == torch.float32) // 2
         copies += whole - (halved if precision in AUTOCAST else 0)
-    return copies + (_size(p for p in module.parameters() if p.requires_grad) if module.l2_pull else 0)
+    return copies + (_size(_learning(module)) if module.l2_pull else 0)
 
 
 def state_bytes(parameter: Tensor, optimizer: str) -> int:
@@ -196,19 +210,26 @@ def _saving(
             hook.remove()
 
 
-def _disk(config: Mapping[str, Any], needs: Mapping[str, Need], *, count: int) -> dict[str, int]:
+def _disk(config: Mapping[str, Any], needs: Mapping[str, Need], module: LatentDiffusion) -> dict[str, int]:
     """Bytes of the run's files; a checkpoint that is being written stands beside the two that are kept."""
     data = config["data"].get("params", {})
-    weights = sum(need.weights for need in needs.values())
-    copies = 2 if config.get("ema_decay") is not None else 1
-    checkpoint = copies * weights + sum(need.states for need in needs.values())
+    average = 0 if config.get("ema_decay") is None else _float_size(_learning(module))
+    checkpoint = average + sum(need.weights + need.states for need in needs.values())
     drawn = 0 if data.get("prior_root") else data.get("num_priors", 64)
     width = WIDTHS[config.get("export", {}).get("dtype", "fp16")]
     return {
         "checkpoints (2 + 1)": 3 * checkpoint,
-        "model file": width * count,
+        "model file": width * sum(p.numel() for p in module.parameters()),
         "prior images, at most": drawn * 3 * data["size"] ** 2,
     }
+
+
+def _learning(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _float_size(tensors: Iterable[Tensor]) -> int:
+    return sum(4 * tensor.numel() for tensor in tensors)
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

@@ -1,6 +1,7 @@
 """The sections of a job's config, and the check of what a command line makes of them."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
@@ -18,7 +19,8 @@ SECTIONS = {
     "base_checkpoint": str | None,
     "base_parts": dict[str, str] | None,
     "ema_decay": float | None,
-    "ema_device": str | None,
+    "ema_device": Literal["cpu"] | None,
+    "ema_every": int,
     "matmul_precision": MatmulPrecision,
     "checkpoint_every": int,
     "checkpoints_kept": int,

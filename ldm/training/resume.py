@@ -123,7 +123,7 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def state_bytes(module: nn.Module, *, averaged: bool) -> int:
-    """About how large a checkpoint of a training is: weights, their average, AdamW's two moments."""
+    """About how large a checkpoint is: weights, the average of those that learn, and their two moments."""
     weights = sum(tensor.nbytes for tensor in module.state_dict().values())
-    moments = sum(2 * p.numel() * torch.float32.itemsize for p in module.parameters() if p.requires_grad)
-    return weights * (2 if averaged else 1) + moments
+    learning = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return weights + (3 if averaged else 2) * learning * torch.float32.itemsize

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, TQDMProgressBar
+from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from ldm.checkpoints.geometry import model_config
@@ -27,7 +27,9 @@ from ldm.data.prompts import fill
 from ldm.errors import UserError
 from ldm.files import atomic_write, require_space
 from ldm.training import ranks
+from ldm.training.averaging import averaging
 from ldm.training.checkpoints import Checkpoints, WholeFiles
+from ldm.training.gradients import FreeGradients
 from ldm.training.guard import NonFiniteGuard
 from ldm.training.measures import Measures
 from ldm.training.resume import check_fit, name_of, newest_whole, state_bytes
@@ -37,7 +39,10 @@ from ldm.training.signals import StopSignals
 log = logging.getLogger(__name__)
 
 # The sections of a config that `fit` takes
-TRAINING = ("trainer", "logger", "ema_decay", "ema_device", "checkpoint_every", "checkpoints_kept")
+TRAINING = (
+    *("trainer", "logger", "ema_decay", "ema_device", "ema_every"),
+    *("checkpoint_every", "checkpoints_kept"),
+)
 
 
 @dataclass(frozen=True)
@@ -105,15 +110,15 @@ def fit(
     callbacks: Sequence[pl.Callback],
     logger: Mapping[str, Any] | None = None,
     ema_decay: float | None = None,
-    ema_device: str | None = None,
+    ema_device: Literal["cpu"] | None = None,
+    ema_every: int = 1,
     checkpoint_every: int = 250,
     checkpoints_kept: int = 2,
     measures: Measures | None = None,
 ) -> None:
     """Trains to `max_steps`, from the run's newest whole checkpoint where it has one.
 
-    The average of the weights is kept on `ema_device` ("cpu" spares the GPU it), by default beside them.
-    SIGTERM, SIGINT and SIGUSR1 save and raise `Stopped`.
+    `ema_*` are of a `WeightAverage`. SIGTERM, SIGINT and SIGUSR1 save and raise `Stopped`.
     """
     place, kept = module.device, folder / "checkpoints"
     last = ranks.by_first(lambda: newest_whole(kept))
@@ -124,11 +129,11 @@ def fit(
     require_space(folder, bytes_needed, what="a run's checkpoints")
     with StopSignals() as stop, stand_in(module, trainer) as (learner, trainer):
         keepers = _keepers(kept, every=checkpoint_every, keep=checkpoints_kept, stop=stop, measures=measures)
-        average = [] if ema_decay is None else [averaging(decay=ema_decay, device=ema_device)]
+        average = averaging(ema_decay, device=ema_device, every=ema_every)
         pl.Trainer(
             default_root_dir=folder,
             logger=instantiate(logger) if logger else board(folder, start=data.start_step),
-            callbacks=[*callbacks, *keepers, *average, *progress_bar(trainer)],
+            callbacks=[FreeGradients(), *average, *callbacks, *keepers, *progress_bar(trainer)],
             plugins=[WholeFiles()],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -163,11 +168,6 @@ def take_best(module: pl.LightningModule, folder: Path, step: int) -> None:
     state = unpickle(path, mapped=True)
     module.load_state_dict(state["state_dict"])
     module.on_load_checkpoint(state)
-
-
-def averaging(*, decay: float, device: str | None) -> pl.Callback:
-    """An average of the weights alone: one of the noise schedule's buffer would drift by its rounding."""
-    return EMAWeightAveraging(device=device, decay=decay, use_buffers=False)
 
 
 def progress_bar(trainer: Mapping[str, Any]) -> list[pl.Callback]:

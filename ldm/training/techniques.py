@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.data.prompts import distinct
 from ldm.models.lora import LoRA, factors_off
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
+from ldm.training.conditioning import Conditioner
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by the Trainer's precision
 
@@ -66,19 +66,19 @@ class Teacher:
             networks = tuple(copy.deepcopy(network).eval().requires_grad_(False) for network in networks)
             for layer in (layer for network in networks for layer in cast_by_autocast(network)):
                 layer.to(AUTOCAST.get(precision))
-        self.unet, self.text_encoder = networks
+        self.unet, text_encoder = networks
+        self.conditioner = Conditioner(text_encoder)
 
     def to(self, device: torch.device) -> None:
         self.unet.to(device)
-        self.text_encoder.to(device)
+        self.conditioner.text_encoder.to(device)
+        self.conditioner.forget()
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """x: [B, C, h, w], t: [B], B prompts -> the base's prediction [B, C, h, w]."""
-        unique, rows = distinct(prompts)
         with factors_off(*self.loras):
-            contexts = self.text_encoder(self.text_encoder.tokenize(unique).to(x.device))
-            return self.unet.predict(x, t, contexts, rows)
+            return self.unet.predict(x, t, *self.conditioner(prompts, frozen=True))
 
 
 def cast_by_autocast(network: nn.Module) -> list[nn.Module]:

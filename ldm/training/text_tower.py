@@ -11,6 +11,7 @@ from ldm.checkpoints.save import save_model
 from ldm.config import instantiate
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.storybook.world import ATTRIBUTES
+from ldm.training.gradients import clip
 from ldm.training.optimizers import adamw, with_schedule
 
 
@@ -60,8 +61,11 @@ class TextTowerTask(pl.LightningModule):
         self.print(f"read right off captions that say everything: {accuracy}")
         self.log_dict({f"val/{name}": share for name, share in accuracy.items()})
 
+    configure_gradient_clipping = clip
+
     def configure_optimizers(self) -> dict:
-        optimizer = adamw({"text_tower": (self, self.learning_rate)})
+        parts = {"text_tower": (self, self.learning_rate)}
+        optimizer = adamw(parts, fused=self.trainer.precision != "16-mixed")  # its scaler comes first
         return with_schedule(
             optimizer, "cosine", warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
         )

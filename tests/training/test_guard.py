@@ -32,11 +32,11 @@ class Spoil(pl.Callback):
 
 
 def test_a_loss_names_its_item_and_timestep(job: Job, tmp_path: Path):
-    timestep = int(ItemDraws(7, [(5, "subject")], device=torch.device("cpu")).randint("timestep", 1000))
+    ItemDraws(7, [(5, "subject")]).randint("timestep", 1000, timestep := torch.empty(1, dtype=torch.int64))
     with pytest.raises(UserError) as error:
         job(tmp_path, callbacks=[Spoil(2)])
     assert error.value.what == "The loss of step 2 is not finite"
-    assert error.value.where == f"subject item 5 at timestep {timestep}"
+    assert error.value.where == f"subject item 5 at timestep {timestep.item()}"
     assert "learning rate" in error.value.remedy
     names = {path.name for path in (tmp_path / "checkpoints").glob("*.ckpt")}
     assert names == {"step-00000001.ckpt", "step-00000002.ckpt"}  # before it; none was lost

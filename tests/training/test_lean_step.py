@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm.errors import UserError
-from ldm.training import latent_diffusion
+from ldm.training import conditioning
 from ldm.training.callbacks import AutoencoderAside
 from ldm.training.device import device_of, placed
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -57,6 +57,22 @@ def test_a_frozen_text_encoder_reads_each_prompt_once(tiny_config: dict, tiny_ne
     assert rows == [2, 1, 2]
 
 
+@pytest.mark.parametrize("train_text_encoder", [True, False])
+def test_each_prompt_is_tokenized_once_a_run(
+    tiny_config: dict, tiny_networks: dict, monkeypatch: pytest.MonkeyPatch, train_text_encoder: bool
+):
+    module = make(tiny_config, tiny_networks, train_text_encoder=train_text_encoder)
+    tokenized, tokenize = [], module.cond_stage_model.tokenize
+    monkeypatch.setattr(
+        module.cond_stage_model, "tokenize", lambda prompts: tokenized.extend(prompts) or tokenize(prompts)
+    )
+    with torch.inference_mode():
+        module.validation_step(batch_of(0), 0)
+    for step in range(3):
+        module.training_step(batch_of(3 * step), step).backward()
+    assert tokenized == PROMPTS[:2]
+
+
 def test_a_learning_text_encoder_reads_each_prompt_once_a_step(tiny_config: dict, tiny_networks: dict):
     module = make(tiny_config, tiny_networks)
     rows = count_rows(module)
@@ -75,12 +91,12 @@ def test_contexts_kept_by_validation_serve_training(tiny_config: dict, tiny_netw
 
 
 def test_contexts_do_not_pile_up(tiny_config: dict, tiny_networks: dict, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(latent_diffusion, "KEPT_CONTEXTS", 4)
+    monkeypatch.setattr(conditioning, "KEPT_PROMPTS", 4)
     module = make(tiny_config, tiny_networks, train_text_encoder=False)
     for k in range(6):
         alone = module.encode_prompts([f"disc {k}"])[0]
         assert torch.equal(module.encode_prompts([f"disc {k}", "disc"])[0][:1], alone)
-        assert len(module._contexts) <= 4
+        assert len(module._conditioner.contexts) <= 4 and len(module._conditioner.ids) <= 4
 
 
 @pytest.mark.parametrize("train_text_encoder", [True, False])

@@ -140,7 +140,10 @@ def test_files_and_averages(tiny_config: dict):
     weights = sum(t.nbytes for t in module.state_dict().values())
     states = sum(need.states for need in needs.values())
     assert disk["checkpoints (2 + 1)"] == 3 * (weights + states)
-    assert estimate(config | {"ema_decay": 0.99})[0]["average"].weights == weights
+    learning = 4 * sum(p.numel() for p in module.parameters() if p.requires_grad)
+    averaged, files = estimate(config | {"ema_decay": 0.99})
+    assert averaged["average"].total == averaged["average"].weights == learning < weights
+    assert files["checkpoints (2 + 1)"] == 3 * (weights + learning + states)
     assert "average" not in estimate(config | {"ema_decay": 0.99, "ema_device": "cpu"})[0]
     config["data"]["params"]["cache_latents"] = False
     assert estimate(config)[0]["first_stage"].weights > 0

@@ -1,0 +1,48 @@
+"""The draws of a step: the item decides each of them, and all lie in one buffer."""
+
+import pytest
+import torch
+
+from ldm import randomness
+from ldm.training.draws import StepDraws, drawn, item_keys, latent_shape
+
+BATCH = {"is_prior": torch.tensor([False, True, True]), "item": torch.tensor([4, 4, 9])}
+SHAPE = (3, 4, 8, 6)
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_each_number_is_that_of_its_item_part_and_purpose(offset: bool):
+    found = drawn(BATCH, 7, SHAPE, timesteps=1000, offset=offset)
+    assert found["draws"].dtype == torch.uint8
+    draws = StepDraws.views(found["draws"].clone(), SHAPE)
+    for k, (item, part) in enumerate(item_keys(BATCH)):
+
+        def source(purpose: str, item: int = item, part: str = part) -> torch.Generator:
+            return randomness.generator(7, item, f"{part}/{purpose}")
+
+        assert draws.timesteps[k] == torch.randint(1000, (), generator=source("timestep"))
+        assert torch.equal(draws.posterior[k], torch.randn(SHAPE[1:], generator=source("posterior")))
+        assert torch.equal(draws.noise[k], torch.randn(SHAPE[1:], generator=source("noise")))
+        wanted = torch.randn(4, 1, 1, generator=source("offset")) if offset else torch.zeros(4, 1, 1)
+        assert torch.equal(draws.offset[k], wanted)
+    assert found["prior_rows"].tolist() == [1, 2]
+
+
+def test_the_buffer_holds_nothing_else():
+    draws = drawn(BATCH, 7, SHAPE, timesteps=1000, offset=True)
+    views = StepDraws.views(draws["draws"], SHAPE)
+    assert len(draws["draws"]) == sum(view.nbytes for view in views)
+    assert {view.untyped_storage().data_ptr() for view in views} == {draws["draws"].data_ptr()}
+
+
+def test_latents_of_moments_and_of_images_have_the_same_shape():
+    of = {"channels": 4, "factor": 2}
+    assert latent_shape({"moments": torch.zeros(3, 8, 5, 6)}, **of) == (3, 4, 5, 6)
+    assert latent_shape({"image": torch.zeros(3, 3, 10, 12)}, **of) == (3, 4, 5, 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_they_are_pinned():
+    found = drawn(BATCH, 7, SHAPE, timesteps=1000, offset=True)
+    assert found["draws"].is_pinned() and found["prior_rows"].is_pinned()
