@@ -44,32 +44,6 @@ class StorybookDataset(Dataset):
         return item | {"full_caption": full_caption(scene)}
 
 
-class StorybookLatents(Dataset):
-    """Item k: the drawing k modulo `length`, encoded before, under a new caption at each reading.
-
-    {"moments" [2C, h, w] float16, "caption" str, "item" k, "is_prior" False}; one caption in
-    1 / `caption_dropout` is empty, which teaches the unconditional prediction of guidance.
-    """
-
-    def __init__(self, drawings: StorybookDataset, moments: Tensor, *, caption_dropout: float):
-        self.drawings, self.moments, self.caption_dropout = drawings, moments, caption_dropout
-
-    def __getitem__(self, k: int) -> dict[str, Tensor | str | int]:
-        page, seed = k % len(self.moments), self.drawings.seed
-        text = caption(
-            sample_scene(seed * BOOK + page),
-            seed=seed * BOOK + k,
-            rare_word_share=self.drawings.rare_word_share,
-        )
-        dropped = torch.rand((), generator=generator(seed, k, "caption dropout")) < self.caption_dropout
-        return {
-            "moments": self.moments[page],
-            "caption": "" if dropped else text,
-            "item": k,
-            "is_prior": False,
-        }
-
-
 class StorybookDataModule(pl.LightningDataModule):
     """Endless batches of fresh drawings, and a fixed set of unseen ones for validation.
 
