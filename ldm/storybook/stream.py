@@ -27,9 +27,10 @@ PREFETCHED = 4  # batches that each worker draws ahead
 class StorybookBatches(Dataset):
     """Batch n: images n * P ... of the book, P = batch_size / captions_per_image, and their items.
 
-    {"image" [P, 3, 64, 64] uint8, "caption" B strings, "item" [B] int64, "is_prior" [B] all False}. Item k shows
-    image k // captions_per_image under a caption of its own; one in 1 / `caption_dropout` is empty, which teaches
-    the unconditional prediction of classifier-free guidance (Ho and Salimans 2022). `prepare` runs in the worker.
+    {"image" [P, 3, 64, 64] uint8, "caption" B strings, "item" [B] int64, "is_prior" [B] all False}. Item k
+    shows image k // captions_per_image under a caption of its own; the share `caption_dropout` of them is
+    empty, which teaches the unconditional prediction of classifier-free guidance (Ho and Salimans 2022).
+    `prepare` runs in the worker.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class StorybookStream(pl.LightningDataModule):
         self.attach()
 
     def attach(self, *, encode: Encode | None = None, vae_hash: str = "") -> None:
-        """Hands over the VAE (images -> moments). Nothing is kept, so the hash that names it is not needed."""
+        """Hands over the VAE (images -> moments). Nothing is kept under the hash."""
         self.encode = encode
 
     def set_prepare(self, prepare: Prepare) -> None:

@@ -99,8 +99,8 @@ def lay_out_states(optimizer: torch.optim.Optimizer) -> None:
 def lr_factor(schedule: LRSchedule, *, warmup_steps: int, max_steps: int) -> Callable[[int], float]:
     """Optimizer step -> factor of the learning rate: linear warm-up, then what the schedule says.
 
-    "constant"; "cosine": half a cosine to 0; "wsd", warmup-stable-decay: constant, then linear to 0 over the last
-    fifth of the steps, about as good as a cosine, and a run can be made longer (Hägele et al. 2024).
+    "constant"; "cosine": half a cosine to 0; "wsd", warmup-stable-decay: constant, then linear to 0 over the
+    last fifth of the steps, about as good as a cosine, and a run can be made longer (Hägele et al. 2024).
     """
     if schedule != "constant" and max_steps < 1:
         what = f"The schedule {schedule} ends with the run, whose length is not given"

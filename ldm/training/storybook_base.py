@@ -15,9 +15,9 @@ from ldm.training.latent_diffusion import LatentDiffusion
 
 
 class StorybookBase(LatentDiffusion):
-    """`LatentDiffusion` with a frozen text encoder, whose tokens and random draws are made in worker processes.
+    """`LatentDiffusion` with a frozen text encoder; token ids and random draws come from worker processes.
 
-    The loss is the same to the bit. A GPU takes thousands of such small items a second, more than one process
+    The loss is the same. A GPU takes thousands of such small items a second, more than one process
     can draw numbers for and tokenize. Its data is a `StorybookStream`.
     """
 
