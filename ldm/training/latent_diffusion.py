@@ -59,7 +59,7 @@ class LatentDiffusion(pl.LightningModule):
         optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
             bfloat16 and rounds their updates stochastically.
         step_in_backward: each weight learns as soon as its gradient is there, which is then freed.
-        lr_schedule: after `warmup_steps` optimizer steps constant, or half a cosine down to 0.
+        lr_schedule: after `warmup_steps` optimizer steps constant, a cosine to 0, or "wsd" (`lr_factor`).
         lora: node of a `LoRA`: what learns are factors beside the layers of UNet and text encoder.
         compile: mode in which torch.compile translates the UNet, once for each batch size that it meets.
         seed: of the run; all draws follow from it and the item's number.
