@@ -1,4 +1,4 @@
-"""Where nothing holds the empty prompt it moves to the subject, and under guidance the class flees from it."""
+"""Where nothing holds the empty prompt it moves to the subject, and under guidance the class flees."""
 
 import json
 from pathlib import Path
