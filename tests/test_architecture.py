@@ -24,7 +24,7 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
     "denoiser": {"diffusion", "models"},
     "model_file": {"checkpoints", "config", "denoiser", "diffusion", "models"},
     "pipeline": {"denoiser", "diffusion", "model_file", "models", "precision"},
-    "evaluation": {"pipeline", "precision", "storybook", "data"},
+    "evaluation": {"pipeline", "precision", "diffusion", "storybook", "data"},
     "training": {
         "checkpoints",
         "config",
