@@ -27,6 +27,7 @@ from ldm.model_file import ModelFile
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
+from ldm.precision import Precision, autocast_for
 from ldm.randomness import randn
 
 log = logging.getLogger(__name__)
@@ -132,18 +133,18 @@ class Text2Image:
         long_prompts: bool = False,
         batch_size: int = 8,
         batched_guidance: bool = True,
+        precision: Precision = "auto",
         progress: bool | Callable[[int], object] = False,
     ) -> list[Sample]:
         """One picture for each prompt and its seed, `batch_size` at a time.
 
-        `init_image`, cropped to the shape, is drawn over in the last `strength` of the steps. `long_prompts`
-        are encoded whole, in chunks. `progress` True shows a bar; a callable hears of n more steps.
+        The last `strength` of the steps draw over `init_image`, cropped. `long_prompts` are encoded whole, in
+        chunks. `precision`: of the networks. `progress` True: a bar; a callable hears of n more steps.
         """
         _check(prompts, seeds, sampler=sampler, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
         timesteps = self._timesteps(sampler, steps, None if init_image is None else strength)
-        with self._drawing(), tqdm(total=len(prompts) * len(timesteps), disable=progress is not True) as bar:
-            more = progress if callable(progress) else bar.update
+        with self._drawing(precision), _heard(progress, total=len(prompts) * len(timesteps)) as more:
             how = {"eta": eta, "callback": lambda i, x: more(len(x)), "alphas_cumprod": self.alphas_cumprod}
             negative = None if guidance_scale == 1 else negative_prompt
             pairs = self._contexts(prompts, negative, batch_size, chunked=long_prompts)
@@ -151,8 +152,8 @@ class Text2Image:
             for batch in _batches([len(context) for context, _ in pairs], batch_size):
                 predict = self._guided([pairs[i] for i in batch], guidance_scale, batched=batched_guidance)
                 noise = partial(self._noise, shape, [seeds[i] for i in batch])
-                x = self._start(noise, initial, timesteps)
-                x = SAMPLERS[sampler](predict, x, timesteps, noise=noise, **how)
+                start = self._start(noise, initial, timesteps)
+                x = SAMPLERS[sampler](predict, start, timesteps, noise=noise, **how)
                 samples |= zip(batch, zip(self._decode(x), _outside(x), strict=True), strict=True)
         return [Sample(*samples[i], prompts[i], seeds[i]) for i in range(len(prompts))]
 
@@ -252,11 +253,12 @@ class Text2Image:
         return [Image.fromarray(picture.numpy()) for picture in rearrange(levels, "b c h w -> b h w c").cpu()]
 
     @contextmanager
-    def _drawing(self) -> Iterator[None]:
-        """Networks in eval mode, nothing cast or recorded; afterwards every module is in its mode again."""
+    def _drawing(self, precision: Precision) -> Iterator[None]:
+        """Networks in eval mode, nothing recorded; afterwards every module is in its mode again."""
+        networks = (self.first_stage, *self.denoiser.networks)
         base = self.guidance_base.networks if self.guidance_base else ()
-        autocast = torch.autocast(placement(self.unet)[0].type, enabled=False)  # a training run may be in one
-        with evaluating(self.first_stage, *self.denoiser.networks, *base), torch.inference_mode(), autocast:
+        lower = autocast_for(precision, *networks, *base)
+        with evaluating(*networks, *base), torch.inference_mode(), lower:
             yield
 
 
@@ -279,6 +281,13 @@ def _check(prompts: Sequence[str], seeds: Sequence[int], *, sampler: str, batch_
         raise UserError(f"The sampler {sampler!r} is unknown", remedy=remedy)
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is impossible", remedy="Choose 1 or more.")
+
+
+@contextmanager
+def _heard(progress: bool | Callable[[int], object], *, total: int) -> Iterator[Callable[[int], object]]:
+    """What hears of n more steps: the callable, or a bar of so many in all."""
+    with tqdm(total=total, disable=progress is not True) as bar:
+        yield progress if callable(progress) else bar.update
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -21,6 +21,7 @@ from ldm.data.prompts import read_prompts
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.pipeline import Text2Image, find_model
+from ldm.precision import resolve_precision
 from ldm.training.device import keep_freed_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -64,7 +65,12 @@ def parse() -> argparse.Namespace:
     add("--batch_size", type=int, default=8, help="pictures at a time; no effect on what they show")
     add("--low_memory", action="store_true", help="guidance in two passes instead of a doubled batch")
     add("--device", default=DEVICE, help="where to compute")
-    add("--precision", choices=DTYPES, default="fp32", help="of the networks")
+    add(
+        "--precision",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of the networks; bf16 on CUDA, else fp32",
+    )
     add("--out", type=Path, help="folder; None: a new one in `samples`, beside the model file")
     return parser.parse_args()
 
@@ -87,7 +93,7 @@ def main(options: argparse.Namespace) -> None:
     if not (options.prompt or options.prompts) or options.n < 1:
         raise UserError("There is nothing to draw", remedy="Give --prompt or --prompts, and --n from 1.")
     keep_freed_memory()
-    path, dtype = find_model(options.model), DTYPES[options.precision]
+    path, precision = find_model(options.model), resolve_precision(options.precision, options.device)
     print(f"model: {path}")
     said = open_model(path).metadata
     words = taught_words(said)
@@ -98,11 +104,12 @@ def main(options: argparse.Namespace) -> None:
     loras = [weighted(word) for word in options.lora]
     base = find_model(options.guidance_base) if options.guidance_base else None
     added = {"loras": loras, "embeddings": options.embedding, "guidance_base": base}
-    draw = Text2Image.from_file(path, config=config, device=options.device, dtype=dtype, **added)
+    place = {"device": options.device, "dtype": DTYPES[precision]}
+    draw = Text2Image.from_file(path, config=config, **place, **added)
     settings = {name: getattr(options, name) for name in SETTINGS}
     settings |= {name: usual for name, usual in usual_drawing(said).items() if settings[name] is None}
     settings |= {side: draw.default_size for side in ("height", "width") if settings[side] is None}
-    about = settings | {"model": name_of(path), "model_hash": draw.model_hash, "precision": options.precision}
+    about = settings | {"model": name_of(path), "model_hash": draw.model_hash, "precision": precision}
     if init_image:
         settings["strength"] = options.strength
         about |= {"strength": options.strength, "init_image": options.init_image.name}

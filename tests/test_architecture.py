@@ -20,10 +20,11 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
     "config": set(),
     "data": set(),
     "storybook": {"data"},
+    "precision": set(),
     "denoiser": {"diffusion", "models"},
     "model_file": {"checkpoints", "config", "denoiser", "diffusion", "models"},
-    "pipeline": {"denoiser", "diffusion", "model_file", "models"},
-    "evaluation": {"pipeline", "storybook", "data"},
+    "pipeline": {"denoiser", "diffusion", "model_file", "models", "precision"},
+    "evaluation": {"pipeline", "precision", "diffusion", "storybook", "data"},
     "training": {
         "checkpoints",
         "config",
@@ -33,6 +34,7 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
         "evaluation",
         "models",
         "pipeline",
+        "precision",
         "storybook",
     },
 }

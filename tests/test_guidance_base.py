@@ -65,8 +65,7 @@ def test_the_model_as_its_own_base_is_plain_guidance(tiny_networks, long_prompts
     plain, base = pipeline(tiny_networks), pipeline(tiny_networks, denoiser(copy.deepcopy(tiny_networks)))
     options = {"seeds": SEEDS, "guidance_scale": 4.0, "long_prompts": long_prompts, **SMALL}
     expected = latents(plain(prompts, **options))
-    for batch_size in (1, 3):
-        torch.testing.assert_close(latents(base(prompts, batch_size=batch_size, **options)), expected, **NEAR)
+    torch.testing.assert_close(latents(base(prompts, batch_size=3, **options)), expected, **NEAR)
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "v"])
@@ -185,7 +184,7 @@ def test_a_second_file_is_the_base(files, tiny_networks):
     )
 
 
-@pytest.mark.parametrize("weights", [[1.0], [0.6], [0.6, -0.2]])
+@pytest.mark.parametrize("weights", [[1.0], [0.6, -0.2]])
 def test_a_lora_on_its_own_base_needs_no_second_model(files, weights):
     loras = [(files["lora"], weight) for weight in weights]
     draw = Text2Image.from_file(files["base"], loras=loras, guidance_base=files["base"])
@@ -195,11 +194,10 @@ def test_a_lora_on_its_own_base_needs_no_second_model(files, weights):
         {name: getattr(merged, name) for name in ("unet", "first_stage", "cond_stage")},
         Text2Image.from_file(files["base"]).denoiser,
     )
-    for scale in (1.0, 4.0):
-        options = {"seeds": SEEDS, "guidance_scale": scale, **SMALL}
-        drawn = latents(draw(PROMPTS, **options))
-        torch.testing.assert_close(drawn, latents(two(PROMPTS, **options)), rtol=1e-3, atol=1e-3)
-    assert (drawn - latents(merged(PROMPTS, **options))).abs().max() > 1e-2
+    prompts, options = PROMPTS[:2], {"seeds": SEEDS[:2], "guidance_scale": 4.0, **SMALL}
+    drawn = latents(draw(prompts, **options))
+    torch.testing.assert_close(drawn, latents(two(prompts, **options)), rtol=1e-3, atol=1e-3)
+    assert (drawn - latents(merged(prompts, **options))).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(

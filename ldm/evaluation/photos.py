@@ -16,12 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.prompts import read_prompts
+from ldm.diffusion.samplers import SamplerName
 from ldm.errors import UserError
 from ldm.evaluation.features import CLIP, DINO, Clip, Dino, Lpips
 from ldm.evaluation.metrics import bootstrap, frechet_distance
 from ldm.evaluation.pictures import by_prompt
 from ldm.evaluation.protocol import OTHER_SEEDS, Figures, Picture, Prompts
 from ldm.pipeline import Text2Image
+from ldm.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class PhotoEvaluation:
         class_samples: pictures of the class without the identifier; 0 leaves PRES out.
         guidance_base: whether the base predicts for the empty prompt, in the trained model's place.
         seed: of the first picture.
+        precision: of the networks that draw; "auto" is bf16 on a CUDA device and fp32 elsewhere.
         size: pixels a side; None is the model's own.
         dino, clip: folders of the networks in transformers' format, or names on the hub.
         diversity: measures DIV, which needs the extra `lpips`.
@@ -89,12 +92,13 @@ class PhotoEvaluation:
         prompts: str = "dreambooth-object",
         seeds: int = 4,
         class_samples: int = 100,
-        sampler: str = "ddim",
+        sampler: SamplerName = "ddim",
         steps: int = 50,
         guidance_scale: float = 7.5,
         guidance_base: bool = False,
         seed: int = 1000,
         batch_size: int = 4,
+        precision: Precision = "auto",
         size: int | None = None,
         dino: str = DINO,
         clip: str = CLIP,
@@ -111,6 +115,7 @@ class PhotoEvaluation:
             "steps": steps,
             "guidance_scale": guidance_scale,
             "batch_size": batch_size,
+            "precision": precision,
             "height": size,
             "width": size,
         }

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.images import fit_image, to_tensor
+from ldm.diffusion.samplers import SamplerName
 from ldm.errors import UserError
 from ldm.evaluation.metrics import (
     Interval,
@@ -23,6 +24,7 @@ from ldm.evaluation.metrics import (
 )
 from ldm.evaluation.protocol import OTHER_SEEDS, Figures, Picture, Prompts
 from ldm.pipeline import Text2Image
+from ldm.precision import Precision
 from ldm.storybook.dataset import BOOK
 from ldm.storybook.judge import SHIPPED, SIZE, Judge
 from ldm.storybook.world import CONTEXTS, SUBJECT_ATTRIBUTES, Scene, full_caption, sample_scene
@@ -111,6 +113,7 @@ class StorybookEvaluation:
         class_samples: pictures of the class without the identifier.
         guidance_base: whether the base predicts for the empty prompt, in the trained model's place.
         seed: of the first picture.
+        precision: of the networks that draw; "auto" is bf16 on a CUDA device and fp32 elsewhere.
         judge: its weights; None takes the shipped ones.
     """
 
@@ -119,12 +122,13 @@ class StorybookEvaluation:
         *,
         seeds: int = 4,
         class_samples: int = 64,
-        sampler: str = "ddim",
+        sampler: SamplerName = "ddim",
         steps: int = 25,
         guidance_scale: float = 4.0,
         guidance_base: bool = False,
         seed: int = 1000,
         batch_size: int = 16,
+        precision: Precision = "auto",
         judge_file: str | None = None,
     ):
         if seeds < 1 or class_samples < 2:
@@ -136,6 +140,7 @@ class StorybookEvaluation:
             "steps": steps,
             "guidance_scale": guidance_scale,
             "batch_size": batch_size,
+            "precision": precision,
         }
         self.guidance_base = guidance_base
         self.judge = Judge.from_file(judge_file or SHIPPED)

@@ -112,7 +112,7 @@ class DreamBoothRun:
     def _priors(self) -> PriorSet:
         """The prior images, drawn as far as they are missing."""
         drawing = PriorDrawing(**self.plain.get("priors", {}))
-        priors = prior_set(self.data, drawing, base_sha256=self.base_hash)
+        priors = prior_set(self.data, drawing, base_sha256=self.base_hash, device=self.module.device)
         draw_priors(self.draw, priors, self.data.num_priors, batch_size=drawing.batch_size)
         return priors
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -14,6 +15,7 @@ from ldm.data.priors import Draw, PriorSet, PriorSpec
 from ldm.denoiser import Denoiser
 from ldm.diffusion.samplers import SamplerName
 from ldm.pipeline import Text2Image
+from ldm.precision import Precision, resolve_precision
 from ldm.training import ranks
 from ldm.training.device import placed
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -21,7 +23,10 @@ from ldm.training.latent_diffusion import LatentDiffusion
 
 @dataclass(frozen=True)
 class PriorDrawing:
-    """How the base model draws prior images, and the folder that keeps the sets."""
+    """How the base model draws prior images, and the folder that keeps the sets.
+
+    precision: of the networks; "auto" is bf16 on a CUDA device and fp32 elsewhere.
+    """
 
     folder: str = "priors"
     sampler: SamplerName = "ddim"
@@ -30,11 +35,15 @@ class PriorDrawing:
     negative_prompt: str = ""
     seed: int = 0
     batch_size: int = 16
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
 class SampleDrawing:
-    """What a run draws to be looked at: `n` pictures of each prompt, with {identifier} and {class_word}."""
+    """What a run draws to be looked at: `n` pictures of each prompt, with {identifier} and {class_word}.
+
+    precision: as that of prior images.
+    """
 
     prompts: Sequence[str] = field(default_factory=list)
     n: int = 4
@@ -45,6 +54,7 @@ class SampleDrawing:
     guidance_base: bool = False  # whether the base predicts for the negative prompt, not the trained model
     seed: int = 23
     batch_size: int = 16
+    precision: Precision = "auto"
     every_steps: int = 0  # optimizer steps between previews; 0 draws none
     preview_n: int = 2  # pictures of each prompt in a preview
 
@@ -78,8 +88,10 @@ def base_denoiser(module: LatentDiffusion) -> Denoiser:
     )
 
 
-def prior_set(data: DreamBoothDataModule, drawing: PriorDrawing, *, base_sha256: str) -> PriorSet:
-    """The set that these settings and this base name; other settings are another set."""
+def prior_set(
+    data: DreamBoothDataModule, drawing: PriorDrawing, *, base_sha256: str, device: torch.device
+) -> PriorSet:
+    """The set that these settings, this base and the precision of the device name; others are another set."""
     spec = PriorSpec(
         prompt=data.prior_prompt,
         base_sha256=base_sha256,
@@ -89,6 +101,7 @@ def prior_set(data: DreamBoothDataModule, drawing: PriorDrawing, *, base_sha256:
         negative_prompt=drawing.negative_prompt,
         size=data.size,
         seed=drawing.seed,
+        precision=resolve_precision(drawing.precision, device),
     )
     return PriorSet(Path(drawing.folder), spec)
 
@@ -106,6 +119,7 @@ def drawing_of(spec: PriorSpec, draw: Text2Image, *, batch_size: int) -> Draw:
                 guidance_scale=spec.guidance_scale,
                 negative_prompt=spec.negative_prompt,
                 batch_size=batch_size,
+                precision=spec.precision,
             )
         return [(sample.image, sample.latents) for sample in samples]
 
@@ -160,6 +174,7 @@ def draw_samples(
         guidance_scale=drawing.guidance_scale,
         negative_prompt=drawing.negative_prompt,
         batch_size=drawing.batch_size,
+        precision=drawing.precision,
         progress=progress,
     )
     images = [sample.image for sample in samples]
