@@ -8,9 +8,11 @@ is taken up where it stood. manifest.json lists them for readers and is rebuilt 
 """
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,6 +62,9 @@ class PriorImage:
     sha256: str  # of the picture file
 
 
+Writes = dict[int, Future[PriorImage]]  # number -> its files, in the making
+
+
 class PriorSet:
     """The prior images of one spec under `root`; numbered from 0, and any number of them can be added."""
 
@@ -107,18 +112,41 @@ class PriorSet:
         self._make_folder()
         present = self.images(count)
         wanted = [i for i in range(rank, count, world_size) if i not in present]
-        for first in range(0, len(wanted), batch_size):
-            numbers = wanted[first : first + batch_size]
-            drawn = draw([self.spec.seed + i for i in numbers])
-            for i, (picture, latents) in zip(numbers, drawn, strict=True):
-                present[i] = self._write(i, picture, latents)
+
+        def written(batch: Writes) -> None:
+            present.update({i: image.result() for i, image in batch.items()})
             if rank == 0:
                 self._write_manifest(present)
             if progress:
-                progress(len(numbers))
+                progress(len(batch))
+
+        self._draw_and_write(wanted, draw, batch_size=batch_size, written=written)
         if rank == 0 and not wanted:
             self._write_manifest(present)
         return wanted
+
+    def _draw_and_write(
+        self, numbers: Sequence[int], draw: Draw, *, batch_size: int, written: Callable[[Writes], None]
+    ) -> None:
+        """Draws these images while a thread writes those of the batch before; `written` waits for a batch.
+
+        Of what is drawn nothing is lost when drawing fails; what cannot be written ends the drawing.
+        """
+        pending: Writes = {}
+        with ThreadPoolExecutor(1, thread_name_prefix="prior-images") as writer:
+            try:
+                for first in range(0, len(numbers), batch_size):
+                    batch = numbers[first : first + batch_size]
+                    drawn = draw([self.spec.seed + i for i in batch])
+                    before, pending = pending, {}
+                    if before:
+                        written(before)
+                    for i, (picture, latents) in zip(batch, drawn, strict=True):
+                        self._require_finite(i, latents)
+                        pending[i] = writer.submit(self._write, i, picture, latents)
+            finally:
+                if pending:
+                    written(pending)
 
     def drawn_now(self, numbers: Sequence[int], draw: Draw) -> list[Tensor]:
         """Latents of these images, which are drawn together unless all of them are there."""
@@ -126,6 +154,7 @@ class PriorSet:
             self._make_folder()
             drawn = draw([self.spec.seed + number for number in numbers])
             for number, (picture, latents) in zip(numbers, drawn, strict=True):
+                self._require_finite(number, latents)
                 self._write(number, picture, latents)
         return [self.latents(number) for number in numbers]
 
@@ -144,14 +173,17 @@ class PriorSet:
 
     def _write(self, index: int, picture: Image.Image, latents: Tensor) -> PriorImage:
         """The picture first, then the latents: an interrupted pair is missing, never half right."""
-        path, seed = self.picture(index), self.spec.seed + index
-        require_finite(latents, where=f"prior image {index}, seed {seed}")
+        path, seed, encoded = self.picture(index), self.spec.seed + index, io.BytesIO()
+        picture.save(encoded, format="PNG")
         with atomic_write(path) as temporary:
-            picture.save(temporary, format="PNG")
-        image = PriorImage(path.name, seed, file_sha256(path))
+            temporary.write_bytes(encoded.getbuffer())
+        image = PriorImage(path.name, seed, hashlib.sha256(encoded.getbuffer()).hexdigest())
         metadata = {"spec": self.spec.hash, "seed": str(seed), "picture_sha256": image.sha256}
         save_latents(self._latents_file(index), latents, metadata=metadata)
         return image
+
+    def _require_finite(self, index: int, latents: Tensor) -> None:
+        require_finite(latents, where=f"prior image {index}, seed {self.spec.seed + index}")
 
     def _write_manifest(self, present: dict[int, PriorImage]) -> None:
         images = [asdict(present[i]) for i in sorted(present)]

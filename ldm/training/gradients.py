@@ -8,6 +8,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from ldm.training.adamw_bf16 import AdamWBF16
+
 EPSILON = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 
 _newest: WeakKeyDictionary[Optimizer, tuple[int, Tensor]] = WeakKeyDictionary()  # micro-batch, norm
@@ -68,9 +70,9 @@ class FreeGradients(pl.Callback):
 
 
 def _divides(optimizer: Optimizer) -> bool:
-    """Whether it divides gradients by its `grad_scale`: torch's fused ones do, of undivided weights."""
-    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-    return fused and not any(isinstance(p, DTensor) for p in _parameters(optimizer))
+    """Whether it divides gradients by its `grad_scale`: torch's fused ones do, but not under FSDP."""
+    able = isinstance(optimizer, AdamWBF16) or getattr(optimizer, "_step_supports_amp_scaling", False)
+    return able and not any(isinstance(p, DTensor) for p in _parameters(optimizer))
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

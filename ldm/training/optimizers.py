@@ -11,7 +11,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.errors import UserError
-from ldm.training.low_memory import AdamWBF16, StepInBackward
+from ldm.training.adamw_bf16 import AdamWBF16
+from ldm.training.low_memory import StepInBackward
 
 LRSchedule = Literal["constant", "cosine", "wsd"]
 OptimizerName = Literal["adamw", "adamw_8bit", "adamw_bf16"]

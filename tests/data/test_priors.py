@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -191,6 +193,48 @@ def test_ranks_share_the_work_and_any_number_may_take_it_up(tmp_path):
         priors.generate_missing(9, Painter(), batch_size=2, rank=rank, world_size=2)
     priors.write_manifest(9)
     assert_complete(priors, 9)
+
+
+def test_the_next_batch_is_drawn_while_one_is_written(tmp_path, monkeypatch):
+    """Files are made by one thread, in order; a batch is complete before the one after the next is drawn."""
+    events, write, lock = [], PriorSet._write, threading.Lock()
+
+    def slow(self, index, picture, latents):
+        assert threading.current_thread() is not threading.main_thread()
+        assert lock.acquire(blocking=False)
+        time.sleep(0.05)
+        result = write(self, index, picture, latents)
+        events.append(f"wrote {index}")
+        lock.release()
+        return result
+
+    paint = Painter()
+
+    def draw(seeds):
+        events.append(f"draws {seeds[0] - 100}")
+        return paint(seeds)
+
+    monkeypatch.setattr(PriorSet, "_write", slow)
+    priors = PriorSet(tmp_path, SPEC)
+    priors.generate_missing(6, draw, batch_size=2)
+    wrote = [int(event.split()[1]) for event in events if event.startswith("wrote")]
+    assert wrote == list(range(6))
+    assert events.index("draws 2") < events.index("wrote 0")
+    assert events.index("wrote 1") < events.index("draws 4") < events.index("wrote 3")
+    assert_complete(priors, 6)
+
+
+def test_a_full_disk_ends_the_drawing(tmp_path, monkeypatch):
+    def full(self, index, picture, latents):
+        raise OSError(28, "No space left on device")
+
+    priors, paint = PriorSet(tmp_path, SPEC), Painter()
+    monkeypatch.setattr(PriorSet, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        priors.generate_missing(20, paint, batch_size=2)
+    assert len(paint.seeds) == 4  # the batch that failed, and the one that was drawn meanwhile
+    monkeypatch.undo()
+    assert priors.missing(20) == list(range(20))
 
 
 def test_latents_with_nan_are_refused(tmp_path):

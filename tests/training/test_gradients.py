@@ -27,7 +27,7 @@ def lightnings(module: LatentDiffusion, *args: object, **options: object) -> Non
 def test_weights_are_those_of_lightnings_clipping(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: float | None, algorithm: str
 ):
-    """To the bit; where a norm is clipped, a step divides in the place of multiplying and rounds once more."""
+    """To the bit; where a norm is clipped, a division stands in for a product: one rounding more."""
     trainer = {"gradient_clip_val": clip, "gradient_clip_algorithm": algorithm}
     clipped = clip == 1e-3
     job.steps = 1 if clipped else 4
@@ -88,7 +88,7 @@ def test_a_step_computes_its_norm_once(
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_no_gradient_is_held_through_a_forward_pass(job: Job, tmp_path: Path, accumulate: int):
-    """Those that accumulate are; after a step none is left to the callbacks, the validation or what follows."""
+    """Those that accumulate are; after a step none is left to callbacks, the validation or what follows."""
     held: list[int] = []
 
     class Look(pl.Callback):

@@ -1,5 +1,6 @@
 """Optimizers: what they promise is checked step for step against plain AdamW."""
 
+import copy
 import importlib.util
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.training import low_memory
-from ldm.training.low_memory import round_into
+from ldm.training import adamw_bf16, low_memory
+from ldm.training.adamw_bf16 import AdamWBF16, Rounding, buckets, stochastically_rounded_
 from ldm.training.optimizers import adamw, check_optimizer, lr_factor
 
 
@@ -97,8 +98,9 @@ def test_steps_in_the_backward_pass_run_lightnings_closure():
 def test_rounding_is_right_on_average_and_goes_to_a_neighbour(value: float):
     """The mean of n draws is within 5 standard errors; values that bfloat16 has are kept."""
     n = 100_000
-    rounded = torch.empty(n, dtype=torch.bfloat16)
-    round_into(rounded, torch.full((n,), value), torch.Generator().manual_seed(0))
+    draws = torch.randint(1 << 16, (n,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    rounded = stochastically_rounded_(torch.full((n,), value), draws)
+    assert rounded.dtype == torch.bfloat16
     found = rounded.double().unique()
     exact = torch.tensor(value, dtype=torch.float32).double()
     assert len(found) <= 2 and found.min() <= exact <= found.max()
@@ -133,6 +135,93 @@ def test_bf16_weights_follow_float32_where_rounding_to_the_nearest_stands_still(
         again.weight.grad = torch.ones_like(again.weight)
         half.step()
     assert torch.equal(again.weight, rounded.weight)
+
+
+def bf16_networks() -> list[nn.Module]:
+    """The same two networks of small tensors, one beside the other."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 32, 3), nn.Linear(7, 5)).bfloat16()
+    again = copy.deepcopy(net)
+    for other in (net, again):
+        for k, p in enumerate(other.parameters()):
+            draws = torch.Generator().manual_seed(k)
+            p.grad = torch.randn(p.shape, generator=draws).to(p)
+    return [net, again]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 100, 10**6])
+def test_a_bucket_decides_nothing(piece: int, monkeypatch: pytest.MonkeyPatch):
+    """One tensor at a time or all together: the same bits. Pieces of one tensor are no others than it."""
+    one, other = bf16_networks()
+    together = adamw({"net": (one, 1e-2)}, name="adamw_bf16")
+    for _ in range(3):
+        together.step()
+    single = adamw({"net": (other, 1e-2)}, name="adamw_bf16")
+    monkeypatch.setattr(adamw_bf16, "buckets", lambda pieces: ([each] for each in pieces))
+    for _ in range(3):
+        single.step()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    monkeypatch.undo()
+    monkeypatch.setattr(adamw_bf16, "PIECE", piece)
+    pieces = [p for each in AdamWBF16([{"params": list(one.parameters())}])._pieces.values() for p in each]
+    found = list(buckets(pieces))
+    assert [p.number for bucket in found for p in bucket] == list(range(len(pieces)))
+    assert all(sum(p.stop - p.start for p in bucket) <= piece for bucket in found)
+    for parameter in one.parameters():
+        own = [p.of(parameter) for p in pieces if p.parameter is parameter]
+        assert torch.equal(torch.cat(own), parameter.reshape(-1))
+
+
+def test_bf16_is_adamw_with_its_result_rounded():
+    """In float32 it is AdamW to rounding, gradients divided by `grad_scale`, in any layout of memory."""
+    one, other = (network().float() for _ in range(2))
+    ours = AdamWBF16([{"params": list(one.parameters()), "lr": 1e-2}])
+    theirs = adamw({"net": (other, 1e-2)}, fused=False)
+    for step in range(3):
+        for net in (one, other):
+            net.zero_grad()
+            net(torch.full((1, 3, 4, 4), float(step))).square().mean().backward()
+        ours.grad_scale = torch.tensor(4.0)
+        for p in one.parameters():
+            p.grad = (4 * p.grad).contiguous()  # strides that are not the weight's
+        ours.step()
+        theirs.step()
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_rounding_is_decided_by_seed_step_purpose_and_place():
+    """Whatever was asked for before: resumed runs and passes in the backward ask in other orders."""
+    net = nn.Linear(40, 50)
+    bucket = AdamWBF16([{"params": list(net.parameters()), "lr": 1.0}])._pieces[net.weight]
+    cpu = torch.device("cpu")
+    first = Rounding(5, pieces=2, longest=2000)
+    found = {
+        (purpose, t): first.draws(purpose, t, bucket, cpu) for t in (1, 2) for purpose in ("mean", "weight")
+    }
+    again = Rounding(5, pieces=2, longest=2000)
+    for (purpose, t), draws in reversed(found.items()):
+        assert torch.equal(again.draws(purpose, t, bucket, cpu), draws)
+        assert 0 <= draws.min() and draws.max() < 1 << 16
+    assert not torch.equal(
+        Rounding(6, pieces=2, longest=2000).draws("mean", 1, bucket, cpu), found["mean", 1]
+    )
+    values = torch.stack(list(found.values())).double() / (1 << 16)
+    assert (values.mean(1) - 0.5).abs().max() < 5 / (12 * 2000) ** 0.5  # five standard errors
+    assert values.corrcoef().fill_diagonal_(0).abs().max() < 5 / 2000**0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_rounds_as_a_cpu_does():
+    draws = Rounding(5, pieces=1, longest=1000)
+    bucket = AdamWBF16([{"params": [nn.Parameter(torch.zeros(1000))], "lr": 1.0}])._pieces
+    (bucket,) = bucket.values()
+    here, there = (draws.draws("mean", 3, bucket, torch.device(name)) for name in ("cpu", "cuda"))
+    assert torch.equal(here, there.cpu())
+    exact = torch.randn(1000)
+    on_gpu = stochastically_rounded_(exact.cuda(), there)
+    assert torch.equal(stochastically_rounded_(exact.clone(), here), on_gpu.cpu())
 
 
 def test_bf16_states_take_6_bytes_a_weight():

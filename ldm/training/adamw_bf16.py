@@ -1,0 +1,180 @@
+"""AdamW on bfloat16 weights alone, many tensors at a time, with stochastic rounding."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ldm import randomness
+
+Group = dict[str, Any]  # "params", "lr", "name"
+PIECE = 2**22  # elements of a tensor that are updated at a time at most: 16 MiB in float32
+OFFSETS = 2**20  # places at least at which a piece may begin to read the table of random numbers
+UPPER = 1 if sys.byteorder == "little" else 0  # of the two halves of a float32
+
+
+class Piece(NamedTuple):
+    """A part of one parameter, in the order of its memory."""
+
+    parameter: Tensor
+    start: int
+    stop: int
+    number: int  # among all pieces of the optimizer
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This part of a tensor with the parameter's strides -> [stop - start], a view."""
+        return tensor.as_strided((tensor.numel(),), (1,))[self.start : self.stop]
+
+    @property
+    def gradient(self) -> Tensor:
+        """Of this part -> [stop - start]."""
+        gradient, parameter = self.parameter.grad, self.parameter
+        same = gradient.stride() == parameter.stride()
+        return self.of(gradient if same else torch.empty_like(parameter).copy_(gradient))
+
+
+class AdamWBF16(Optimizer):
+    """AdamW whose weights and moments are bfloat16: 6 bytes a weight, and 2 more for its gradient.
+
+    Each update is computed in float32 and written with stochastic rounding (Gupta et al. 2015). Rounding to
+    the nearest would lose every update below 1/512 of a weight: at learning rates of fine-tuning, nearly all.
+
+    Tensors are updated in buckets of `PIECE` elements, so that small ones cost no kernel launches of their
+    own. A weight is rounded in the same way on every device and whichever tensors it shares a bucket with.
+
+    groups: parameter groups, each with its "lr". seed: of the rounding. `grad_scale`, where it is set,
+    divides the gradients, as in torch's fused optimizers.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        *,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        seed: int = 0,
+    ):
+        super().__init__(groups, {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        self.grad_scale: Tensor | None = None
+        everything = [p for group in self.param_groups for p in group["params"]]
+        starts = [(p, start) for p in everything for start in range(0, p.numel(), PIECE)]
+        self._pieces: dict[Tensor, list[Piece]] = {parameter: [] for parameter in everything}
+        for number, (p, start) in enumerate(starts):
+            self._pieces[p].append(Piece(p, start, min(start + PIECE, p.numel()), number))
+        longest = max(min(p.numel(), PIECE) for p in everything)
+        self._rounding = Rounding(seed, pieces=len(starts), longest=longest)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            alike: dict[tuple[int, torch.dtype], list[Piece]] = {}  # same step, same dtype
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = 0
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["step"] += 1
+                alike.setdefault((state["step"], parameter.dtype), []).extend(self._pieces[parameter])
+            for (t, _), pieces in alike.items():
+                for bucket in buckets(pieces):
+                    self._update(bucket, group, t)
+        return loss
+
+    def _update(self, bucket: Sequence[Piece], group: Group, t: int) -> None:
+        """Loshchilov and Hutter 2019, algorithm 2, of pieces of one dtype at step t."""
+        means = [piece.of(self.state[piece.parameter]["exp_avg"]) for piece in bucket]
+        squares = [piece.of(self.state[piece.parameter]["exp_avg_sq"]) for piece in bucket]
+        weights = [piece.of(piece.parameter) for piece in bucket]
+        gradient, mean, square, weight = (
+            _joined(parts) for parts in ([piece.gradient for piece in bucket], means, squares, weights)
+        )
+        if self.grad_scale is not None:
+            gradient = gradient / self.grad_scale.float()
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        mean.lerp_(gradient, 1 - beta1)
+        square.lerp_(gradient.square(), 1 - beta2)
+        weight.mul_(1 - lr * group["weight_decay"])
+        scale = (square / (1 - beta2**t)).sqrt_().add_(group["eps"])
+        weight.addcdiv_(mean, scale, value=-lr / (1 - beta1**t))
+        for purpose, kept, exact in (
+            ("mean", means, mean),
+            ("square", squares, square),
+            ("weight", weights, weight),
+        ):
+            if kept[0].dtype == torch.bfloat16:
+                exact = stochastically_rounded_(exact, self._rounding.draws(purpose, t, bucket, exact.device))
+            torch._foreach_copy_(kept, exact.split([len(part) for part in kept]))
+
+
+class Rounding:
+    """Random numbers for stochastic rounding: from one table, read from another place for every use.
+
+    The numbers of a piece are a function of (seed, purpose, step, the piece's number). All come from
+    generators on the CPU, so every device has the same, for one read of memory.
+    """
+
+    def __init__(self, seed: int, *, pieces: int, longest: int):
+        self.seed = seed
+        self.pieces = pieces
+        self.offsets = max(longest, OFFSETS)
+        self.length = self.offsets + longest
+        self._tables: dict[torch.device, Tensor] = {}
+        self._places: dict[tuple[str, int], tuple[list[int], int]] = {}  # (purpose, step) -> offsets, mask
+
+    def draws(self, purpose: str, t: int, bucket: Sequence[Piece], device: torch.device) -> Tensor:
+        """Uniform integers in [0, 2^16) -> [elements of the bucket] int32."""
+        table = self._table(device)
+        offsets, mask = self._of_step(purpose, t)
+        parts = [table.narrow(0, offsets[piece.number], piece.stop - piece.start) for piece in bucket]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)) ^ mask
+
+    def _table(self, device: torch.device) -> Tensor:
+        if device not in self._tables:
+            draws = randomness.generator(self.seed, 0, "rounding/table")
+            table = torch.randint(1 << 16, (self.length,), generator=draws, dtype=torch.int32)
+            self._tables[device] = table.to(device)
+        return self._tables[device]
+
+    def _of_step(self, purpose: str, t: int) -> tuple[list[int], int]:
+        """Where each piece begins to read, and bits that are flipped in all that is read."""
+        if (purpose, t) not in self._places:
+            self._places = {key: kept for key, kept in self._places.items() if key[0] != purpose}
+            draws = randomness.generator(self.seed, t, f"rounding/{purpose}")
+            offsets = torch.randint(self.offsets, (self.pieces,), generator=draws).tolist()
+            self._places[purpose, t] = offsets, int(torch.randint(1 << 16, (), generator=draws))
+        return self._places[purpose, t]
+
+
+def buckets(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in their order, as many together as have `PIECE` elements at most."""
+    bucket, size = [], 0
+    for piece in pieces:
+        length = piece.stop - piece.start
+        if bucket and size + length > PIECE:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(piece)
+        size += length
+    if bucket:
+        yield bucket
+
+
+def stochastically_rounded_(exact: Tensor, draws: Tensor) -> Tensor:
+    """Float32 values, each rounded to one of two neighbours in bfloat16, right on average -> [n] bfloat16.
+
+    exact: [n], which is overwritten. draws: [n] int32, uniform in [0, 2^16). bfloat16 is the upper half of a
+    float32: what is added to the lower half carries into it with the probability that the lower half says.
+    """
+    bits = exact.view(torch.int32).add_(draws)
+    return bits.view(torch.bfloat16)[UPPER::2]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts [n_i] -> one float32 tensor [sum of n_i] that shares no memory with them."""
+    return torch.cat(parts).float() if len(parts) > 1 else parts[0].to(torch.float32, copy=True)
