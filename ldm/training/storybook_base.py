@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ldm import randomness
 from ldm.diffusion.loss import mse_per_item
 from ldm.diffusion.schedule import add_noise, training_target
 from ldm.errors import UserError
 from ldm.models.autoencoder import DiagonalGaussian
-from ldm.training.draws import ItemDraws, item_keys
 from ldm.training.latent_diffusion import LatentDiffusion
 
 
@@ -42,13 +41,13 @@ class StorybookBase(LatentDiffusion):
         """Adds "ids" [B, M] and the items' draws to a batch, on the CPU; captions stay behind."""
         factor, channels = self.first_stage_model.factor, self.first_stage_model.embed_dim
         shape = (channels, batch["image"].shape[-2] // factor, batch["image"].shape[-1] // factor)
-        draws = ItemDraws(self.seed, item_keys(batch), device=torch.device("cpu"))
+        which = {"seed": self.seed, "items": batch["item"].tolist()}
         rest = {key: value for key, value in batch.items() if key != "caption"}
         return rest | {
             "ids": self.cond_stage_model.tokenize(batch["caption"]),
-            "posterior": draws.randn("posterior", shape),
-            "noise": draws.randn("noise", shape),
-            "timestep": draws.randint("timestep", len(self.alphas_cumprod)),
+            "posterior": randomness.randn(shape, purpose="subject/posterior", **which),
+            "noise": randomness.randn(shape, purpose="subject/noise", **which),
+            "timestep": randomness.randint(len(self.alphas_cumprod), purpose="subject/timestep", **which),
         }
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
