@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ldm.data.images import load_image
 from ldm.data.items import VALIDATION_START, DreamBoothDataset, Index, ItemBatches, Part, Photo, read_photos
-from ldm.data.latents import Encode, cached_moments, without_spread
+from ldm.data.latents import Encode, cached_moments, views_at_once, without_spread
 from ldm.data.priors import Draw, PriorSet
 from ldm.data.prompts import (
     PRIOR_TEMPLATE,
@@ -276,7 +276,12 @@ class DreamBoothDataModule(pl.LightningDataModule):
         folder = Path(self.cache_root) if self.cache_root else None
         with tqdm(total=len(todo), desc="encoding", unit="view", disable=None) as bar:
             encoded = cached_moments(
-                todo, self.encode, vae_hash=self.vae_hash, folder=folder, progress=bar.update
+                todo,
+                self.encode,
+                vae_hash=self.vae_hash,
+                folder=folder,
+                batch_size=views_at_once(self.size),
+                progress=bar.update,
             )
         return moments | encoded
 

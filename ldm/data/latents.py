@@ -22,6 +22,15 @@ log = logging.getLogger(__name__)
 Encode = Callable[[Tensor], Tensor]  # [B, 3, H, W] in [-1, 1] -> moments [B, 2z, h, w]
 
 
+AT_ONCE = 8  # views, and fewer from 192 pixels on:
+PIXELS_AT_ONCE = 512**2  # SD's encoder takes 640 MiB for these, beside the networks
+
+
+def views_at_once(size: int) -> int:
+    """How many views of size x size pixels are encoded together."""
+    return max(1, min(AT_ONCE, PIXELS_AT_ONCE // size**2))
+
+
 def without_spread(latents: Tensor) -> Tensor:
     """[z, h, w] -> moments [2z, h, w] of which every sample is these latents."""
     return torch.cat([latents, torch.zeros_like(latents)])
@@ -62,7 +71,7 @@ def cached_moments(
     *,
     vae_hash: str,
     folder: Path | None = None,
-    batch_size: int = 8,
+    batch_size: int = AT_ONCE,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Tensor]:
     """Moments [2z, h, w] (float32, CPU) of each view, given as key -> function that renders [3, H, W].

@@ -28,6 +28,8 @@ class CLIPTextEncoder(nn.Module):
     layer: "last" (SD 1.x) or "penultimate" (SD 2.x); the final layer norm follows in both.
     tokenizer: folder with vocab.json and merges.txt, or a name on the Hugging Face hub.
     pad_token_id: fills prompts up to max_length; None = eos_token_id (SD 1.x), 0 in SD 2.x.
+    use_checkpoint: keep only each layer's input for the backward pass and compute the rest again. None: a
+        training run chooses; else nothing.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class CLIPTextEncoder(nn.Module):
         bos_token_id: int = 49406,
         eos_token_id: int = 49407,
         pad_token_id: int | None = None,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | None = False,
     ):
         super().__init__()
         self.vocab_size, self.max_length = vocab_size, max_length

@@ -97,7 +97,7 @@ class UNetModel(nn.Module):
     attention_resolutions: the downsampling factors (1, 2, 4, ...) at which transformers follow the blocks.
     num_head_channels: width of a head (SD 2.x); where given, it replaces `num_heads` (SD 1.x).
     use_checkpoint: keep only each stage's input for the backward pass and compute the rest again; a list of
-        downsampling factors ([1, 2]) does so at these alone.
+        downsampling factors ([1, 2]) does so at these alone. None: a training run chooses; else nothing.
 
     `fixed_shapes`, to be set where it is compiled, gives each item a context and latents of its own, as one
     more shape would be one more translation.
@@ -119,7 +119,7 @@ class UNetModel(nn.Module):
         context_dim: int = 768,
         transformer_depth: int = 1,
         use_linear_in_transformer: bool = False,
-        use_checkpoint: bool | Sequence[int] = False,
+        use_checkpoint: bool | Sequence[int] | None = False,
         num_groups: int = 32,
     ):
         super().__init__()
@@ -210,7 +210,7 @@ class UNetModel(nn.Module):
     def recomputes(self, factor: int) -> bool:
         """Whether the backward pass computes the stages at this downsampling factor again."""
         chosen = self.use_checkpoint
-        return chosen if isinstance(chosen, bool) else factor in chosen
+        return chosen if isinstance(chosen, bool) else factor in (chosen or ())
 
     def _run(self, stage: Stage, x: Tensor, emb: Tensor, prompts: Prompts, factor: int) -> Tensor:
         if self.recomputes(factor) and torch.is_grad_enabled():

@@ -51,8 +51,25 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, size)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process may still take: of the GPU, or of the machine and the group that limits it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = []
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if meminfo.exists():
+        (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        free.append(1024 * int(line.split()[1]))
+    else:  # not Linux: all that the machine has
+        free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = group / "memory.max"
+    if limit.exists() and limit.read_text().strip() != "max":
+        free.append(int(limit.read_text()) - int((group / "memory.current").read_text()))
+    return min(free)
+
+
 def peak_memory_mib() -> float:
-    """Most memory that this process has held: on the GPU where there is one, else resident."""
+    """Most memory held since the last `reset_peak_memory`: on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**20
     return peak_resident_mib()

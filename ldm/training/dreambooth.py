@@ -84,6 +84,8 @@ class DreamBoothRun:
             draw = drawing_of(priors.spec, frozen(self.draw), batch_size=self.data.prior_batch_size)
         self.data.attach(encode=self.module.encode_images, vae_hash=self.base_hash, priors=priors, draw=draw)
         before = self._look_at_base() if ranks.rank() == 0 else []
+        with self.watch("encoding"):
+            self.data.setup()
         with self.watch("training"):
             run.fit(
                 self.module,
@@ -135,7 +137,7 @@ class DreamBoothRun:
 
     def _callbacks(self) -> list[pl.Callback]:
         callbacks = [Speed(), FirstStep()]
-        if self.data.cache_latents:
+        if self.data.cache_latents and not self.data.online_priors:
             callbacks.append(AutoencoderAside())
         if self.samples.every_steps:
             callbacks.append(Previews(self.pipeline, self.samples, self.prompts, self.folder / "samples"))
@@ -165,7 +167,8 @@ class DreamBoothRun:
             **({"evaluate_also": also} if also else {}),
             **on_the_way,
             "seconds": self.watch.seconds,
-            "peak_memory_mib": round(peak_memory_mib(), 1),
+            "peak_memory_mib": max(self.watch.peak_mib.values(), default=round(peak_memory_mib(), 1)),
+            "phase_peak_memory_mib": self.watch.peak_mib,
             "prior_images": self.data.num_priors if self.data.draws_priors else 0,
         }
         run.write_json(self.folder / "metrics.json", metrics)

@@ -16,7 +16,8 @@ from ldm.training.dreambooth import DreamBoothRun, check_prior_target
 from ldm.training.folder import claimed, folder_of
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.measures import check_measuring
-from ldm.training.memory import estimate, report
+from ldm.training.memory import encoding, estimate, report
+from ldm.training.recompute import with_checkpointing_chosen
 from ldm.training.score import check_evaluations
 from ldm.training.sharding import check_sharding
 
@@ -33,6 +34,7 @@ def run_job(
     data = instantiate(plain["data"])
     if isinstance(data, DreamBoothDataModule):
         data.check()
+        plain = with_checkpointing_chosen(plain, device_of(plain["trainer"]))
     run.base_files(plain)
     check_saving(plain)
     check_evaluations(plain)
@@ -75,5 +77,14 @@ def plan(config: DictConfig) -> str:
     """The config as it stands, and for DreamBooth the memory and disk that it needs."""
     text = OmegaConf.to_yaml(config, resolve=True)
     if config.data.target == "ldm.data.dreambooth.DreamBoothDataModule":
-        text += report(*estimate(to_plain(config)))
+        plain = to_plain(config)
+        device = device_of(plain["trainer"])
+        chosen = with_checkpointing_chosen(plain, device)
+        if chosen != plain:
+            params = chosen["model"]["params"]["unet_config"]["params"]
+            text += (
+                f"use_checkpoint, by the free memory of {device}: {str(params['use_checkpoint']).lower()}\n"
+            )
+        caches = plain["data"]["params"].get("cache_latents", True)
+        text += report(*estimate(chosen), encoding=encoding(plain) if caches else 0)
     return text

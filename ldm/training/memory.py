@@ -16,8 +16,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from ldm.config import instantiate
+from ldm.data.latents import views_at_once
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.low_memory import held_gradients
+from ldm.training.peak import PeakBytes
 from ldm.training.ranks import device_count
 from ldm.training.sharding import FSDP
 from ldm.training.techniques import AUTOCAST, cast_by_autocast
@@ -44,9 +46,7 @@ class Need:
 def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]]:
     """A plain config of DreamBooth -> (bytes of each part on the device, bytes of each kind of file)."""
     data, trainer = config["data"].get("params", {}), config["trainer"]
-    node = config["model"]
-    with torch.device("meta"):  # not compiled: the graph is that of the plain network
-        module: LatentDiffusion = instantiate(node | {"params": node["params"] | {"compile": None}})
+    module = _on_meta(config)
     with FakeTensorMode():  # of the CPU, where autocast applies; the meta device knows none
         activations = _activations(module, data, precision=str(trainer.get("precision", "32-true")))
     needs = {}
@@ -67,13 +67,20 @@ def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]
     disk = _disk(config, needs, module)
     if trainer.get("strategy") == FSDP:
         needs |= {name: _share(need, device_count(trainer)) for name, need in needs.items() if need.states}
-    if data.get("cache_latents", True):
+    if data.get("cache_latents", True) and not data.get("online_priors"):
         del needs["first_stage"]
     if average.total:
         needs["average"] = average
     if copies := _copies_of_base(module, data, precision=str(trainer.get("precision", "32-true"))):
         needs["copies of the base"] = Need(weights=copies)
     return needs, disk
+
+
+def _on_meta(config: Mapping[str, Any]) -> LatentDiffusion:
+    """The module without data, and not compiled: the graph is that of the plain network."""
+    node = config["model"]
+    with torch.device("meta"):
+        return instantiate(node | {"params": node["params"] | {"compile": None}})
 
 
 def _share(need: Need, processes: int) -> Need:
@@ -117,13 +124,29 @@ def state_bytes(parameter: Tensor, optimizer: str) -> int:
     return 2 * 4 * count + (4 if optimizer == "adamw" else 0)
 
 
-def report(needs: Mapping[str, Need], disk: Mapping[str, int]) -> str:
-    """Both as lines in MiB."""
+def encoding(config: Mapping[str, Any]) -> int:
+    """Bytes on the device while views are encoded, before training: the networks, and the encoder's work."""
+    data = config["data"].get("params", {})
+    module = _on_meta(config)
+    weights = _size(module.state_dict().values())
+    encoder, size = module.first_stage_model.encoder, data["size"]
+    with FakeTensorMode():
+        stand_ins = _without_data(encoder)
+        images = torch.zeros(views_at_once(size), 3, size, size)
+        with torch.no_grad(), PeakBytes() as made:
+            functional_call(encoder, stand_ins, images)
+        return weights + images.nbytes + made.peak
+
+
+def report(needs: Mapping[str, Need], disk: Mapping[str, int], *, encoding: int = 0) -> str:
+    """All as lines in MiB. encoding: of the views before training; 0 where that is part of each step."""
     columns = [field.name for field in fields(Need)] + ["total"]
     rows = {name: [getattr(need, column) for column in columns] for name, need in needs.items()}
     rows["sum"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     lines = ["device memory, MiB".ljust(20) + "".join(f"{column:>13}" for column in columns)]
     lines += [name.ljust(20) + "".join(f"{n / MIB:13,.1f}" for n in row) for name, row in rows.items()]
+    if encoding:
+        lines.append("before training, while views are encoded: ".ljust(20) + f"{encoding / MIB:,.1f}")
     lines += ["disk, MiB"] + [f"{name:<20}{n / MIB:13,.1f}" for name, n in disk.items()]
     return "\n".join(lines)
 
@@ -196,7 +219,7 @@ def _saving(
         if stage in inside:
             scope.pop()
 
-    chosen, network.use_checkpoint = network.use_checkpoint, False
+    chosen, network.use_checkpoint = network.use_checkpoint or False, False
     stages = heights or network.transformer["text_model"].encoder.layers
     hooks = [stage.register_forward_pre_hook(enter) for stage in stages]
     hooks += [stage.register_forward_hook(leave) for stage in stages]

@@ -29,9 +29,11 @@ from ldm.files import atomic_write, require_space
 from ldm.training import ranks
 from ldm.training.averaging import averaging
 from ldm.training.checkpoints import Checkpoints, WholeFiles
+from ldm.training.device import peak_memory_mib
 from ldm.training.gradients import FreeGradients
 from ldm.training.guard import NonFiniteGuard
 from ldm.training.measures import Measures
+from ldm.training.peak import reset_peak_memory
 from ldm.training.resume import check_fit, name_of, newest_whole, state_bytes
 from ldm.training.sharding import stand_in
 from ldm.training.signals import StopSignals
@@ -296,13 +298,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
 
 
 class Stopwatch:
-    """Seconds of each phase of a run: `with watch("training"): ...`."""
+    """Seconds and peak memory (MiB) of each phase of a run: `with watch("training"): ...`.
+
+    Resident memory of a CPU includes what the C library keeps of earlier phases; where its peak cannot be set
+    back, `peak_mib` stays empty.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.peak_mib: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        begins_anew = reset_peak_memory()
         start = time.perf_counter()
         yield
         self.seconds[phase] = round(time.perf_counter() - start, 2)
+        if begins_anew:
+            self.peak_mib[phase] = round(peak_memory_mib(), 1)

@@ -1,15 +1,17 @@
 """The estimate against what a real step holds."""
 
-from itertools import chain
+from itertools import accumulate, chain
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ldm.data.latents import views_at_once
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.memory import BLOCK, MIB, estimate, report, state_bytes
+from ldm.training.memory import BLOCK, MIB, encoding, estimate, report, state_bytes
 from ldm.training.optimizers import adamw
+from ldm.training.peak import PeakBytes
 
 SIZE, BATCH = 16, 2
 LORA = {"target": "ldm.models.lora.LoRA", "params": {"rank": 4, "unet": ["attention", "convolutions"]}}
@@ -137,6 +139,9 @@ def test_files_and_averages(tiny_config: dict):
     module = LatentDiffusion(**tiny_config)
     assert disk["model file"] == 2 * sum(p.numel() for p in module.parameters())
     assert "first_stage" not in needs
+    config["data"]["params"]["online_priors"] = True  # which it draws on the device
+    assert "first_stage" in estimate(config)[0]
+    config["data"]["params"]["online_priors"] = False
     weights = sum(t.nbytes for t in module.state_dict().values())
     states = sum(need.states for need in needs.values())
     assert disk["checkpoints (2 + 1)"] == 3 * (weights + states)
@@ -148,6 +153,30 @@ def test_files_and_averages(tiny_config: dict):
     config["data"]["params"]["cache_latents"] = False
     assert estimate(config)[0]["first_stage"].weights > 0
     assert f"{sum(need.total for need in needs.values()) / MIB:,.1f}" in report(needs, disk)
+
+
+def test_encoding_takes_what_the_encoder_makes(tiny_config: dict):
+    """As much as on real tensors, of as many views as are encoded at once; the allocator gives 3 % more."""
+    config = config_of(tiny_config)
+    config["data"]["params"]["size"] = 64
+    module = LatentDiffusion(**tiny_config)
+    images = torch.zeros(views_at_once(64), 3, 64, 64)
+    with torch.no_grad(), PeakBytes() as made:
+        module.first_stage_model.encoder(images)
+    weights = sum(p.nbytes for p in module.parameters())
+    assert encoding(config) == weights + images.nbytes + made.peak
+    activity = torch.profiler.ProfilerActivity.CPU
+    with torch.no_grad(), torch.profiler.profile(activities=[activity], profile_memory=True) as profile:
+        module.first_stage_model.encoder(images)
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    assert max(accumulate(changes)) == pytest.approx(made.peak, rel=0.03)
+    assert f"{encoding(config) / MIB:,.1f}" in report(*estimate(config), encoding=encoding(config))
+
+
+@pytest.mark.parametrize("size, count", [(16, 8), (64, 8), (256, 4), (512, 1), (768, 1)])
+def test_large_views_are_encoded_alone(size: int, count: int):
+    assert views_at_once(size) == count
 
 
 def test_8_bit_states_take_about_two_bytes_a_weight():
