@@ -20,12 +20,16 @@ RECOMPUTED = [1, 2]  # levels of the UNet, where it is lean: the finest have the
 BEGIN_AT_ZERO = ("out_layers.3.weight", "proj_out.weight", "out.2.weight")
 
 
-def case_params(case: Case, *, compiled: bool = False) -> dict[str, Any]:
-    """The params of the model section of a case."""
-    params = model_params(case.size) | {"train_text_encoder": case.text, "learning_rate": 1e-6}
-    params["text_encoder_learning_rate"] = None
-    params["compile"] = "default" if compiled else None
-    params["step_in_backward"] = case.lean
+def case_params(case: Case, *, compiled: bool | str = False) -> dict[str, Any]:
+    """The params of the model section of a case; `compiled`: whether, or in which mode."""
+    params = model_params(case.size) | {
+        "train_text_encoder": case.text,
+        "learning_rate": 1e-6,
+        "text_encoder_learning_rate": None,
+        "prior_target": "noise",  # the paper's, and the peer's
+        "compile": "default" if compiled is True else compiled or None,
+        "step_in_backward": case.lean,
+    }
     if case.lora:
         params["lora"] = {"target": "ldm.models.lora.LoRA", "params": {"rank": LORA_RANK}}
     if case.lean:
@@ -60,8 +64,9 @@ class Batches:
 
     def __init__(self, module: LatentDiffusion, *, size: str, batch: int):
         side = pixels(size) // module.first_stage_model.factor
+        shape = (batch, 2 * module.first_stage_model.embed_dim, side, side)
         self.half = batch // 2
-        self.moments = torch.rand(batch, 2 * module.first_stage_model.embed_dim, side, side)
+        self.moments = torch.rand(shape, generator=torch.Generator().manual_seed(0))
         self.is_prior = torch.tensor([False] * self.half + [True] * self.half)
         if torch.cuda.is_available():
             self.moments = self.moments.pin_memory()
@@ -109,7 +114,7 @@ class Training:
         self.device = device
 
     @classmethod
-    def of_case(cls, case: Case, *, device: str, compiled: bool = False) -> "Training":
+    def of_case(cls, case: Case, *, device: str, compiled: bool | str = False) -> "Training":
         params = case_params(case, compiled=compiled)
         return cls(params, size=case.size, batch=case.batch, device=device)
 
@@ -138,7 +143,7 @@ class Training:
 class Sampling:
     """`Text2Image`, from prompts to pictures."""
 
-    def __init__(self, case: Case, *, device: str, compiled: bool = False):
+    def __init__(self, case: Case, *, device: str, compiled: bool | str = False):
         module = build(case_params(case, compiled=compiled), device=device).requires_grad_(False)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.pipeline = Text2Image(
