@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
 def work(command: Command) -> None:
     """Prints the paths of what the run leaves, or the plan of a dry run."""
     # Not before: --help and a wrong option need not wait for torch and Lightning
-    from ldm.training import job, ranks, signals
+    from ldm.training import distributed, job, signals
     from ldm.training.options import config_of
 
     signals.stop_at_once()
@@ -35,7 +35,7 @@ def work(command: Command) -> None:
     if command.dry_run:
         print(job.plan(config))
         return
-    ranks.launch(config.trainer)
+    distributed.launch(config.trainer)
     left = job.run_job(config, command.resume, allow_config_change=command.allow_config_change)
     print(*left, sep="\n")
 

@@ -60,14 +60,14 @@ def model_params(size: str) -> dict[str, Any]:
     """The params of a model section: the storybook's own, SD 1.5 at a quarter of its widths, or SD 1.5."""
     if size == "storybook":
         return to_plain(load_config([ROOT / "configs/dreambooth.yaml"]))["model"]["params"]
-    unet, first_stage, text = {}, {}, dict(TEXT)
+    unet, vae, text = {}, {}, dict(TEXT)
     if size == "quarter":
         unet = {"model_channels": 80, "context_dim": 192, "num_groups": 16}
-        first_stage = {"ch": 32}
+        vae = {"ch": 32}
         text |= {"hidden_size": 192, "intermediate_size": 768}
     return {
-        "unet_config": {"target": "ldm.models.unet.UNetModel", "params": unet},
-        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": first_stage},
-        "cond_stage_config": {"target": "ldm.models.text_encoder.CLIPTextEncoder", "params": text},
+        "unet": {"target": "ldm.models.unet.UNetModel", "params": unet},
+        "vae": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": vae},
+        "text_encoder": {"target": "ldm.models.text_encoder.CLIPTextEncoder", "params": text},
         "learning_rate": 1e-6,
     }

@@ -95,7 +95,7 @@ def work(case: Case) -> tuple[int, int]:
     """(FLOP, bytes of AdamW) that a step cannot do without, counted on tensors without data."""
     params = ours.case_params(replace(case, lean=False))  # what is computed again could be kept
     module = ours.build(params, device="meta").to("meta")
-    side = pixels(case.size) // module.first_stage_model.factor
+    side = pixels(case.size) // module.networks["vae"].factor
     with FlopCounterMode(display=False) as counter:
         if case.kind == "train":
             batch = ours.Batches(module, size=case.size, batch=case.batch)[0]
@@ -103,13 +103,13 @@ def work(case: Case) -> tuple[int, int]:
             module.training_step(module.transfer_batch_to_device(batch, module.device, 0), 0).backward()
         else:
             module.requires_grad_(False)
-            x = torch.empty(case.batch, module.first_stage_model.embed_dim, side, side, device="meta")
+            x = torch.empty(case.batch, module.networks["vae"].embed_dim, side, side, device="meta")
             prompts = module.encode_prompts([PRIOR, SUBJECT] * len(x))  # two different ones, as of guidance
             module.apply_model(x, torch.zeros(len(x), device="meta"), *prompts)
     flops = counter.get_total_flops() * max(1, case.steps)
     if case.kind == "sample":
         with FlopCounterMode(display=False) as counter:
-            module.first_stage_model.decode(x)
+            module.networks["vae"].decode(x)
         return flops + counter.get_total_flops(), 0
     return flops, ADAMW_BYTES * sum(p.numel() for p in module.parameters() if p.requires_grad)
 
@@ -126,24 +126,24 @@ def compare(case: Case, folder: Path, *, device: str, compiled: bool, seconds: f
     memory = {name: side.peak_mib for name, side in sides.items()}
     flops, traffic = work(case)
     floor = flops / best[0] + traffic / best[1]
-    figures: dict[str, object] = {"case": case.name}
+    metrics: dict[str, object] = {"case": case.name}
     for peer in SIDES[1:]:
         ratios = [theirs / mine for mine, theirs in zip(times["ours"], times[peer], strict=True)]
-        figures[f"speed_ratio_{peer}"] = round(statistics.median(ratios), 2)
-        figures[f"speed_ratios_{peer}"] = [round(ratio, 2) for ratio in ratios]
-        figures[f"memory_ratio_{peer}"] = round(memory["ours"][0] / memory[peer][0], 2)
-    figures |= {
+        metrics[f"speed_ratio_{peer}"] = round(statistics.median(ratios), 2)
+        metrics[f"speed_ratios_{peer}"] = [round(ratio, 2) for ratio in ratios]
+        metrics[f"memory_ratio_{peer}"] = round(memory["ours"][0] / memory[peer][0], 2)
+    metrics |= {
         "floor_ms": round(1000 * floor, 2),
         "gflop": round(flops / 1e9, 2),
         "adamw_mb": round(traffic / 1e6, 1),
     }
     for name in sides:
         middle = statistics.median(times[name])
-        figures[name] = {
+        metrics[name] = {
             "ms": round(1000 * middle, 2),
             "images_per_second": round(case.batch / middle, 2),
             "peak_mib": round(memory[name][0], 1),
             "process_peak_mib": round(memory[name][1], 1),
             "share_of_floor": round(floor / middle, 3),
         }
-    return figures
+    return metrics

@@ -9,11 +9,11 @@ import torch
 
 from benchmarks.cases import LORA_RANK, PRIOR, SUBJECT, Case, model_params, pixels
 from benchmarks.timing import Answer, serve, timed_by_callback
-from ldm.checkpoints.geometry import model_config
+from ldm.checkpoints.infer_config import model_config
 from ldm.checkpoints.save_folder import save_folder
 from ldm.models.text_encoder import load_tokenizer
 from ldm.pipeline import Text2Image
-from ldm.training.callbacks import AutoencoderAside
+from ldm.training.callbacks import OffloadVAE
 from ldm.training.latent_diffusion import LatentDiffusion
 
 RECOMPUTED = [1, 2]  # levels of the UNet, where it is lean: the finest have the largest activations
@@ -28,13 +28,13 @@ def case_params(case: Case, *, compiled: bool | str = False) -> dict[str, Any]:
         "text_encoder_learning_rate": None,
         "prior_target": "noise",  # the paper's, and the peer's
         "compile": "default" if compiled is True else compiled or None,
-        "step_in_backward": case.lean,
+        "fused_backward": case.lean,
     }
     if case.lora:
         params["lora"] = {"target": "ldm.models.lora.LoRA", "params": {"rank": LORA_RANK}}
     if case.lean:
-        unet = params["unet_config"]
-        params["unet_config"] = unet | {"params": unet["params"] | {"use_checkpoint": RECOMPUTED}}
+        unet = params["unet"]
+        params["unet"] = unet | {"params": unet["params"] | {"use_checkpoint": RECOMPUTED}}
     return params
 
 
@@ -55,7 +55,7 @@ def export(case: Case, folder: Path) -> Path:
     module = build(case_params(Case(case.size, case.kind, case.batch)))
     parts = {name: network.state_dict() for name, network in module.networks.items()}
     config = model_config(parts, model_params(case.size))
-    tokenizer = load_tokenizer(config["cond_stage_config"]["params"]["tokenizer"]).name_or_path
+    tokenizer = load_tokenizer(config["text_encoder"]["params"]["tokenizer"]).name_or_path
     return save_folder(folder, parts, config=config, tokenizer=tokenizer, size=pixels(case.size))
 
 
@@ -63,18 +63,18 @@ class Batches:
     """Endless batches of cached latents, half of them priors, as a run's DataLoader gives them."""
 
     def __init__(self, module: LatentDiffusion, *, size: str, batch: int):
-        side = pixels(size) // module.first_stage_model.factor
-        shape = (batch, 2 * module.first_stage_model.embed_dim, side, side)
+        side = pixels(size) // module.networks["vae"].factor
+        shape = (batch, 2 * module.networks["vae"].embed_dim, side, side)
         self.half = batch // 2
-        self.moments = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        self.latent_stats = torch.rand(shape, generator=torch.Generator().manual_seed(0))
         self.is_prior = torch.tensor([False] * self.half + [True] * self.half)
         if torch.cuda.is_available():
-            self.moments = self.moments.pin_memory()
+            self.latent_stats = self.latent_stats.pin_memory()
             self.is_prior = self.is_prior.pin_memory()
 
     def __getitem__(self, k: int) -> dict:
         return {
-            "moments": self.moments,
+            "latent_stats": self.latent_stats,
             "caption": [SUBJECT] * self.half + [PRIOR] * self.half,
             "is_prior": self.is_prior,
             "item": torch.arange(k * self.half, (k + 1) * self.half).repeat(2),
@@ -110,7 +110,7 @@ class Training:
             prepare(self.module)
         self.batches = Batches(self.module, size=size, batch=batch)
         self.precision = precision or ("bf16-mixed" if device == "cuda" else "32-true")
-        self.clip = None if params.get("step_in_backward") else clip
+        self.clip = None if params.get("fused_backward") else clip
         self.device = device
 
     @classmethod
@@ -120,7 +120,7 @@ class Training:
 
     @property
     def learning(self) -> list[torch.nn.Parameter]:
-        parts = self.module.learners.values()
+        parts = self.module.trainable_modules.values()
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def serve(self, counts: Iterator[int], answer: Answer) -> None:
@@ -131,7 +131,7 @@ class Training:
             precision=self.precision,
             gradient_clip_val=self.clip,
             max_epochs=-1,
-            callbacks=[AutoencoderAside(), timed_by_callback(counts, answer, device=self.device)],
+            callbacks=[OffloadVAE(), timed_by_callback(counts, answer, device=self.device)],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -31,25 +31,25 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, cell: in
 
     Pictures smaller than `cell` pixels are enlarged by a whole factor without smoothing, larger ones stay.
     """
-    enlarged = [(caption, [_enlarge(picture, cell) for picture in pictures]) for caption, pictures in rows]
-    sizes = [picture.size for _, pictures in enlarged for picture in pictures] or [(cell, cell)]
+    enlarged = [(caption, [_enlarge(image, cell) for image in images]) for caption, images in rows]
+    sizes = [image.size for _, images in enlarged for image in images] or [(cell, cell)]
     width, height = (max(lengths) for lengths in zip(*sizes, strict=True))
-    columns = max((len(pictures) for _, pictures in enlarged), default=0)
-    sheet_width = max(GAP + columns * (width + GAP), LEAST_WIDTH)
-    captions = [_wrap(caption, sheet_width - 2 * GAP) for caption, _ in enlarged]
+    columns = max((len(images) for _, images in enlarged), default=0)
+    grid_width = max(GAP + columns * (width + GAP), LEAST_WIDTH)
+    captions = [_wrap(caption, grid_width - 2 * GAP) for caption, _ in enlarged]
     row_heights = [len(lines) * LINE_HEIGHT + height + 3 * GAP for lines in captions]
-    sheet = Image.new("RGB", (sheet_width, sum(row_heights) + GAP), "white")
-    draw, y = ImageDraw.Draw(sheet), GAP
-    for (_, pictures), lines, row_height in zip(enlarged, captions, row_heights, strict=True):
+    grid = Image.new("RGB", (grid_width, sum(row_heights) + GAP), "white")
+    draw, y = ImageDraw.Draw(grid), GAP
+    for (_, images), lines, row_height in zip(enlarged, captions, row_heights, strict=True):
         for i, line in enumerate(lines):
             draw.text((GAP, y + i * LINE_HEIGHT), line, fill="black", font=_font())
-        for i, picture in enumerate(pictures):
-            sheet.paste(picture, (GAP + i * (width + GAP), y + len(lines) * LINE_HEIGHT + GAP))
+        for i, image in enumerate(images):
+            grid.paste(image, (GAP + i * (width + GAP), y + len(lines) * LINE_HEIGHT + GAP))
         y += row_height
-    return sheet
+    return grid
 
 
-def save_picture(path: str | Path, image: Image.Image, settings: Mapping[str, Any]) -> Path:
+def save_image(path: str | Path, image: Image.Image, settings: Mapping[str, Any]) -> Path:
     """Write a PNG, whole or not at all, with its settings as text.
 
     "dreambooth" holds all of `settings` as JSON; "parameters" the line that AUTOMATIC1111's interface and
@@ -80,10 +80,10 @@ def parameters_line(settings: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ", ".join(pairs)])
 
 
-def _enlarge(picture: Image.Image, cell: int) -> Image.Image:
-    factor = max(1, -(-cell // min(picture.size)))
-    size = (picture.width * factor, picture.height * factor)
-    return picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
+def _enlarge(image: Image.Image, cell: int) -> Image.Image:
+    factor = max(1, -(-cell // min(image.size)))
+    size = (image.width * factor, image.height * factor)
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
 
 
 def _wrap(caption: str, width: int) -> list[str]:

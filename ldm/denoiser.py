@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ldm.diffusion.guidance import ConditionalPredict
 from ldm.diffusion.schedule import check_parameterization, to_eps
 from ldm.errors import UserError
-from ldm.models.attention import repeat_rows
-from ldm.models.lora import LoRA, factors_off
+from ldm.models.attention import repeat_batch
+from ldm.models.lora import LoRA, lora_off
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 
@@ -30,7 +30,7 @@ class Denoiser:
     def __init__(
         self,
         unet: UNetModel,
-        cond_stage: CLIPTextEncoder,
+        text_encoder: CLIPTextEncoder,
         *,
         alphas_cumprod: Tensor,
         parameterization: str = "eps",
@@ -39,7 +39,7 @@ class Denoiser:
     ):
         check_parameterization(parameterization)
         self.unet = unet
-        self.cond_stage = cond_stage
+        self.text_encoder = text_encoder
         self.alphas_cumprod = alphas_cumprod
         self.parameterization = parameterization
         self.model_hash = model_hash
@@ -48,7 +48,7 @@ class Denoiser:
 
     @property
     def networks(self) -> tuple[nn.Module, nn.Module]:
-        return self.unet, self.cond_stage
+        return self.unet, self.text_encoder
 
     def encode(self, texts: Sequence[str], batch_size: int, *, chunked: bool) -> dict[str, Tensor]:
         """Each different text once -> its context [N M, D], where and as the UNet wants it.
@@ -56,16 +56,19 @@ class Denoiser:
         N is 1, or as many chunks as the text has where it is `chunked`; otherwise what does not fit is cut
         off, with a warning.
         """
-        unique, tower = list(dict.fromkeys(texts)), self.cond_stage
+        unique, text_encoder = list(dict.fromkeys(texts)), self.text_encoder
         for text in [] if chunked else unique:
-            cut = None if text in self._warned else tower.overlong(text)
+            cut = None if text in self._warned else text_encoder.truncated_tail(text)
             if cut is not None:
                 self._warned.add(text)
-                log.warning("Only %d tokens fit: %r of %r is cut off", tower.max_length, cut, text)
-        ids = [tower.tokenize_chunks(text) if chunked else tower.tokenize([text]) for text in unique]
-        batches = torch.cat(ids).to(placement(tower)[0]).split(batch_size)
-        with factors_off(*self.without):
-            rows = torch.cat([tower(batch).to(*placement(self.unet)) for batch in batches])
+                log.warning("Only %d tokens fit: %r of %r is cut off", text_encoder.max_length, cut, text)
+        ids = [
+            text_encoder.tokenize_chunks(text) if chunked else text_encoder.tokenize([text])
+            for text in unique
+        ]
+        batches = torch.cat(ids).to(placement(text_encoder)[0]).split(batch_size)
+        with lora_off(*self.without):
+            rows = torch.cat([text_encoder(batch).to(*placement(self.unet)) for batch in batches])
         chunks = rows.split([len(own) for own in ids])
         return {text: own.flatten(0, 1) for text, own in zip(unique, chunks, strict=True)}
 
@@ -83,9 +86,9 @@ class Denoiser:
         self, contexts: Tensor, alphas_cumprod: Tensor, x: Tensor, t: Tensor, rows: Sequence[int]
     ) -> Tensor:
         """The network in its own precision, everything around it in float32."""
-        with factors_off(*self.without):
+        with lora_off(*self.without):
             prediction = self.unet.predict(x, t, contexts, rows).float()
-        x, t = repeat_rows(x, len(rows)), repeat_rows(t, len(rows))
+        x, t = repeat_batch(x, len(rows)), repeat_batch(t, len(rows))
         return to_eps(self.parameterization, prediction, x, t, alphas_cumprod)
 
 

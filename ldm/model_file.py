@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.checkpoints.embedding import EMBEDDING, read_embedding
 from ldm.checkpoints.layout import PREFIXES
-from ldm.checkpoints.load import file_hash, load_parts, open_model, unfilled
+from ldm.checkpoints.load import file_hash, init_on_meta, load_state_dicts, open_model
 from ldm.checkpoints.lora import merge_lora, read_lora
 from ldm.config import instantiate
 from ldm.denoiser import Denoiser
@@ -25,7 +25,7 @@ class ModelFile:
     """A Stable Diffusion file, or a folder as diffusers saves it, and its networks in eval mode.
 
     config: with a `model` section, or the params of one; None takes what the file says of itself.
-    parts: the networks that are wanted, of {"unet", "first_stage", "cond_stage"}.
+    names: the networks that are wanted, of {"unet", "vae", "text_encoder"}.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class ModelFile:
         config: Mapping[str, Any] | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        parts: Collection[str] = tuple(PREFIXES),
+        names: Collection[str] = tuple(PREFIXES),
     ):
         _check_device(device)
         self.path = Path(path)
@@ -43,10 +43,10 @@ class ModelFile:
         self.model = open_model(path)
         params = self.model.config if config is None else _model_params(config, where=path)
         self.parameterization: str = params.get("parameterization", "eps")
-        with unfilled():
-            self.networks = {part: instantiate(params[f"{part}_config"]).to(dtype) for part in parts}
+        with init_on_meta():
+            self.networks = {name: instantiate(params[name]).to(dtype) for name in names}
         if self.model.tokenizer is not None and config is None:
-            self.networks["cond_stage"].tokenizer_name = str(self.model.tokenizer)
+            self.networks["text_encoder"].tokenizer_name = str(self.model.tokenizer)
         self.alphas_cumprod: Tensor = make_alphas_cumprod(
             **{key: params[key] for key in SCHEDULE if key in params}
         )
@@ -61,26 +61,28 @@ class ModelFile:
 
         embeddings: textual-inversion files, whose words prompts may hold; that of a run is beside its model.
         """
-        parts = self.model.parts
+        state_dicts = self.model.state_dicts
         for file, weight in loras:
-            parts = merge_lora(parts, read_lora(file, parts), weight=weight)
-        load_parts(self.networks, parts, where=self.path, device=self.device)
+            state_dicts = merge_lora(state_dicts, read_lora(file, state_dicts), weight=weight)
+        load_state_dicts(self.networks, state_dicts, where=self.path, device=self.device)
         for file in [*_own_embedding(self.path), *embeddings]:
             for word, vectors in read_embedding(file).items():
-                self.networks["cond_stage"].add_word(word, vectors)
+                self.networks["text_encoder"].add_token(word, vectors)
         for network in self.networks.values():
             network.eval().to(self.device).requires_grad_(False)
 
     def attach(self, loras: Sequence[tuple[Path, float]]) -> list[LoRA]:
         """The LoRA files beside the filled networks, at their weights: not merged, they can be off."""
-        parts = self.model.parts
-        return [LoRA.of_file(self.networks, read_lora(file, parts), weight=weight) for file, weight in loras]
+        state_dicts = self.model.state_dicts
+        return [
+            LoRA.of_file(self.networks, read_lora(file, state_dicts), weight=weight) for file, weight in loras
+        ]
 
     def denoiser(self, *, model_hash: str | None = None, without: Sequence[LoRA] = ()) -> Denoiser:
         """UNet and text encoder of the file, filled or not yet."""
         return Denoiser(
             self.networks["unet"],
-            self.networks["cond_stage"],
+            self.networks["text_encoder"],
             alphas_cumprod=self.alphas_cumprod,
             parameterization=self.parameterization,
             model_hash=model_hash,
@@ -97,7 +99,7 @@ def _own_embedding(path: Path) -> list[Path]:
 def _model_params(config: Mapping[str, Any], *, where: object) -> Mapping[str, Any]:
     """Params of a config's model section, which must describe the networks."""
     params = config["model"].get("params", {}) if "model" in config else config
-    missing = [key for key in (f"{part}_config" for part in PREFIXES) if key not in params]
+    missing = [name for name in PREFIXES if name not in params]
     if missing:
         raise UserError(f"The model section of the config lacks {', '.join(missing)}", where=where)
     return params

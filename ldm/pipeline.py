@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ldm.denoiser import Denoiser, evaluating, filler, placement, require_same_kind
 from ldm.diffusion.guidance import Predict, classifier_free_guidance
 from ldm.diffusion.samplers import DEFAULT_SPACING, SAMPLERS, SamplerName, sampling_timesteps
-from ldm.diffusion.schedule import add_noise, ends_in_noise
+from ldm.diffusion.schedule import add_noise, has_zero_terminal_snr
 from ldm.errors import UserError
 from ldm.model_file import ModelFile
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
@@ -51,8 +51,8 @@ class Text2Image:
     def __init__(
         self,
         unet: UNetModel,
-        first_stage: AutoencoderKL,
-        cond_stage: CLIPTextEncoder,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextEncoder,
         *,
         alphas_cumprod: Tensor,
         parameterization: str = "eps",
@@ -61,13 +61,13 @@ class Text2Image:
         guidance_base: Denoiser | None = None,
     ):
         self.denoiser = Denoiser(
-            unet, cond_stage, alphas_cumprod=alphas_cumprod, parameterization=parameterization
+            unet, text_encoder, alphas_cumprod=alphas_cumprod, parameterization=parameterization
         )
         if guidance_base is not None:
             require_same_kind(self.denoiser, guidance_base)
         self.unet = unet
-        self.first_stage = first_stage
-        self.cond_stage = cond_stage
+        self.vae = vae
+        self.text_encoder = text_encoder
         self.alphas_cumprod = alphas_cumprod
         self.parameterization = parameterization
         self.default_size = default_size
@@ -97,7 +97,7 @@ class Text2Image:
         how = {"config": config, "device": device, "dtype": dtype}
         file, base, beside = ModelFile(path, **how), None, []
         if guidance_base is not None:
-            base = ModelFile(guidance_base, parts=("unet", "cond_stage"), **how)
+            base = ModelFile(guidance_base, names=("unet", "text_encoder"), **how)
             base.model.require_prediction(base.parameterization)
             require_same_kind(file.denoiser(), base.denoiser())
         if base is None or base.hash != file.hash:
@@ -144,7 +144,7 @@ class Text2Image:
         _check(prompts, seeds, sampler=sampler, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
         timesteps = self._timesteps(sampler, steps, None if init_image is None else strength)
-        with self._drawing(precision), _heard(progress, total=len(prompts) * len(timesteps)) as more:
+        with self._eval(precision), _heard(progress, total=len(prompts) * len(timesteps)) as more:
             how = {"eta": eta, "callback": lambda i, x: more(len(x)), "alphas_cumprod": self.alphas_cumprod}
             negative = None if guidance_scale == 1 else negative_prompt
             pairs = self._contexts(prompts, negative, batch_size, chunked=long_prompts)
@@ -161,17 +161,17 @@ class Text2Image:
         """(C, h, w) for pixels; both networks must be able to halve them as often as they do."""
         pixels = {"height": height, "width": width}
         pixels = {side: self.default_size if n is None else n for side, n in pixels.items()}
-        unit = self.first_stage.factor * self.unet.factor
+        unit = self.vae.factor * self.unet.factor
         for side, n in pixels.items():
             if n % unit or n < unit:
                 below, above = n // unit * unit, (n // unit + 1) * unit
                 valid = f"{below} or {above}" if below > 0 else above
                 raise UserError(f"{side} {n} is no multiple of {unit} pixels", remedy=f"Use {valid}.")
-        return self.first_stage.embed_dim, *(n // self.first_stage.factor for n in pixels.values())
+        return self.vae.embed_dim, *(n // self.vae.factor for n in pixels.values())
 
     def _timesteps(self, sampler: SamplerName, steps: int, strength: float | None) -> Tensor:
         """Descending [S]; given a strength, the last that share of them, as many whole ones as that is."""
-        spacing = "trailing" if ends_in_noise(self.alphas_cumprod) else DEFAULT_SPACING[sampler]
+        spacing = "trailing" if has_zero_terminal_snr(self.alphas_cumprod) else DEFAULT_SPACING[sampler]
         timesteps = sampling_timesteps(steps, T=len(self.alphas_cumprod), spacing=spacing)
         if strength is None:
             return timesteps
@@ -221,11 +221,11 @@ class Text2Image:
 
     def _posterior(self, image: Image.Image, shape: Sequence[int]) -> DiagonalGaussian:
         """The latents of a picture, cropped and scaled to those of `shape`: mean and std [1, C, h, w]."""
-        factor = self.first_stage.factor
+        factor = self.vae.factor
         image = ImageOps.fit(image.convert("RGB"), (shape[2] * factor, shape[1] * factor), Image.LANCZOS)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0) / 127.5 - 1
-        moments = self.first_stage.encode(pixels.to(*placement(self.first_stage))).moments.float()
-        return DiagonalGaussian.from_moments(moments.to(placement(self.unet)[0]))
+        latent_stats = self.vae.encode(pixels.to(*placement(self.vae))).latent_stats.float()
+        return DiagonalGaussian.from_latent_stats(latent_stats.to(placement(self.unet)[0]))
 
     def _start(
         self, noise: Callable[[str], Tensor], initial: DiagonalGaussian | None, timesteps: Tensor
@@ -245,17 +245,17 @@ class Text2Image:
 
     def _decode(self, latents: Tensor) -> list[Image.Image]:
         """[B, C, h, w] -> B pictures, one at a time: more at once take more memory and no less time."""
-        place = placement(self.first_stage)
-        pixels = torch.cat([self.first_stage.decode(one.to(*place)).float() for one in latents.split(1)])
+        place = placement(self.vae)
+        pixels = torch.cat([self.vae.decode(one.to(*place)).float() for one in latents.split(1)])
         if not pixels.isfinite().all():
             log.warning("A picture has values that are not finite: try fp32 or bf16")
         levels = ((pixels.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return [Image.fromarray(picture.numpy()) for picture in rearrange(levels, "b c h w -> b h w c").cpu()]
 
     @contextmanager
-    def _drawing(self, precision: Precision) -> Iterator[None]:
+    def _eval(self, precision: Precision) -> Iterator[None]:
         """Networks in eval mode, nothing recorded; afterwards every module is in its mode again."""
-        networks = (self.first_stage, *self.denoiser.networks)
+        networks = (self.vae, *self.denoiser.networks)
         base = self.guidance_base.networks if self.guidance_base else ()
         lower = autocast_for(precision, *networks, *base)
         with evaluating(*networks, *base), torch.inference_mode(), lower:

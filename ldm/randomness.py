@@ -5,7 +5,7 @@ uninterrupted run on one process would have drawn, and a GPU run sees the same d
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,3 +30,32 @@ def randint(high: int, *, seed: int, items: Iterable[int], purpose: str) -> Tens
 def rand(*, seed: int, items: Iterable[int], purpose: str) -> Tensor:
     """Uniform numbers in [0, 1), one per item -> [B] float32 on the CPU."""
     return torch.stack([torch.rand((), generator=generator(seed, k, purpose)) for k in items])
+
+
+StreamIds = Sequence[tuple[int, str]]  # (item number, part) of each item of a batch: what names its draws
+
+
+def stream_ids(batch: dict) -> list[tuple[int, str]]:
+    """(item number, part) of each item of a batch: what names its draws."""
+    streams = ("prior" if prior else "subject" for prior in batch["is_prior"].tolist())
+    return list(zip(batch["item"].tolist(), streams, strict=True))
+
+
+class ItemRNG:
+    """The random draws of a batch, each a function of (seed, item number, part, purpose), made on the CPU."""
+
+    def __init__(self, seed: int, ids: StreamIds):
+        self.seed = seed
+        self.stream_ids = ids
+
+    def randn(self, purpose: str, out: Tensor) -> None:
+        """Fills `out` [B, ...] with standard normal noise."""
+        self._each(purpose, lambda row, g: torch.randn(row.shape, generator=g, out=row), out)
+
+    def randint(self, purpose: str, high: int, out: Tensor) -> None:
+        """Fills `out` [B] with uniform integers in [0, high)."""
+        self._each(purpose, lambda row, g: torch.randint(high, row.shape, generator=g, out=row), out)
+
+    def _each(self, purpose: str, fill: Callable[[Tensor, torch.Generator], Tensor], out: Tensor) -> None:
+        for row, (item, stream) in zip(out, self.stream_ids, strict=True):
+            fill(row, generator(self.seed, item, f"{stream}/{purpose}"))

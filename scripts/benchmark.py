@@ -47,12 +47,12 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def row(figures: Mapping) -> str:
+def row(metrics: Mapping) -> str:
     """A line of the table, the ratios first."""
-    numbers = [figures[f"{what}_ratio_{peer}"] for what in ("speed", "memory") for peer in ("script", "best")]
-    numbers += [figures[side]["ms"] for side in SIDES]
-    numbers += [figures["ours"]["peak_mib"], figures["floor_ms"], figures["ours"]["share_of_floor"]]
-    return "".join(f"{number:>11.2f}" for number in numbers) + f"  {figures['case']}"
+    numbers = [metrics[f"{what}_ratio_{peer}"] for what in ("speed", "memory") for peer in ("script", "best")]
+    numbers += [metrics[side]["ms"] for side in SIDES]
+    numbers += [metrics["ours"]["peak_mib"], metrics["floor_ms"], metrics["ours"]["share_of_floor"]]
+    return "".join(f"{number:>11.2f}" for number in numbers) + f"  {metrics['case']}"
 
 
 def main(options: argparse.Namespace) -> None:
@@ -87,8 +87,8 @@ def main(options: argparse.Namespace) -> None:
     print(write_json(options.out / f"{name}.json", about | {"results": results}))
     picture = options.out / f"{name}.svg"
     groups = {
-        figures["case"]: {label: figures[f"speed_ratio_{peer}"] for peer, label in PEERS.items()}
-        for figures in results
+        metrics["case"]: {label: metrics[f"speed_ratio_{peer}"] for peer, label in PEERS.items()}
+        for metrics in results
     }
     picture.write_text(plot(groups, "Times as fast as diffusers", line=1.0), encoding="utf-8")
     print(picture)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-from ldm.checkpoints.geometry import SCHEDULE
+from ldm.checkpoints.infer_config import SCHEDULE
 from ldm.checkpoints.layout import join
 from ldm.checkpoints.load import file_hash, open_model
 from ldm.checkpoints.lora import merge_lora, read_lora
@@ -56,26 +56,26 @@ def main(options: argparse.Namespace) -> Path:
         model = replace(model, known=to_plain(load_config([options.config]))["model"]["params"])
     dtype = DTYPES[options.dtype] if options.dtype else None
     if options.lora:
-        layers = read_lora(options.lora, model.parts)
-        dtype = dtype or model.parts["unet"]["out.2.weight"].dtype
-        model = replace(model, parts=merge_lora(model.parts, layers, weight=options.lora_weight))
+        layers = read_lora(options.lora, model.state_dicts)
+        dtype = dtype or model.state_dicts["unet"]["out.2.weight"].dtype
+        model = replace(model, state_dicts=merge_lora(model.state_dicts, layers, weight=options.lora_weight))
     size = model.size(model.config["parameterization"])
     if to_folder:
-        name = options.tokenizer or model.config["cond_stage_config"]["params"]["tokenizer"]
+        name = options.tokenizer or model.config["text_encoder"]["params"]["tokenizer"]
         folder = load_tokenizer(name).name_or_path
         return save_folder(
-            options.target, model.parts, config=model.config, tokenizer=folder, size=size, dtype=dtype
+            options.target, model.state_dicts, config=model.config, tokenizer=folder, size=size, dtype=dtype
         )
     schedule = {key: model.config[key] for key in SCHEDULE}
     alphas_cumprod = make_alphas_cumprod(**schedule, dtype=torch.float64)
     metadata = file_metadata(model.config, title=options.source.stem, size=size) | dict(model.metadata)
     if sharded:
-        parts = {name: cast_tensors(part, dtype) for name, part in model.parts.items()}
+        parts = {name: cast_tensors(part, dtype) for name, part in model.state_dicts.items()}
         tensors = join(parts, alphas_cumprod)
         max_bytes = options.max_file_mib * 2**20
         return write_shards(options.target, tensors, max_bytes=max_bytes, metadata=metadata)[-1]
     return save_model(
-        options.target, model.parts, alphas_cumprod=alphas_cumprod, dtype=dtype, metadata=metadata
+        options.target, model.state_dicts, alphas_cumprod=alphas_cumprod, dtype=dtype, metadata=metadata
     )
 
 

@@ -22,9 +22,9 @@ from ldm.config import check, instantiate, load_config, to_plain
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import load_image
 from ldm.errors import UserError
-from ldm.evaluation.pictures import read_pictures
-from ldm.evaluation.plot import figures_plot
-from ldm.evaluation.protocol import Evaluation, Prompts
+from ldm.evaluation.image_folder import read_image_folder
+from ldm.evaluation.plot import metrics_plot
+from ldm.evaluation.protocol import Evaluation, SubjectPrompts
 from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.files import atomic_write
 from ldm.pipeline import Text2Image, find_model
@@ -105,36 +105,36 @@ def photos_of(options: argparse.Namespace, config: Mapping[str, Any]) -> DreamBo
     return data
 
 
-def measured(options: argparse.Namespace, model: Path | None) -> Mapping[str, Any]:
+def evaluate(options: argparse.Namespace, model: Path | None) -> Mapping[str, Any]:
     """The figures of a model beside its base's, or of folders of pictures."""
     config = run_config(model)
     data = photos_of(options, config)
-    pictures = read_pictures(options.pictures) if options.pictures else []
-    of_class = read_pictures(options.class_pictures, at_least=2) if options.class_pictures else []
+    samples = read_image_folder(options.pictures) if options.pictures else []
+    of_class = read_image_folder(options.class_pictures, at_least=2) if options.class_pictures else []
     evaluation = evaluation_of(options, config)
-    prompts = Prompts(data.subject_prompt, data.prior_prompt, **data.words)
+    prompts = SubjectPrompts(data.subject_prompt, data.prior_prompt, **data.words)
     subject = evaluation.subject([load_image(photo.path) for photo in data.subject_photos])
     if model is None:
-        return evaluation.plain(pictures, subject=subject, prompts=prompts, of_class=of_class)
+        return evaluation.measure_images(samples, subject=subject, prompts=prompts, of_class=of_class)
     base = find_file(options.base or config.get("base_checkpoint") or BASE)
     draws = {
         "before": Text2Image.from_file(base),
         "after": Text2Image.from_file(model, guidance_base=base if evaluation.guidance_base else None),
     }
     before, after = (
-        evaluation.measure(draw, subject=subject, prompts=prompts, is_base=when == "before")
-        for when, draw in draws.items()
+        evaluation.measure(pipeline, subject=subject, prompts=prompts, is_base=when == "before")
+        for when, pipeline in draws.items()
     )
     return evaluation.summary(after, before, subject)
 
 
-def table(figures: Mapping[str, Any]) -> str:
+def table(metrics: Mapping[str, Any]) -> str:
     """Metrics in rows, with what there is of interval, base, photos and noise floor."""
     rows = [("", "measured", "95 %", "base", "photos", "noise")]
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if isinstance(value, float):
-            low_high = figures.get("intervals", {}).get(name)
-            beside = [figures.get(key, {}).get(name, "") for key in ("base", "ceiling", "noise_floor")]
+            low_high = metrics.get("intervals", {}).get(name)
+            beside = [metrics.get(key, {}).get(name, "") for key in ("base", "ceiling", "noise_floor")]
             interval = "{:.3f} to {:.3f}".format(*low_high) if low_high else ""
             rows.append((name, f"{value:.3f}", interval, *map(str, beside)))
     return "\n".join("{:30}{:>8}{:>18}{:>9}{:>9}{:>9}".format(*row).rstrip() for row in rows)
@@ -149,17 +149,17 @@ def main(options: argparse.Namespace) -> None:
         evaluation = StorybookEvaluation(
             steps=options.steps or 25, guidance_scale=options.guidance_scale or EXAM_GUIDANCE
         )
-        figures = evaluation.examine(Text2Image.from_file(model), samples=options.captions)
+        metrics = evaluation.examine(Text2Image.from_file(model), samples=options.captions)
     else:
-        figures = measured(options, model)
-    print(table(figures))
+        metrics = evaluate(options, model)
+    print(table(metrics))
     is_run = model is not None and model.with_name("config.yaml").exists()
     name = (model or options.pictures).stem
     folder = options.out or (model.parent / "evaluation" if is_run else Path("logs") / f"evaluation-{name}")
     folder.mkdir(parents=True, exist_ok=True)
-    print(write_json(folder / "metrics.json", figures))
+    print(write_json(folder / "metrics.json", metrics))
     with atomic_write(folder / "figures.svg") as temporary:
-        temporary.write_text(figures_plot(figures), encoding="utf-8")
+        temporary.write_text(metrics_plot(metrics), encoding="utf-8")
     print(folder / "figures.svg")
 
 

@@ -14,11 +14,11 @@ from omegaconf import DictConfig
 
 from ldm.config import instantiate, to_plain
 from ldm.errors import UserError
-from ldm.training import ranks
+from ldm.training import distributed
 from ldm.training.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.training.options import parse
 from ldm.training.run import base_files, load_base
-from ldm.training.sampling import PriorDrawing, draw_priors, prior_set, text2image
+from ldm.training.sampling import PriorsConfig, generate_priors, prior_set, text2image
 from ldm.training.signals import stop_at_once
 
 
@@ -26,20 +26,20 @@ def main(config: DictConfig) -> Path:
     """Draws what is missing -> the folder of the set."""
     keep_freed_memory()
     plain = to_plain(config)
-    plain["trainer"] = ranks.join(plain["trainer"])
+    plain["trainer"] = distributed.join(plain["trainer"])
     data = instantiate(plain["data"])
     data.check()
-    if not data.draws_priors:
+    if not data.generates_priors:
         raise UserError("This config draws no prior images", where="data.params.num_priors")
     module = instantiate(plain["model"])
     base_hash = load_base(module.networks, base_files(plain), parameterization=module.parameterization)
     set_matmul_precision(plain.get("matmul_precision", "high"))
     module.to(device_of(plain["trainer"]))
-    drawing = PriorDrawing(**plain.get("priors", {}))
-    priors = prior_set(data, drawing, base_sha256=base_hash, device=module.device)
-    draw = text2image(module, size=data.size)
-    drawn = draw_priors(draw, priors, data.num_priors, batch_size=drawing.batch_size)
-    if ranks.rank() == 0:
+    sampling = PriorsConfig(**plain.get("priors", {}))
+    priors = prior_set(data, sampling, base_sha256=base_hash, device=module.device)
+    pipeline = text2image(module, size=data.size)
+    drawn = generate_priors(pipeline, priors, data.num_priors, batch_size=sampling.batch_size)
+    if distributed.rank() == 0:
         print(f"{drawn} drawn, {data.num_priors - drawn} were there")
     return priors.folder
 
@@ -49,9 +49,9 @@ if __name__ == "__main__":
     stop_at_once()
     try:
         config = parse(sys.argv[1:], description=__doc__)
-        ranks.launch(config.trainer)
+        distributed.launch(config.trainer)
         folder = main(config)
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             print(folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 from ldm.checkpoints.load import open_model
-from ldm.checkpoints.modelspec import taught_words, usual_drawing
+from ldm.checkpoints.modelspec import sampling_defaults, taught_words
 from ldm.checkpoints.save import DTYPES
 from ldm.config import load_config, to_plain
-from ldm.contact_sheet import contact_sheet, save_picture
+from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.images import load_image
 from ldm.data.prompts import read_prompts
 from ldm.diffusion.samplers import SAMPLERS
@@ -105,37 +105,39 @@ def main(options: argparse.Namespace) -> None:
     base = find_model(options.guidance_base) if options.guidance_base else None
     added = {"loras": loras, "embeddings": options.embedding, "guidance_base": base}
     place = {"device": options.device, "dtype": DTYPES[precision]}
-    draw = Text2Image.from_file(path, config=config, **place, **added)
+    pipeline = Text2Image.from_file(path, config=config, **place, **added)
     settings = {name: getattr(options, name) for name in SETTINGS}
-    settings |= {name: usual for name, usual in usual_drawing(said).items() if settings[name] is None}
-    settings |= {side: draw.default_size for side in ("height", "width") if settings[side] is None}
-    about = settings | {"model": name_of(path), "model_hash": draw.model_hash, "precision": precision}
+    settings |= {name: usual for name, usual in sampling_defaults(said).items() if settings[name] is None}
+    settings |= {side: pipeline.default_size for side in ("height", "width") if settings[side] is None}
+    about = settings | {"model": name_of(path), "model_hash": pipeline.model_hash, "precision": precision}
     if init_image:
         settings["strength"] = options.strength
         about |= {"strength": options.strength, "init_image": options.init_image.name}
     settings |= {"init_image": init_image, "long_prompts": options.long_prompts}
     about |= {"lora": options.lora} if loras else {}
     if base:
-        about |= {"guidance_base": name_of(base), "guidance_base_hash": draw.guidance_base.model_hash}
+        about |= {"guidance_base": name_of(base), "guidance_base_hash": pipeline.guidance_base.model_hash}
     about |= {"embedding": [file.name for file in options.embedding]} if options.embedding else {}
     how = {"batched_guidance": not options.low_memory, "batch_size": options.batch_size}
     out = options.out or path.parent / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
 
     jobs = [(row, options.seed + i) for row in range(len(prompts)) for i in range(options.n)]
-    pictures, size = [[] for _ in prompts], max(options.batch_size, 1)
+    images, size = [[] for _ in prompts], max(options.batch_size, 1)
     steps = int(settings["steps"] * options.strength) if init_image else settings["steps"]
     with tqdm(total=len(jobs) * steps, unit="step") as bar:
         for batch in (jobs[first : first + size] for first in range(0, len(jobs), size)):
             rows, seeds = zip(*batch, strict=True)
-            samples = draw([prompts[i] for i in rows], seeds=seeds, progress=bar.update, **settings, **how)
+            samples = pipeline(
+                [prompts[i] for i in rows], seeds=seeds, progress=bar.update, **settings, **how
+            )
             out.mkdir(parents=True, exist_ok=True)
             for row, (image, _, prompt, seed) in zip(rows, samples, strict=True):
                 slug = re.sub(r"\W+", "-", prompt.lower())[:40].strip("-")
                 file = out / f"{row:03d}-{slug}-{seed}.png"
-                bar.write(str(save_picture(file, image, {"prompt": prompt, "seed": seed} | about)))
-                pictures[row].append(image)
-    sheet = contact_sheet(list(zip(prompts, pictures, strict=True)))
-    print(save_picture(out / "contact_sheet.png", sheet, {"prompts": prompts, "seed": options.seed} | about))
+                bar.write(str(save_image(file, image, {"prompt": prompt, "seed": seed} | about)))
+                images[row].append(image)
+    grid = contact_sheet(list(zip(prompts, images, strict=True)))
+    print(save_image(out / "contact_sheet.png", grid, {"prompts": prompts, "seed": options.seed} | about))
 
 
 if __name__ == "__main__":

@@ -32,15 +32,15 @@ from ldm.evaluation.curves import read_curves
 from ldm.files import write_section
 from ldm.training.job import run_job
 from ldm.training.options import parse
-from ldm.training.resume import by_step, what_is_wrong
+from ldm.training.resume import by_step, validate_checkpoint
 
 SMALL = [
-    "model.params.unet_config.params.model_channels=16",
+    "model.params.unet.params.model_channels=16",
     *("data.params.size=32", "data.params.batch_size=1", "data.params.num_priors=24"),
     *("priors.steps=8", "priors.batch_size=2", "base_checkpoint=base.safetensors"),
     *("trainer.max_steps=12", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=8"),
     *("trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"),
-    *("checkpoint_every=2", "ema_decay=0.9", "evaluation=null", "measures.every_steps=0"),
+    *("checkpoint_every=2", "ema_decay=0.9", "evaluation=null", "online_eval.every_steps=0"),
     *("samples.n=1", "samples.steps=2", "samples.every_steps=6"),
 ]
 PATTERNS = ["{priors}/*/.*.tmp", "logs/{name}*/checkpoints/.*.tmp", "logs/{name}*/.model*.tmp"]
@@ -150,7 +150,7 @@ def equal(one: object, other: object) -> bool:
 
 def torn(name: str) -> list[Path]:
     """Checkpoints that are not whole, and unfinished files, in the folders of a run."""
-    found = [p for p in Path("logs").glob(f"{name}*/checkpoints/*.ckpt") if what_is_wrong(p)]
+    found = [p for p in Path("logs").glob(f"{name}*/checkpoints/*.ckpt") if validate_checkpoint(p)]
     return found + list(Path("logs").glob(f"{name}*/**/*.broken"))
 
 
@@ -166,30 +166,30 @@ def soak(words: list[str], *, kills: int, moments: random.Random) -> tuple[Count
     start = time.monotonic()
     finished(forked(attempt, job_of("whole")))
     seconds, whole = time.monotonic() - start, left_by("whole")
-    figures, phases = Counter(), Counter()
-    while figures["kills"] < kills:
-        figures["runs"] += 1
-        name, STEPS.value = f"run{figures['runs']}", 0
+    counts, phases = Counter(), Counter()
+    while counts["kills"] < kills:
+        counts["runs"] += 1
+        name, STEPS.value = f"run{counts['runs']}", 0
         while True:
             process = forked(attempt, job_of(name))
-            if figures["kills"] < kills and strike(process, moments, seconds, name):
-                figures["kills"] += 1
+            if counts["kills"] < kills and strike(process, moments, seconds, name):
+                counts["kills"] += 1
                 phases[phase(name, priors, steps)] += 1
-                figures["torn files"] += len(torn(name))
+                counts["torn files"] += len(torn(name))
                 continue
             finished(process)
             break
         different = [what for what, value in left_by(name).items() if not equal(whole[what], value)]
-        print(f"{name}: {figures['kills']} kills so far; different: {different or 'nothing'}", flush=True)
-        figures["runs that differ"] += bool(different)
-        figures["steps"] += steps
-        figures["steps done again"] += STEPS.value - steps
-    return figures, phases
+        print(f"{name}: {counts['kills']} kills so far; different: {different or 'nothing'}", flush=True)
+        counts["runs that differ"] += bool(different)
+        counts["steps"] += steps
+        counts["steps done again"] += STEPS.value - steps
+    return counts, phases
 
 
-def table(figures: Counter, phases: Counter) -> str:
+def table(counts: Counter, phases: Counter) -> str:
     names = ("kills", "runs", "steps", "steps done again", "runs that differ", "torn files")
-    rows = [f"| {name} | {figures[name]} |" for name in names]
+    rows = [f"| {name} | {counts[name]} |" for name in names]
     rows += [f"| killed: {name} | {count} |" for name, count in phases.most_common()]
     return "\n".join(["| | |", "|---|---|", *rows])
 
@@ -212,13 +212,13 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            figures, phases = soak(command, kills=options.kills, moments=random.Random(options.seed))
+            counts, phases = soak(command, kills=options.kills, moments=random.Random(options.seed))
         except SystemExit:
             print(Path("soak.log").read_text(errors="replace")[-4000:], file=sys.stderr)
             raise
         finally:
             os.chdir(Path(__file__).parent)
-    print(table(figures, phases))
+    print(table(counts, phases))
     if report is not None:
-        write_section(report, "soak", table(figures, phases))
-    sys.exit(bool(figures["runs that differ"] or figures["torn files"]))
+        write_section(report, "soak", table(counts, phases))
+    sys.exit(bool(counts["runs that differ"] or counts["torn files"]))

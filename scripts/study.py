@@ -22,10 +22,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 from ldm.config import load_config, save_config
 from ldm.errors import UserError
-from ldm.evaluation import study_page
+from ldm.evaluation import sweep_page
 from ldm.files import atomic_write
 from ldm.training.job import run_job
-from ldm.training.study import Job, Study, jobs_of, part_of, read_study, rows_of, same_but_for_study
+from ldm.training.sweep import Job, Sweep, jobs_of, read_sweep, rows_of, same_run, shard_jobs
 
 
 def metrics_of(job: Job) -> dict | None:
@@ -39,43 +39,41 @@ def metrics_of(job: Job) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def twin_of(job: Job) -> Path | None:
+def find_identical_run(job: Job) -> Path | None:
     """The folder of the same run where another study has finished it."""
     folders = (path.parent for path in sorted(Path("logs").glob("study-*/*/metrics.json")))
-    return next(
-        (f for f in folders if same_but_for_study(load_config([f / "config.yaml"]), job.config)), None
-    )
+    return next((f for f in folders if same_run(load_config([f / "config.yaml"]), job.config)), None)
 
 
-def work(study: Study, jobs: Sequence[Job]) -> None:
-    torch.set_num_threads(study.threads)
+def work(sweep: Sweep, jobs: Sequence[Job]) -> None:
+    torch.set_num_threads(sweep.threads)
     for number, job in enumerate(jobs, start=1):
         if metrics_of(job) is not None:
             continue
-        print(f"{study.name}, run {number} of {len(jobs)}: {job.folder.name}", flush=True)
-        twin = twin_of(job)
-        if twin is not None:
-            print(f"as in {twin}", flush=True)
-            shutil.copytree(twin, job.folder, dirs_exist_ok=True)
+        print(f"{sweep.name}, run {number} of {len(jobs)}: {job.folder.name}", flush=True)
+        identical = find_identical_run(job)
+        if identical is not None:
+            print(f"as in {identical}", flush=True)
+            shutil.copytree(identical, job.folder, dirs_exist_ok=True)
             save_config(job.config, job.folder / "config.yaml")
         else:
             run_job(job.config, "auto")
             shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
 
 
-def share_out(path: str, processes: int) -> None:
+def run_in_processes(path: str, processes: int) -> None:
     """Runs all of a study in processes of their own."""
     command = [sys.executable, __file__, "--base", path, "--part"]
-    parts = [subprocess.Popen([*command, f"{k}/{processes}"]) for k in range(1, processes + 1)]
-    if any([part.wait() for part in parts]):
+    shares = [subprocess.Popen([*command, f"{k}/{processes}"]) for k in range(1, processes + 1)]
+    if any([share.wait() for share in shares]):
         raise UserError("A part of the study failed", where=path, remedy="Its message stands above.")
 
 
-def publish(study: Study, jobs: Sequence[Job], folder: Path) -> list[Path]:
+def publish(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:
     """Writes the CSV, the plots and the page of a study whose runs are all finished."""
     found = [metrics_of(job) for job in jobs]
     rows = [
-        {"variant": name, "subject": job.subject, "seed": job.seed} | {f: own[f] for f in study.figures}
+        {"variant": name, "subject": job.subject, "seed": job.seed} | {m: own[m] for m in sweep.metrics}
         for job, metrics in zip(jobs, found, strict=True)
         for name, own in rows_of(job.variant, metrics).items()
     ]
@@ -87,19 +85,19 @@ def publish(study: Study, jobs: Sequence[Job], folder: Path) -> list[Path]:
         for job, metrics in zip(jobs, found, strict=True)
         for name in rows_of(job.variant, metrics)
     }
-    texts = {f"{study.name}.csv": study_page.to_csv(rows)}
-    plots = {f"{study.name}.svg": study_page.panels(rows, study.figures)}
-    if study.frontier:
-        plots[f"{study.name}-frontier.svg"] = study_page.frontier(rows, *study.frontier)
-    texts[f"{study.name}.md"] = study_page.page(
-        study.name,
-        title=study.title,
-        claim=study.claim,
-        finding=study.finding,
-        command=f"python scripts/study.py --base configs/studies/{study.name}.yaml",
-        made_at=study.made_at,
+    texts = {f"{sweep.name}.csv": sweep_page.to_csv(rows)}
+    plots = {f"{sweep.name}.svg": sweep_page.panels(rows, sweep.metrics)}
+    if sweep.frontier:
+        plots[f"{sweep.name}-frontier.svg"] = sweep_page.frontier(rows, *sweep.frontier)
+    texts[f"{sweep.name}.md"] = sweep_page.page(
+        sweep.name,
+        title=sweep.title,
+        claim=sweep.claim,
+        finding=sweep.finding,
+        command=f"python scripts/study.py --base configs/studies/{sweep.name}.yaml",
+        made_at=sweep.made_at,
         rows=rows,
-        figures=study.figures,
+        metrics=sweep.metrics,
         seconds=seconds,
         plots=list(plots),
     )
@@ -123,18 +121,18 @@ def parse() -> argparse.Namespace:
 
 
 def main(options: argparse.Namespace) -> None:
-    studies = {path: read_study(path) for path in options.base}
-    jobs = {path: jobs_of(study) for path, study in studies.items()}
-    for path, study in studies.items():
+    sweeps = {path: read_sweep(path) for path in options.base}
+    jobs = {path: jobs_of(sweep) for path, sweep in sweeps.items()}
+    for path, sweep in sweeps.items():
         if options.processes > 1:
-            share_out(path, options.processes)
+            run_in_processes(path, options.processes)
         else:
-            work(study, part_of(jobs[path], options.part))
+            work(sweep, shard_jobs(jobs[path], options.part))
         missing = sum(metrics_of(job) is None for job in jobs[path])
         if missing:
-            print(f"{study.name}: {missing} of {len(jobs[path])} runs are still to be done")
+            print(f"{sweep.name}: {missing} of {len(jobs[path])} runs are still to be done")
         else:
-            print(*publish(study, jobs[path], options.out), sep="\n")
+            print(*publish(sweep, jobs[path], options.out), sep="\n")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def tiny_config(tiny_tokenizer: Path) -> dict:
     """Params of a model section: networks of 32 channels and 2 levels, latents half as wide as pictures."""
     tokens = 2 * (127 - 33) + 2
     return {
-        "unet_config": {
+        "unet": {
             "target": "ldm.models.unet.UNetModel",
             "params": {
                 "model_channels": 32,
@@ -52,11 +52,11 @@ def tiny_config(tiny_tokenizer: Path) -> dict:
                 "context_dim": 32,
             },
         },
-        "first_stage_config": {
+        "vae": {
             "target": "ldm.models.autoencoder.AutoencoderKL",
             "params": {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1},
         },
-        "cond_stage_config": {
+        "text_encoder": {
             "target": "ldm.models.text_encoder.CLIPTextEncoder",
             "params": {
                 "vocab_size": tokens,
@@ -77,12 +77,10 @@ def tiny_config(tiny_tokenizer: Path) -> dict:
 
 @pytest.fixture
 def tiny_networks(tiny_config: dict) -> dict[str, nn.Module]:
-    """Fresh networks of `tiny_config`, the same weights every time: {"unet", "first_stage", "cond_stage"}."""
+    """Fresh networks of `tiny_config`, the same weights every time: {"unet", "vae", "text_encoder"}."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        networks = {
-            part: instantiate(tiny_config[f"{part}_config"]) for part in ("unet", "first_stage", "cond_stage")
-        }
+        networks = {part: instantiate(tiny_config[part]) for part in ("unet", "vae", "text_encoder")}
         for parameter in networks["unet"].parameters():  # SD starts some layers at zero, which hides mistakes
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)

@@ -168,13 +168,13 @@ class Networks:
     def __init__(
         self,
         *,
-        unet_config: dict,
+        unet: dict,
         mult: tuple[int, ...] = (1,),
         pair: "tuple[int, float]" = (1, 1.0),
         names: list[str] | None = None,
         table: dict[str, float] | None = None,
     ):
-        self.unet_config, self.mult, self.names = unet_config, mult, names
+        self.unet, self.mult, self.names = unet, mult, names
 
 
 @pytest.mark.parametrize(
@@ -187,12 +187,12 @@ class Networks:
         ({"names": "abc"}, "names"),
         ({"names": [1]}, "names"),
         ({"table": {"a": "b"}}, "table"),
-        ({"unet_config": [1]}, "unet_config"),
-        ({"unet_config": {"target": "torch.optim.AdamW", "params": {"lrr": 1}}}, "unet_config.params.lrr"),
+        ({"unet": [1]}, "unet"),
+        ({"unet": {"target": "torch.optim.AdamW", "params": {"lrr": 1}}}, "unet.params.lrr"),
     ],
 )
 def test_annotations_of_a_constructor(params, bad):
-    config, schema = {"net": {"unet_config": {}} | params}, {"net": Networks}
+    config, schema = {"net": {"unet": {}} | params}, {"net": Networks}
     if bad is None:
         check(config, schema)
     else:

@@ -52,7 +52,7 @@ def test_the_model_builds(paths):
 def test_the_job_is_set_up_as_its_base_was_trained():
     """Networks, schedule and what is predicted: a base is of no use to other ones."""
     job, base = (to_plain(load_config([path]))["model"]["params"] for path in (MAIN, BASE))
-    keys = {f"{part}_config" for part in ("unet", "first_stage", "cond_stage")}
+    keys = {"unet", "vae", "text_encoder"}
     keys |= {"parameterization", "linear_start", "linear_end", "timesteps", "beta_schedule"}
     assert {key: job.get(key) for key in keys} == {key: base.get(key) for key in keys}
 
@@ -66,7 +66,7 @@ def test_stable_diffusion_has_its_released_size(name, unet, text_encoder):
     with torch.device("meta"):
         networks = instantiate(config["model"]).networks
     counts = {part: sum(p.numel() for p in network.parameters()) for part, network in networks.items()}
-    assert counts == {"unet": unet, "first_stage": 83_653_863, "cond_stage": text_encoder}
+    assert counts == {"unet": unet, "vae": 83_653_863, "text_encoder": text_encoder}
     assert config["data"]["params"]["size"] == {"sd1": 512, "sd2": 768}[name]
 
 

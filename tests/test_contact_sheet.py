@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from ldm.contact_sheet import A1111_SAMPLERS, contact_sheet, parameters_line, save_picture
+from ldm.contact_sheet import A1111_SAMPLERS, contact_sheet, parameters_line, save_image
 from ldm.diffusion.samplers import SAMPLERS
 
 RED, BLUE = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
@@ -48,7 +48,7 @@ def test_an_empty_sheet_is_still_a_picture():
 
 
 def test_a_picture_carries_its_settings(tmp_path):
-    path = save_picture(tmp_path / "0.png", RED, SETTINGS)
+    path = save_image(tmp_path / "0.png", RED, SETTINGS)
     with Image.open(path) as picture:
         text = picture.text
         assert picture.tobytes() == RED.tobytes()
@@ -66,7 +66,7 @@ def test_every_sampler_has_the_name_that_others_know():
 
 
 def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
-    path = save_picture(tmp_path / "0.png", RED, SETTINGS)
+    path = save_image(tmp_path / "0.png", RED, SETTINGS)
     before = path.read_bytes()
 
     def torn(self: Image.Image, file, **options) -> None:
@@ -75,5 +75,5 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", torn)
     with pytest.raises(OSError):
-        save_picture(path, BLUE, SETTINGS)
+        save_image(path, BLUE, SETTINGS)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

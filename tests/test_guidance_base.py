@@ -15,7 +15,7 @@ from ldm.denoiser import Denoiser
 from ldm.diffusion.samplers import ddim_step
 from ldm.diffusion.schedule import make_alphas_cumprod, to_eps
 from ldm.errors import UserError
-from ldm.models.lora import LoRA, factors_off
+from ldm.models.lora import LoRA, lora_off
 from ldm.pipeline import Sample, Text2Image
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.sampling import base_denoiser, text2image
@@ -41,7 +41,7 @@ def moved(networks: dict[str, nn.Module], seed: int = 1) -> dict[str, nn.Module]
 
 
 def denoiser(networks: dict[str, nn.Module], **options) -> Denoiser:
-    return Denoiser(networks["unet"], networks["cond_stage"], **{"alphas_cumprod": ALPHAS} | options)
+    return Denoiser(networks["unet"], networks["text_encoder"], **{"alphas_cumprod": ALPHAS} | options)
 
 
 def pipeline(networks: dict[str, nn.Module], base: Denoiser | None = None, **options) -> Text2Image:
@@ -52,7 +52,7 @@ def pipeline(networks: dict[str, nn.Module], base: Denoiser | None = None, **opt
 def with_factors(networks: dict[str, nn.Module]) -> LoRA:
     """A LoRA of large factors beside the networks' layers."""
     lora, draws = LoRA(rank=2, unet=("attention", "convolutions"), text_encoder=("attention",)), 0
-    lora.attach({name: networks[name] for name in ("unet", "cond_stage")})
+    lora.attach({name: networks[name] for name in ("unet", "text_encoder")})
     for parameter in lora.parameters():
         draws += 1
         nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(draws))
@@ -72,13 +72,13 @@ def test_the_model_as_its_own_base_is_plain_guidance(tiny_networks, long_prompts
 def test_one_step_is_the_mix_of_both_predictions(tiny_networks, parameterization):
     """By hand, for a batch of two prompts: base's UNet and text encoder for the negative prompt."""
     tuned, options = moved(tiny_networks), {"parameterization": parameterization}
-    draw = pipeline(tuned, denoiser(tiny_networks, **options), **options)
-    x = draw._noise((4, 8, 12), [7, 8], "x_T")
-    drawn = draw(["a dog", "a cat"], seeds=[7, 8], guidance_scale=3.0, **SMALL | {"steps": 1})
+    t2i = pipeline(tuned, denoiser(tiny_networks, **options), **options)
+    x = t2i._noise((4, 8, 12), [7, 8], "x_T")
+    drawn = t2i(["a dog", "a cat"], seeds=[7, 8], guidance_scale=3.0, **SMALL | {"steps": 1})
 
     @torch.no_grad()
     def eps(networks: dict[str, nn.Module], prompt: str) -> torch.Tensor:
-        context = networks["cond_stage"](networks["cond_stage"].tokenize([prompt]))
+        context = networks["text_encoder"](networks["text_encoder"].tokenize([prompt]))
         t = torch.ones(2, dtype=torch.int64)
         return to_eps(parameterization, networks["unet"](x, t, context.expand(2, -1, -1)), x, t, ALPHAS)
 
@@ -109,7 +109,7 @@ def test_networks_without_a_lora_s_factors_are_their_own_base(tiny_networks):
     untouched = copy.deepcopy(tiny_networks)
     lora = with_factors(tiny_networks)
     own, second = denoiser(tiny_networks, without=[lora]), denoiser(untouched)
-    assert own.networks == (tiny_networks["unet"], tiny_networks["cond_stage"])
+    assert own.networks == (tiny_networks["unet"], tiny_networks["text_encoder"])
     options = {"seeds": SEEDS, "guidance_scale": 4.0, **SMALL}
     drawn = latents(pipeline(tiny_networks, own)(PROMPTS, **options))
     assert torch.equal(drawn, latents(pipeline(tiny_networks, second)(PROMPTS, **options)))
@@ -124,9 +124,9 @@ def test_factors_are_off_inside_alone_and_on_after_an_error(tiny_networks):
         bare = unet(x, t, context)
         lora = with_factors(tiny_networks)
         changed = unet(x, t, context)
-        with pytest.raises(KeyError), factors_off(lora):
+        with pytest.raises(KeyError), lora_off(lora):
             assert torch.equal(unet(x, t, context), bare)
-            with factors_off(lora):
+            with lora_off(lora):
                 pass
             assert torch.equal(unet(x, t, context), bare)
             raise KeyError
@@ -141,15 +141,15 @@ def test_the_base_of_a_run_is_kept_while_the_run_learns(tiny_config, tiny_networ
         network.load_state_dict(tiny_networks[name].state_dict())
     base = base_denoiser(module)
     assert (base.unet is module.networks["unet"]) == (lora is not None)
-    draw = text2image(module, size=16, guidance_base=base)
+    t2i = text2image(module, size=16, guidance_base=base)
     options = {"seeds": [0], "guidance_scale": 3.0, **SMALL}
-    before = latents(draw(["a dog"], **options))
+    before = latents(t2i(["a dog"], **options))
     torch.testing.assert_close(before, latents(pipeline(tiny_networks)(["a dog"], **options)), **NEAR)
     with torch.no_grad():
-        for part in module.learners.values():
+        for part in module.trainable_modules.values():
             for parameter in part.parameters():
                 parameter += 0.05
-    after = latents(draw(["a dog"], **options))
+    after = latents(t2i(["a dog"], **options))
     assert (after - before).abs().max() > 1e-2
     expected = pipeline(module.networks, denoiser(tiny_networks))
     torch.testing.assert_close(after, latents(expected(["a dog"], **options)), **NEAR)
@@ -170,32 +170,32 @@ def files(tmp_path: Path, tiny_config: dict, tiny_networks: dict) -> dict[str, P
     found["schedule"] = save("schedule", tiny_networks, linear_end=0.02)
     state_dicts = {part: network.state_dict() for part, network in tiny_networks.items()}
     lora = with_factors(copy.deepcopy(tiny_networks))
-    found["lora"] = save_lora(tmp_path / "lora.safetensors", lora.factors(), state_dicts, dtype=torch.float32)
+    found["lora"] = save_lora(tmp_path / "lora.safetensors", lora.weights(), state_dicts, dtype=torch.float32)
     return found
 
 
 def test_a_second_file_is_the_base(files, tiny_networks):
-    draw = Text2Image.from_file(files["tuned"], guidance_base=files["base"])
-    assert draw.guidance_base.model_hash == file_hash(files["base"]) != draw.model_hash
+    t2i = Text2Image.from_file(files["tuned"], guidance_base=files["base"])
+    assert t2i.guidance_base.model_hash == file_hash(files["base"]) != t2i.model_hash
     expected = pipeline(moved(tiny_networks), denoiser(tiny_networks))
     options = {"seeds": SEEDS, "guidance_scale": 4.0, **SMALL}
     torch.testing.assert_close(
-        latents(draw(PROMPTS, **options)), latents(expected(PROMPTS, **options)), **NEAR
+        latents(t2i(PROMPTS, **options)), latents(expected(PROMPTS, **options)), **NEAR
     )
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.6, -0.2]])
 def test_a_lora_on_its_own_base_needs_no_second_model(files, weights):
     loras = [(files["lora"], weight) for weight in weights]
-    draw = Text2Image.from_file(files["base"], loras=loras, guidance_base=files["base"])
-    assert draw.guidance_base.unet is draw.unet and draw.guidance_base.cond_stage is draw.cond_stage
+    t2i = Text2Image.from_file(files["base"], loras=loras, guidance_base=files["base"])
+    assert t2i.guidance_base.unet is t2i.unet and t2i.guidance_base.text_encoder is t2i.text_encoder
     merged = Text2Image.from_file(files["base"], loras=loras)
     two = pipeline(
-        {name: getattr(merged, name) for name in ("unet", "first_stage", "cond_stage")},
+        {name: getattr(merged, name) for name in ("unet", "vae", "text_encoder")},
         Text2Image.from_file(files["base"]).denoiser,
     )
     prompts, options = PROMPTS[:2], {"seeds": SEEDS[:2], "guidance_scale": 4.0, **SMALL}
-    drawn = latents(draw(prompts, **options))
+    drawn = latents(t2i(prompts, **options))
     torch.testing.assert_close(drawn, latents(two(prompts, **options)), rtol=1e-3, atol=1e-3)
     assert (drawn - latents(merged(prompts, **options))).abs().max() > 1e-2
 
@@ -212,8 +212,8 @@ def test_a_base_that_does_not_fit_is_refused_before_weights_are_read(files, monk
 
 def test_a_base_of_another_family_is_refused(tiny_networks, tiny_config):
     wide = copy.deepcopy(tiny_config)
-    wide["unet_config"]["params"]["context_dim"] = 48
-    wide["cond_stage_config"]["params"]["hidden_size"] = 48
+    wide["unet"]["params"]["context_dim"] = 48
+    wide["text_encoder"]["params"]["hidden_size"] = 48
     base = base_denoiser(LatentDiffusion(**wide))
     with pytest.raises(UserError, match="its context width: 48, not 32.*Name the model that this one was"):
         pipeline(tiny_networks, base)

@@ -74,8 +74,8 @@ def test_noise_comes_from_the_pictures_own_seed(pipeline, monkeypatch):
 
 
 def test_texts_are_encoded_once_and_pictures_decoded_one_by_one(pipeline, monkeypatch):
-    encoded = count_calls(monkeypatch, pipeline.cond_stage)
-    decoded = count_calls(monkeypatch, pipeline.first_stage, "decode")
+    encoded = count_calls(monkeypatch, pipeline.text_encoder)
+    decoded = count_calls(monkeypatch, pipeline.vae, "decode")
     predicted = count_calls(monkeypatch, pipeline.unet)
     pipeline(PROMPTS, seeds=SEEDS, batch_size=3, steps=2)
     assert sum(encoded) == 4 and max(encoded) <= 3  # "", dog, cat, car
@@ -134,7 +134,7 @@ def test_live_modules_come_back_in_their_mode_and_may_be_trained_on(pipeline):
 
 def test_modes_come_back_after_an_error(pipeline, monkeypatch):
     pipeline.unet.train()
-    monkeypatch.setattr(pipeline.first_stage, "decode", lambda z: 1 / 0)
+    monkeypatch.setattr(pipeline.vae, "decode", lambda z: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pipeline(["a dog"], seeds=[0], steps=1)
     assert pipeline.unet.training and not torch.is_inference_mode_enabled()
@@ -205,6 +205,6 @@ def test_from_file_reads_the_size_and_needs_a_config(tmp_path, tiny_networks, ti
 
 
 def test_values_that_are_not_finite_are_said(pipeline, monkeypatch, caplog):
-    monkeypatch.setattr(pipeline.first_stage, "decode", lambda z: torch.full((1, 3, 16, 16), float("nan")))
+    monkeypatch.setattr(pipeline.vae, "decode", lambda z: torch.full((1, 3, 16, 16), float("nan")))
     image = pipeline(["a dog"], seeds=[0], steps=1)[0].image
     assert isinstance(image, Image.Image) and "not finite" in caplog.text

@@ -11,7 +11,14 @@ from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.pipeline import Text2Image
 from ldm.precision import autocast_for, resolve_precision
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.sampling import PriorDrawing, SampleDrawing, draw_samples, drawing_of, prior_set, text2image
+from ldm.training.sampling import (
+    PriorsConfig,
+    SamplesConfig,
+    generate_samples,
+    prior_generator,
+    prior_set,
+    text2image,
+)
 
 SMALL = {"steps": 4, "height": 16, "width": 24, "guidance_scale": 3.0}
 
@@ -37,7 +44,7 @@ def latents(pipeline: Text2Image, **options) -> torch.Tensor:
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++2m"])
 def test_bf16_is_near_fp32_and_computed_as_such(pipeline, sampler):
-    seen = [dtypes_of_convolutions(network) for network in (pipeline.unet, pipeline.first_stage)]
+    seen = [dtypes_of_convolutions(network) for network in (pipeline.unet, pipeline.vae)]
     exact = latents(pipeline, sampler=sampler)
     assert seen == [{torch.float32}] * 2
     for dtypes in seen:
@@ -59,10 +66,10 @@ def test_auto_is_bf16_on_cuda_alone():
 
 
 def test_networks_in_a_lower_dtype_keep_it(pipeline):
-    for network in (pipeline.unet, pipeline.first_stage, pipeline.cond_stage):
+    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         network.to(torch.bfloat16)
     seen = dtypes_of_convolutions(pipeline.unet)
-    with autocast_for("bf16", pipeline.unet, pipeline.first_stage):
+    with autocast_for("bf16", pipeline.unet, pipeline.vae):
         assert not torch.is_autocast_enabled("cpu")
     assert torch.equal(latents(pipeline, precision="bf16"), latents(pipeline)) and seen == {torch.bfloat16}
 
@@ -74,7 +81,7 @@ def test_drawing_leaves_a_training_run_as_it_was(tiny_config, tiny_networks, mix
     for name, network in module.networks.items():
         network.load_state_dict(tiny_networks[name].state_dict())
     batch = {
-        "moments": torch.ones(2, 8, 8, 8),
+        "latent_stats": torch.ones(2, 8, 8, 8),
         "caption": ["a dog", "a cat"],
         "is_prior": torch.tensor([False, True]),
         "item": torch.tensor([0, 0]),
@@ -105,16 +112,16 @@ def test_prior_images_and_samples_are_drawn_in_their_own_precision(pipeline, tmp
     """It is part of a prior set's name, and both kinds of drawing hand it on."""
 
     def priors(device: str, **settings) -> PriorSet:
-        drawing = PriorDrawing(folder=str(tmp_path), steps=2, **settings)
+        drawing = PriorsConfig(folder=str(tmp_path), steps=2, **settings)
         return prior_set(Data, drawing, base_sha256="ab", device=torch.device(device))
 
     on_cpu, on_gpu = priors("cpu"), priors("cuda")
     assert on_cpu.folder == priors("cpu", precision="fp32").folder != on_gpu.folder
     assert on_gpu.folder == priors("cpu", precision="bf16").folder
-    seen = dtypes_of_convolutions(pipeline.unet, pipeline.first_stage)
+    seen = dtypes_of_convolutions(pipeline.unet, pipeline.vae)
     for priors_, expected in ((on_cpu, torch.float32), (on_gpu, torch.bfloat16)):
-        drawing_of(priors_.spec, pipeline, batch_size=2)([0, 1])
+        prior_generator(priors_.spec, pipeline, batch_size=2)([0, 1])
         assert seen == {expected}
         seen.clear()
-    draw_samples(pipeline, SampleDrawing(steps=1, n=1, precision="bf16"), ["a dog"])
+    generate_samples(pipeline, SamplesConfig(steps=1, n=1, precision="bf16"), ["a dog"])
     assert seen == {torch.bfloat16}

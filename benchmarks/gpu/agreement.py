@@ -33,8 +33,8 @@ def agree() -> None:
     with attempt("four steps"):
         plain = _trained()
         _compare("four steps, twice", plain, _trained())
-        _compare("four steps, in the backward pass", plain, _trained(step_in_backward=True))
-        bf16 = [_trained(optimizer="adamw_bf16", step_in_backward=lean) for lean in (False, True)]
+        _compare("four steps, in the backward pass", plain, _trained(fused_backward=True))
+        bf16 = [_trained(optimizer="adamw_bf16", fused_backward=lean) for lean in (False, True)]
         _compare("four steps of adamw_bf16, in the backward pass", *bf16)
         torch.use_deterministic_algorithms(True, warn_only=True)
         _compare("four steps, twice, deterministic algorithms", _trained(), _trained())
@@ -92,7 +92,7 @@ def _captured(what: str, dtype: torch.dtype) -> None:
     module = build(case_params(case), device=DEVICE).train()
     batch = _on(DEVICE, module, Batches(module, size=SIZE, batch=2)[0])
     learning = [p.data for p in ()]
-    for name in ("unet", "cond_stage"):
+    for name in ("unet", "text_encoder"):
         learning += list(module.networks[name].to(dtype).parameters())
     optimizer = torch.optim.AdamW(learning, lr=1e-6, fused=True, capturable=True)
 

@@ -48,7 +48,7 @@ def sample() -> None:
 
 def _decoding(sampling: Sampling, batch: int) -> None:
     """The VAE alone, of as many images."""
-    vae = sampling.pipeline.first_stage
+    vae = sampling.pipeline.vae
     shape = (batch, *sampling.pipeline.latent_shape())
     latents = torch.randn(shape, device=DEVICE, dtype=next(vae.parameters()).dtype)
     with torch.inference_mode():

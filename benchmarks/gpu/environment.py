@@ -59,7 +59,7 @@ def _attention(cells: int, width: int, keys: int) -> None:
     shapes = (cells, keys, keys)
     q, k, v = (torch.randn(2, n, 8, width, device=DEVICE, dtype=HALF).transpose(1, 2) for n in shapes)
     q, k, v = (t.requires_grad_() for t in (q, k, v))
-    about = {"cells": cells, "width": width, "keys": keys}
+    about = {"cells": cells, "width": width, "stream_ids": keys}
     if CUDA:
         say("SDPA's choice", **about, choice=int(torch._fused_sdp_choice(q, k, v)))
     fast = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)

@@ -24,7 +24,7 @@ from ldm.checkpoints.save import save_model
 SUBJECT = ROOT / "ldm/storybook/assets/subjects/dog"
 SHORT = f"""
 data.params.num_priors=8 priors.steps=4 samples.n=1 samples.steps=4 samples.every_steps=0 evaluation=null
-measures.every_steps=0 trainer.enable_progress_bar=false trainer.val_check_interval=1000
+online_eval.every_steps=0 trainer.enable_progress_bar=false trainer.val_check_interval=1000
 data.params.subject_root={SUBJECT}
 """.split()
 STORYBOOK = ["--base", str(ROOT / "configs/dreambooth.yaml"), *SHORT]
@@ -57,7 +57,7 @@ def job_words(folder: Path) -> list[str]:
     parts = {name: network.state_dict() for name, network in module.networks.items()}
     alphas = module.alphas_cumprod.cpu()
     save_model(file, parts, alphas_cumprod=alphas, dtype=torch.float16, metadata={})
-    text = [f"model.params.cond_stage_config.params.{key}={value}" for key, value in TEXT.items()]
+    text = [f"model.params.text_encoder.params.{key}={value}" for key, value in TEXT.items()]
     job = ["--base", str(ROOT / "configs/dreambooth-sd1.yaml"), "--data_root", str(SUBJECT)]
     return [*job, "--class_word", "dog", "--actual_resume", str(file), *text]
 

@@ -27,7 +27,7 @@ from benchmarks.gpu.record import (
 from benchmarks.ours import Sampling, Training, build, case_params
 from benchmarks.timing import synchronize
 from ldm.config import load_config, to_plain
-from ldm.data.latents import cached_moments
+from ldm.data.latents import cached_latent_stats
 from ldm.training.device import set_matmul_precision
 from ldm.training.optimizers import adamw
 
@@ -42,8 +42,8 @@ def preset(*names: str, **changed: object) -> Training:
     plain = to_plain(load_config([ROOT / "configs" / CONFIG, *(_preset_file(name) for name in names)]))
     params: dict[str, Any] = plain["model"]["params"] | {"compile": None} | changed
     if SIZE == "sd1":  # with a vocabulary that is in the repository
-        node = params["cond_stage_config"]
-        params["cond_stage_config"] = node | {"params": node.get("params", {}) | TEXT}
+        node = params["text_encoder"]
+        params["text_encoder"] = node | {"params": node.get("params", {}) | TEXT}
     trainer = plain["trainer"]
     precision = trainer.get("precision", "32-true")
     clip = trainer.get("gradient_clip_val")
@@ -81,7 +81,7 @@ def train() -> None:
         return Training(plain | {"compile": None}, size=SIZE, batch=batch, device=DEVICE, **more)
 
     def to_bf16(module: nn.Module) -> None:
-        for part in ("unet", "cond_stage"):
+        for part in ("unet", "text_encoder"):
             module.networks[part].to(torch.bfloat16)
 
     cases: dict[str, Callable[[], Training]] = {
@@ -145,7 +145,7 @@ def caps() -> None:
             module = preset(name).module
             forget_peak()
             views = {str(k): lambda: torch.rand(3, pixels(SIZE), pixels(SIZE)) for k in range(8)}
-            cached_moments(views, module.encode_images, vae_hash="")
+            cached_latent_stats(views, module.encode_images, vae_hash="")
             say(f"preset {name}: encoding 8 images", fits=True, **memory(), **about)
             del module
 
@@ -163,7 +163,7 @@ def _forecast(name: str) -> float | None:
 def optimizer() -> None:
     """AdamW's ways over the weights of UNet and text encoder."""
     module = build(model_params(SIZE), device="meta")
-    shapes = [p.shape for name in ("unet", "cond_stage") for p in module.networks[name].parameters()]
+    shapes = [p.shape for name in ("unet", "text_encoder") for p in module.networks[name].parameters()]
     fp32, bf16 = torch.float32, torch.bfloat16
     for name, dtype, fused in (("adamw", fp32, True), ("adamw", fp32, False), ("adamw_bf16", bf16, True)):
         with attempt(f"{name}, fused {fused}"):

@@ -17,7 +17,7 @@ from ldm.checkpoints.openclip import TEXT_MODEL, UNUSED, with_last_layer
 from ldm.checkpoints.tensors import Lazy, read_tensors
 from ldm.errors import UserError
 
-FOLDERS = {"unet": "unet", "first_stage": "vae", "cond_stage": "text_encoder"}
+FOLDERS = ("unet", "vae", "text_encoder")
 REST_FILE = "openclip_rest.safetensors"  # of our own: in text_encoder, what diffusers has no place for
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
@@ -42,34 +42,34 @@ def is_folder(path: Path) -> bool:
 def read_folder(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
     """The three networks under SD's names (see `layout.split`), and what their configs say."""
     _check(folder)
-    unet, first_stage, cond_stage = (read_json(folder / name / "config.json") for name in FOLDERS.values())
+    unet, vae, text_encoder = (read_json(folder / name / "config.json") for name in FOLDERS)
     tokenizer = folder / "tokenizer" if (folder / "tokenizer" / "vocab.json").is_file() else None
     known = {
-        "unet_config": {"params": configs.unet_params(unet, where=folder / "unet")},
-        "first_stage_config": {"params": configs.autoencoder_params(first_stage, where=folder / "vae")},
+        "unet": {"params": configs.unet_params(unet, where=folder / "unet")},
+        "vae": {"params": configs.autoencoder_params(vae, where=folder / "vae")},
     }
-    unet_params, vae_params = known["unet_config"]["params"], known["first_stage_config"]["params"]
-    vae = names.rename(read_weights(folder / "vae"), names.autoencoder_reading_table(vae_params))
-    parts: dict[str, Mapping[str, Tensor]] = {
+    unet_params, vae_params = known["unet"]["params"], known["vae"]["params"]
+    vae_tensors = names.rename(read_weights(folder / "vae"), names.autoencoder_reading_table(vae_params))
+    state_dicts: dict[str, Mapping[str, Tensor]] = {
         "unet": names.rename(read_weights(folder / "unet"), names.inverse(names.unet_table(unet_params))),
-        "first_stage": names.reshape_vae_attention(vae, dims=4),
-        "cond_stage": _text_tower(read_weights(folder / "text_encoder")),
+        "vae": names.reshape_vae_attention(vae_tensors, dims=4),
+        "text_encoder": _text_encoder(read_weights(folder / "text_encoder")),
     }
-    text = configs.text_encoder_params(cond_stage, tokenizer=tokenizer)
+    text = configs.text_encoder_params(text_encoder, tokenizer=tokenizer)
     rest_file = folder / "text_encoder" / REST_FILE
     if unet_params["use_linear_in_transformer"] or rest_file.exists():
         rest = read_tensors(rest_file)[0] if rest_file.exists() else {}
         layers = text["num_hidden_layers"] + 1
-        parts["cond_stage"] = with_last_layer(parts["cond_stage"], rest, layers=layers)
-        parts[OPENCLIP_REST] = renamed(rest, {name: name for name in UNUSED if name in rest})
+        state_dicts["text_encoder"] = with_last_layer(state_dicts["text_encoder"], rest, layers=layers)
+        state_dicts[OPENCLIP_REST] = renamed(rest, {name: name for name in UNUSED if name in rest})
         text |= {"num_hidden_layers": layers, "layer": "penultimate"}
-    known["cond_stage_config"] = {"params": text}
+    known["text_encoder"] = {"params": text}
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.exists():
         known |= configs.schedule_params(read_json(scheduler), where=scheduler)
     cells = unet.get("sample_size")
     factor = 2 ** (len(vae_params["ch_mult"]) - 1)
-    return parts, About(known, cells * factor if isinstance(cells, int) else None, tokenizer)
+    return state_dicts, About(known, cells * factor if isinstance(cells, int) else None, tokenizer)
 
 
 def read_weights(folder: Path) -> Mapping[str, Tensor]:
@@ -114,7 +114,7 @@ def _check(folder: Path) -> None:
         kind = read_json(folder / "config.json").get("_class_name", "network")
         what = f"This is the folder of one network ({kind})"
         raise UserError(what, where=folder, remedy="Name the folder that holds unet, vae and text_encoder.")
-    missing = [name for name in FOLDERS.values() if not (folder / name / "config.json").is_file()]
+    missing = [name for name in FOLDERS if not (folder / name / "config.json").is_file()]
     if missing:
         what = f"The diffusers folder is not whole: {', '.join(missing)} with its config.json is missing"
         raise UserError(what, where=folder, remedy="Download the whole folder.")
@@ -136,7 +136,7 @@ def _rank(path: Path) -> tuple[bool, int, str] | None:
     return pickled, 0 if not variant else 1 if variant == ["fp16"] else 2, path.name
 
 
-def _text_tower(tensors: Mapping[str, Tensor]) -> Lazy:
+def _text_encoder(tensors: Mapping[str, Tensor]) -> Lazy:
     """transformers' names, which begin with `text_model.` up to version 4 -> those of `CLIPTextEncoder`."""
     own = [n for n in tensors if not n.endswith("position_ids") and n != "text_projection.weight"]
     return renamed(tensors, {TEXT_MODEL + name.removeprefix("text_model."): name for name in own})

@@ -3,7 +3,7 @@
 A file is a flat dict of names. `split` takes it apart into the three networks, each with the names of its
 own module; `join` puts them together again, with all else that other tools expect to find in the file. The
 networks carry SD's names inside, so for SD v1 single files (CompVis) the table is three prefixes. Files of
-SD 2.x differ in the text tower, see `openclip`; diffusers folders in all, see `diffusers_names`.
+SD 2.x differ in the text encoder, see `openclip`; diffusers folders in all, see `diffusers_names`.
 """
 
 import logging
@@ -19,8 +19,8 @@ from ldm.errors import UserError
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
-    "first_stage": "first_stage_model.",
-    "cond_stage": "cond_stage_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.",
 }
 EMA_PREFIX = "model_ema."  # a moving average of the UNet, its names without their dots
 SCHEDULE_BUFFERS = (
@@ -39,7 +39,7 @@ SCHEDULE_BUFFERS = (
 )
 POSITION_IDS = TEXT_MODEL + "embeddings.position_ids"
 POSITION_EMBEDDING = TEXT_MODEL + "embeddings.position_embedding.weight"
-OPENCLIP_PREFIX = PREFIXES["cond_stage"] + "model."
+OPENCLIP_PREFIX = PREFIXES["text_encoder"] + "model."
 OPENCLIP_REST = "openclip_rest"  # the part of what no network uses, kept so that a file can be written again
 FOREIGN = {  # signs in names of files that are no Stable Diffusion 1.x or 2.x, whatever else they hold
     "lora_": "a LoRA",
@@ -80,32 +80,32 @@ logger = logging.getLogger(__name__)
 
 
 def split(state_dict: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
-    """A file's names -> {"unet": {...}, "first_stage": {...}, "cond_stage": {...}} with the modules' own.
+    """A file's names -> {"unet": {...}, "vae": {...}, "text_encoder": {...}} with the modules' own.
 
     No tensor is read before its use. Left out is what `join` can compute and what only training needed:
     schedule buffers, position ids, averages of weights, losses of the autoencoder. A file of SD 2.x has a
     part OPENCLIP_REST besides.
     """
-    tables: dict[str, dict[str, str]] = {part: {} for part in PREFIXES}  # own name -> the file's
+    tables: dict[str, dict[str, str]] = {network: {} for network in PREFIXES}  # own name -> the file's
     openclip, stray = {}, []
     for name in state_dict:
-        part = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
+        network = next((network for network, prefix in PREFIXES.items() if name.startswith(prefix)), None)
         if name.startswith(OPENCLIP_PREFIX):
             openclip[name.removeprefix(OPENCLIP_PREFIX)] = name
-        elif part is not None:
-            inner = _own_name(name.removeprefix(PREFIXES[part]))
+        elif network is not None:
+            inner = _own_name(name.removeprefix(PREFIXES[network]))
             if not inner.endswith(".position_ids") and not inner.startswith(("loss.", EMA_PREFIX)):
-                tables[part][inner] = name
+                tables[network][inner] = name
         elif name not in SCHEDULE_BUFFERS and not name.startswith(EMA_PREFIX):
             stray.append(name)
     if stray:
         logger.warning("ignored %d tensors that belong to no network: %s", len(stray), ", ".join(stray[:3]))
-    parts: dict[str, Mapping[str, Tensor]] = {
-        part: renamed(state_dict, table) for part, table in tables.items()
+    state_dicts: dict[str, Mapping[str, Tensor]] = {
+        network: renamed(state_dict, table) for network, table in tables.items()
     }
     if openclip:
-        parts["cond_stage"], parts[OPENCLIP_REST] = from_openclip(renamed(state_dict, openclip))
-    return parts
+        state_dicts["text_encoder"], state_dicts[OPENCLIP_REST] = from_openclip(renamed(state_dict, openclip))
+    return state_dicts
 
 
 def renamed(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> Lazy:
@@ -114,29 +114,31 @@ def renamed(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> Lazy:
 
 
 def join(
-    parts: Mapping[str, Mapping[str, Tensor]], alphas_cumprod: Tensor | None = None
+    state_dicts: Mapping[str, Mapping[str, Tensor]], alphas_cumprod: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The networks' tensors under SD's names, with all that a released file holds besides.
 
     That is, given [T], 12 schedule buffers; position ids (SD 1.x); OPENCLIP_REST (SD 2.x, see `is_sd2`).
     """
-    parts = dict(parts)
-    rest = parts.pop(OPENCLIP_REST, {})
-    if is_sd2(parts) and parts.get("cond_stage"):
-        tower = to_openclip(parts["cond_stage"], rest)
-        parts["cond_stage"] = {f"model.{name}": tensor for name, tensor in tower.items()}
+    state_dicts = dict(state_dicts)
+    rest = state_dicts.pop(OPENCLIP_REST, {})
+    if is_sd2(state_dicts) and state_dicts.get("text_encoder"):
+        text_encoder = to_openclip(state_dicts["text_encoder"], rest)
+        state_dicts["text_encoder"] = {f"model.{name}": tensor for name, tensor in text_encoder.items()}
     joined = {
-        PREFIXES[part] + name: tensor for part, inner in parts.items() for name, tensor in inner.items()
+        PREFIXES[network] + name: tensor
+        for network, inner in state_dicts.items()
+        for name, tensor in inner.items()
     }
-    positions = parts.get("cond_stage", {}).get(POSITION_EMBEDDING)  # [M, D]
+    positions = state_dicts.get("text_encoder", {}).get(POSITION_EMBEDDING)  # [M, D]
     if positions is not None:
-        joined[PREFIXES["cond_stage"] + POSITION_IDS] = torch.arange(len(positions)).unsqueeze(0)
+        joined[PREFIXES["text_encoder"] + POSITION_IDS] = torch.arange(len(positions)).unsqueeze(0)
     return joined if alphas_cumprod is None else joined | schedule_buffers(alphas_cumprod)
 
 
-def is_sd2(parts: Mapping[str, Mapping[str, Tensor]]) -> bool:
+def is_sd2(state_dicts: Mapping[str, Mapping[str, Tensor]]) -> bool:
     """Whether the UNet is of SD 2.x: there its transformers begin with linear layers, not convolutions."""
-    projection = parts.get("unet", {}).get("middle_block.1.proj_in.weight")
+    projection = state_dicts.get("unet", {}).get("middle_block.1.proj_in.weight")
     return projection is not None and projection.ndim == 2
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ldm.checkpoints import folder, geometry, layout
+from ldm.checkpoints import folder, infer_config, layout
 from ldm.checkpoints.shards import INDEX, read_shards, shard_files
 from ldm.checkpoints.tensors import read_tensors
 from ldm.errors import UserError
@@ -30,12 +30,13 @@ logger = logging.getLogger(__name__)
 class Model:
     """A model file or folder, opened: tensors are read when they are used.
 
-    parts: see `layout.split`. known: what it says of its networks and schedule, see `geometry.model_config`.
+    state_dicts: see `layout.split`. known: what it says of its networks and schedule, see
+    `infer_config.model_config`.
     given_size: pixels a side, if it says. tokenizer: the folder of its vocabulary, if it has one.
     """
 
     path: Path
-    parts: Mapping[str, Mapping[str, Tensor]]
+    state_dicts: Mapping[str, Mapping[str, Tensor]]
     metadata: Mapping[str, str]
     known: Mapping[str, Any]
     given_size: int | None = None
@@ -45,14 +46,14 @@ class Model:
     def config(self) -> dict[str, Any]:
         """Params of a model section that fit: the networks, the schedule, the parameterization."""
         try:
-            return geometry.model_config(self.parts, self.known)
+            return infer_config.model_config(self.state_dicts, self.known)
         except UserError as error:
             raise UserError(error.what, where=self.path, remedy=error.remedy) from error
 
     def require_prediction(self, parameterization: str) -> None:
         """Refuses a config by which the UNet would predict something else than the file says it does."""
         said = self.known.get("parameterization")
-        found = said or geometry.guess_parameterization(self.parts)
+        found = said or infer_config.infer_prediction_type(self.state_dicts)
         if found == parameterization:
             return
         what = f"The UNet predicts {found!r}, but the config says {parameterization!r}"
@@ -63,7 +64,7 @@ class Model:
 
     def size(self, parameterization: str) -> int:
         """Pixels a side that it draws best, if its UNet predicts this."""
-        v_prediction = parameterization == "v" and layout.is_sd2(self.parts)
+        v_prediction = parameterization == "v" and layout.is_sd2(self.state_dicts)
         return self.given_size or (768 if v_prediction else 512)
 
 
@@ -78,9 +79,9 @@ def open_model(path: str | Path, *, ema: bool = False) -> Model:
     except OSError as error:
         what = f"The model cannot be read: {error.strerror or error}"
         raise UserError(what, where=error.filename or path, remedy="See to its permissions.") from error
-    what = layout.describe_unet(model.parts["unet"])
+    what = layout.describe_unet(model.state_dicts["unet"])
     if what is not None:
-        conv_in = model.parts["unet"]["input_blocks.0.0.weight"]
+        conv_in = model.state_dicts["unet"]["input_blocks.0.0.weight"]
         raise UserError(
             f"This is {what}: its UNet takes {conv_in.shape[1]} channels, text to image has 4",
             where=path,
@@ -93,8 +94,8 @@ def _open(path: Path, *, ema: bool) -> Model:
     if folder.is_folder(path):
         if ema:
             raise UserError("A diffusers folder holds no averaged (EMA) weights apart", where=path)
-        parts, about = folder.read_folder(path)
-        return Model(path, parts, {}, about.known, given_size=about.size, tokenizer=about.tokenizer)
+        state_dicts, about = folder.read_folder(path)
+        return Model(path, state_dicts, {}, about.known, given_size=about.size, tokenizer=about.tokenizer)
     tensors, metadata = read_checkpoint(path, ema=ema)
     known, size = _about(metadata)
     return Model(path, layout.split(tensors), metadata, known, given_size=size)
@@ -114,8 +115,8 @@ def read_checkpoint(path: str | Path, *, ema: bool = False) -> tuple[Mapping[str
 
 
 @contextmanager
-def unfilled() -> Iterator[None]:
-    """Modules built inside take no memory and draw no weights: `load_parts` is to fill them."""
+def init_on_meta() -> Iterator[None]:
+    """Modules built inside take no memory and draw no weights: `load_state_dicts` is to fill them."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None:
@@ -129,25 +130,25 @@ def unfilled() -> Iterator[None]:
         hook.remove()
 
 
-def load_parts(
+def load_state_dicts(
     modules: Mapping[str, nn.Module],
-    parts: Mapping[str, Mapping[str, Tensor]],
+    state_dicts: Mapping[str, Mapping[str, Tensor]],
     *,
     where: object = None,
     device: str | torch.device = "cpu",
 ) -> None:
     """Copy each part into its module, which keeps its dtype and device. All fit, or nothing is copied.
 
-    What was built `unfilled` is made on `device`, one tensor after the other.
+    What was built `init_on_meta` is made on `device`, one tensor after the other.
     """
     report = [
-        line for name, module in modules.items() for line in _misfits(name, module, parts.get(name, {}))
+        line for name, module in modules.items() for line in _misfits(name, module, state_dicts.get(name, {}))
     ]
     if report:
         what = "The weights do not fit the model:\n  " + "\n  ".join(report) + "\n"
-        raise UserError(what, where=where, remedy=_which_config(parts))
-    for part, module in modules.items():
-        _fill(module, parts[part], device)
+        raise UserError(what, where=where, remedy=_which_config(state_dicts))
+    for name, module in modules.items():
+        _fill(module, state_dicts[name], device)
 
 
 def file_hash(path: str | Path) -> str:
@@ -174,7 +175,7 @@ def _about(metadata: Mapping[str, str]) -> tuple[dict[str, Any], int | None]:
 
 
 @torch.no_grad()
-def _fill(module: nn.Module, part: Mapping[str, Tensor], device: str | torch.device) -> None:
+def _fill(module: nn.Module, state_dict: Mapping[str, Tensor], device: str | torch.device) -> None:
     own = module.state_dict(keep_vars=True)
     for prefix, inner in module.named_modules():
         for leaf, parameter in inner.named_parameters(recurse=False):
@@ -183,32 +184,32 @@ def _fill(module: nn.Module, part: Mapping[str, Tensor], device: str | torch.dev
                 setattr(inner, leaf, nn.Parameter(filled, requires_grad=parameter.requires_grad))
                 own[f"{prefix}.{leaf}".removeprefix(".")] = getattr(inner, leaf)
     for name, tensor in own.items():
-        tensor.copy_(part[name])
+        tensor.copy_(state_dict[name])
 
 
-def _misfits(name: str, module: nn.Module, part: Mapping[str, Tensor]) -> list[str]:
+def _misfits(name: str, module: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
     """One line for each kind of misfit between a module and its part of the file."""
     own = module.state_dict()
-    if own and not part:
+    if own and not state_dict:
         return [f"{name}: the file holds none of its {len(own)} tensors"]
     shapes = [
-        f"{key} {list(part[key].shape)} for {list(own[key].shape)}"
+        f"{key} {list(state_dict[key].shape)} for {list(own[key].shape)}"
         for key in own
-        if key in part and part[key].shape != own[key].shape
+        if key in state_dict and state_dict[key].shape != own[key].shape
     ]
     kinds = {
-        "missing": [key for key in own if key not in part],
-        "unknown": [key for key in part if key not in own],
+        "missing": [key for key in own if key not in state_dict],
+        "unknown": [key for key in state_dict if key not in own],
         "of another shape": shapes,
     }
     return [f"{name}: {len(keys)} {kind} ({_some(keys)})" for kind, keys in kinds.items() if keys]
 
 
-def _which_config(parts: Mapping[str, Mapping[str, Tensor]]) -> str:
-    released = geometry.released(parts.get("unet", {}))
-    if released is None:
+def _which_config(state_dicts: Mapping[str, Mapping[str, Tensor]]) -> str:
+    family = infer_config.known_family(state_dicts.get("unet", {}))
+    if family is None:
         return "Use the config that the file was trained with."
-    return f"This looks like {released[0]}: use {released[1]}."
+    return f"This looks like {family[0]}: use {family[1]}."
 
 
 def _some(names: Sequence[str]) -> str:

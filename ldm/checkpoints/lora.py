@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.diffusers_names import rename, unet_table
-from ldm.checkpoints.geometry import unet_shape
+from ldm.checkpoints.infer_config import unet_shape
 from ldm.checkpoints.save import cast_tensors, write_tensors
 from ldm.checkpoints.tensors import Lazy, read_tensors
 from ldm.errors import UserError
 
 Style = Literal["kohya", "peft"]
-Parts = Mapping[str, Mapping[str, Tensor]]  # network -> its tensors, see `layout.split`
-Factors = tuple[Tensor, Tensor, float]  # down [rank, in, ...], up [out, rank, ...], alpha
-Layers = Mapping[str, Mapping[str, Factors]]  # network -> layer -> its factors
-PREFIXES = {"unet": ("lora_unet_", "unet."), "cond_stage": ("lora_te_", "text_encoder.")}
+StateDicts = Mapping[str, Mapping[str, Tensor]]  # network -> its tensors, see `layout.split`
+LoRAWeights = tuple[Tensor, Tensor, float]  # down [rank, in, ...], up [out, rank, ...], alpha
+Layers = Mapping[str, Mapping[str, LoRAWeights]]  # network -> layer -> its factors
+PREFIXES = {"unet": ("lora_unet_", "unet."), "text_encoder": ("lora_te_", "text_encoder.")}
 ENDS = {
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
@@ -37,36 +37,36 @@ ENDS = {
 def save_lora(
     path: str | Path,
     layers: Layers,
-    parts: Parts,
+    state_dicts: StateDicts,
     *,
     style: Style = "kohya",
     dtype: torch.dtype | None = torch.float16,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the factors that go beside the layers of the networks `parts`, in safetensors."""
-    theirs, tensors = _names(parts), {}
-    for part, inner in layers.items():
-        kohya, peft = PREFIXES[part]
+    """Write the factors that go beside the layers of the networks `state_dicts`, in safetensors."""
+    theirs, tensors = _names(state_dicts), {}
+    for network, inner in layers.items():
+        kohya, peft = PREFIXES[network]
         for layer, (down, up, alpha) in inner.items():
             if style == "kohya":
-                name = kohya + theirs[part][layer].replace(".", "_")
+                name = kohya + theirs[network][layer].replace(".", "_")
                 found = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
             else:
-                name = peft + theirs[part][layer]
+                name = peft + theirs[network][layer]
                 found = {"lora_A.weight": down, "lora_B.weight": up * (alpha / len(down))}
             tensors |= {f"{name}.{end}": tensor for end, tensor in found.items()}
     write_tensors(path, cast_tensors(tensors, dtype), metadata=_about(layers, metadata or {}, style))
     return Path(path)
 
 
-def read_lora(path: str | Path, parts: Parts) -> Layers:
+def read_lora(path: str | Path, state_dicts: StateDicts) -> Layers:
     """The factors in a file of either kind, for a model of these networks; all must fit its layers."""
     tensors, _ = read_tensors(Path(path))
     places = {}  # kohya's name -> (network, layer)
-    for part, names in _names(parts).items():
+    for network, names in _names(state_dicts).items():
         for layer, name in names.items():
             for spelt in (layer, name):  # some files of kohya's kind keep SD's own names
-                places[PREFIXES[part][0] + spelt.replace(".", "_")] = part, layer
+                places[PREFIXES[network][0] + spelt.replace(".", "_")] = network, layer
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key in tensors:
         end = next((end for end in ENDS if key.endswith(end)), "")
@@ -78,19 +78,23 @@ def read_lora(path: str | Path, parts: Parts) -> Layers:
             what = f"`{key}` is nothing that a LoRA of this model has"
             raise UserError(what, where=path, remedy="Use a plain LoRA that was trained on the same family.")
         found.setdefault(places[module], {})[ENDS[end]] = tensors[key]
-    layers: dict[str, dict[str, Factors]] = {part: {} for part in PREFIXES}
-    for (part, layer), factors in found.items():
-        layers[part][layer] = _checked(factors, parts[part][f"{layer}.weight"], where=path, layer=layer)
+    layers: dict[str, dict[str, LoRAWeights]] = {network: {} for network in PREFIXES}
+    for (network, layer), weights in found.items():
+        layers[network][layer] = _checked(
+            weights, state_dicts[network][f"{layer}.weight"], where=path, layer=layer
+        )
     return layers
 
 
-def merge_lora(parts: Parts, layers: Layers, *, weight: float = 1.0) -> dict[str, Mapping[str, Tensor]]:
+def merge_lora(
+    state_dicts: StateDicts, layers: Layers, *, weight: float = 1.0
+) -> dict[str, Mapping[str, Tensor]]:
     """Networks with `weight` times the factors in their weights; tensors that change become float32."""
-    merged = dict(parts)
-    for part, inner in layers.items():
-        tensors = parts[part]
-        changed = {f"{layer}.weight": factors for layer, factors in inner.items()}
-        merged[part] = Lazy(
+    merged = dict(state_dicts)
+    for network, inner in layers.items():
+        tensors = state_dicts[network]
+        changed = {f"{layer}.weight": weights for layer, weights in inner.items()}
+        merged[network] = Lazy(
             {
                 name: partial(_add, tensors, name, changed[name], weight)
                 if name in changed
@@ -101,36 +105,36 @@ def merge_lora(parts: Parts, layers: Layers, *, weight: float = 1.0) -> dict[str
     return merged
 
 
-def _add(tensors: Mapping[str, Tensor], name: str, factors: Factors, weight: float) -> Tensor:
-    base, (down, up, alpha) = tensors[name], factors
+def _add(tensors: Mapping[str, Tensor], name: str, weights: LoRAWeights, weight: float) -> Tensor:
+    base, (down, up, alpha) = tensors[name], weights
     product = up.flatten(1).float() @ down.flatten(1).float()
     return base.float() + product.reshape(base.shape).to(base.device) * (weight * alpha / len(down))
 
 
-def _checked(factors: Mapping[str, Tensor], base: Tensor, *, where: object, layer: str) -> Factors:
-    absent = [name for name in ("down", "up") if name not in factors]
+def _checked(weights: Mapping[str, Tensor], base: Tensor, *, where: object, layer: str) -> LoRAWeights:
+    absent = [name for name in ("down", "up") if name not in weights]
     if absent:
         raise UserError(f"`{layer}` has no {absent[0]} factor", where=where)
-    down, up = factors["down"], factors["up"]
+    down, up = weights["down"], weights["up"]
     size = (len(up), up[0].numel(), down[0].numel())
     if size != (len(base), len(down), base[0].numel()):
         what = f"`{layer}` takes {list(base.shape)}; not {list(down.shape)} and {list(up.shape)}"
         raise UserError(what, where=where, remedy="Use the LoRA with the model that it was trained on.")
-    return down, up, float(factors.get("alpha", len(down)))
+    return down, up, float(weights.get("alpha", len(down)))
 
 
-def _names(parts: Parts) -> dict[str, dict[str, str]]:
+def _names(state_dicts: StateDicts) -> dict[str, dict[str, str]]:
     """Network -> own name of each layer -> diffusers' name."""
-    unet = [name for name in parts["unet"] if name.endswith(".weight")]
-    renamed = rename(dict.fromkeys(unet), unet_table(unet_shape(parts["unet"])))
-    text = [name for name in parts["cond_stage"] if name.endswith(".weight")]
+    unet = [name for name in state_dicts["unet"] if name.endswith(".weight")]
+    renamed = rename(dict.fromkeys(unet), unet_table(unet_shape(state_dicts["unet"])))
+    text = [name for name in state_dicts["text_encoder"] if name.endswith(".weight")]
     pairs = {
         "unet": zip(unet, renamed, strict=True),
-        "cond_stage": ((name, name.removeprefix("transformer.")) for name in text),
+        "text_encoder": ((name, name.removeprefix("transformer.")) for name in text),
     }
     return {
-        part: {ours.removesuffix(".weight"): name.removesuffix(".weight") for ours, name in inner}
-        for part, inner in pairs.items()
+        network: {ours.removesuffix(".weight"): name.removesuffix(".weight") for ours, name in inner}
+        for network, inner in pairs.items()
     }
 
 
@@ -140,7 +144,7 @@ def _about(layers: Layers, metadata: Mapping[str, str], style: Style) -> dict[st
     if "modelspec.architecture" in about:
         about["modelspec.architecture"] += "/lora"
     if style == "kohya":
-        down, _, alpha = next(factors for inner in layers.values() for factors in inner.values())
+        down, _, alpha = next(weights for inner in layers.values() for weights in inner.values())
         about |= {"ss_network_module": "networks.lora", "ss_network_dim": str(len(down))}
         about |= {"ss_network_alpha": str(alpha)}
     return about

@@ -18,8 +18,8 @@ PREDICTION_TYPES = {"eps": "epsilon", "v": "v"}
 IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"  # whose tensor names the file has
 CLIP_VOCABULARY = 49408
 PRIVATE = ("_root", "folder", "cache", "base_checkpoint", "base_parts")  # ends of keys with paths
-DRAWING = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5}  # Stable Diffusion's usual ones
-SAID = "_config"  # end of the keys of networks, which `ldm.config` holds
+SAMPLING_DEFAULTS = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5}  # Stable Diffusion's usual ones
+NETWORKS = ("unet", "vae", "text_encoder")  # keys of nodes that `ldm.config` holds
 
 
 def file_metadata(
@@ -33,11 +33,11 @@ def file_metadata(
 ) -> dict[str, str]:
     """The metadata of a single file.
 
-    config: the model's params, each explicit (`geometry.model_config`). size: pixels a side. trigger_phrase:
-    the words that call the subject up. base_sha256: of the model that was trained on. training: the run's
-    config.
+    config: the model's params, each explicit (`infer_config.model_config`). size: pixels a side.
+    trigger_phrase: the words that call the subject up. base_sha256: of the model that was trained on.
+    training: the run's config.
     """
-    unet, parameterization = config["unet_config"]["params"], config["parameterization"]
+    unet, parameterization = config["unet"]["params"], config["parameterization"]
     family = (unet["model_channels"], unet["context_dim"], parameterization)
     about = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -72,21 +72,25 @@ def taught_words(metadata: Mapping[str, str]) -> dict[str, str | None]:
     }
 
 
-def usual_drawing(metadata: Mapping[str, str]) -> dict[str, str | int | float]:
-    """Sampler, steps and guidance scale that suit a file: those of its run's samples, else `DRAWING`."""
+def sampling_defaults(metadata: Mapping[str, str]) -> dict[str, str | int | float]:
+    """Sampler, steps and guidance scale that suit a file: its run's, else `SAMPLING_DEFAULTS`."""
     samples = json.loads(metadata.get("ldm.training", "{}")).get("samples") or {}
-    return {name: samples.get(name, value) for name, value in DRAWING.items()}
+    return {name: samples.get(name, value) for name, value in SAMPLING_DEFAULTS.items()}
 
 
 def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's config without the paths of somebody's machine."""
-    kept = {key: value for key, value in config.items() if not key.endswith((*PRIVATE, SAID))}
+    kept = {
+        key: value
+        for key, value in config.items()
+        if not key.endswith(PRIVATE) and not (key in NETWORKS and isinstance(value, dict))
+    }
     return {key: _shareable(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
     """Without the place of a vocabulary that everybody has."""
-    text = dict(config["cond_stage_config"]["params"])
+    text = dict(config["text_encoder"]["params"])
     if text["vocab_size"] == CLIP_VOCABULARY:
         text.pop("tokenizer", None)
-    return {**config, "cond_stage_config": {**config["cond_stage_config"], "params": text}}
+    return {**config, "text_encoder": {**config["text_encoder"], "params": text}}

@@ -1,4 +1,4 @@
-"""The text tower of SD 2.x: OpenCLIP's names (`cond_stage_model.model.*`) and those of `CLIPTextEncoder`.
+"""The text encoder of SD 2.x: OpenCLIP's names (`cond_stage_model.model.*`) and those of `CLIPTextEncoder`.
 
 OpenCLIP fuses query, key and value to one `in_proj`, and its files hold a projection and a temperature that
 Stable Diffusion doesn't use. They also hold the last of the tower's layers, though SD 2.x takes the output of
@@ -41,23 +41,23 @@ def from_openclip(tensors: Mapping[str, Tensor]) -> tuple[Lazy, Lazy]:
 
     Files made of diffusers folders lack the last of the RELEASED_LAYERS; they get one, as if it were there.
     """
-    tower: dict[str, Callable[[], Tensor]] = {}
+    text_encoder: dict[str, Callable[[], Tensor]] = {}
     for name in tensors:
         layer, inner = _inside(name, BLOCK)
         if inner in FUSED:
             for row, own in enumerate(FUSED[inner]):
-                tower[f"{LAYER}{layer}.{own}"] = partial(_third, tensors, name, row)
+                text_encoder[f"{LAYER}{layer}.{own}"] = partial(_third, tensors, name, row)
         elif name not in (*UNUSED, *BUFFERS):
             module, _, kind = inner.rpartition(".")
             inner = f"{LAYER}{layer}.{LAYER_TABLE.get(module, module)}.{kind}"
-            tower[inner if layer else TABLE.get(name, name)] = partial(tensors.__getitem__, name)
+            text_encoder[inner if layer else TABLE.get(name, name)] = partial(tensors.__getitem__, name)
     rest = Lazy({name: partial(tensors.__getitem__, name) for name in UNUSED if name in tensors})
     if len({_inside(name, BLOCK)[0] for name in tensors} - {""}) == RELEASED_LAYERS - 1:
-        return with_last_layer(Lazy(tower), {}, layers=RELEASED_LAYERS), rest
-    return Lazy(tower), rest
+        return with_last_layer(Lazy(text_encoder), {}, layers=RELEASED_LAYERS), rest
+    return Lazy(text_encoder), rest
 
 
-def to_openclip(tower: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_openclip(text_encoder: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tower under OpenCLIP's names, and UNUSED of `rest`.
 
     Where `rest` lacks them, the identity and CLIP's upper bound of the temperature stand in.
@@ -66,15 +66,15 @@ def to_openclip(tower: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict
     layer_inverse = {own: name for name, own in LAYER_TABLE.items()}
     fused = {own: name for name, rows in FUSED.items() for own in rows}
     tensors = {}
-    for name in tower:
+    for name in text_encoder:
         layer, inner = _inside(name, LAYER)
         module, _, kind = inner.rpartition(".")
         if not layer:
-            tensors[inverse.get(name, name)] = tower[name]
+            tensors[inverse.get(name, name)] = text_encoder[name]
         elif inner not in fused:
-            tensors[f"{BLOCK}{layer}.{layer_inverse.get(module, module)}.{kind}"] = tower[name]
+            tensors[f"{BLOCK}{layer}.{layer_inverse.get(module, module)}.{kind}"] = text_encoder[name]
         elif (theirs := f"{BLOCK}{layer}.{fused[inner]}") not in tensors:
-            rows = [tower[f"{LAYER}{layer}.{own}"] for own in FUSED[fused[inner]]]
+            rows = [text_encoder[f"{LAYER}{layer}.{own}"] for own in FUSED[fused[inner]]]
             tensors[theirs] = torch.cat(rows)
     positions = tensors["positional_embedding"]
     stand_ins = {
@@ -84,13 +84,13 @@ def to_openclip(tower: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict
     return tensors | stand_ins | {name: rest[name] for name in UNUSED if name in rest}
 
 
-def with_last_layer(tower: Mapping[str, Tensor], rest: Mapping[str, Tensor], *, layers: int) -> Lazy:
+def with_last_layer(text_encoder: Mapping[str, Tensor], rest: Mapping[str, Tensor], *, layers: int) -> Lazy:
     """The tower of a diffusers folder, which has all but the last of `layers`, with that layer again.
 
     It is taken from `rest`; where it isn't kept, the layer before stands in, as nothing is computed with it.
     """
-    make = {name: partial(tower.__getitem__, name) for name in tower}
-    for name in tower:
+    make = {name: partial(text_encoder.__getitem__, name) for name in text_encoder}
+    for name in text_encoder:
         layer, inner = _inside(name, LAYER)
         if layer == str(layers - 2):
             last = f"{LAYER}{layers - 1}.{inner}"
@@ -98,9 +98,9 @@ def with_last_layer(tower: Mapping[str, Tensor], rest: Mapping[str, Tensor], *, 
     return Lazy(make)
 
 
-def without_last_layer(tower: Mapping[str, Tensor], *, layers: int) -> tuple[Lazy, Lazy]:
+def without_last_layer(text_encoder: Mapping[str, Tensor], *, layers: int) -> tuple[Lazy, Lazy]:
     """The tower as diffusers folders hold it; the last of its `layers`."""
-    make = {name: partial(tower.__getitem__, name) for name in tower}
+    make = {name: partial(text_encoder.__getitem__, name) for name in text_encoder}
     last = {name for name in make if name.startswith(f"{LAYER}{layers - 1}.")}
     return tuple(Lazy({n: f for n, f in make.items() if (n in last) == wanted}) for wanted in (False, True))
 

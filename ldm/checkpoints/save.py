@@ -19,13 +19,13 @@ HEADER_BYTES = 2**20  # room for names and metadata, beside the tensors
 
 def save_model(
     path: str | Path,
-    parts: Mapping[str, Mapping[str, Tensor]],
+    state_dicts: Mapping[str, Mapping[str, Tensor]],
     *,
     alphas_cumprod: Tensor | None,
     dtype: torch.dtype | None = torch.float32,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write one SD file of the networks `parts` (see `layout.split`): .safetensors or, by suffix, .ckpt.
+    """Write one SD file of `state_dicts` (see `layout.split`): .safetensors or, by suffix, .ckpt.
 
     Weights are stored in `dtype`, or as they are if it is None, integers as they are, the schedule [T] always
     in float32. None for `alphas_cumprod` leaves the schedule out (an autoencoder alone has none).
@@ -35,7 +35,7 @@ def save_model(
         raise UserError(
             f"`{path.suffix}` is not a model format", where=path, remedy="Use .safetensors or .ckpt."
         )
-    cast = {part: cast_tensors(inner, dtype) for part, inner in parts.items()}
+    cast = {name: cast_tensors(inner, dtype) for name, inner in state_dicts.items()}
     write_tensors(path, layout.join(cast, alphas_cumprod), metadata=metadata)
     return path
 

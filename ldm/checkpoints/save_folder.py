@@ -19,7 +19,7 @@ from ldm.checkpoints.openclip import TEXT_MODEL, without_last_layer
 from ldm.checkpoints.save import cast_tensors, check_space, write_tensors
 from ldm.errors import UserError
 
-Parts = Mapping[str, Mapping[str, Tensor]]
+StateDicts = Mapping[str, Mapping[str, Tensor]]
 VOCABULARY = ("vocab.json", "merges.txt")
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -38,14 +38,14 @@ MODEL_INDEX = {
 
 def save_folder(
     folder: str | Path,
-    parts: Parts,
+    state_dicts: StateDicts,
     *,
     config: Mapping[str, Any],
     tokenizer: str | Path,
     size: int,
     dtype: torch.dtype | None = torch.float32,
 ) -> Path:
-    """Write `parts` (see `layout.split`) as a new folder, whole or not at all.
+    """Write `state_dicts` (see `layout.split`) as a new folder, whole or not at all.
 
     config: every param explicit, as `Model.config` has it. tokenizer: folder of vocab.json and merges.txt.
     size: pixels a side that pipelines draw by default. dtype: of the weights; None keeps them as they are.
@@ -55,7 +55,7 @@ def save_folder(
     missing = [name for name in VOCABULARY if not (tokenizer / name).is_file()]
     if missing:
         raise UserError(f"The tokenizer folder lacks {' and '.join(missing)}", where=tokenizer)
-    weights = {name: cast_tensors(inner, dtype) for name, inner in _weights(parts, config).items()}
+    weights = {name: cast_tensors(inner, dtype) for name, inner in _weights(state_dicts, config).items()}
     jsons = _configs(config, tokenizer, size)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -93,24 +93,24 @@ def check_folder(folder: Path) -> None:
         raise UserError("There is something already", where=folder, remedy="Choose a new folder.")
 
 
-def _weights(parts: Parts, config: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
+def _weights(state_dicts: StateDicts, config: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
     """The networks' tensors under diffusers' names, by file."""
-    params = {part: config[f"{part}_config"]["params"] for part in ("unet", "first_stage", "cond_stage")}
-    tower, rest = parts["cond_stage"], dict(parts.get(OPENCLIP_REST, {}))
-    text = params["cond_stage"]
+    params = {name: config[name]["params"] for name in ("unet", "vae", "text_encoder")}
+    text_encoder, rest = state_dicts["text_encoder"], dict(state_dicts.get(OPENCLIP_REST, {}))
+    text = params["text_encoder"]
     if text["layer"] == "penultimate":
-        tower, last = without_last_layer(tower, layers=text["num_hidden_layers"])
+        text_encoder, last = without_last_layer(text_encoder, layers=text["num_hidden_layers"])
         rest |= last
     weights: dict[str, Mapping[str, Tensor]] = {
         "unet/diffusion_pytorch_model.safetensors": names.rename(
-            parts["unet"], names.unet_table(params["unet"])
+            state_dicts["unet"], names.unet_table(params["unet"])
         ),
         "vae/diffusion_pytorch_model.safetensors": names.rename(
-            names.reshape_vae_attention(parts["first_stage"], dims=2),
-            names.autoencoder_table(params["first_stage"]),
+            names.reshape_vae_attention(state_dicts["vae"], dims=2),
+            names.autoencoder_table(params["vae"]),
         ),
         "text_encoder/model.safetensors": renamed(
-            tower, {"text_model." + name.removeprefix(TEXT_MODEL): name for name in tower}
+            text_encoder, {"text_model." + name.removeprefix(TEXT_MODEL): name for name in text_encoder}
         ),
     }
     return weights | ({f"text_encoder/{REST_FILE}": rest} if rest else {})
@@ -118,7 +118,7 @@ def _weights(parts: Parts, config: Mapping[str, Any]) -> dict[str, Mapping[str, 
 
 def _configs(config: Mapping[str, Any], tokenizer: Path, size: int) -> dict[str, Any]:
     """The contents of the JSON files, by name."""
-    unet, vae, text = (config[f"{part}_config"]["params"] for part in ("unet", "first_stage", "cond_stage"))
+    unet, vae, text = (config[name]["params"] for name in ("unet", "vae", "text_encoder"))
     vocabulary = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
     factor = 2 ** (len(vae["ch_mult"]) - 1)
     return {

@@ -18,9 +18,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.data.images import load_image
-from ldm.data.items import VALIDATION_START, DreamBoothDataset, Index, ItemBatches, Part, Photo, read_photos
-from ldm.data.latents import Encode, cached_moments, views_at_once, without_spread
-from ldm.data.priors import Draw, PriorSet
+from ldm.data.items import (
+    VALIDATION_START,
+    DreamBoothDataset,
+    Index,
+    ItemBatches,
+    SourceImage,
+    Stream,
+    StreamName,
+    read_source_images,
+)
+from ldm.data.latents import Encode, cached_latent_stats, point_posterior, views_at_once
+from ldm.data.priors import GenerateImages, PriorSet
 from ldm.data.prompts import (
     PRIOR_TEMPLATE,
     SUBJECT_TEMPLATE,
@@ -132,17 +141,17 @@ class DreamBoothDataModule(pl.LightningDataModule):
         encode: Encode | None = None,
         vae_hash: str = "",
         priors: PriorSet | None = None,
-        draw: Draw | None = None,
+        generate: GenerateImages | None = None,
     ) -> None:
-        """Hands over the VAE (images on the CPU -> moments), the hash that names it, the drawn priors.
+        """Hands over the VAE (images on the CPU -> latent stats), the hash that names it, the drawn priors.
 
-        `draw` draws more of them as the base does; `online_priors` need it.
+        `generate` draws more of them as the base does; `online_priors` need it.
         """
-        self.encode, self.vae_hash, self.priors, self.draw = encode, vae_hash, priors, draw
+        self.encode, self.vae_hash, self.priors, self.generate = encode, vae_hash, priors, generate
         self.dataset: DreamBoothDataset | None = None
 
     @property
-    def draws_priors(self) -> bool:
+    def generates_priors(self) -> bool:
         """Whether the base model has to draw `num_priors` prior images of `prior_prompt`."""
         return self.prior_batch_size > 0 and self.prior_root is None and not self.priors_show_subject
 
@@ -156,7 +165,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
             if Path(self.prior_root).resolve() == Path(self.subject_root).resolve():
                 remedy = "Give another folder of the class, or none to have them drawn."
                 raise UserError("Subject and prior are the same folder", where=self.prior_root, remedy=remedy)
-            log.info("%s: %d photos of the class", self.prior_root, len(self.prior_photos))
+            log.info("%s: %d photos of the class", self.prior_root, len(self.prior_images))
         small = [p.path.name for p in self.subject_photos if min(load_image(p.path).size) < self.size]
         if small:
             log.warning("%s: enlarged to %d pixels: %s", self.subject_root, self.size, ", ".join(small))
@@ -165,13 +174,15 @@ class DreamBoothDataModule(pl.LightningDataModule):
         """Reads the photos and encodes their views, once."""
         if self.dataset is not None:
             return
-        parts = {False: self._part("subject", self.subject_photos)}
+        streams = {"subject": self._stream("subject", self.subject_photos)}
         if self.prior_batch_size:
-            parts[True] = self._part("prior", self.prior_photos)
-        for photo in parts[False].held_out:
-            log.info("%s never trains: the validation loss is that of it", photo.path)
-        moments = self._moments(parts) if self.cache_latents else None
-        self.dataset = DreamBoothDataset(parts, moments, self._fresh if self.online_priors else None)
+            streams["prior"] = self._stream("prior", self.prior_images)
+        for held_out in streams["subject"].held_out:
+            log.info("%s never trains: the validation loss is that of it", held_out.path)
+        latent_stats = self._latent_stats(streams) if self.cache_latents else None
+        self.dataset = DreamBoothDataset(
+            streams, latent_stats, self._generate_online if self.online_priors else None
+        )
 
     def train_dataloader(self) -> DataLoader:
         """Endless batches of this rank from `start_step` on, for the Trainer."""
@@ -183,7 +194,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
         return self._loader(list(islice(batches, self.validation_batches * self.accumulate)))
 
     def loader(self, *, rank: int = 0, world_size: int = 1, start_step: int = 0) -> DataLoader:
-        """Batches: {"moments" [B, 2z, h, w] or "image" [B, 3, H, W], "caption" list[str],
+        """Batches: {"latent_stats" [B, 2z, h, w] or "image" [B, 3, H, W], "caption" list[str],
         "is_prior" [B] bool, "item" [B] int64}, subject items first."""
         return self._loader(self._batches(rank=rank, world_size=world_size, start_step=start_step))
 
@@ -211,7 +222,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
         )
 
     @cached_property
-    def subject_photos(self) -> tuple[Photo, ...]:
+    def subject_photos(self) -> tuple[SourceImage, ...]:
         """The photos of the subject, with their captions."""
 
         def caption(path: Path) -> str:
@@ -220,15 +231,15 @@ class DreamBoothDataModule(pl.LightningDataModule):
                 require_identifier(own, identifier=self.words["identifier"], where=path.with_suffix(".txt"))
             return own or self.subject_prompt
 
-        return read_photos(self.subject_root, caption=caption, skip_unreadable=self.skip_unreadable)
+        return read_source_images(self.subject_root, caption=caption, skip_unreadable=self.skip_unreadable)
 
     @cached_property
-    def prior_photos(self) -> tuple[Photo, ...]:
+    def prior_images(self) -> tuple[SourceImage, ...]:
         """Images of the class, the user's own or drawn by the base model, or else the subject's photos."""
         if self.priors_show_subject:
             return tuple(replace(photo, caption=self.prior_prompt) for photo in self.subject_photos)
         if self.prior_root is not None:
-            return read_photos(
+            return read_source_images(
                 self.prior_root,
                 caption=lambda path: self._own_caption(path) or self.prior_prompt,
                 skip_unreadable=self.skip_unreadable,
@@ -243,39 +254,40 @@ class DreamBoothDataModule(pl.LightningDataModule):
             what = f"{self.num_priors - len(images)} of {self.num_priors} prior images are missing"
             raise UserError(what, where=self.priors.folder, remedy="Run scripts/generate_priors.py.")
         return tuple(
-            Photo(self.priors.picture(i), image.sha256, self.prior_prompt) for i, image in images.items()
+            SourceImage(self.priors.image_path(i), image.sha256, self.prior_prompt)
+            for i, image in images.items()
         )
 
     def _own_caption(self, path: Path) -> str | None:
         return read_caption(path, **self.words) if self.captions else None
 
-    def _part(self, name: Literal["subject", "prior"], photos: tuple[Photo, ...]) -> Part:
-        drawn = name == "prior" and self.draws_priors
+    def _stream(self, name: StreamName, photos: tuple[SourceImage, ...]) -> Stream:
+        generated = name == "prior" and self.generates_priors
         of_subject = name == "subject" or self.priors_show_subject
         held = photos[-1:] if of_subject and self.hold_out and len(photos) >= ENOUGH_PHOTOS else ()
-        return Part(
+        return Stream(
             name,
             photos[: len(photos) - len(held)],
             size=self.size,
             seed=self.seed,
-            crop_variants=None if drawn else self.crop_variants,
-            flip=self.flip and not drawn,
+            crop_variants=None if generated else self.crop_variants,
+            flip=self.flip and not generated,
             caption_dropout=self.caption_dropout,
             empty_share=self.prior_caption_dropout if name == "prior" else 0.0,
             held_out=held,
         )
 
-    def _moments(self, parts: Mapping[bool, Part]) -> dict[str, Tensor]:
+    def _latent_stats(self, streams: Mapping[StreamName, Stream]) -> dict[str, Tensor]:
         """Moments of every view, by key. Drawn priors have theirs from the sampler, without spread."""
-        moments = {}
-        if self.draws_priors:
-            for i, view in enumerate(parts[True].views()):
-                moments[view.key] = without_spread(self.priors.latents(i))
-        views = [view for part in parts.values() for view in part.views()]
-        todo = {view.key: view.render for view in views if view.key not in moments}
+        latent_stats = {}
+        if self.generates_priors:
+            for i, view in enumerate(streams["prior"].views()):
+                latent_stats[view.key] = point_posterior(self.priors.latents(i))
+        views = [view for stream in streams.values() for view in stream.views()]
+        todo = {view.key: view.render for view in views if view.key not in latent_stats}
         folder = Path(self.cache_root) if self.cache_root else None
         with tqdm(total=len(todo), desc="encoding", unit="view", disable=None) as bar:
-            encoded = cached_moments(
+            encoded = cached_latent_stats(
                 todo,
                 self.encode,
                 vae_hash=self.vae_hash,
@@ -283,12 +295,12 @@ class DreamBoothDataModule(pl.LightningDataModule):
                 batch_size=views_at_once(self.size),
                 progress=bar.update,
             )
-        return moments | encoded
+        return latent_stats | encoded
 
-    def _fresh(self, items: Sequence[int]) -> list[Tensor]:
+    def _generate_online(self, items: Sequence[int]) -> list[Tensor]:
         """Moments of prior items, from images behind the first `num_priors`: one of its own for each item."""
-        drawn = self.priors.drawn_now([self.num_priors + item for item in items], self.draw)
-        return [without_spread(latents) for latents in drawn]
+        generated = self.priors.generate_now([self.num_priors + item for item in items], self.generate)
+        return [point_posterior(latents) for latents in generated]
 
     def _check_numbers(self, size_multiple: int) -> None:
         least = {"size": 1, "batch_size": 1, "prior_batch_size": 0, "num_priors": 0}
@@ -302,7 +314,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
             near = max(size_multiple, round(self.size / size_multiple) * size_multiple)
             remedy = f"It must be a multiple of {size_multiple}; {near} is near."
             raise UserError(f"size is {self.size} pixels", where="size", remedy=remedy)
-        if self.online_priors and not (self.draws_priors and self.cache_latents):
+        if self.online_priors and not (self.generates_priors and self.cache_latents):
             remedy = "They need num_priors, no prior_root, and cache_latents: true."
             raise UserError("There is nothing to draw online", where="online_priors", remedy=remedy)
         for name in ("caption_dropout", "prior_caption_dropout"):
@@ -313,6 +325,6 @@ class DreamBoothDataModule(pl.LightningDataModule):
         if self.prior_caption_dropout and not self.prior_batch_size:
             remedy = "Raise prior_batch_size, or set prior_caption_dropout to 0."
             raise UserError("There are no prior items to hold", where="prior_caption_dropout", remedy=remedy)
-        if self.draws_priors and not self.num_priors:
+        if self.generates_priors and not self.num_priors:
             remedy = "Raise num_priors, give prior_root, or set prior_batch_size to 0."
             raise UserError("Prior items are wanted without images", where="prior_batch_size", remedy=remedy)

@@ -26,13 +26,14 @@ from ldm.data.images import fit_image, list_images, load_image, to_tensor
 from ldm.files import file_sha256
 from ldm.randomness import generator
 
-Index = tuple[bool, int]  # (is prior, item number): the two parts are numbered apart
+StreamName = Literal["subject", "prior"]
+Index = tuple[StreamName, int]  # (stream, item number): the two streams are numbered apart
 Item = dict[str, Tensor | str | bool | int]
 VALIDATION_START = 2**32  # steps and items from here on never train: no run gets there
 
 
 @dataclass(frozen=True)
-class Photo:
+class SourceImage:
     """A picture file and its caption. Its contents name it: a renamed photo stays the same photo."""
 
     path: Path
@@ -41,55 +42,55 @@ class Photo:
 
 
 @dataclass(frozen=True)
-class View:
-    """A photo as training shows it. `variant` numbers the random crops of a photo; None is the middle."""
+class TrainingView:
+    """A photo as training shows it. `crop_index` numbers the random crops of a photo; None is the middle."""
 
-    photo: Photo
+    source: SourceImage
     size: int  # pixels a side
-    variant: int | None
+    crop_index: int | None
     flip: bool
     seed: int
 
     @property
     def key(self) -> str:
         """Names the pixels: equal keys, equal pixels."""
-        crop = "center" if self.variant is None else f"random-{self.seed}-{self.variant}"
-        return f"{self.photo.sha256}/{self.size}/{crop}/{'flip' if self.flip else 'plain'}"
+        crop = "center" if self.crop_index is None else f"random-{self.seed}-{self.crop_index}"
+        return f"{self.source.sha256}/{self.size}/{crop}/{'flip' if self.flip else 'plain'}"
 
     def render(self) -> Tensor:
         """-> [3, H, W] in [-1, 1]."""
-        image = _decoded(self.photo.path, self.photo.sha256)
-        if self.variant is None:
+        image = _decoded(self.source.path, self.source.sha256)
+        if self.crop_index is None:
             return to_tensor(fit_image(image, self.size, flip=self.flip))
-        draws = generator(self.seed, self.variant, f"crop/{self.photo.sha256}")
+        draws = generator(self.seed, self.crop_index, f"crop/{self.source.sha256}")
         return to_tensor(fit_image(image, self.size, crop="random", flip=self.flip, generator=draws))
 
 
 @dataclass(frozen=True)
-class Part:
+class Stream:
     """The subject's or the prior's half of the items, numbered from 0 over the whole run."""
 
-    name: Literal["subject", "prior"]
-    photos: tuple[Photo, ...]
+    name: StreamName
+    sources: tuple[SourceImage, ...]
     size: int  # pixels a side
     seed: int
     crop_variants: int | None  # random crops of each photo; None: the middle
     flip: bool  # half of the items are mirrored
     caption_dropout: float  # share of the items whose caption is empty, drawn for each
     empty_share: float = 0.0  # share of the items whose caption is empty, spread evenly over them
-    held_out: tuple[Photo, ...] = ()  # what validation items show instead
+    held_out: tuple[SourceImage, ...] = ()  # what validation items show instead
 
-    def view(self, item: int) -> View:
+    def view(self, item: int) -> TrainingView:
         """The view that an item shows. Every photo comes once in each pass over the photos."""
-        photos = self.held_out if self.held_out and item >= VALIDATION_START else self.photos
-        done, position = divmod(item, len(photos))
-        order = torch.randperm(len(photos), generator=self._draws(done, "photo"))
-        variant, flip = None, False
+        sources = self.held_out if self.held_out and item >= VALIDATION_START else self.sources
+        done, position = divmod(item, len(sources))
+        order = torch.randperm(len(sources), generator=self._draws(done, "photo"))
+        crop_index, flip = None, False
         if self.crop_variants is not None:
-            variant = int(torch.randint(self.crop_variants, (), generator=self._draws(item, "crop")))
+            crop_index = int(torch.randint(self.crop_variants, (), generator=self._draws(item, "crop")))
         if self.flip:
             flip = bool(torch.rand((), generator=self._draws(item, "flip")) < 0.5)
-        return View(photos[order[position]], self.size, variant, flip, self.seed)
+        return TrainingView(sources[order[position]], self.size, crop_index, flip, self.seed)
 
     def caption(self, item: int) -> str:
         """The caption of the photo that an item shows, or the empty one.
@@ -101,53 +102,60 @@ class Part:
         if floor((item + 1) * share) > floor(item * share):
             return ""
         dropped = torch.rand((), generator=self._draws(item, "dropout")) < self.caption_dropout
-        return "" if dropped else self.view(item).photo.caption
+        return "" if dropped else self.view(item).source.caption
 
-    def views(self) -> list[View]:
+    def views(self) -> list[TrainingView]:
         """Every view that any item can show, those of one photo side by side."""
-        variants = [None] if self.crop_variants is None else range(self.crop_variants)
+        crops = [None] if self.crop_variants is None else range(self.crop_variants)
         flips = (False, True) if self.flip else (False,)
-        photos = self.photos + self.held_out
-        return [View(p, self.size, v, f, self.seed) for p in photos for v in variants for f in flips]
+        sources = self.sources + self.held_out
+        return [TrainingView(p, self.size, v, f, self.seed) for p in sources for v in crops for f in flips]
 
     def _draws(self, item: int, what: str) -> torch.Generator:
         return generator(self.seed, item, f"{self.name}/{what}")
 
 
 class DreamBoothDataset(Dataset):
-    """Index -> {"moments" [2z, h, w] or "image" [3, H, W] in [-1, 1], "caption", "is_prior", "item"}.
+    """Index -> {"latent_stats" [2z, h, w] or "image" [3, H, W] in [-1, 1], "caption", "is_prior", "item"}.
 
-    fresh: numbers of prior items -> moments [2z, h, w] of a new prior image for each of them.
+    online_priors: numbers of prior items -> latent stats [2z, h, w] of a new prior image for each of them.
     """
 
     def __init__(
         self,
-        parts: Mapping[bool, Part],
-        moments: Mapping[str, Tensor] | None = None,
-        fresh: Callable[[Sequence[int]], Sequence[Tensor]] | None = None,
+        streams: Mapping[StreamName, Stream],
+        latent_stats: Mapping[str, Tensor] | None = None,
+        online_priors: Callable[[Sequence[int]], Sequence[Tensor]] | None = None,
     ):
-        self.parts, self.moments, self.fresh = dict(parts), moments, fresh
+        self.streams, self.latent_stats, self.online_priors = dict(streams), latent_stats, online_priors
 
     def __getitems__(self, indices: Sequence[Index]) -> list[Item]:
-        """A batch; `fresh` draws what its prior items show, unless they are there to validate."""
-        if self.fresh is None:
+        """A batch; `online_priors` draws what its prior items show, unless they are there to validate."""
+        if self.online_priors is None:
             return [self[index] for index in indices]
-        new = [item for is_prior, item in indices if is_prior and item < VALIDATION_START]
-        moments = dict(zip(new, self.fresh(new), strict=True)) if new else {}
-        return [self._drawn(index[1], moments) if index[0] else self[index] for index in indices]
+        new = [item for stream, item in indices if stream == "prior" and item < VALIDATION_START]
+        latent_stats = dict(zip(new, self.online_priors(new), strict=True)) if new else {}
+        return [
+            self._generated(item, latent_stats) if stream == "prior" else self[stream, item]
+            for stream, item in indices
+        ]
 
-    def _drawn(self, item: int, moments: Mapping[int, Tensor]) -> Item:
-        if item not in moments:
-            return self[True, item]
-        caption = self.parts[True].caption(item)
-        return {"moments": moments[item], "caption": caption, "is_prior": True, "item": item}
+    def _generated(self, item: int, latent_stats: Mapping[int, Tensor]) -> Item:
+        if item not in latent_stats:
+            return self["prior", item]
+        caption = self.streams["prior"].caption(item)
+        return {"latent_stats": latent_stats[item], "caption": caption, "is_prior": True, "item": item}
 
     def __getitem__(self, index: Index) -> Item:
-        is_prior, item = index
-        part = self.parts[is_prior]
-        view = part.view(item)
-        shown = {"image": view.render()} if self.moments is None else {"moments": self.moments[view.key]}
-        return {**shown, "caption": part.caption(item), "is_prior": is_prior, "item": item}
+        name, item = index
+        stream = self.streams[name]
+        view = stream.view(item)
+        shown = (
+            {"image": view.render()}
+            if self.latent_stats is None
+            else {"latent_stats": self.latent_stats[view.key]}
+        )
+        return {**shown, "caption": stream.caption(item), "is_prior": name == "prior", "item": item}
 
 
 class ItemBatches(Sampler[list[Index]]):
@@ -163,22 +171,22 @@ class ItemBatches(Sampler[list[Index]]):
         world_size: int = 1,
         start_step: int = 0,
     ):
-        self.sizes = {False: batch_size, True: prior_batch_size}
+        self.sizes: dict[StreamName, int] = {"subject": batch_size, "prior": prior_batch_size}
         self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
         self.start_step = start_step
 
     def __iter__(self) -> Iterator[list[Index]]:
         for micro_step in count(self.start_step * self.accumulate):
             slot = micro_step * self.world_size + self.rank
-            yield [(part, slot * size + i) for part, size in self.sizes.items() for i in range(size)]
+            yield [(stream, slot * size + i) for stream, size in self.sizes.items() for i in range(size)]
 
 
-def read_photos(
+def read_source_images(
     folder: str | Path, *, caption: Callable[[Path], str], skip_unreadable: bool = False
-) -> tuple[Photo, ...]:
+) -> tuple[SourceImage, ...]:
     """The photos of a folder, sorted by name."""
     paths = list_images(folder, skip_unreadable=skip_unreadable)
-    return tuple(Photo(path, file_sha256(path), caption(path)) for path in paths)
+    return tuple(SourceImage(path, file_sha256(path), caption(path)) for path in paths)
 
 
 @lru_cache(maxsize=2)

@@ -1,6 +1,6 @@
-"""Latents on disk, and a cache of moments: what the VAE says of a view, computed once.
+"""Latents on disk, and a cache of latent stats: what the VAE says of a view, computed once.
 
-The moments are the posterior's mean and standard deviation, so a cached item samples its posterior
+The latent stats are the posterior's mean and standard deviation, so a cached item samples its posterior
 afresh at every step, as an uncached one does. The network comes as a callable.
 """
 
@@ -19,7 +19,7 @@ from ldm.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-Encode = Callable[[Tensor], Tensor]  # [B, 3, H, W] in [-1, 1] -> moments [B, 2z, h, w]
+Encode = Callable[[Tensor], Tensor]  # [B, 3, H, W] in [-1, 1] -> latent stats [B, 2z, h, w]
 
 
 AT_ONCE = 8  # views, and fewer from 192 pixels on:
@@ -31,8 +31,8 @@ def views_at_once(size: int) -> int:
     return max(1, min(AT_ONCE, PIXELS_AT_ONCE // size**2))
 
 
-def without_spread(latents: Tensor) -> Tensor:
-    """[z, h, w] -> moments [2z, h, w] of which every sample is these latents."""
+def point_posterior(latents: Tensor) -> Tensor:
+    """[z, h, w] -> latent stats [2z, h, w] of which every sample is these latents."""
     return torch.cat([latents, torch.zeros_like(latents)])
 
 
@@ -65,7 +65,7 @@ def require_finite(latents: Tensor, *, where: object) -> None:
 
 
 @torch.no_grad()
-def cached_moments(
+def cached_latent_stats(
     views: Mapping[str, Callable[[], Tensor]],
     encode: Encode,
     *,
@@ -76,34 +76,34 @@ def cached_moments(
 ) -> dict[str, Tensor]:
     """Moments [2z, h, w] (float32, CPU) of each view, given as key -> function that renders [3, H, W].
 
-    A key says all that decides the pixels. With `folder`, moments are kept there under key and
+    A key says all that decides the pixels. With `folder`, latent stats are kept there under key and
     `vae_hash`, and only those that are absent or damaged are encoded. `progress(n)` hears of n more.
     """
     if folder is not None and not vae_hash:
-        raise ValueError("moments can only be kept on disk under the hash of their VAE")
+        raise ValueError("latent stats can only be kept on disk under the hash of their VAE")
     names = {key: hashlib.sha256(f"{vae_hash}/{key}".encode()).hexdigest()[:32] for key in views}
-    moments = {}
+    latent_stats = {}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         for key, name in names.items():
             if kept := load_latents(folder / f"{name}.safetensors"):
-                moments[key] = kept[0]
-        log.info("%s: %d of %d views are encoded already", folder, len(moments), len(views))
+                latent_stats[key] = kept[0]
+        log.info("%s: %d of %d views are encoded already", folder, len(latent_stats), len(views))
     if progress:
-        progress(len(moments))
-    wanted = [key for key in views if key not in moments]
+        progress(len(latent_stats))
+    wanted = [key for key in views if key not in latent_stats]
     for first in range(0, len(wanted), batch_size):
         keys = wanted[first : first + batch_size]
         encoded = encode(torch.stack([views[key]() for key in keys])).float().cpu()
         for key, item in zip(keys, encoded, strict=True):
             require_finite(item, where=key)
-            moments[key] = item.clone()
+            latent_stats[key] = item.clone()
             if folder is not None:
                 metadata = {"view": key, "vae": vae_hash}
                 save_latents(folder / f"{names[key]}.safetensors", item, metadata=metadata)
         if progress:
             progress(len(keys))
-    return moments
+    return latent_stats
 
 
 def _checksum(latents: Tensor) -> str:

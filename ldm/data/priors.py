@@ -24,7 +24,7 @@ from ldm.errors import UserError
 from ldm.files import atomic_write, file_sha256
 
 # seeds -> (picture, scaled latents [z, h, w]) each; the same seed gives the same picture in any batch
-Draw = Callable[[list[int]], Sequence[tuple[Image.Image, Tensor]]]
+GenerateImages = Callable[[list[int]], Sequence[tuple[Image.Image, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class PriorSet:
         present = self.images(count)
         return [i for i in range(count) if i not in present]
 
-    def picture(self, index: int) -> Path:
+    def image_path(self, index: int) -> Path:
         return self.folder / f"{index:04d}.png"
 
     def latents(self, index: int) -> Tensor:
@@ -97,7 +97,7 @@ class PriorSet:
     def generate_missing(
         self,
         count: int,
-        draw: Draw,
+        generate: GenerateImages,
         *,
         batch_size: int,
         progress: Callable[[int], object] | None = None,
@@ -120,13 +120,18 @@ class PriorSet:
             if progress:
                 progress(len(batch))
 
-        self._draw_and_write(wanted, draw, batch_size=batch_size, written=written)
+        self._generate_and_write(wanted, generate, batch_size=batch_size, written=written)
         if rank == 0 and not wanted:
             self._write_manifest(present)
         return wanted
 
-    def _draw_and_write(
-        self, numbers: Sequence[int], draw: Draw, *, batch_size: int, written: Callable[[Writes], None]
+    def _generate_and_write(
+        self,
+        numbers: Sequence[int],
+        generate: GenerateImages,
+        *,
+        batch_size: int,
+        written: Callable[[Writes], None],
     ) -> None:
         """Draws these images while a thread writes those of the batch before; `written` waits for a batch.
 
@@ -137,23 +142,23 @@ class PriorSet:
             try:
                 for first in range(0, len(numbers), batch_size):
                     batch = numbers[first : first + batch_size]
-                    drawn = draw([self.spec.seed + i for i in batch])
+                    generated = generate([self.spec.seed + i for i in batch])
                     before, pending = pending, {}
                     if before:
                         written(before)
-                    for i, (picture, latents) in zip(batch, drawn, strict=True):
+                    for i, (picture, latents) in zip(batch, generated, strict=True):
                         self._require_finite(i, latents)
                         pending[i] = writer.submit(self._write, i, picture, latents)
             finally:
                 if pending:
                     written(pending)
 
-    def drawn_now(self, numbers: Sequence[int], draw: Draw) -> list[Tensor]:
+    def generate_now(self, numbers: Sequence[int], generate: GenerateImages) -> list[Tensor]:
         """Latents of these images, which are drawn together unless all of them are there."""
         if any(self._read(number) is None for number in numbers):
             self._make_folder()
-            drawn = draw([self.spec.seed + number for number in numbers])
-            for number, (picture, latents) in zip(numbers, drawn, strict=True):
+            generated = generate([self.spec.seed + number for number in numbers])
+            for number, (picture, latents) in zip(numbers, generated, strict=True):
                 self._require_finite(number, latents)
                 self._write(number, picture, latents)
         return [self.latents(number) for number in numbers]
@@ -164,7 +169,7 @@ class PriorSet:
         self._write_manifest(self.images(count))
 
     def _read(self, index: int) -> PriorImage | None:
-        kept, picture = load_latents(self._latents_file(index)), self.picture(index)
+        kept, picture = load_latents(self._latents_file(index)), self.image_path(index)
         if kept is None or kept[1].get("spec") != self.spec.hash or not picture.is_file():
             return None
         image = PriorImage(picture.name, int(kept[1]["seed"]), kept[1]["picture_sha256"])
@@ -173,7 +178,7 @@ class PriorSet:
 
     def _write(self, index: int, picture: Image.Image, latents: Tensor) -> PriorImage:
         """The picture first, then the latents: an interrupted pair is missing, never half right."""
-        path, seed, encoded = self.picture(index), self.spec.seed + index, io.BytesIO()
+        path, seed, encoded = self.image_path(index), self.spec.seed + index, io.BytesIO()
         picture.save(encoded, format="PNG")
         with atomic_write(path) as temporary:
             temporary.write_bytes(encoded.getbuffer())

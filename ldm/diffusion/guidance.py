@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x [B, C, h, w], t [B] -> eps [B, C, h, w]
-Numbers = Sequence[int]  # the prompt of each item, by the number that `predict` knows it by
-ConditionalPredict = Callable[[Tensor, Tensor, Numbers], Tensor]  # x, t, B or 2 B numbers -> as many eps
+PromptIndex = Sequence[int]  # the prompt of each item, by the number that `predict` knows it by
+ConditionalPredict = Callable[[Tensor, Tensor, PromptIndex], Tensor]  # x, t, B or 2 B numbers -> as many eps
 
 
 def classifier_free_guidance(
     predict: ConditionalPredict,
-    prompts: Numbers,
-    unconditional: Numbers,
+    prompts: PromptIndex,
+    unconditional: PromptIndex,
     guidance_scale: float,
     *,
     batched: bool = True,

@@ -82,7 +82,7 @@ def ddim(
         raise UserError(f"eta {eta} is impossible", remedy="Choose from 0 to 1.")
     if eta > 0 and noise is None:
         raise ValueError("eta > 0 needs noise")
-    for i, t, alpha, alpha_next in _walk(timesteps, alphas_cumprod):
+    for i, t, alpha, alpha_next in step_levels(timesteps, alphas_cumprod):
         eps = predict(x, _batch_of(t, x))
         sigma = eta * math.sqrt((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next))  # eq. 16
         x = ddim_step(x, eps, alpha, alpha_next, sigma=sigma, noise=noise(i) if eta > 0 else None)
@@ -109,7 +109,7 @@ def plms(
     if eta != 0:
         raise UserError(f"The plms sampler has no eta (it is {eta})", remedy="Set eta to 0 or use ddim.")
     recent: list[Tensor] = []  # the last predictions, newest first
-    for i, t, alpha, alpha_next in _walk(timesteps, alphas_cumprod):
+    for i, t, alpha, alpha_next in step_levels(timesteps, alphas_cumprod):
         eps = predict(x, _batch_of(t, x))
         recent = [eps, *recent[:3]]
         if i == 0 and len(timesteps) > 1:  # Heun's method: the mean of both ends of the step
@@ -141,7 +141,7 @@ def dpm_solver_pp_2m(
     if eta != 0:
         raise UserError(f"The dpm++2m sampler has no eta (it is {eta})", remedy="Set eta to 0 or use ddim.")
     x0_before, h_before = x, 0.0
-    for i, t, alpha, alpha_next in _walk(timesteps, alphas_cumprod):
+    for i, t, alpha, alpha_next in step_levels(timesteps, alphas_cumprod):
         x0 = (x - math.sqrt(1 - alpha) * predict(x, _batch_of(t, x))) / math.sqrt(alpha)
         h = _half_log_snr(alpha_next) - _half_log_snr(alpha)
         first_order = h_before == 0 or i == len(timesteps) - 1
@@ -163,7 +163,7 @@ def _half_log_snr(alpha: float) -> float:
     return 0.5 * math.log(alpha / (1 - alpha))
 
 
-def _walk(timesteps: Tensor, alphas_cumprod: Tensor) -> Iterator[tuple[int, int, float, float]]:
+def step_levels(timesteps: Tensor, alphas_cumprod: Tensor) -> Iterator[tuple[int, int, float, float]]:
     """(step index, timestep, its alphas_cumprod, that of the next timestep), in Python's float64."""
     levels = torch.cat([alphas_cumprod[timesteps.to(alphas_cumprod.device)], alphas_cumprod[:1]]).tolist()
     yield from zip(range(len(timesteps)), timesteps.tolist(), levels[:-1], levels[1:], strict=True)

@@ -42,7 +42,7 @@ def make_alphas_cumprod(
     return alphas_cumprod.to(dtype)
 
 
-def ends_in_noise(alphas_cumprod: Tensor) -> bool:
+def has_zero_terminal_snr(alphas_cumprod: Tensor) -> bool:
     """Whether a schedule has zero terminal SNR; then sampling must begin at its last timestep."""
     return bool(alphas_cumprod[-1] <= TERMINAL)
 

@@ -19,7 +19,7 @@ from ldm.errors import UserError
 DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-base-patch32"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of R, G, B in [0, 1]
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-Pictures = Sequence[Image.Image]
+Images = Sequence[Image.Image]
 
 
 class Dino:
@@ -34,11 +34,11 @@ class Dino:
         self.device, self.batch_size = device, batch_size
 
     @torch.inference_mode()
-    def pictures(self, images: Pictures) -> Tensor:
+    def embed_images(self, images: Images) -> Tensor:
         """N pictures -> [N, D] float32 of unit norm, on the CPU."""
         side = self.network.config.image_size
 
-        def embed(batch: Pictures) -> Tensor:
+        def embed(batch: Images) -> Tensor:
             pixels = prepare(batch, resize=side * 256 // 224, crop=side, normal=IMAGENET).to(self.device)
             return self.network(pixels).last_hidden_state[:, 0]
 
@@ -54,18 +54,18 @@ class Clip:
         self.device, self.batch_size = device, batch_size
 
     @torch.inference_mode()
-    def pictures(self, images: Pictures) -> Tensor:
+    def embed_images(self, images: Images) -> Tensor:
         """N pictures -> [N, D] float32 of unit norm, on the CPU."""
         side = self.network.config.vision_config.image_size
 
-        def embed(batch: Pictures) -> Tensor:
+        def embed(batch: Images) -> Tensor:
             pixels = prepare(batch, resize=side, crop=side, normal=OPENAI).to(self.device)
             return self.network.get_image_features(pixels).pooler_output
 
         return _in_batches(embed, images, self.batch_size)
 
     @torch.inference_mode()
-    def texts(self, texts: Sequence[str]) -> Tensor:
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """M texts -> [M, D] float32 of unit norm, on the CPU; what is too long is cut off."""
         length = self.network.config.text_config.max_position_embeddings
 
@@ -109,7 +109,7 @@ class Lpips:
 
 
 def prepare(
-    images: Pictures, *, resize: int, crop: int, normal: tuple[Sequence[float], Sequence[float]]
+    images: Images, *, resize: int, crop: int, normal: tuple[Sequence[float], Sequence[float]]
 ) -> Tensor:
     """Pictures -> [N, 3, crop, crop]: the shorter side `resize` pixels (bicubic), the middle, normalised."""
     pixels = torch.stack([_pixels(_middle(image.convert("RGB"), resize, crop)) for image in images])

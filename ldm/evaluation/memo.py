@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.evaluation.protocol import Picture
+from ldm.evaluation.protocol import GeneratedImage
 from ldm.pipeline import Text2Image
 
 BUDGET = 128 * 2**20  # bytes of pixels that one model's images may take
@@ -45,7 +45,7 @@ class MemoPipeline:
         batch_size: int,
         progress: bool = False,
         **how: Any,
-    ) -> list[Picture]:
+    ) -> list[GeneratedImage]:
         guided = how["guidance_scale"] != 1 and self.pipeline.guidance_base is not None
         settings = (guided, self.pipeline.default_size, *sorted(how.items()))
         keys = [(prompt, seed, settings) for prompt, seed in zip(prompts, seeds, strict=True)]
@@ -62,7 +62,7 @@ class MemoPipeline:
             found |= {key: sample.image for key, sample in zip(new, drawn, strict=True)}
         for key in new:
             self.memo.keep(key, found[key])
-        return [Picture(found[key], key[0]) for key in keys]
+        return [GeneratedImage(found[key], key[0]) for key in keys]
 
 
 def _size(image: Image.Image) -> int:

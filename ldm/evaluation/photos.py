@@ -19,9 +19,9 @@ from ldm.data.prompts import read_prompts
 from ldm.diffusion.samplers import SamplerName
 from ldm.errors import UserError
 from ldm.evaluation.features import CLIP, DINO, Clip, Dino, Lpips
+from ldm.evaluation.image_folder import by_prompt
 from ldm.evaluation.metrics import bootstrap, frechet_distance
-from ldm.evaluation.pictures import by_prompt
-from ldm.evaluation.protocol import OTHER_SEEDS, Figures, Picture, Prompts
+from ldm.evaluation.protocol import OTHER_SEEDS, GeneratedImage, Metrics, SubjectPrompts
 from ldm.pipeline import Text2Image
 from ldm.precision import Precision
 
@@ -35,7 +35,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """One model's pictures: S independent rows of P; a row is a seed with its prompts, or one picture."""
 
     dino: Tensor  # [S, P] mean cosine with the photos
@@ -54,7 +54,7 @@ class Measured:
     def metrics(self) -> dict[str, float]:
         return {name: round(_mean(rows), 4) for name, rows in self.values().items()}
 
-    def shift(self, base: "Measured") -> dict[str, float]:
+    def shift(self, base: "Measurement") -> dict[str, float]:
         """How far the images of the class are from the base's."""
         return _shifts(self.of_class, base.of_class)
 
@@ -110,7 +110,7 @@ class PhotoEvaluation:
             raise UserError("There is nothing to measure", where="evaluation", remedy=remedy)
         self.prompts, self.seeds, self.class_samples, self.seed = prompts, seeds, class_samples, seed
         read_prompts(prompts, identifier="sks", class_word="dog")  # a file that is missing is named at once
-        self.drawing = {
+        self.sampling = {
             "sampler": sampler,
             "steps": steps,
             "guidance_scale": guidance_scale,
@@ -125,37 +125,39 @@ class PhotoEvaluation:
         self.lpips = Lpips(device=place) if diversity else None
 
     def subject(self, photos: Sequence[Image.Image]) -> Subject:
-        return Subject(self.dino.pictures(photos), self.clip.pictures(photos))
+        return Subject(self.dino.embed_images(photos), self.clip.embed_images(photos))
 
     def measure(
-        self, draw: Text2Image, *, subject: Subject, prompts: Prompts, is_base: bool = False
-    ) -> Measured:
+        self, pipeline: Text2Image, *, subject: Subject, prompts: SubjectPrompts, is_base: bool = False
+    ) -> Measurement:
         """Draws every prompt of the list with every seed, and the class, of the base with other seeds too."""
         texts = read_prompts(self.prompts, **prompts.words)
         jobs = [(self.seed + s, text) for s in range(self.seeds) for text in texts]
-        pictures = self._draw(draw, [text for _, text in jobs], [seed for seed, _ in jobs])
-        of_class = self._of_class(draw, prompts, first_seed=self.seed)
-        measured = self._measured(
-            pictures, of_class=of_class[""], subject=subject, identifier=prompts.identifier, rows=self.seeds
+        samples = self._generate(pipeline, [text for _, text in jobs], [seed for seed, _ in jobs])
+        of_class = self._of_class(pipeline, prompts, first_seed=self.seed)
+        measured = self._measure_samples(
+            samples, of_class=of_class[""], subject=subject, identifier=prompts.identifier, rows=self.seeds
         )
         if self.class_samples < 2:  # no covariance
             return measured
-        other = self._of_class(draw, prompts, first_seed=self.seed + OTHER_SEEDS) if is_base else {}
+        other = self._of_class(pipeline, prompts, first_seed=self.seed + OTHER_SEEDS) if is_base else {}
         return replace(measured, of_class=self._features(of_class), other_seeds=self._features(other))
 
-    def _of_class(self, draw: Text2Image, prompts: Prompts, *, first_seed: int) -> dict[str, list[Picture]]:
+    def _of_class(
+        self, pipeline: Text2Image, prompts: SubjectPrompts, *, first_seed: int
+    ) -> dict[str, list[GeneratedImage]]:
         """Images of the class with guidance, and without."""
         seeds = range(first_seed, first_seed + self.class_samples)
         samplings = {"": {}, "_unguided": {"guidance_scale": 1.0}}
         return {
-            name: self._draw(draw, [prompts.of_class] * len(seeds), seeds, **how)
+            name: self._generate(pipeline, [prompts.of_class] * len(seeds), seeds, **how)
             for name, how in samplings.items()
         }
 
-    def _features(self, images: Mapping[str, Sequence[Picture]]) -> dict[str, Tensor]:
-        return {name: self.dino.pictures([p.image for p in drawn]) for name, drawn in images.items()}
+    def _features(self, images: Mapping[str, Sequence[GeneratedImage]]) -> dict[str, Tensor]:
+        return {name: self.dino.embed_images([p.image for p in drawn]) for name, drawn in images.items()}
 
-    def summary(self, after: Measured, base: Measured, subject: Subject) -> Figures:
+    def summary(self, after: Measurement, base: Measurement, subject: Subject) -> Metrics:
         """What `metrics.json` holds: the model's figures, with the untouched base's and the photos'."""
         own = {"dino": subject.dino, "clip_i": subject.clip}
         return {
@@ -167,50 +169,55 @@ class PhotoEvaluation:
             "ceiling": {k: round(mean_of_pairs(rows), 4) for k, rows in own.items() if len(rows) > 1},
         }
 
-    def score(self, figures: Mapping[str, float]) -> float:
+    def score(self, metrics: Mapping[str, float]) -> float:
         """DINO x CLIP-T, in shares of the base's CLIP-T, minus what the class has lost.
 
         That is the rise of PRES over the base's, or the shift of the class in any direction if that is more.
         """
-        base, shift = figures["base"], figures.get("class_shift_frechet", 0.0)
-        drift = figures.get("pres", 0.0) - base.get("pres", 0.0)
-        return figures["dino"] * figures["clip_t"] / base["clip_t"] - max(0.0, drift, shift)
+        base, shift = metrics["base"], metrics.get("class_shift_frechet", 0.0)
+        drift = metrics.get("pres", 0.0) - base.get("pres", 0.0)
+        return metrics["dino"] * metrics["clip_t"] / base["clip_t"] - max(0.0, drift, shift)
 
-    def plain(
-        self, pictures: Sequence[Picture], *, subject: Subject, prompts: Prompts, of_class: Sequence[Picture]
-    ) -> Figures:
+    def measure_images(
+        self,
+        samples: Sequence[GeneratedImage],
+        *,
+        subject: Subject,
+        prompts: SubjectPrompts,
+        of_class: Sequence[GeneratedImage],
+    ) -> Metrics:
         """Figures of pictures that any tool drew: CLIP-T and DIV where their prompts are known."""
-        measured = self._measured(
-            pictures,
+        measured = self._measure_samples(
+            samples,
             of_class=of_class,
             subject=subject,
             identifier=prompts.identifier,
-            rows=len(pictures),
+            rows=len(samples),
         )
         return {**measured.metrics(), "intervals": _intervals(measured)}
 
-    def _measured(
+    def _measure_samples(
         self,
-        pictures: Sequence[Picture],
+        samples: Sequence[GeneratedImage],
         *,
-        of_class: Sequence[Picture],
+        of_class: Sequence[GeneratedImage],
         subject: Subject,
         identifier: str,
         rows: int,
-    ) -> Measured:
-        images, groups = [picture.image for picture in pictures], by_prompt(pictures)
-        dino, clip = self.dino.pictures(images), self.clip.pictures(images)
+    ) -> Measurement:
+        images, groups = [sample.image for sample in samples], by_prompt(samples)
+        dino, clip = self.dino.embed_images(images), self.clip.embed_images(images)
         clip_t = div = pres = None
         if groups:
-            texts = [without(picture.prompt, identifier) for picture in pictures]
+            texts = [without(sample.prompt, identifier) for sample in samples]
             unique = list(dict.fromkeys(texts))
-            named = dict(zip(unique, self.clip.texts(unique), strict=True))
+            named = dict(zip(unique, self.clip.embed_texts(unique), strict=True))
             clip_t = (clip * torch.stack([named[text] for text in texts])).sum(1).view(rows, -1)
         if self.lpips is not None and any(len(group) > 1 for group in groups.values()):
             div = diversity(groups, self.lpips)
         if of_class:
-            pres = (self.dino.pictures([p.image for p in of_class]) @ subject.dino.T).mean(1)
-        return Measured(
+            pres = (self.dino.embed_images([p.image for p in of_class]) @ subject.dino.T).mean(1)
+        return Measurement(
             dino=(dino @ subject.dino.T).mean(1).view(rows, -1),
             clip_i=(clip @ subject.clip.T).mean(1).view(rows, -1),
             clip_t=clip_t,
@@ -218,11 +225,11 @@ class PhotoEvaluation:
             div=div,
         )
 
-    def _draw(
-        self, draw: Text2Image, prompts: Sequence[str], seeds: Sequence[int], **how: float
-    ) -> list[Picture]:
-        samples = draw(prompts, seeds=seeds, **self.drawing | how, progress=True) if prompts else []
-        return [Picture(sample.image, sample.prompt) for sample in samples]
+    def _generate(
+        self, pipeline: Text2Image, prompts: Sequence[str], seeds: Sequence[int], **how: float
+    ) -> list[GeneratedImage]:
+        samples = pipeline(prompts, seeds=seeds, **self.sampling | how, progress=True) if prompts else []
+        return [GeneratedImage(sample.image, sample.prompt) for sample in samples]
 
 
 def mean_of_pairs(rows: Tensor) -> float:
@@ -243,7 +250,7 @@ def without(prompt: str, identifier: str) -> str:
     return " ".join(word for word in prompt.split() if word.lower() != identifier.lower())
 
 
-def _intervals(measured: Measured) -> dict[str, tuple[float, float]]:
+def _intervals(measured: Measurement) -> dict[str, tuple[float, float]]:
     return {name: bootstrap(rows, _mean) for name, rows in measured.values().items() if len(rows) > 1}
 
 

@@ -9,11 +9,11 @@ KINDS = {"base": "#c76b29", "ceiling": "#5d6d7e", "noise_floor": "#9b59b6"}
 NAMES = {"base": "untouched base", "ceiling": "photos", "noise_floor": "noise floor"}
 
 
-def figures_plot(figures: Mapping[str, Any]) -> str:
+def metrics_plot(metrics: Mapping[str, Any]) -> str:
     """`metrics.json` of an evaluation -> SVG; all figures share one axis, which holds 0 and 1."""
-    rows = {name: value for name, value in figures.items() if isinstance(value, float)}
-    intervals = figures.get("intervals", {})
-    beside = {kind: figures.get(kind, {}) for kind in KINDS}
+    rows = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    intervals = metrics.get("intervals", {})
+    beside = {kind: metrics.get(kind, {}) for kind in KINDS}
     numbers = [*rows.values(), *(n for i in intervals.values() for n in i), 0.0, 1.0]
     numbers += [n for known in beside.values() for name, n in known.items() if name in rows]
     low, high = min(numbers), max(numbers)

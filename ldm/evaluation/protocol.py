@@ -7,11 +7,11 @@ from PIL import Image
 
 from ldm.pipeline import Text2Image
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 OTHER_SEEDS = 100_000  # from the first seed of a measure to the first of its noise floor
 
 
-class Prompts(NamedTuple):
+class SubjectPrompts(NamedTuple):
     """What a subject is called."""
 
     subject: str  # "a photo of sks dog"
@@ -24,7 +24,7 @@ class Prompts(NamedTuple):
         return {"identifier": self.identifier, "class_word": self.class_word}
 
 
-class Picture(NamedTuple):
+class GeneratedImage(NamedTuple):
     """A picture and the prompt that it was drawn for, if that is known."""
 
     image: Image.Image
@@ -39,16 +39,23 @@ class Evaluation(Protocol):
     def subject(self, photos: Sequence[Image.Image]) -> Any:
         """Who is on the photos, as `measure` and `plain` take it."""
 
-    def measure(self, draw: Text2Image, *, subject: Any, prompts: Prompts, is_base: bool = False) -> Any:
+    def measure(
+        self, pipeline: Text2Image, *, subject: Any, prompts: SubjectPrompts, is_base: bool = False
+    ) -> Any:
         """What one model draws; of the base also what the noise floor of the class's shift needs."""
 
-    def summary(self, after: Any, base: Any, subject: Any) -> Figures:
+    def summary(self, after: Any, base: Any, subject: Any) -> Metrics:
         """The model's metrics by name, and mappings of such: intervals, base, ceiling, noise_floor."""
 
-    def score(self, figures: Mapping[str, Any]) -> float:
+    def score(self, metrics: Mapping[str, Any]) -> float:
         """One number of a `summary`, by which checkpoints compete; higher is better."""
 
-    def plain(
-        self, pictures: Sequence[Picture], *, subject: Any, prompts: Prompts, of_class: Sequence[Picture]
-    ) -> Figures:
+    def measure_images(
+        self,
+        samples: Sequence[GeneratedImage],
+        *,
+        subject: Any,
+        prompts: SubjectPrompts,
+        of_class: Sequence[GeneratedImage],
+    ) -> Metrics:
         """Figures and "intervals" of pictures that any tool drew; those of the class may be none."""

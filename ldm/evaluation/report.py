@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.evaluation.curves import Curve, chart, together
 from ldm.files import atomic_write
 
-Pictures = Sequence[Image.Image]
+Images = Sequence[Image.Image]
 PIXEL_ART = 128  # pixels a side up to which a picture is shown with its pixels
 
 
@@ -21,11 +21,11 @@ class Row(NamedTuple):
     """One prompt: its pictures before and after training."""
 
     prompt: str
-    before: Pictures
-    after: Pictures
+    before: Images
+    after: Images
 
 
-class Measured(NamedTuple):
+class EvalHistory(NamedTuple):
     """Figures of steps on the way, {"step", "score", ...}, and the step of the best score."""
 
     rows: Sequence[Mapping[str, float]] = ()
@@ -34,18 +34,18 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What the page shows. `figures` and `seconds` are those of metrics.json."""
+    """What the page shows. `metrics` and `seconds` are those of metrics.json."""
 
     title: str
-    subject: Pictures
-    priors: Pictures
+    subject: Images
+    priors: Images
     rows: Sequence[Row]
-    figures: Mapping[str, Any]
+    metrics: Mapping[str, Any]
     seconds: Mapping[str, float]
     curves: Mapping[str, Curve]
     config: str  # YAML
     previews: Sequence[tuple[int, Image.Image]] = field(default_factory=list)  # (optimizer step, sheet)
-    measured: Measured = Measured()
+    eval_history: EvalHistory = EvalHistory()
     also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the metrics under other sampling
 
 
@@ -67,7 +67,7 @@ CARDS = {
     ),
     "class_shift_frechet": Card("Class shift, Fréchet", "of the judge's features; chance is best", (0, 1)),
 }
-MEASURED = {
+EVAL_LABELS = {
     "subject_fidelity": "Subject",
     "prompt_fidelity": "Prompt",
     "class_drift": "Class drift",
@@ -89,11 +89,11 @@ def write_report(path: Path, report: Report) -> Path:
     """Writes the page, which needs no other file and no network -> path."""
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     sections = [
-        ("", cards(report.figures)),
-        ("With other sampling", other_sampling(report.figures, report.also)),
+        ("", cards(report.metrics)),
+        ("With other sampling", other_sampling(report.metrics, report.also)),
         ("The subject's photos", row(report.subject)),
         ("Before and after", "".join(before_and_after(r) for r in report.rows)),
-        ("While it learned", learning(report.measured, report.previews)),
+        ("While it learned", learning(report.eval_history, report.previews)),
         ("Prior images", row(report.priors, kind="small")),
         ("Curves", charts(report.curves)),
         ("Time", times(report.seconds)),
@@ -111,21 +111,21 @@ def write_report(path: Path, report: Report) -> Path:
     return path
 
 
-def cards(figures: Mapping[str, Any]) -> str:
-    shown = [card(key, figures) for key in CARDS if key in figures]
+def cards(metrics: Mapping[str, Any]) -> str:
+    shown = [card(key, metrics) for key in CARDS if key in metrics]
     return f'<div class="cards">{"".join(shown)}</div>' if shown else ""
 
 
-def card(key: str, figures: Mapping[str, Any]) -> str:
+def card(key: str, metrics: Mapping[str, Any]) -> str:
     """A figure, its gauge, and what stands beside it."""
-    about, value = CARDS[key], figures[key]
-    base, ceiling, chance = (figures.get(name, {}).get(key) for name in ("base", "ceiling", "noise_floor"))
+    about, value = CARDS[key], metrics[key]
+    base, ceiling, chance = (metrics.get(name, {}).get(key) for name in ("base", "ceiling", "noise_floor"))
     if chance is not None:
         base = None  # a shift is relative to the base
-    interval = figures.get("intervals", {}).get(key)
+    interval = metrics.get("intervals", {}).get(key)
     beside = [f"{interval[0]:.2f} to {interval[1]:.2f}"] if interval else []
     known = {"base": base, "photos": ceiling, "chance": chance}
-    unguided = figures.get(f"{key}_unguided")
+    unguided = metrics.get(f"{key}_unguided")
     beside += [] if unguided is None else [f"without guidance {unguided:.2f}"]
     beside += [f"{name} {number:.2f}" for name, number in known.items() if number is not None]
     return (
@@ -135,15 +135,15 @@ def card(key: str, figures: Mapping[str, Any]) -> str:
     )
 
 
-def other_sampling(figures: Mapping[str, Any], also: Mapping[str, Mapping[str, Any]]) -> str:
+def other_sampling(metrics: Mapping[str, Any], also: Mapping[str, Mapping[str, Any]]) -> str:
     """The headline metrics once more, a row for each way of sampling."""
     if not also:
         return ""
-    shown = [key for key in CARDS if key in figures]
+    shown = [key for key in CARDS if key in metrics]
     head = "".join(f"<th>{CARDS[key].name}</th>" for key in shown)
     rows = [
         f"<tr><td>{escape(name)}</td>" + "".join(f'<td class="number">{f[key]:.2f}</td>' for key in shown)
-        for name, f in {"as configured": figures, **also}.items()
+        for name, f in {"as configured": metrics, **also}.items()
     ]
     return f"<table><tr><th></th>{head}</tr>{'</tr>'.join(rows)}</tr></table>"
 
@@ -163,10 +163,10 @@ def gauge(value: float, base: float | None, *, scale: tuple[float, float]) -> st
     return f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{bar}</svg>'
 
 
-def row(pictures: Pictures, *, kind: str = "") -> str:
-    if not pictures:
+def row(images: Images, *, kind: str = "") -> str:
+    if not images:
         return ""
-    return f'<div class="row {kind}">{"".join(map(picture, pictures))}</div>'
+    return f'<div class="row {kind}">{"".join(map(img_tag, images))}</div>'
 
 
 def before_and_after(shown: Row) -> str:
@@ -177,26 +177,28 @@ def before_and_after(shown: Row) -> str:
     )
 
 
-def learning(measured: Measured, previews: Sequence[tuple[int, Image.Image]]) -> str:
+def learning(eval_history: EvalHistory, previews: Sequence[tuple[int, Image.Image]]) -> str:
     """The figures of every measured step as curves, then what was drawn at each step, with its figures."""
     curves = {
-        label: [(row["step"], row[name]) for row in measured.rows if name in row]
-        for name, label in MEASURED.items()
+        label: [(row["step"], row[name]) for row in eval_history.rows if name in row]
+        for name, label in EVAL_LABELS.items()
     }
     curves = {label: curve for label, curve in curves.items() if curve}
     plot = ""
     if curves:
-        said = f"The score was best after step {measured.best_step}: few pictures, so look at them as well."
-        drawn = together(curves, mark=measured.best_step, label="Figures at each measured step")
+        said = (
+            f"The score was best after step {eval_history.best_step}: few pictures, so look at them as well."
+        )
+        drawn = together(curves, mark=eval_history.best_step, label="Figures at each measured step")
         plot = f'<figure class="half"><figcaption>{said}</figcaption>{drawn}</figure>'
-    figures = {row["step"]: row for row in measured.rows}
-    return plot + "".join(preview(step, sheet, figures.get(step, {})) for step, sheet in previews)
+    metrics = {row["step"]: row for row in eval_history.rows}
+    return plot + "".join(preview(step, grid, metrics.get(step, {})) for step, grid in previews)
 
 
-def preview(step: int, sheet: Image.Image, figures: Mapping[str, float]) -> str:
-    said = [f"{label.lower()} {figures[name]:.2f}" for name, label in MEASURED.items() if name in figures]
+def preview(step: int, grid: Image.Image, metrics: Mapping[str, float]) -> str:
+    said = [f"{label.lower()} {metrics[name]:.2f}" for name, label in EVAL_LABELS.items() if name in metrics]
     summary = " · ".join([f"After step {step}", *said])
-    return f'<details><summary>{summary}</summary><div class="wide">{picture(sheet)}</div></details>'
+    return f'<details><summary>{summary}</summary><div class="wide">{img_tag(grid)}</div></details>'
 
 
 def charts(curves: Mapping[str, Curve]) -> str:
@@ -216,7 +218,7 @@ def times(seconds: Mapping[str, float]) -> str:
     return f"<table>{''.join(cells)}</table>"
 
 
-def picture(image: Image.Image) -> str:
+def img_tag(image: Image.Image) -> str:
     """An <img> that holds its data: PNG where pixels count, else JPEG."""
     small = max(image.size) <= PIXEL_ART
     data = io.BytesIO()

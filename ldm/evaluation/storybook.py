@@ -22,14 +22,14 @@ from ldm.evaluation.metrics import (
     subject_fidelity,
     total_variation,
 )
-from ldm.evaluation.protocol import OTHER_SEEDS, Figures, Picture, Prompts
+from ldm.evaluation.protocol import OTHER_SEEDS, GeneratedImage, Metrics, SubjectPrompts
 from ldm.pipeline import Text2Image
 from ldm.precision import Precision
-from ldm.storybook.dataset import BOOK
+from ldm.storybook.dataset import SCENES_PER_SEED
 from ldm.storybook.judge import SHIPPED, SIZE, Judge
 from ldm.storybook.world import CONTEXTS, SUBJECT_ATTRIBUTES, Scene, full_caption, sample_scene
 
-EXAM = 999  # the book whose captions a base is examined on; no training reads it
+HELD_OUT_SEED = 999  # the book whose captions a base is examined on; no training reads it
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ClassImages:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What the judge saw in one model's images; S seeds, C contexts, N images of the class."""
 
     fidelity: Tensor  # [S, C] share of the subject's attributes
@@ -65,7 +65,7 @@ class Measured:
     of_class: Mapping[str, ClassImages]  # by sampling: "" with guidance, "_unguided" without
     other_seeds: Mapping[str, ClassImages] | None = None  # the base's, for the noise floor of the shift
 
-    def metrics(self, base: "Measured") -> dict[str, float]:
+    def metrics(self, base: "Measurement") -> dict[str, float]:
         """The headline metrics, those of the class relative to the base's."""
         metrics = {
             "subject_fidelity": self.fidelity.mean(),
@@ -83,7 +83,7 @@ class Measured:
         floors = _shifts(self.other_seeds, self.of_class)
         return {name: round(value, 4) for name, value in floors.items()}
 
-    def intervals(self, base: "Measured") -> dict[str, Interval]:
+    def intervals(self, base: "Measurement") -> dict[str, Interval]:
         """95 % intervals over seeds; the class's images of both models share theirs, so they are paired.
 
         None is given of diversity and shift: a resample repeats images, which biases distances.
@@ -135,7 +135,7 @@ class StorybookEvaluation:
             remedy = "Take at least 1 of `seeds` and 2 of `class_samples`."
             raise UserError("There is nothing to measure", where="evaluation", remedy=remedy)
         self.seeds, self.class_samples, self.seed = seeds, class_samples, seed
-        self.drawing = {
+        self.sampling = {
             "sampler": sampler,
             "steps": steps,
             "guidance_scale": guidance_scale,
@@ -155,22 +155,22 @@ class StorybookEvaluation:
         return Subject(wanted, ceiling=round(float(subject_fidelity(reading, wanted).mean()), 4))
 
     def measure(
-        self, draw: Text2Image, *, subject: Subject, prompts: Prompts, is_base: bool = False
-    ) -> Measured:
+        self, pipeline: Text2Image, *, subject: Subject, prompts: SubjectPrompts, is_base: bool = False
+    ) -> Measurement:
         """Draws the subject in every context and the class, and has the judge read them.
 
         The class is drawn at the guidance scale and at 1, where the empty prompt plays no part. Of the base
         it is drawn once more, with other seeds.
         """
         jobs = [(self.seed + s, context) for s in range(self.seeds) for context in CONTEXTS]
-        pictures = self._draw(
-            draw, [f"{prompts.subject} {CONTEXTS[context]}" for _, context in jobs], [s for s, _ in jobs]
+        samples = self._generate(
+            pipeline, [f"{prompts.subject} {CONTEXTS[context]}" for _, context in jobs], [s for s, _ in jobs]
         )
-        reading = self.read(pictures)
+        reading = self.read(samples)
         asked = torch.tensor([list(CONTEXTS).index(context) for _, context in jobs])
-        of_class = self._of_class(draw, prompts, first_seed=self.seed)
-        other = self._of_class(draw, prompts, first_seed=self.seed + OTHER_SEEDS) if is_base else None
-        return Measured(
+        of_class = self._of_class(pipeline, prompts, first_seed=self.seed)
+        other = self._of_class(pipeline, prompts, first_seed=self.seed + OTHER_SEEDS) if is_base else None
+        return Measurement(
             fidelity=subject_fidelity(reading, subject.attributes).view(self.seeds, -1),
             context=(reading["context"] == asked).float().view(self.seeds, -1),
             carries=carries_subject(of_class[""].reading, subject.attributes),
@@ -178,16 +178,18 @@ class StorybookEvaluation:
             other_seeds=other,
         )
 
-    def _of_class(self, draw: Text2Image, prompts: Prompts, *, first_seed: int) -> dict[str, ClassImages]:
+    def _of_class(
+        self, pipeline: Text2Image, prompts: SubjectPrompts, *, first_seed: int
+    ) -> dict[str, ClassImages]:
         """Images of the class with guidance, and without."""
         seeds = range(first_seed, first_seed + self.class_samples)
         found = {}
         for sampling, how in {"": {}, "_unguided": {"guidance_scale": 1.0}}.items():
-            pixels = self._pixels(self._draw(draw, [prompts.of_class] * len(seeds), seeds, **how))
+            pixels = self._pixels(self._generate(pipeline, [prompts.of_class] * len(seeds), seeds, **how))
             found[sampling] = ClassImages(self.judge.read(pixels), self.judge.features(pixels))
         return found
 
-    def summary(self, after: Measured, base: Measured, subject: Subject) -> Figures:
+    def summary(self, after: Measurement, base: Measurement, subject: Subject) -> Metrics:
         """What `metrics.json` holds: the model's figures, with the untouched base's and the photos'."""
         return {
             **after.metrics(base),
@@ -198,45 +200,50 @@ class StorybookEvaluation:
             "judge": self.judge.accuracy,
         }
 
-    def score(self, figures: Mapping[str, float]) -> float:
+    def score(self, metrics: Mapping[str, float]) -> float:
         """Subject fidelity x prompt fidelity, minus what the class has lost.
 
         That is its drift to the subject, or its shift in any direction if that is more.
         """
-        lost = max(0.0, figures["class_drift"], figures["class_shift"])
-        return figures["subject_fidelity"] * figures["prompt_fidelity"] - lost
+        lost = max(0.0, metrics["class_drift"], metrics["class_shift"])
+        return metrics["subject_fidelity"] * metrics["prompt_fidelity"] - lost
 
-    def plain(
-        self, pictures: Sequence[Picture], *, subject: Subject, prompts: Prompts, of_class: Sequence[Picture]
-    ) -> Figures:
+    def measure_images(
+        self,
+        samples: Sequence[GeneratedImage],
+        *,
+        subject: Subject,
+        prompts: SubjectPrompts,
+        of_class: Sequence[GeneratedImage],
+    ) -> Metrics:
         """Figures of pictures that any tool drew; prompt fidelity of those whose prompt names a place."""
-        reading = self.read([picture.image for picture in pictures])
+        reading = self.read([sample.image for sample in samples])
         values = {"subject_fidelity": subject_fidelity(reading, subject.attributes)}
-        asked = [context_of(picture.prompt) for picture in pictures]
+        asked = [context_of(sample.prompt) for sample in samples]
         if placed := [k for k, context in enumerate(asked) if context is not None]:
             wanted = torch.tensor([list(CONTEXTS).index(asked[k]) for k in placed])
             values["prompt_fidelity"] = (reading["context"][placed] == wanted).float()
-        figures: Figures = {}
+        metrics: Metrics = {}
         if len(of_class) > 1:
-            of_class_pixels = self._pixels([picture.image for picture in of_class])
+            of_class_pixels = self._pixels([sample.image for sample in of_class])
             read = self.judge.read(of_class_pixels)
             values["class_carries_subject"] = carries_subject(read, subject.attributes)
-            figures["class_diversity"] = round(diversity(self.judge.features(of_class_pixels)), 4)
-        figures |= {name: round(float(rows.mean()), 4) for name, rows in values.items()}
+            metrics["class_diversity"] = round(diversity(self.judge.features(of_class_pixels)), 4)
+        metrics |= {name: round(float(rows.mean()), 4) for name, rows in values.items()}
         intervals = {name: bootstrap(rows, lambda x: float(x.mean())) for name, rows in values.items()}
-        return {**figures, "intervals": intervals, "ceiling": {"subject_fidelity": subject.ceiling}}
+        return {**metrics, "intervals": intervals, "ceiling": {"subject_fidelity": subject.ceiling}}
 
-    def examine(self, draw: Text2Image, *, samples: int) -> dict[str, float]:
+    def examine(self, pipeline: Text2Image, *, samples: int) -> dict[str, float]:
         """A base's own quality: full captions of unseen scenes -> share drawn right, by attribute."""
-        scenes = [sample_scene(EXAM * BOOK + k) for k in range(samples)]
+        scenes = [sample_scene(HELD_OUT_SEED * SCENES_PER_SEED + k) for k in range(samples)]
         seeds = [self.seed + k for k in range(samples)]
-        reading = self.read(self._draw(draw, [full_caption(scene) for scene in scenes], seeds))
+        reading = self.read(self._generate(pipeline, [full_caption(scene) for scene in scenes], seeds))
         return _right(reading, scenes)
 
-    def _draw(
-        self, draw: Text2Image, prompts: Sequence[str], seeds: Sequence[int], **how: float
+    def _generate(
+        self, pipeline: Text2Image, prompts: Sequence[str], seeds: Sequence[int], **how: float
     ) -> list[Image.Image]:
-        samples = draw(prompts, seeds=seeds, **self.drawing | how, progress=True)
+        samples = pipeline(prompts, seeds=seeds, **self.sampling | how, progress=True)
         return [sample.image for sample in samples]
 
     def _pixels(self, images: Sequence[Image.Image]) -> Tensor:

@@ -24,35 +24,35 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x if x.requires_grad or not torch.is_grad_enabled() else x.contiguous())
 
 
-def repeat_rows(x: Tensor, rows: int) -> Tensor:
-    """The batch, over and over until it has so many rows. [b, ...] -> [rows, ...]."""
-    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))  # `repeat` would lose the layout
+def repeat_batch(x: Tensor, size: int) -> Tensor:
+    """The batch, over and over until it has so many items. [b, ...] -> [size, ...]."""
+    return x if len(x) == size else torch.cat([x] * (size // len(x)))  # `repeat` would lose the layout
 
 
-class Prompts(NamedTuple):
+class Conditioning(NamedTuple):
     """What B items attend to: P contexts [P, M, D], and which of them each item has: index [B] of int64.
 
     index None: the items lie in P runs of B / P, one for each context in its order.
     """
 
-    contexts: Tensor
+    context: Tensor
     items: int
     index: Tensor | None = None
 
     @classmethod
-    def of(cls, contexts: Tensor, rows: Sequence[int] | None = None) -> Self:
-        """rows: [B], the number of each item's context; None: as many items as contexts."""
-        if rows is None:
-            return cls(contexts, len(contexts))
-        run = len(rows) // len(contexts)
-        if list(rows) == [i for i in range(len(contexts)) for _ in range(run)]:
-            return cls(contexts, len(rows))
-        return cls(contexts, len(rows), index_of(rows, contexts.device))
+    def of(cls, context: Tensor, prompt_index: Sequence[int] | None = None) -> Self:
+        """prompt_index: [B], the number of each item's context; None: as many items as contexts."""
+        if prompt_index is None:
+            return cls(context, len(context))
+        run = len(prompt_index) // len(context)
+        if list(prompt_index) == [i for i in range(len(context)) for _ in range(run)]:
+            return cls(context, len(prompt_index))
+        return cls(context, len(prompt_index), index_tensor(prompt_index, context.device))
 
 
-def index_of(rows: Sequence[int], device: torch.device) -> Tensor:
+def index_tensor(prompt_index: Sequence[int], device: torch.device) -> Tensor:
     """[B] int64; nothing waits for the device."""
-    return torch.tensor(rows).to(device, non_blocking=True)
+    return torch.tensor(prompt_index).to(device, non_blocking=True)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -79,10 +79,10 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, prompts: Prompts | None = None) -> Tensor:
+    def forward(self, x: Tensor, conditioning: Conditioning | None = None) -> Tensor:
         """Without prompts, x attends to itself. Items of one prompt share its keys and values."""
-        contexts, _, index = Prompts.of(x) if prompts is None else prompts
-        q, k, v = self.to_q(x), self.to_k(contexts), self.to_v(contexts)
+        context, _, index = Conditioning.of(x) if conditioning is None else conditioning
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         if index is not None:
             k, v = k.index_select(0, index), v.index_select(0, index)  # quicker back through than k[index]
         q = q.reshape(len(k), -1, q.shape[2])  # a run of items is one long item
@@ -131,9 +131,9 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.norm3 = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, prompts: Prompts) -> Tensor:
-        x = repeat_rows(x + self.attn1(self.norm1(x)), prompts.items)
-        x = x + self.attn2(self.norm2(x), prompts)
+    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        x = repeat_batch(x + self.attn1(self.norm1(x)), conditioning.items)
+        x = x + self.attn2(self.norm2(x), conditioning)
         return x + self.ff(self.norm3(x))
 
 
@@ -164,16 +164,16 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zero_init(projection(channels, channels))
 
-    def forward(self, x: Tensor, prompts: Prompts) -> Tensor:
+    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         h = self.norm(x)
         if self.use_linear:
             h = self.proj_in(rearrange(h, "b c h w -> b (h w) c"))
         else:
             h = rearrange(self.proj_in(h), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
-            h = block(h, prompts)
+            h = block(h, conditioning)
         if self.use_linear:
             h = rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])
         else:
             h = self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]))
-        return repeat_rows(x, len(h)) + h
+        return repeat_batch(x, len(h)) + h

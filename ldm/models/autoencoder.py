@@ -22,12 +22,12 @@ class DiagonalGaussian:
     scale_factor: float = 1.0  # scaled = scale_factor * unscaled; needed by `kl` alone
 
     @classmethod
-    def from_moments(cls, moments: Tensor) -> Self:
-        """[B, 2 * embed_dim, h, w], as `moments` gave it -> the same Gaussian."""
-        return cls(*moments.chunk(2, dim=1))
+    def from_latent_stats(cls, latent_stats: Tensor) -> Self:
+        """[B, 2 * embed_dim, h, w], as `latent_stats` gave it -> the same Gaussian."""
+        return cls(*latent_stats.chunk(2, dim=1))
 
     @property
-    def moments(self) -> Tensor:
+    def latent_stats(self) -> Tensor:
         """Mean and std, concatenated -> [B, 2 * embed_dim, h, w]: what a cache keeps."""
         return torch.cat([self.mean, self.std], dim=1)
 

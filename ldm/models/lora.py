@@ -21,11 +21,11 @@ KINDS = {  # network -> kind of layers -> ends of their names
         "projections": r"proj_(in|out)",
         "convolutions": r"(in_layers\.2|out_layers\.3|skip_connection|op|conv)",
     },
-    "cond_stage": {"attention": r"self_attn\.(q|k|v|out)_proj", "feed_forward": r"mlp\.fc[12]"},
+    "text_encoder": {"attention": r"self_attn\.(q|k|v|out)_proj", "feed_forward": r"mlp\.fc[12]"},
 }
 
 
-class Factors(nn.Module):
+class LoRALayer(nn.Module):
     """What one layer learns: a hook adds it to the layer's output, so the layer keeps its place and its name.
 
     down: [rank, in, ...] of the layer's own kernel, up: [out, rank, ...], 0 at the start. Both are float32;
@@ -79,9 +79,9 @@ class LoRA(nn.Module):
         if rank < 1:
             raise UserError(f"rank {rank} is impossible", where="lora", remedy="Choose 1 or more.")
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
-        self.kinds = {"unet": unet, "cond_stage": text_encoder}
+        self.kinds = {"unet": unet, "text_encoder": text_encoder}
         self.base_dtype = torch.bfloat16 if base_dtype == "bf16" else torch.float32
-        self.parts = nn.ModuleDict({name: nn.Module() for name in self.kinds})
+        self.layers = nn.ModuleDict({name: nn.Module() for name in self.kinds})
 
     def attach(self, networks: Mapping[str, nn.Module]) -> None:
         """Freezes the networks; those that learned until now do so beside the chosen layers."""
@@ -89,7 +89,7 @@ class LoRA(nn.Module):
             learns = any(p.requires_grad for p in network.parameters())
             network.requires_grad_(False).to(self.base_dtype)
             for layer_name, layer in _chosen(network, KINDS[name], self.kinds[name] if learns else ()):
-                _put(self.parts[name], layer_name, Factors(layer, rank=self.rank, alpha=self.alpha))
+                _put(self.layers[name], layer_name, LoRALayer(layer, rank=self.rank, alpha=self.alpha))
 
     @classmethod
     def of_file(
@@ -101,32 +101,32 @@ class LoRA(nn.Module):
     ) -> Self:
         """`weight` times the factors that `ldm.checkpoints.lora.read_lora` read, beside their layers."""
         lora = cls()
-        for part, inner in layers.items():
+        for network, inner in layers.items():
             for name, (down, up, alpha) in inner.items():
-                layer = networks[part].get_submodule(name)
-                factors = Factors(layer, rank=len(down), alpha=weight * alpha).to(layer.weight.device)
+                layer = networks[network].get_submodule(name)
+                factors = LoRALayer(layer, rank=len(down), alpha=weight * alpha).to(layer.weight.device)
                 with torch.no_grad():
                     factors.down.copy_(down.reshape(factors.down.shape))
                     factors.up.copy_(up.reshape(factors.up.shape))
-                _put(lora.parts[part], name, factors.requires_grad_(False))
+                _put(lora.layers[network], name, factors.requires_grad_(False))
         return lora
 
-    def factors(self) -> dict[str, dict[str, tuple[Tensor, Tensor, float]]]:
+    def weights(self) -> dict[str, dict[str, tuple[Tensor, Tensor, float]]]:
         """Network -> layer -> (down, up, alpha), as `ldm.checkpoints.lora` takes them."""
         return {
-            part: {
+            network: {
                 name: (module.down.detach(), module.up.detach(), module.alpha)
                 for name, module in tree.named_modules()
-                if isinstance(module, Factors)
+                if isinstance(module, LoRALayer)
             }
-            for part, tree in self.parts.items()
+            for network, tree in self.layers.items()
         }
 
 
 @contextmanager
-def factors_off(*loras: LoRA) -> Iterator[None]:
+def lora_off(*loras: LoRA) -> Iterator[None]:
     """Inside, the networks beside which these LoRAs stand compute as the base, to the bit."""
-    every = [module for lora in loras for module in lora.modules() if isinstance(module, Factors)]
+    every = [module for lora in loras for module in lora.modules() if isinstance(module, LoRALayer)]
     before = [factors.enabled for factors in every]
     try:
         for factors in every:

@@ -1,4 +1,4 @@
-"""CLIP's text tower (Radford et al. 2021), which turns prompts into the context of the UNet."""
+"""CLIP's text encoder (Radford et al. 2021), which turns prompts into the context of the UNet."""
 
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from ldm.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VOCABULARY = ("vocab.json", "merges.txt")
-COMMA_REACH = 20  # tokens that a chunk gives up to end with a comma
+COMMA_BACKTRACK = 20  # tokens that a chunk gives up to end with a comma
 
 
 class CLIPTextEncoder(nn.Module):
@@ -69,7 +69,7 @@ class CLIPTextEncoder(nn.Module):
             attn_implementation="sdpa",
         )
         self.transformer = nn.ModuleDict({"text_model": CLIPTextModel(config)})
-        self.new_words = nn.ParameterDict()  # word -> its vectors [n, D], beside the vocabulary's
+        self.learned_tokens = nn.ParameterDict()  # word -> its vectors [n, D], beside the vocabulary's
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
@@ -85,21 +85,21 @@ class CLIPTextEncoder(nn.Module):
             )
         return tokenizer
 
-    def add_word(self, word: str, vectors: Tensor) -> None:
+    def add_token(self, word: str, vectors: Tensor) -> None:
         """From now on prompts may hold this word; it is read as n tokens of these vectors [n, D]."""
         weight = self.transformer["text_model"].embeddings.token_embedding.weight
         if vectors.ndim != 2 or vectors.shape[1] != weight.shape[1]:
             what = f"The vectors of `{word}` have the shape {list(vectors.shape)}"
             raise UserError(what, where=word, remedy=f"This text encoder takes [n, {weight.shape[1]}].")
         tokens = _tokens_of(word, len(vectors))
-        if word in self.new_words or self.tokenizer.add_tokens(tokens) < len(tokens):
+        if word in self.learned_tokens or self.tokenizer.add_tokens(tokens) < len(tokens):
             remedy = "Choose another one, such as <my-dog>."
             raise UserError(f"The word `{word}` is known already", where=word, remedy=remedy)
-        self.new_words[word] = nn.Parameter(vectors.detach().clone().to(weight))
+        self.learned_tokens[word] = nn.Parameter(vectors.detach().clone().to(weight))
 
-    def vectors_of(self, word: str) -> Tensor:
+    def token_embedding_of(self, word: str) -> Tensor:
         """What the vocabulary makes of a word -> [n, D]."""
-        ids = torch.tensor(self._read(word).input_ids)
+        ids = torch.tensor(self._tokenize(word).input_ids)
         return self.transformer["text_model"].embeddings.token_embedding.weight[ids.to(self.device)]
 
     @property
@@ -109,7 +109,7 @@ class CLIPTextEncoder(nn.Module):
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts -> ids [B, M] int64 on the CPU: bos, tokens (as many as fit), eos, padding."""
-        return self._framed([self._read(prompt).input_ids for prompt in prompts])
+        return self._pad_to_length([self._tokenize(prompt).input_ids for prompt in prompts])
 
     def tokenize_chunks(self, prompt: str) -> Tensor:
         """A prompt of any length -> ids [N, M] int64 on the CPU: N chunks, each with bos, eos and padding.
@@ -117,17 +117,17 @@ class CLIPTextEncoder(nn.Module):
         Cut as the web UI of AUTOMATIC1111 does: where a chunk is full, or after its last comma, if few tokens
         follow that.
         """
-        row = self._read(prompt).input_ids
+        row = self._tokenize(prompt).input_ids
         room, chunks = self.max_length - 2, []
         comma = self.tokenizer.get_vocab().get(",</w>") if len(row) > room else None
         while len(row) > room:
-            commas = [i for i in range(max(room - COMMA_REACH, 0), room) if row[i] == comma]
+            commas = [i for i in range(max(room - COMMA_BACKTRACK, 0), room) if row[i] == comma]
             end = commas[-1] + 1 if commas and row[room] != comma else room
             chunks.append(row[:end])
             row = row[end:]
-        return self._framed([*chunks, row])
+        return self._pad_to_length([*chunks, row])
 
-    def _framed(self, rows: list[list[int]]) -> Tensor:
+    def _pad_to_length(self, rows: list[list[int]]) -> Tensor:
         """Rows of tokens -> ids [len(rows), M]: bos, as many tokens as fit, eos, padding."""
         ids = torch.full((len(rows), self.max_length), self.pad_token_id)
         for line, row in zip(ids, rows, strict=True):
@@ -135,19 +135,19 @@ class CLIPTextEncoder(nn.Module):
             line[: len(kept)] = torch.tensor(kept)
         return ids
 
-    def overlong(self, prompt: str) -> str | None:
+    def truncated_tail(self, prompt: str) -> str | None:
         """The end of the prompt that `tokenize` cuts off; None where all of it fits."""
-        starts = self._read(prompt).offset_mapping[self.max_length - 2 :]
+        starts = self._tokenize(prompt).offset_mapping[self.max_length - 2 :]
         return prompt[starts[0][0] :] if starts else None
 
-    def _read(self, prompt: str) -> BatchEncoding:
+    def _tokenize(self, prompt: str) -> BatchEncoding:
         """The tokens of a prompt and where each stands in it."""
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
             what = f"The prompt {prompt!a} is no text: {error.reason}"
             raise UserError(what, remedy="Write it as UTF-8.") from error
-        for word, vectors in self.new_words.items():
+        for word, vectors in self.learned_tokens.items():
             prompt = prompt.replace(word, " ".join(_tokens_of(word, len(vectors))))
         return self.tokenizer(prompt, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
 
@@ -165,9 +165,9 @@ class CLIPTextEncoder(nn.Module):
     def _embed(self, ids: Tensor) -> Tensor:
         """ids: [B, M] -> vectors [B, M, D]; new words are numbered on from the tokenizer's own."""
         embedding = self.transformer["text_model"].embeddings.token_embedding
-        if not self.new_words:
+        if not self.learned_tokens:
             return embedding(ids)
-        new = torch.cat(list(self.new_words.values()))
+        new = torch.cat(list(self.learned_tokens.values()))
         number = ids - (len(self.tokenizer) - len(new))
         known = embedding(ids.where(number < 0, self.eos_token_id))
         return torch.where((number < 0).unsqueeze(-1), known, F.embedding(number.clamp(min=0), new))

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UserError
-from ldm.models.attention import GroupNorm, Prompts, SpatialTransformer, index_of, repeat_rows, zero_init
+from ldm.models.attention import (
+    Conditioning,
+    GroupNorm,
+    SpatialTransformer,
+    index_tensor,
+    repeat_batch,
+    zero_init,
+)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -78,13 +85,13 @@ class Upsample(nn.Module):
 class Stage(nn.Sequential):
     """Layers in a row; hands the timestep to residual blocks and the prompt to transformers."""
 
-    def forward(self, x: Tensor, emb: Tensor, prompts: Prompts) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, conditioning: Conditioning) -> Tensor:
         for layer in self:
             match layer:
                 case ResBlock():
-                    x = layer(x, repeat_rows(emb, len(x)))
+                    x = layer(x, repeat_batch(emb, len(x)))
                 case SpatialTransformer():
-                    x = layer(x, prompts)
+                    x = layer(x, conditioning)
                 case _:
                     x = layer(x)
         return x
@@ -170,25 +177,25 @@ class UNetModel(nn.Module):
         self.to(memory_format=torch.channels_last)  # much the faster layout for convolutions
 
     def predict(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, rows: Sequence[int] | None = None
+        self, x: Tensor, timesteps: Tensor, context: Tensor, prompt_index: Sequence[int] | None = None
     ) -> Tensor:
         """`forward` in the network's own precision, whatever that of x and of the context is."""
-        if self.fixed_shapes and rows is not None:
-            x, timesteps = repeat_rows(x, len(rows)), repeat_rows(timesteps, len(rows))
-            context, rows = context.index_select(0, index_of(rows, context.device)), None
+        if self.fixed_shapes and prompt_index is not None:
+            x, timesteps = repeat_batch(x, len(prompt_index)), repeat_batch(timesteps, len(prompt_index))
+            context, prompt_index = context.index_select(0, index_tensor(prompt_index, context.device)), None
         dtype = self.time_embed[0].weight.dtype
-        return self(x.to(dtype), timesteps, context.to(dtype), rows)
+        return self(x.to(dtype), timesteps, context.to(dtype), prompt_index)
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, rows: Sequence[int] | None = None
+        self, x: Tensor, timesteps: Tensor, context: Tensor, prompt_index: Sequence[int] | None = None
     ) -> Tensor:
         """x: [b, C, h, w], timesteps: [b] in [0, T), context: [P, M, D] -> [B, C, h, w].
 
-        rows: [B], which of the P contexts each item has; None: its own (b = B = P). Where b is less than B
-        (guidance), all of x goes with each of the B / b runs of rows; what comes before the first prompt is
-        then computed once.
+        prompt_index: [B], which of the P contexts each item has; None: its own (b = B = P). Where b is less
+        than B (guidance), all of x goes with each of the B / b runs of it; what comes before the first
+        prompt is then computed once.
         """
-        prompts = Prompts.of(context, rows)
+        conditioning = Conditioning.of(context, prompt_index)
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise UserError(
                 f"Latents of {x.shape[2]} x {x.shape[3]} cells do not fit the UNet",
@@ -199,12 +206,12 @@ class UNetModel(nn.Module):
         skips = []
         h, height = x, x.shape[2]
         for stage in self.input_blocks:
-            h = self._run(stage, h, emb, prompts, height // h.shape[2])
+            h = self._run(stage, h, emb, conditioning, height // h.shape[2])
             skips.append(h)
-        h = self._run(self.middle_block, h, emb, prompts, height // h.shape[2])
+        h = self._run(self.middle_block, h, emb, conditioning, height // h.shape[2])
         for stage in self.output_blocks:
-            h = torch.cat([h, repeat_rows(skips.pop(), len(h))], dim=1)
-            h = self._run(stage, h, emb, prompts, height // h.shape[2])
+            h = torch.cat([h, repeat_batch(skips.pop(), len(h))], dim=1)
+            h = self._run(stage, h, emb, conditioning, height // h.shape[2])
         return self.out(h)
 
     def recomputes(self, factor: int) -> bool:
@@ -212,7 +219,7 @@ class UNetModel(nn.Module):
         chosen = self.use_checkpoint
         return chosen if isinstance(chosen, bool) else factor in (chosen or ())
 
-    def _run(self, stage: Stage, x: Tensor, emb: Tensor, prompts: Prompts, factor: int) -> Tensor:
+    def _run(self, stage: Stage, x: Tensor, emb: Tensor, conditioning: Conditioning, factor: int) -> Tensor:
         if self.recomputes(factor) and torch.is_grad_enabled():
-            return checkpoint(stage, x, emb, prompts, use_reentrant=False, preserve_rng_state=False)
-        return stage(x, emb, prompts)
+            return checkpoint(stage, x, emb, conditioning, use_reentrant=False, preserve_rng_state=False)
+        return stage(x, emb, conditioning)

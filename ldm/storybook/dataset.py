@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ldm.data.images import to_tensor
 from ldm.storybook.world import caption, draw, full_caption, sample_scene
 
-BOOK = 1_000_000_000  # drawings of one seed; seeds never share a drawing
+SCENES_PER_SEED = 1_000_000_000  # drawings of one seed; seeds never share a drawing
 
 
 class StorybookDataset(Dataset):
@@ -25,7 +25,7 @@ class StorybookDataset(Dataset):
         self.size, self.seed, self.rare_word_share, self.pictures = size, seed, rare_word_share, pictures
 
     def __getitem__(self, k: int) -> dict[str, Tensor | str | dict[str, int] | int]:
-        scene = sample_scene(self.seed * BOOK + k)
+        scene = sample_scene(self.seed * SCENES_PER_SEED + k)
         item = {
             "caption": caption(scene, seed=scene.seed, rare_word_share=self.rare_word_share),
             "labels": scene.labels(),

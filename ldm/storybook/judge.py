@@ -19,7 +19,7 @@ SHIPPED = Path(__file__).resolve().parent / "assets" / "judge.safetensors"
 SIZE = 64  # pixels a side
 
 
-class Halving(nn.Module):
+class DownBlock(nn.Module):
     """Residual block: [B, C, H, W] -> [B, C', H/2, W/2]."""
 
     def __init__(self, channels: int, out_channels: int):
@@ -49,7 +49,7 @@ class Judge(nn.Module):
         super().__init__()
         self.config = {"channels": list(channels), "width": width}
         stem = nn.Conv2d(3, channels[0], 5, stride=2, padding=2)
-        halvings = [Halving(*pair) for pair in zip(channels, channels[1:], strict=False)]
+        halvings = [DownBlock(*pair) for pair in zip(channels, channels[1:], strict=False)]
         self.body = nn.Sequential(stem, nn.ReLU(), *halvings)
         cells = (SIZE >> len(channels)) ** 2
         self.embed = nn.Linear(channels[-1] * cells, width)

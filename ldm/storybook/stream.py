@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ldm.data.latents import Encode
 from ldm.errors import UserError
 from ldm.randomness import generator
-from ldm.storybook.dataset import BOOK
+from ldm.storybook.dataset import SCENES_PER_SEED
 from ldm.storybook.world import caption, draw, sample_scene
 
 Prepare = Callable[[dict], dict]  # what a worker adds to a batch: token ids, noise, timesteps
@@ -66,12 +66,16 @@ class StorybookBatches(Dataset):
 
     def image(self, k: int) -> Tensor:
         """[3, 64, 64] uint8."""
-        return torch.from_numpy(np.array(draw(sample_scene(self.seed * BOOK + k)))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(draw(sample_scene(self.seed * SCENES_PER_SEED + k)))).permute(
+            2, 0, 1
+        )
 
     def caption(self, item: int) -> str:
         dropped = torch.rand((), generator=generator(self.seed, item, "caption dropout"))
-        scene = sample_scene(self.seed * BOOK + item // self.captions_per_image)
-        return "" if dropped < self.caption_dropout else caption(scene, seed=self.seed * BOOK + item)
+        scene = sample_scene(self.seed * SCENES_PER_SEED + item // self.captions_per_image)
+        return (
+            "" if dropped < self.caption_dropout else caption(scene, seed=self.seed * SCENES_PER_SEED + item)
+        )
 
 
 class StorybookStream(pl.LightningDataModule):
@@ -106,7 +110,7 @@ class StorybookStream(pl.LightningDataModule):
         self.attach()
 
     def attach(self, *, encode: Encode | None = None, vae_hash: str = "") -> None:
-        """Hands over the VAE (images -> moments). Nothing is kept under the hash."""
+        """Hands over the VAE (images -> latent stats). Nothing is kept under the hash."""
         self.encode = encode
 
     def set_prepare(self, prepare: Prepare) -> None:
@@ -134,12 +138,14 @@ class StorybookStream(pl.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
-        """Images -> "moments" [B, 2C, h, w], on the device, where images are many and the copy was small."""
+        """Images -> "latent_stats" [B, 2C, h, w], encoded on the device to keep the copy small."""
         if self.encode is None:
             return batch
-        moments = self.encode(to_float(batch["image"]))
+        latent_stats = self.encode(to_float(batch["image"]))
         rest = {key: value for key, value in batch.items() if key != "image"}
-        return rest | {"moments": moments.repeat_interleave(len(batch["item"]) // len(moments), 0)}
+        return rest | {
+            "latent_stats": latent_stats.repeat_interleave(len(batch["item"]) // len(latent_stats), 0)
+        }
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -11,48 +11,48 @@ import pytorch_lightning as pl
 import torch
 from torch.optim import Optimizer
 
-from ldm.contact_sheet import contact_sheet, save_picture
+from ldm.contact_sheet import contact_sheet, save_image
 from ldm.pipeline import Text2Image
 from ldm.training.averaging import evaluated_weights
-from ldm.training.device import peak_memory_mib, placed
+from ldm.training.device import peak_memory_mib, temporarily_on
 from ldm.training.gradients import gradient_norm
-from ldm.training.sampling import SampleDrawing, draw_samples
+from ldm.training.sampling import SamplesConfig, generate_samples
 
 log = logging.getLogger(__name__)
 
 
 class Previews(pl.Callback):
-    """Every `drawing.every_steps` optimizer steps: the same prompts from the same seeds, on one sheet."""
+    """Every `config.every_steps` optimizer steps: the same prompts from the same seeds, on one sheet."""
 
-    def __init__(self, draw: Text2Image, drawing: SampleDrawing, prompts: Sequence[str], folder: Path):
-        self.draw, self.prompts, self.folder = draw, prompts, folder
-        self.drawing = replace(drawing, n=min(drawing.n, drawing.preview_n))
+    def __init__(self, pipeline: Text2Image, config: SamplesConfig, prompts: Sequence[str], folder: Path):
+        self.pipeline, self.prompts, self.folder = pipeline, prompts, folder
+        self.config = replace(config, n=min(config.n, config.preview_n))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: object, batch: dict, batch_idx: int
     ) -> None:
         step, done = trainer.global_step, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not done or step % self.drawing.every_steps or not trainer.is_global_zero:
+        if not done or step % self.config.every_steps or not trainer.is_global_zero:
             return
-        with evaluated_weights(trainer), placed(self.draw.first_stage, module.device):
-            sheet = contact_sheet(draw_samples(self.draw, self.drawing, self.prompts))
+        with evaluated_weights(trainer), temporarily_on(self.pipeline.vae, module.device):
+            grid = contact_sheet(generate_samples(self.pipeline, self.config, self.prompts))
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_picture(self.folder / f"step-{step:06d}.png", sheet, {"prompts": list(self.prompts)})
+        save_image(self.folder / f"step-{step:06d}.png", grid, {"prompts": list(self.prompts)})
         if isinstance(trainer.logger, pl.loggers.TensorBoardLogger):
-            board = trainer.logger.experiment
-            board.add_image("previews", np.asarray(sheet), step, dataformats="HWC")
+            writer = trainer.logger.experiment
+            writer.add_image("previews", np.asarray(grid), step, dataformats="HWC")
 
 
-class AutoencoderAside(pl.Callback):
+class OffloadVAE(pl.Callback):
     """Where training needs cached latents alone, the autoencoder gives its place on the device up."""
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        module.first_stage_model.cpu()
+        module.networks["vae"].cpu()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-class FirstStep(pl.Callback):
+class LogFirstStepTime(pl.Callback):
     """Says how long the first step took, which holds the compilation where the UNet is compiled."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -73,7 +73,7 @@ class FirstStep(pl.Callback):
             self.said = True
 
 
-class Speed(pl.Callback):
+class ThroughputLogger(pl.Callback):
     """Logs images/s, peak memory (MiB) and the norm of the gradient before clipping, every few steps."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

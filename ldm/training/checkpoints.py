@@ -14,15 +14,15 @@ from torch import Tensor
 from ldm.checkpoints.tensors import unpickle
 from ldm.errors import UserError
 from ldm.files import HashingWriter, atomic_write, require_space
-from ldm.training.guard import NonFiniteGuard
-from ldm.training.measures import Measures
+from ldm.training.non_finite import NonFiniteGuard
+from ldm.training.online_eval import OnlineEvalCallback
 from ldm.training.resume import by_step, name_of, step_of
 from ldm.training.signals import Stopped, StopSignals
 
 MONITORED = "val/loss"  # unless scores are measured, the checkpoint where it was least is kept as the best
 
 
-class WholeFiles(CheckpointIO):
+class AtomicCheckpointIO(CheckpointIO):
     """Lightning's checkpoints on disk: whole or absent, SHA-256 beside them, read without running code."""
 
     def save_checkpoint(
@@ -36,7 +36,8 @@ class WholeFiles(CheckpointIO):
                 with temporary.open("wb") as file:
                     hashed = HashingWriter(file)
                     torch.save(checkpoint, hashed)
-                with atomic_write(sidecar(path)) as note:  # first: no checkpoint stands there without it
+                # First: no checkpoint stands there without it
+                with atomic_write(checksum_path(path)) as note:
                     note.write_text(f"{hashed.sha256}  {path.name}\n", encoding="utf-8")
         except (OSError, RuntimeError, pickle.PicklingError) as error:
             raise UserError(f"The checkpoint cannot be written: {error}", where=path) from error
@@ -48,10 +49,10 @@ class WholeFiles(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
-        sidecar(Path(path)).unlink(missing_ok=True)
+        checksum_path(Path(path)).unlink(missing_ok=True)
 
 
-class Checkpoints(Checkpoint):
+class CheckpointCallback(Checkpoint):
     """Saves every `every` optimizer steps, where a measured score is the best, and at the end.
 
     It keeps the last `keep`, and the best: by the score, or by the validation loss of those that were saved.
@@ -68,10 +69,10 @@ class Checkpoints(Checkpoint):
         keep: int,
         stop: StopSignals,
         guard: NonFiniteGuard,
-        measures: Measures | None = None,
+        online_eval: OnlineEvalCallback | None = None,
     ):
         self.folder, self.every, self.keep = folder, every, keep
-        self.stop, self.guard, self.measures = stop, guard, measures
+        self.stop, self.guard, self.online_eval = stop, guard, online_eval
         self.saved = -1  # the step last saved
         self.best: dict[str, float] = {}  # "loss" and "step" of the best one that was saved
         self._loss: dict[str, float] = {}  # the same of the last validation
@@ -94,8 +95,8 @@ class Checkpoints(Checkpoint):
         # Logs count with this number, which Lightning guesses on resuming; for one optimizer it is the step.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         asked = self._asked_to_stop(trainer, module)
-        measured_best = self.measures is not None and self._is_best(trainer.global_step)
-        if asked or trainer.global_step % self.every == 0 or measured_best:
+        scored_best = self.online_eval is not None and self._is_best(trainer.global_step)
+        if asked or trainer.global_step % self.every == 0 or scored_best:
             self.save(trainer, module)
         if asked:
             raise Stopped(asked)
@@ -105,10 +106,10 @@ class Checkpoints(Checkpoint):
         self.save(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        score = self.measures.latest(trainer.global_step) if self.measures else None
+        score = self.online_eval.latest(trainer.global_step) if self.online_eval else None
         if score is not None:
             self._loss = {"loss": -score, "step": trainer.global_step}
-        elif self.measures is None and MONITORED in trainer.callback_metrics:
+        elif self.online_eval is None and MONITORED in trainer.callback_metrics:
             loss = float(trainer.callback_metrics[MONITORED])
             self._loss = {"loss": loss, "step": trainer.global_step}
 
@@ -130,7 +131,7 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if step == self.saved:
             return
-        self.guard.judge(trainer, module)
+        self.guard.check_steps(trainer, module)
         if self._is_best(step):
             self.best = self._loss
         for logger in trainer.loggers:
@@ -140,7 +141,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for path in by_step(self.folder)[self.keep :]:
                 if step_of(path) != self.best.get("step"):
-                    WholeFiles().remove_checkpoint(path)
+                    AtomicCheckpointIO().remove_checkpoint(path)
 
     def _asked_to_stop(self, trainer: pl.Trainer, module: pl.LightningModule) -> int:
         """The number of the signal that any of the processes got, or 0."""
@@ -157,7 +158,7 @@ def check_saving(plain: Mapping[str, Any]) -> None:
             raise UserError(f"{key} is {plain[key]}", where=key, remedy="It must be at least 1.")
 
 
-def sidecar(path: Path) -> Path:
+def checksum_path(path: Path) -> Path:
     """The file beside a checkpoint that `sha256sum --check` reads."""
     return path.with_name(f"{path.name}.sha256")
 

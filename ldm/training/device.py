@@ -85,7 +85,7 @@ def peak_resident_mib() -> float:
 
 
 @contextmanager
-def placed(network: nn.Module, device: torch.device) -> Iterator[None]:
+def temporarily_on(network: nn.Module, device: torch.device) -> Iterator[None]:
     """The network lies on `device` inside, and where it was afterwards."""
     before = next(network.parameters()).device
     network.to(device)

@@ -8,17 +8,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import instantiate, save_config, to_plain
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.training import ranks, run
-from ldm.training.callbacks import Speed
+from ldm.training import distributed, run
+from ldm.training.before_after import check_evaluations
+from ldm.training.callbacks import ThroughputLogger
 from ldm.training.checkpoints import check_saving
 from ldm.training.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.training.dreambooth import DreamBoothRun, check_prior_target
 from ldm.training.folder import claimed, folder_of
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.measures import check_measuring
 from ldm.training.memory import encoding, estimate, report
+from ldm.training.online_eval import check_online_eval
 from ldm.training.recompute import with_checkpointing_chosen
-from ldm.training.score import check_evaluations
 from ldm.training.sharding import check_sharding
 
 
@@ -30,7 +30,7 @@ def run_job(
     "auto" continues the newest unfinished run of the config's name, if there is one.
     """
     plain = to_plain(config)
-    plain["trainer"] = ranks.join(plain["trainer"])
+    plain["trainer"] = distributed.join(plain["trainer"])
     data = instantiate(plain["data"])
     if isinstance(data, DreamBoothDataModule):
         data.check()
@@ -38,7 +38,7 @@ def run_job(
     run.base_files(plain)
     check_saving(plain)
     check_evaluations(plain)
-    check_measuring(plain)
+    check_online_eval(plain)
     check_sharding(plain)
     pl.seed_everything(plain["seed"], verbose=False)
     keep_freed_memory()
@@ -48,11 +48,11 @@ def run_job(
         module.check(plain["trainer"])
         if isinstance(data, DreamBoothDataModule):
             check_prior_target(module, data)
-    folder = ranks.by_first(
+    folder = distributed.on_rank0_broadcast(
         lambda: folder_of(to_plain(config), resume, allow_config_change=allow_config_change)
     )
-    with claimed(folder) if ranks.rank() == 0 else nullcontext():
-        if ranks.rank() == 0:
+    with claimed(folder) if distributed.rank() == 0 else nullcontext():
+        if distributed.rank() == 0:
             save_config(config, folder / "config.yaml")
         return _train(module, data, plain, folder)
 
@@ -65,12 +65,12 @@ def _train(module: pl.LightningModule, data: pl.LightningDataModule, plain: dict
         base_hash = run.load_base(module.networks, files, parameterization=predicts)
         module.to(device_of(plain["trainer"]))
         if isinstance(module, LatentDiffusion):
-            module.add_new_word()
+            module.add_learned_token()
             data.attach(encode=module.encode_images, vae_hash=base_hash)
     if isinstance(data, DreamBoothDataModule):
         return DreamBoothRun(module, data, plain, folder, base_hash=base_hash)()
-    run.fit(module, data, folder=folder, callbacks=[Speed()], **run.training_options(plain))
-    return [] if ranks.rank() else [run.export_of(module, plain, folder)]
+    run.fit(module, data, folder=folder, callbacks=[ThroughputLogger()], **run.training_options(plain))
+    return [] if distributed.rank() else [run.export_of(module, plain, folder)]
 
 
 def plan(config: DictConfig) -> str:
@@ -81,7 +81,7 @@ def plan(config: DictConfig) -> str:
         device = device_of(plain["trainer"])
         chosen = with_checkpointing_chosen(plain, device)
         if chosen != plain:
-            params = chosen["model"]["params"]["unet_config"]["params"]
+            params = chosen["model"]["params"]["unet"]["params"]
             text += (
                 f"use_checkpoint, by the free memory of {device}: {str(params['use_checkpoint']).lower()}\n"
             )

@@ -45,12 +45,12 @@ class JudgeTask(pl.LightningModule):
         self._right: list[Tensor] = []
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        logits = self.judge(self.wear(batch["image"], batch["item"].tolist()))
+        logits = self.judge(self.degrade(batch["image"], batch["item"].tolist()))
         loss = sum(F.cross_entropy(logits[name], batch["labels"][name]) for name in ATTRIBUTES)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def wear(self, images: Tensor, items: list[int]) -> Tensor:
+    def degrade(self, images: Tensor, items: list[int]) -> Tensor:
         """[B, 3, H, W] -> the same, each picture blurred and noisy to a degree of its own."""
 
         def degrees(purpose: str) -> Tensor:

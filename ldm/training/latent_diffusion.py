@@ -18,13 +18,12 @@ from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
-from ldm.models.unet import UNetModel
 from ldm.training.conditioning import Conditioner
-from ldm.training.draws import StepDraws, drawn, latent_shape
 from ldm.training.gradients import clip
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
 from ldm.training.sharding import Sharded, shard
-from ldm.training.techniques import NewWord, Pull, Teacher
+from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
+from ldm.training.techniques import L2SP, LearnedToken, Reference
 
 PriorTarget = Literal["noise", "teacher"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -34,11 +33,11 @@ class LatentDiffusion(pl.LightningModule):
     """UNet, text encoder and frozen autoencoder with the DreamBooth loss (Ruiz et al. 2023, eq. 2).
 
     Its state dict has the names of a Stable Diffusion file: `model.diffusion_model.*`, `first_stage_model.*`,
-    `cond_stage_model.*`. A batch is a dict: "moments" [B, 2C, h, w] or "image" [B, 3, H, W] in [-1, 1],
+    `cond_stage_model.*`. A batch is a dict: "latent_stats" [B, 2C, h, w] or "image" [B, 3, H, W] in [-1, 1],
     "caption" list of str, "is_prior" [B] bool, "item" [B] int64 (subject and prior items numbered apart).
 
     Args:
-        unet_config, first_stage_config, cond_stage_config: nodes of the three networks.
+        unet, vae, text_encoder: nodes of the three networks.
         parameterization: what the UNet predicts: "eps" (SD 1.x), "v" (SD 2.x at 768 pixels) or "x0".
         linear_start, linear_end, timesteps, beta_schedule: of the noise schedule.
         zero_terminal_snr: ends the schedule in noise alone (Lin et al. 2024), so that brightness is learnt
@@ -48,17 +47,17 @@ class LatentDiffusion(pl.LightningModule):
         min_snr_floor: added to these weights, in terms of x0 (see `min_snr_weights`).
         offset_noise: standard deviation of what is added to all of an item's noise in a channel, so that
             brightness is learnt too (Guttenberg 2023); 0.1 is usual.
-        l2_pull: weight of the squared distance of the weights to the base's, which can stand in for prior
-            images (`num_priors` 0); logged as `train/l2_distance`.
+        l2_sp_weight: weight of the squared distance of the weights to the base's, which can stand in for
+            prior images (`num_priors` 0); logged as `train/l2_distance`.
         prior_target: of the prior items: "noise", as of the subject's, or "teacher": the base's prediction.
         train_unet, train_text_encoder: which networks learn.
         text_encoder_steps: optimizer steps after which the text encoder stays as it is; None: it learns on.
-        new_word: node of a `NewWord`: vectors for the identifier, learned with the networks or, where both
-            are switched off, alone. They are kept in `embedding.safetensors`.
+        learned_token: node of a `LearnedToken`: textual inversion, with the networks or, where both are
+            switched off, alone. Its vectors are kept in `embedding.safetensors`.
         learning_rate: of AdamW; `text_encoder_learning_rate` None is the same.
         optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
             bfloat16 and rounds their updates stochastically.
-        step_in_backward: each weight learns as soon as its gradient is there, which is then freed.
+        fused_backward: each weight learns as soon as its gradient is there, which is then freed.
         lr_schedule: after `warmup_steps` optimizer steps constant, a cosine to 0, or "wsd" (`lr_factor`).
         lora: node of a `LoRA`: what learns are factors beside the layers of UNet and text encoder.
         compile: mode in which torch.compile translates the UNet, once for each batch size that it meets.
@@ -68,9 +67,9 @@ class LatentDiffusion(pl.LightningModule):
     def __init__(
         self,
         *,
-        unet_config: dict,
-        first_stage_config: dict,
-        cond_stage_config: dict,
+        unet: dict,
+        vae: dict,
+        text_encoder: dict,
         parameterization: str = "eps",
         linear_start: float = 0.00085,
         linear_end: float = 0.012,
@@ -81,12 +80,12 @@ class LatentDiffusion(pl.LightningModule):
         min_snr_gamma: float | None = None,
         min_snr_floor: float = 0.0,
         offset_noise: float = 0.0,
-        l2_pull: float = 0.0,
+        l2_sp_weight: float = 0.0,
         prior_target: PriorTarget = "noise",
         train_unet: bool = True,
         train_text_encoder: bool = True,
         text_encoder_steps: int | None = None,
-        new_word: dict | None = None,
+        learned_token: dict | None = None,
         learning_rate: float = 1e-6,
         text_encoder_learning_rate: float | None = None,
         weight_decay: float = 0.01,
@@ -94,16 +93,16 @@ class LatentDiffusion(pl.LightningModule):
         lr_schedule: LRSchedule = "constant",
         warmup_steps: int = 0,
         optimizer: OptimizerName = "adamw",
-        step_in_backward: bool = False,
+        fused_backward: bool = False,
         lora: dict | None = None,
         compile: CompileMode | None = None,
         seed: int = 23,
     ):
         super().__init__()
-        unet: UNetModel = instantiate(unet_config)
-        self.model = nn.ModuleDict({"diffusion_model": unet})
-        self.first_stage_model: AutoencoderKL = instantiate(first_stage_config)
-        self.cond_stage_model: CLIPTextEncoder = instantiate(cond_stage_config)
+        self.model = nn.ModuleDict({"diffusion_model": instantiate(unet)})
+        self.first_stage_model: AutoencoderKL = instantiate(vae)
+        self.cond_stage_model: CLIPTextEncoder = instantiate(text_encoder)
+        networks = self.networks
         alphas_cumprod = make_alphas_cumprod(
             beta_schedule=beta_schedule,
             linear_start=linear_start,
@@ -117,27 +116,27 @@ class LatentDiffusion(pl.LightningModule):
             raise UserError("Noise alone says nothing of eps", where="zero_terminal_snr", remedy=remedy)
         self.parameterization, self.seed, self.prior_loss_weight = parameterization, seed, prior_loss_weight
         self.min_snr_gamma, self.min_snr_floor = min_snr_gamma, min_snr_floor
-        self.offset_noise, self.l2_pull, self.prior_target = offset_noise, l2_pull, prior_target
+        self.offset_noise, self.l2_sp_weight, self.prior_target = offset_noise, l2_sp_weight, prior_target
         self.text_encoder_steps = text_encoder_steps
-        self.new_word: NewWord | None = instantiate(new_word) if new_word else None
+        self.learned_token: LearnedToken | None = instantiate(learned_token) if learned_token else None
         text_rate = learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
         self.learning_rates = {"unet": learning_rate, "text_encoder": text_rate}
         self.weight_decay, self.betas, self.lr_schedule = weight_decay, tuple(betas), lr_schedule
-        self.first_stage_model.requires_grad_(False)
-        unet.requires_grad_(train_unet)
-        self.cond_stage_model.requires_grad_(train_text_encoder)
+        networks["vae"].requires_grad_(False)
+        networks["unet"].requires_grad_(train_unet)
+        networks["text_encoder"].requires_grad_(train_text_encoder)
         self.lora: LoRA | None = instantiate(lora) if lora else None
         if self.lora is not None:
-            self.lora.attach({"unet": unet, "cond_stage": self.cond_stage_model})
-        self.optimizer, self.step_in_backward, self.warmup_steps = optimizer, step_in_backward, warmup_steps
+            self.lora.attach({name: networks[name] for name in ("unet", "text_encoder")})
+        self.optimizer, self.fused_backward, self.warmup_steps = optimizer, fused_backward, warmup_steps
         if optimizer == "adamw_bf16":
-            unet.to(torch.bfloat16)
-            self.cond_stage_model.to(torch.bfloat16)
+            networks["unet"].to(torch.bfloat16)
+            networks["text_encoder"].to(torch.bfloat16)
         if compile is not None:
-            unet.fixed_shapes = True
-            unet.compile(mode=compile, dynamic=False)
-        self._pull: Pull | None = None
-        self._teacher: Teacher | None = None
+            networks["unet"].fixed_shapes = True
+            networks["unet"].compile(mode=compile, dynamic=False)
+        self._l2_sp: L2SP | None = None
+        self._reference: Reference | None = None
         self._conditioner = Conditioner(self.cond_stage_model)
 
     @property
@@ -145,22 +144,22 @@ class LatentDiffusion(pl.LightningModule):
         """The three networks by the names of `ldm.checkpoints.layout`."""
         return {
             "unet": self.model["diffusion_model"],
-            "first_stage": self.first_stage_model,
-            "cond_stage": self.cond_stage_model,
+            "vae": self.first_stage_model,
+            "text_encoder": self.cond_stage_model,
         }
 
     @property
-    def learners(self) -> dict[str, nn.Module]:
+    def trainable_modules(self) -> dict[str, nn.Module]:
         """What the optimizer changes for each network: the network itself, or the factors beside it."""
-        parts = self.networks if self.lora is None else self.lora.parts
-        text = self.cond_stage_model.transformer if self.lora is None else parts["cond_stage"]
-        words = {} if self.new_word is None else {"new_word": self.cond_stage_model.new_words}
-        return {"unet": parts["unet"], "text_encoder": text, **words}
+        modules = self.networks if self.lora is None else self.lora.layers
+        text = self.cond_stage_model.transformer if self.lora is None else modules["text_encoder"]
+        tokens = {} if self.learned_token is None else {"learned_token": self.cond_stage_model.learned_tokens}
+        return {"unet": modules["unet"], "text_encoder": text, **tokens}
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """images: [B, 3, H, W] in [-1, 1] -> moments [B, 2C, h, w] of their latents."""
-        return self.first_stage_model.encode(images.to(self.device)).moments.contiguous()
+        """images: [B, 3, H, W] in [-1, 1] -> latent stats [B, 2C, h, w] of their latents."""
+        return self.first_stage_model.encode(images.to(self.device)).latent_stats.contiguous()
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
         """B prompts -> the contexts [P, M, D] of the different ones, and which of them each has: [B].
@@ -173,44 +172,44 @@ class LatentDiffusion(pl.LightningModule):
 
     @property
     def _text_learns(self) -> bool:
-        parts = (part for name, part in self.learners.items() if name != "unet")
-        return any(p.requires_grad for part in parts for p in part.parameters())
+        modules = (module for name, module in self.trainable_modules.items() if name != "unet")
+        return any(p.requires_grad for module in modules for p in module.parameters())
 
     def setup(self, stage: str) -> None:
         """Keeps the base as it is, before a checkpoint replaces its weights."""
-        if self.new_word is not None and not self.cond_stage_model.new_words:
+        if self.learned_token is not None and not self.cond_stage_model.learned_tokens:
             raise ValueError("call add_new_word between loading the base and training")
-        if self.l2_pull and stage == "fit":
-            self._pull = Pull(self.parameters())
+        if self.l2_sp_weight and stage == "fit":
+            self._l2_sp = L2SP(self.parameters())
         if self.prior_target == "teacher" and stage == "fit":
             how = {"lora": self.lora, "precision": getattr(self._trainer, "precision", "32-true")}
-            self._teacher = Teacher(self.model["diffusion_model"], self.cond_stage_model, **how)
+            self._reference = Reference(self.model["diffusion_model"], self.cond_stage_model, **how)
 
     def configure_model(self) -> None:
         """Splits the networks over the processes, where the Trainer asks for that."""
         if isinstance(self.trainer.strategy, Sharded):
             shard(self.networks, self.device_mesh["data_parallel"])
 
-    def add_new_word(self) -> None:
+    def add_learned_token(self) -> None:
         """Lets prompts hold the new word, if there is one. To be called when the base's weights are there."""
-        tower, new = self.cond_stage_model, self.new_word
+        text_encoder, new = self.cond_stage_model, self.learned_token
         if new is not None:
-            tower.add_word(new.word, tower.vectors_of(new.init))
+            text_encoder.add_token(new.word, text_encoder.token_embedding_of(new.init))
             self._conditioner.forget()
 
     def on_train_start(self) -> None:
         """Contexts of other weights, and ids on another device, are forgotten."""
         self._conditioner.forget()
-        for kept in (self._pull, self._teacher):
+        for kept in (self._l2_sp, self._reference):
             if kept is not None:
                 kept.to(self.device)
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
-        """Adds what is read or drawn on the CPU while the items are there (see `drawn`)."""
+        """Adds what is read or drawn on the CPU while the items are there (see `sample_randomness`)."""
         stage = self.first_stage_model
         shape = latent_shape(batch, channels=stage.embed_dim, factor=stage.factor)
         timesteps, offset = len(self.alphas_cumprod), bool(self.offset_noise)
-        return batch | drawn(batch, self.seed, shape, timesteps=timesteps, offset=offset)
+        return batch | sample_randomness(batch, self.seed, shape, timesteps=timesteps, offset=offset)
 
     def apply_model(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """x: [B, C, h, w], t: [B], context: [P, M, D], rows: [B] -> the UNet's prediction [B, C, h, w]."""
@@ -218,10 +217,10 @@ class LatentDiffusion(pl.LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         loss = self._log_loss(batch, "train").total
-        if self._pull is not None:
-            distance = self._pull.distance()
+        if self._l2_sp is not None:
+            distance = self._l2_sp.distance()
             self.log("train/l2_distance", distance)
-            loss = loss + self.l2_pull * distance
+            loss = loss + self.l2_sp_weight * distance
         return loss
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
@@ -246,22 +245,28 @@ class LatentDiffusion(pl.LightningModule):
 
     def loss_per_item(self, batch: dict) -> Tensor:
         """Weighted denoising loss of each item -> [B] float32 (Ho et al. 2020, eq. 14)."""
-        if "draws" not in batch:
+        if "randomness" not in batch:
             batch = self.on_before_batch_transfer(batch, 0)
-        moments = batch["moments"] if "moments" in batch else self.encode_images(batch["image"])
-        posterior = DiagonalGaussian.from_moments(moments.float())
-        draws = batch["draws"].to(self.device, non_blocking=True)
-        timesteps, posterior_noise, noise, offset = StepDraws.views(draws, posterior.mean.shape)
+        latent_stats = (
+            batch["latent_stats"] if "latent_stats" in batch else self.encode_images(batch["image"])
+        )
+        posterior = DiagonalGaussian.from_latent_stats(latent_stats.float())
+        randomness = batch["randomness"].to(self.device, non_blocking=True)
+        timesteps, posterior_noise, noise, offset = StepRandomness.views(randomness, posterior.mean.shape)
         x0 = posterior.sample(posterior_noise)
         if self.offset_noise:
             noise = noise + self.offset_noise * offset
         noisy = add_noise(x0, noise, timesteps, self.alphas_cumprod)
         prediction = self.apply_model(noisy, timesteps, *self.encode_prompts(batch["caption"]))
         target = training_target(self.parameterization, x0, noise, timesteps, self.alphas_cumprod)
-        prompts = [c for c, (_, part) in zip(batch["caption"], batch["keys"], strict=True) if part == "prior"]
-        if self._teacher is not None and prompts:
+        prompts = [
+            c
+            for c, (_, stream) in zip(batch["caption"], batch["stream_ids"], strict=True)
+            if stream == "prior"
+        ]
+        if self._reference is not None and prompts:
             rows = batch["prior_rows"].to(self.device, non_blocking=True)
-            kept = self._teacher.predict(noisy[rows], timesteps[rows], prompts)
+            kept = self._reference.predict(noisy[rows], timesteps[rows], prompts)
             target = target.index_copy(0, rows, kept.to(target))
         return mse_per_item(prediction, target) * self.loss_weights(timesteps)
 
@@ -281,7 +286,7 @@ class LatentDiffusion(pl.LightningModule):
         """Refuses a Trainer, given by its arguments, with which this optimizer cannot work."""
         check_optimizer(
             name=self.optimizer,
-            step_in_backward=self.step_in_backward,
+            fused_backward=self.fused_backward,
             accumulate=trainer.get("accumulate_grad_batches", 1),
             clip=trainer.get("gradient_clip_val"),
             precision=trainer.get("precision"),
@@ -295,11 +300,13 @@ class LatentDiffusion(pl.LightningModule):
     def configure_optimizers(self) -> dict:
         settings = ("accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
         self.check({name: getattr(self.trainer, name) for name in settings})
-        rates = self.learning_rates | ({"new_word": self.new_word.learning_rate} if self.new_word else {})
+        rates = self.learning_rates | (
+            {"learned_token": self.learned_token.learning_rate} if self.learned_token else {}
+        )
         optimizer = adamw(
-            {name: (module, rates[name]) for name, module in self.learners.items()},
+            {name: (module, rates[name]) for name, module in self.trainable_modules.items()},
             name=self.optimizer,
-            step_in_backward=self.step_in_backward,
+            fused_backward=self.fused_backward,
             seed=self.seed,
             betas=self.betas,
             weight_decay=self.weight_decay,
@@ -324,13 +331,13 @@ class LatentDiffusion(pl.LightningModule):
         Where a LoRA learns it is merged in that file, and in `lora.safetensors` beside it alone; a new word
         is in `embedding.safetensors` alone.
         """
-        parts = {name: network.state_dict() for name, network in self.networks.items()}
-        for word, vectors in self.cond_stage_model.new_words.items():
-            del parts["cond_stage"][f"new_words.{word}"]
+        state_dicts = {name: network.state_dict() for name, network in self.networks.items()}
+        for word, vectors in self.cond_stage_model.learned_tokens.items():
+            del state_dicts["text_encoder"][f"learned_tokens.{word}"]
             save_embedding(path.with_name(EMBEDDING), word, vectors, metadata=metadata)
         if self.lora is not None:
-            layers = self.lora.factors()
-            save_lora(path.with_name("lora.safetensors"), layers, parts, dtype=dtype, metadata=metadata)
-            parts = merge_lora(parts, layers)
+            layers = self.lora.weights()
+            save_lora(path.with_name("lora.safetensors"), layers, state_dicts, dtype=dtype, metadata=metadata)
+            state_dicts = merge_lora(state_dicts, layers)
         alphas_cumprod = self.alphas_cumprod.cpu()
-        return save_model(path, parts, alphas_cumprod=alphas_cumprod, dtype=dtype, metadata=metadata)
+        return save_model(path, state_dicts, alphas_cumprod=alphas_cumprod, dtype=dtype, metadata=metadata)

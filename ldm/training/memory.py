@@ -17,10 +17,10 @@ from torch.func import functional_call
 
 from ldm.config import instantiate
 from ldm.data.latents import views_at_once
+from ldm.training.distributed import device_count
+from ldm.training.fused_backward import pending_gradient_bytes
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.low_memory import held_gradients
 from ldm.training.peak import PeakBytes
-from ldm.training.ranks import device_count
 from ldm.training.sharding import FSDP
 from ldm.training.techniques import AUTOCAST, cast_by_autocast
 
@@ -55,20 +55,20 @@ def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]
         learning = _learning(network)
         needs[name] = Need(
             weights=_size(network.state_dict().values()),
-            gradients=0 if module.step_in_backward else _size(learning),
+            gradients=0 if module.fused_backward else _size(learning),
             states=sum(state_bytes(p, module.optimizer) for p in learning),
             activations=activations.get(name, 0),
         )
-    if module.step_in_backward:  # those that wait, and the one that comes last
+    if module.fused_backward:  # those that wait, and the one that comes last
         learning = _learning(module)
-        waiting = held_gradients(learning) + max((p.nbytes for p in learning), default=0)
+        waiting = pending_gradient_bytes(learning) + max((p.nbytes for p in learning), default=0)
         needs["unet"] = Need(**{**vars(needs["unet"]), "gradients": waiting})
     average = _average(config, module, needs)
     disk = _disk(config, needs, module)
     if trainer.get("strategy") == FSDP:
         needs |= {name: _share(need, device_count(trainer)) for name, need in needs.items() if need.states}
     if data.get("cache_latents", True) and not data.get("online_priors"):
-        del needs["first_stage"]
+        del needs["vae"]
     if average.total:
         needs["average"] = average
     if copies := _copies_of_base(module, data, precision=str(trainer.get("precision", "32-true"))):
@@ -85,8 +85,8 @@ def _on_meta(config: Mapping[str, Any]) -> LatentDiffusion:
 
 def _share(need: Need, processes: int) -> Need:
     """What one process has of a network that FSDP splits; the block that computes is whole for that time."""
-    parts = {name: -(-getattr(need, name) // processes) for name in ("weights", "gradients", "states")}
-    return Need(**parts, activations=need.activations)
+    shares = {name: -(-getattr(need, name) // processes) for name in ("weights", "gradients", "states")}
+    return Need(**shares, activations=need.activations)
 
 
 def _average(config: Mapping[str, Any], module: LatentDiffusion, needs: Mapping[str, Need]) -> Need:
@@ -104,14 +104,14 @@ def _average(config: Mapping[str, Any], module: LatentDiffusion, needs: Mapping[
 
 def _copies_of_base(module: LatentDiffusion, data: Mapping[str, Any], *, precision: str) -> int:
     """Bytes of what techniques keep of the untouched base: whole networks, or the weights that learn."""
-    networks = [module.networks[name] for name in ("unet", "cond_stage")]
+    networks = [module.networks[name] for name in ("unet", "text_encoder")]
     whole = sum(_size(network.parameters()) for network in networks)
     copies = whole * bool(data.get("online_priors"))
     if module.prior_target == "teacher" and module.lora is None:
         layers = [layer for network in networks for layer in cast_by_autocast(network)]
         halved = _size(p for layer in layers for p in layer.parameters() if p.dtype == torch.float32) // 2
         copies += whole - (halved if precision in AUTOCAST else 0)
-    return copies + (_size(_learning(module)) if module.l2_pull else 0)
+    return copies + (_size(_learning(module)) if module.l2_sp_weight else 0)
 
 
 def state_bytes(parameter: Tensor, optimizer: str) -> int:
@@ -129,7 +129,7 @@ def encoding(config: Mapping[str, Any]) -> int:
     data = config["data"].get("params", {})
     module = _on_meta(config)
     weights = _size(module.state_dict().values())
-    encoder, size = module.first_stage_model.encoder, data["size"]
+    encoder, size = module.networks["vae"].encoder, data["size"]
     with FakeTensorMode():
         stand_ins = _without_data(encoder)
         images = torch.zeros(views_at_once(size), 3, size, size)
@@ -153,30 +153,30 @@ def report(needs: Mapping[str, Need], disk: Mapping[str, int], *, encoding: int 
 
 def _activations(module: LatentDiffusion, data: Mapping[str, Any], *, precision: str) -> dict[str, int]:
     """Bytes that a micro-batch's backward pass needs, the stage computed again included."""
-    unet, text = module.networks["unet"], module.networks["cond_stage"]
+    unet, text = module.networks["unet"], module.networks["text_encoder"]
     subject = data.get("batch_size", 1)
     given = data.get("prior_batch_size")
     priors = subject if given is None else given
-    side = data["size"] // module.first_stage_model.factor
+    side = data["size"] // module.networks["vae"].factor
     mixed = torch.autocast("cpu", dtype=torch.bfloat16) if "mixed" in precision else nullcontext()
-    found, factors = {}, {}
+    found, lora_weights = {}, {}
     if module.lora is not None:
         module.lora._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
-        factors = dict(module.lora.named_parameters())
+        lora_weights = dict(module.lora.named_parameters())
     with mixed:
         weights = _without_data(text)
         captions = 1 + (priors > 0) + (data.get("prior_caption_dropout", 0.0) > 0)
         prompts = torch.zeros(captions, text.max_length, dtype=torch.int64)
-        with _saving(text, weights | factors, {}) as saved:
+        with _saving(text, weights | lora_weights, {}) as saved:
             context = functional_call(text, weights, prompts)
-        found["cond_stage"] = sum(saved)
+        found["text_encoder"] = sum(saved)
         timesteps = torch.zeros(subject + priors, dtype=torch.int64)
         rows = [0] * subject + [1] * priors
         context = context.detach().requires_grad_(context.requires_grad)
-        x = torch.zeros(subject + priors, module.first_stage_model.embed_dim, side, side)
+        x = torch.zeros(subject + priors, module.networks["vae"].embed_dim, side, side)
         stages = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
         weights, dtype = _without_data(unet), next(unet.parameters()).dtype
-        with _saving(unet, weights | factors, {stage: side for stage in stages}) as saved:
+        with _saving(unet, weights | lora_weights, {stage: side for stage in stages}) as saved:
             functional_call(unet, weights, (x.to(dtype), timesteps, context.to(dtype), rows))
         found["unet"] = sum(saved)
     return found

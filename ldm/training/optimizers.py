@@ -12,19 +12,19 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.errors import UserError
 from ldm.training.adamw_bf16 import AdamWBF16
-from ldm.training.low_memory import StepInBackward
+from ldm.training.fused_backward import FusedBackward
 
 LRSchedule = Literal["constant", "cosine", "wsd"]
 OptimizerName = Literal["adamw", "adamw_8bit", "adamw_bf16"]
-Parts = Mapping[str, tuple[nn.Module, float]]  # name -> (module, learning rate)
+ParamGroups = Mapping[str, tuple[nn.Module, float]]  # name -> (module, learning rate)
 WSD_DECAY = 0.2  # share of a "wsd" run that decays
 
 
 def adamw(
-    parts: Parts,
+    param_groups: ParamGroups,
     *,
     name: OptimizerName = "adamw",
-    step_in_backward: bool = False,
+    fused_backward: bool = False,
     betas: Sequence[float] = (0.9, 0.999),
     weight_decay: float = 0.01,
     fused: bool = True,
@@ -47,20 +47,20 @@ def adamw(
         return AdamW(groups, **options, fused=fused)
 
     groups = [
-        {"name": part, "lr": lr, "params": [p for p in module.parameters() if p.requires_grad]}
-        for part, (module, lr) in parts.items()
+        {"name": group_name, "lr": lr, "params": [p for p in module.parameters() if p.requires_grad]}
+        for group_name, (module, lr) in param_groups.items()
     ]
     groups = [group for group in groups if group["params"]]
-    optimizer = StepInBackward(groups, make) if step_in_backward else make(groups)
+    optimizer = FusedBackward(groups, make) if fused_backward else make(groups)
     if name != "adamw_8bit":
-        optimizer.register_load_state_dict_post_hook(lay_out_states)
+        optimizer.register_load_state_dict_post_hook(match_state_strides)
     return optimizer
 
 
 def check_optimizer(
     *,
     name: OptimizerName,
-    step_in_backward: bool,
+    fused_backward: bool,
     accumulate: int,
     clip: float | None,
     precision: str | int | None,
@@ -70,7 +70,7 @@ def check_optimizer(
     if name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         remedy = 'Install it with `pip install -e ".[8bit]"`, or set model.params.optimizer=adamw.'
         raise UserError("8-bit AdamW needs bitsandbytes, which is not installed", remedy=remedy)
-    if not step_in_backward:
+    if not fused_backward:
         return
     refused = {
         "trainer.accumulate_grad_batches": accumulate > 1,
@@ -79,13 +79,13 @@ def check_optimizer(
         "trainer.devices": processes > 1,
     }
     for key in (key for key, present in refused.items() if present):
-        remedy = f"Take {key} off, or set model.params.step_in_backward=false."
+        remedy = f"Take {key} off, or set model.params.fused_backward=false."
         raise UserError(
             "Steps in the backward pass never see all gradients at once", where=key, remedy=remedy
         )
 
 
-def lay_out_states(optimizer: torch.optim.Optimizer) -> None:
+def match_state_strides(optimizer: torch.optim.Optimizer) -> None:
     """Gives loaded states the memory layout of their parameters.
 
     The fused kernels walk memory and do not look at strides: a checkpoint written while the weights lay in

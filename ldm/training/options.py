@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 from ldm import config as configs
 from ldm.training.command import Command, read_command
 from ldm.training.device import MatmulPrecision
-from ldm.training.measures import Measuring
+from ldm.training.online_eval import OnlineEvalConfig
 from ldm.training.run import Export
-from ldm.training.sampling import PriorDrawing, SampleDrawing
+from ldm.training.sampling import PriorsConfig, SamplesConfig
 
 SECTIONS = {
     "name": str,
@@ -26,13 +26,13 @@ SECTIONS = {
     "checkpoints_kept": int,
     "model": dict,
     "data": dict,
-    "priors": PriorDrawing,
+    "priors": PriorsConfig,
     "trainer": pl.Trainer,
     "logger": dict | None,
-    "samples": SampleDrawing,
+    "samples": SamplesConfig,
     "evaluation": dict | None,
     "evaluate_also": dict | None,  # name -> params of `evaluation` that differ: the same metrics once more
-    "measures": Measuring,
+    "online_eval": OnlineEvalConfig,
     "export": Export,
 }
 REQUIRED = ("name", "seed", "model", "data", "trainer")

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from ldm.training import ranks
+from ldm.training import distributed
 from ldm.training.device import free_memory
 from ldm.training.memory import estimate
 
 log = logging.getLogger(__name__)
 
-NETWORKS = ("unet_config", "cond_stage_config")
+NETWORKS = ("unet", "text_encoder")
 MARGIN = 1.1  # of what is computed: the allocator's holes and the kernels' work space
 CUDA_CONTEXT = 2**30  # bytes, about
 
@@ -33,7 +33,7 @@ def with_checkpointing_chosen(plain: Mapping[str, Any], device: torch.device) ->
         return plain
     needed = sum(need.total for need in estimate(plain)[0].values())  # null counts as false there
     wanted = MARGIN * needed + (CUDA_CONTEXT if device.type == "cuda" else 0)
-    free = min(ranks.gathered(free_memory(device)))
+    free = min(distributed.all_gather_object(free_memory(device)))
     for node in open_ones:
         node["use_checkpoint"] = wanted > free
     log.info(

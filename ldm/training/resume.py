@@ -19,14 +19,14 @@ NOTHING = object()
 SAME_MODEL = "Resume with the model section that the run began with."
 
 
-def newest_whole(folder: Path) -> Path | None:
+def latest_valid_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of most steps in `folder` that is whole; None where there is none at all.
 
     Broken ones are named in the log and set aside as *.broken.
     """
     paths = by_step(folder)
     for path in paths:
-        wrong = what_is_wrong(path)
+        wrong = validate_checkpoint(path)
         if wrong is None:
             return path
         log.warning("%s is skipped: %s", path, wrong)
@@ -56,7 +56,7 @@ def step_of(path: Path) -> float:
         return float("inf")
 
 
-def what_is_wrong(path: Path) -> str | None:
+def validate_checkpoint(path: Path) -> str | None:
     """Why a checkpoint cannot be resumed from; None if it is whole."""
     kept = path.with_name(f"{path.name}.sha256")
     if kept.exists():

@@ -16,26 +16,26 @@ from PIL import Image
 from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from ldm.checkpoints.geometry import model_config
-from ldm.checkpoints.load import file_hash, load_parts, open_model
+from ldm.checkpoints.infer_config import model_config
+from ldm.checkpoints.load import file_hash, load_state_dicts, open_model
 from ldm.checkpoints.modelspec import file_metadata
 from ldm.checkpoints.save import DTYPES
 from ldm.checkpoints.tensors import unpickle
 from ldm.config import instantiate
-from ldm.contact_sheet import contact_sheet, save_picture
+from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.prompts import fill
 from ldm.errors import UserError
 from ldm.files import atomic_write, require_space
-from ldm.training import ranks
+from ldm.training import distributed
 from ldm.training.averaging import averaging
-from ldm.training.checkpoints import Checkpoints, WholeFiles
+from ldm.training.checkpoints import AtomicCheckpointIO, CheckpointCallback
 from ldm.training.device import peak_memory_mib
 from ldm.training.gradients import FreeGradients
-from ldm.training.guard import NonFiniteGuard
-from ldm.training.measures import Measures
+from ldm.training.non_finite import NonFiniteGuard
+from ldm.training.online_eval import OnlineEvalCallback
 from ldm.training.peak import reset_peak_memory
-from ldm.training.resume import check_fit, name_of, newest_whole, state_bytes
-from ldm.training.sharding import stand_in
+from ldm.training.resume import check_fit, latest_valid_checkpoint, name_of, state_bytes
+from ldm.training.sharding import fsdp_replica
 from ldm.training.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -88,9 +88,9 @@ def load_base(
         model = open_model(path)
         if parameterization is not None and "unet" in names:
             model.require_prediction(parameterization)
-        found = {name: model.parts.get(name, {}) for name in names}
-        load_parts({name: networks[name] for name in names}, found, where=model.path)
-        text = networks.get("cond_stage")
+        found = {name: model.state_dicts.get(name, {}) for name in names}
+        load_state_dicts({name: networks[name] for name in names}, found, where=model.path)
+        text = networks.get("text_encoder")
         if text is not None and model.tokenizer is not None and not find_file(text.tokenizer_name).is_dir():
             text.tokenizer_name = str(model.tokenizer)
     hashes = [file_hash(path) for path in files.values()]
@@ -116,27 +116,27 @@ def fit(
     ema_every: int = 1,
     checkpoint_every: int = 250,
     checkpoints_kept: int = 2,
-    measures: Measures | None = None,
+    online_eval: OnlineEvalCallback | None = None,
 ) -> None:
     """Trains to `max_steps`, from the run's newest whole checkpoint where it has one.
 
     `ema_*` are of a `WeightAverage`. SIGTERM, SIGINT and SIGUSR1 save and raise `Stopped`.
     """
     place, kept = module.device, folder / "checkpoints"
-    last = ranks.by_first(lambda: newest_whole(kept))
-    data.start_step = take_up(module, last, max_steps=trainer.get("max_steps", -1)) if last else 0
+    last = distributed.on_rank0_broadcast(lambda: latest_valid_checkpoint(kept))
+    data.start_step = resume_from(module, last, max_steps=trainer.get("max_steps", -1)) if last else 0
     if data.start_step == trainer.get("max_steps"):
         return
     bytes_needed = (checkpoints_kept + 1) * state_bytes(module, averaged=ema_decay is not None)
     require_space(folder, bytes_needed, what="a run's checkpoints")
-    with StopSignals() as stop, stand_in(module, trainer) as (learner, trainer):
-        keepers = _keepers(kept, every=checkpoint_every, keep=checkpoints_kept, stop=stop, measures=measures)
+    with StopSignals() as stop, fsdp_replica(module, trainer) as (learner, trainer):
+        core = _core_callbacks(kept, stop, online_eval, every=checkpoint_every, keep=checkpoints_kept)
         average = averaging(ema_decay, device=ema_device, every=ema_every)
         pl.Trainer(
             default_root_dir=folder,
-            logger=instantiate(logger) if logger else board(folder, start=data.start_step),
-            callbacks=[FreeGradients(), *average, *callbacks, *keepers, *progress_bar(trainer)],
-            plugins=[WholeFiles()],
+            logger=instantiate(logger) if logger else tensorboard_logger(folder, start=data.start_step),
+            callbacks=[FreeGradients(), *average, *callbacks, *core, *progress_bar(trainer)],
+            plugins=[AtomicCheckpointIO()],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             enable_model_summary=False,
@@ -145,23 +145,25 @@ def fit(
     module.to(place)  # the Trainer leaves it on the CPU
 
 
-def _keepers(
-    folder: Path, *, every: int, keep: int, stop: StopSignals, measures: Measures | None
+def _core_callbacks(
+    folder: Path, stop: StopSignals, online_eval: OnlineEvalCallback | None, *, every: int, keep: int
 ) -> list[pl.Callback]:
     """What measures and logs, what stops at a loss that is not finite, and what saves, in this order."""
     guard = NonFiniteGuard()
-    saves = Checkpoints(folder, every=every, keep=keep, stop=stop, guard=guard, measures=measures)
-    return [*([measures] if measures else []), LearningRateMonitor(), guard, saves]
+    saves = CheckpointCallback(
+        folder, every=every, keep=keep, stop=stop, guard=guard, online_eval=online_eval
+    )
+    return [*([online_eval] if online_eval else []), LearningRateMonitor(), guard, saves]
 
 
-def measured(folder: Path) -> list[dict[str, float]]:
-    """The rows of `Measures` in a run's newest checkpoint; none where nothing was measured."""
-    newest = newest_whole(folder / "checkpoints")
+def load_eval_history(folder: Path) -> list[dict[str, float]]:
+    """The rows of `OnlineEvalCallback` in a run's newest checkpoint; none where nothing was measured."""
+    newest = latest_valid_checkpoint(folder / "checkpoints")
     states = unpickle(newest, mapped=True)["callbacks"] if newest else {}
-    return states.get("Measures", {}).get("rows", [])
+    return states.get("OnlineEvalCallback", {}).get("rows", [])
 
 
-def take_best(module: pl.LightningModule, folder: Path, step: int) -> None:
+def load_best_weights(module: pl.LightningModule, folder: Path, step: int) -> None:
     """Gives the module the weights of the checkpoint of a step."""
     path = folder / "checkpoints" / name_of(step)
     if not path.exists():
@@ -178,7 +180,7 @@ def progress_bar(trainer: Mapping[str, Any]) -> list[pl.Callback]:
     return [TQDMProgressBar(refresh_rate=trainer.get("log_every_n_steps", 50))] if wanted else []
 
 
-def take_up(module: pl.LightningModule, checkpoint: Path, *, max_steps: int) -> int:
+def resume_from(module: pl.LightningModule, checkpoint: Path, *, max_steps: int) -> int:
     """Optimizer steps behind a checkpoint; where these are all, the module gets the weights they ended in."""
     state = unpickle(checkpoint, mapped=True)
     check_fit(state, module, where=checkpoint)
@@ -193,7 +195,7 @@ def take_up(module: pl.LightningModule, checkpoint: Path, *, max_steps: int) -> 
     return step
 
 
-def board(folder: Path, *, start: int) -> TensorBoardLogger:
+def tensorboard_logger(folder: Path, *, start: int) -> TensorBoardLogger:
     """TensorBoard's files; what an earlier process logged of steps from `start` on is void."""
     return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=start)
 
@@ -235,10 +237,10 @@ def export(
 ) -> Path:
     """Writes the model file, which says what it holds, which size it draws and how it was trained."""
     params = training["model"]["params"]
-    parts = {name: network.state_dict() for name, network in getattr(module, "networks", {}).items()}
-    if "unet" in parts:
+    state_dicts = {name: network.state_dict() for name, network in getattr(module, "networks", {}).items()}
+    if "unet" in state_dicts:
         about = file_metadata(
-            model_config(parts, params),
+            model_config(state_dicts, params),
             title=path.parent.name,
             size=size,
             trigger_phrase=trigger_phrase,
@@ -246,32 +248,34 @@ def export(
             training=training,
         )
     else:
-        networks = {key: params[key] for key in params if key.endswith("_config")}
+        networks = {name: params[name] for name in ("unet", "vae", "text_encoder") if name in params}
         about = {"ldm.config": json.dumps(networks), "ldm.size": str(size)}
     return module.export(path, dtype=DTYPES[dtype], metadata=about)
 
 
-Rows = Sequence[tuple[str, Sequence[Image.Image]]]
+SampleGrid = Sequence[tuple[str, Sequence[Image.Image]]]
 
 
-def save_rows(folder: Path, rows: Rows, settings: Mapping[str, Any]) -> None:
+def save_image_grid(folder: Path, rows: SampleGrid, settings: Mapping[str, Any]) -> None:
     """Every picture as a PNG of its own, with the settings that all share: 00-00.png is row 0, picture 0."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, (prompt, images) in enumerate(rows):
         for i, image in enumerate(images):
-            save_picture(folder / f"{k:02d}-{i:02d}.png", image, {"prompt": prompt, **settings})
+            save_image(folder / f"{k:02d}-{i:02d}.png", image, {"prompt": prompt, **settings})
 
 
-def load_rows(folder: Path, prompts: Sequence[str], n: int, settings: Mapping[str, Any]) -> Rows | None:
-    """`n` pictures of each prompt, as `save_rows` left them; None unless all are there, made as it asks."""
+def load_image_grid(
+    folder: Path, prompts: Sequence[str], n: int, settings: Mapping[str, Any]
+) -> SampleGrid | None:
+    """`n` images of each prompt that `save_image_grid` left; None unless all are there, with `settings`."""
     rows = []
     for k, prompt in enumerate(prompts):
-        images = [_read_picture(folder / f"{k:02d}-{i:02d}.png", prompt, settings) for i in range(n)]
+        images = [_read_image(folder / f"{k:02d}-{i:02d}.png", prompt, settings) for i in range(n)]
         rows.append((prompt, [image for image in images if image is not None]))
     return rows if all(len(images) == n for _, images in rows) else None
 
 
-def _read_picture(path: Path, prompt: str, settings: Mapping[str, Any]) -> Image.Image | None:
+def _read_image(path: Path, prompt: str, settings: Mapping[str, Any]) -> Image.Image | None:
     try:
         with Image.open(path) as file:
             same = json.loads(file.text["dreambooth"]) == {"prompt": prompt, **settings}
@@ -280,15 +284,15 @@ def _read_picture(path: Path, prompt: str, settings: Mapping[str, Any]) -> Image
         return None
 
 
-def leave_pictures(folder: Path, before: Rows, after: Rows) -> Path:
+def save_samples(folder: Path, before: SampleGrid, after: SampleGrid) -> Path:
     """Every sample as a PNG of its own, and a sheet of all prompts before and after training -> the sheet."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for k, ((prompt, old), (_, new)) in enumerate(zip(before, after, strict=True)):
         rows += [(f"before: {prompt}", old), (f"after: {prompt}", new)]
         for i, image in enumerate(new):
-            save_picture(folder / f"{k:02d}-{i:02d}.png", image, {"prompt": prompt})
-    return save_picture(folder / "contact_sheet.png", contact_sheet(rows), {"prompts": [p for p, _ in after]})
+            save_image(folder / f"{k:02d}-{i:02d}.png", image, {"prompt": prompt})
+    return save_image(folder / "contact_sheet.png", contact_sheet(rows), {"prompts": [p for p, _ in after]})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
@@ -297,8 +301,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
     return path
 
 
-class Stopwatch:
-    """Seconds and peak memory (MiB) of each phase of a run: `with watch("training"): ...`.
+class PhaseTimer:
+    """Seconds and peak memory (MiB) of each phase of a run: `with timer("training"): ...`.
 
     Resident memory of a CPU includes what the C library keeps of earlier phases; where its peak cannot be set
     back, `peak_mib` stays empty.

@@ -11,18 +11,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.data.priors import Draw, PriorSet, PriorSpec
+from ldm.data.priors import GenerateImages, PriorSet, PriorSpec
 from ldm.denoiser import Denoiser
 from ldm.diffusion.samplers import SamplerName
 from ldm.pipeline import Text2Image
 from ldm.precision import Precision, resolve_precision
-from ldm.training import ranks
-from ldm.training.device import placed
+from ldm.training import distributed
+from ldm.training.device import temporarily_on
 from ldm.training.latent_diffusion import LatentDiffusion
 
 
 @dataclass(frozen=True)
-class PriorDrawing:
+class PriorsConfig:
     """How the base model draws prior images, and the folder that keeps the sets.
 
     precision: of the networks; "auto" is bf16 on a CUDA device and fp32 elsewhere.
@@ -39,7 +39,7 @@ class PriorDrawing:
 
 
 @dataclass(frozen=True)
-class SampleDrawing:
+class SamplesConfig:
     """What a run draws to be looked at: `n` pictures of each prompt, with {identifier} and {class_word}.
 
     precision: as that of prior images.
@@ -75,13 +75,13 @@ def base_denoiser(module: LatentDiffusion) -> Denoiser:
 
     Where a LoRA learns, these are the live networks without its factors; else copies of them.
     """
-    unet, cond_stage = module.networks["unet"], module.networks["cond_stage"]
+    unet, text_encoder = module.networks["unet"], module.networks["text_encoder"]
     without = [] if module.lora is None else [module.lora]
     if module.lora is None:
-        unet, cond_stage = (copy.deepcopy(n).eval().requires_grad_(False) for n in (unet, cond_stage))
+        unet, text_encoder = (copy.deepcopy(n).eval().requires_grad_(False) for n in (unet, text_encoder))
     return Denoiser(
         unet,
-        cond_stage,
+        text_encoder,
         alphas_cumprod=module.alphas_cumprod.clone(),
         parameterization=module.parameterization,
         without=without,
@@ -89,29 +89,29 @@ def base_denoiser(module: LatentDiffusion) -> Denoiser:
 
 
 def prior_set(
-    data: DreamBoothDataModule, drawing: PriorDrawing, *, base_sha256: str, device: torch.device
+    data: DreamBoothDataModule, config: PriorsConfig, *, base_sha256: str, device: torch.device
 ) -> PriorSet:
     """The set that these settings, this base and the precision of the device name; others are another set."""
     spec = PriorSpec(
         prompt=data.prior_prompt,
         base_sha256=base_sha256,
-        sampler=drawing.sampler,
-        steps=drawing.steps,
-        guidance_scale=drawing.guidance_scale,
-        negative_prompt=drawing.negative_prompt,
+        sampler=config.sampler,
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        negative_prompt=config.negative_prompt,
         size=data.size,
-        seed=drawing.seed,
-        precision=resolve_precision(drawing.precision, device),
+        seed=config.seed,
+        precision=resolve_precision(config.precision, device),
     )
-    return PriorSet(Path(drawing.folder), spec)
+    return PriorSet(Path(config.folder), spec)
 
 
-def drawing_of(spec: PriorSpec, draw: Text2Image, *, batch_size: int) -> Draw:
-    """How a set's images are drawn, by the networks of `draw`."""
+def prior_generator(spec: PriorSpec, pipeline: Text2Image, *, batch_size: int) -> GenerateImages:
+    """How a set's images are drawn, by the networks of `pipeline`."""
 
-    def pictures(seeds: Sequence[int]) -> list[tuple[Image.Image, Tensor]]:
-        with placed(draw.first_stage, next(draw.unet.parameters()).device):
-            samples = draw(
+    def generate(seeds: Sequence[int]) -> list[tuple[Image.Image, Tensor]]:
+        with temporarily_on(pipeline.vae, next(pipeline.unet.parameters()).device):
+            samples = pipeline(
                 [spec.prompt] * len(seeds),
                 seeds=seeds,
                 sampler=spec.sampler,
@@ -123,59 +123,59 @@ def drawing_of(spec: PriorSpec, draw: Text2Image, *, batch_size: int) -> Draw:
             )
         return [(sample.image, sample.latents) for sample in samples]
 
-    return pictures
+    return generate
 
 
-def frozen(draw: Text2Image) -> Text2Image:
+def frozen(pipeline: Text2Image) -> Text2Image:
     """The same way to draw, with copies of the UNet and text encoder that training does not change."""
-    copies = {name: copy.deepcopy(getattr(draw, name)) for name in ("unet", "cond_stage")}
+    copies = {name: copy.deepcopy(getattr(pipeline, name)) for name in ("unet", "text_encoder")}
     return Text2Image(
         **{name: network.eval().requires_grad_(False) for name, network in copies.items()},
-        first_stage=draw.first_stage,
-        alphas_cumprod=draw.alphas_cumprod.clone(),
-        parameterization=draw.parameterization,
-        default_size=draw.default_size,
+        vae=pipeline.vae,
+        alphas_cumprod=pipeline.alphas_cumprod.clone(),
+        parameterization=pipeline.parameterization,
+        default_size=pipeline.default_size,
     )
 
 
-def draw_priors(draw: Text2Image, priors: PriorSet, count: int, *, batch_size: int) -> int:
+def generate_priors(pipeline: Text2Image, priors: PriorSet, count: int, *, batch_size: int) -> int:
     """Draws the prior images that are missing, shared among the processes, resumable -> how many were."""
     missing = len(priors.missing(count))
-    ranks.wait()  # until all have counted
+    distributed.barrier()  # until all have counted
     if missing == 0:
         return 0
-    pictures = drawing_of(priors.spec, draw, batch_size=batch_size)
-    rank, world_size = ranks.rank(), ranks.world_size()
+    generate = prior_generator(priors.spec, pipeline, batch_size=batch_size)
+    rank, world_size = distributed.rank(), distributed.world_size()
     with tqdm(total=missing, desc="Drawing prior images", unit="image", disable=rank > 0) as bar:
         priors.generate_missing(
             count,
-            pictures,
+            generate,
             batch_size=batch_size,
             progress=lambda n: bar.update(n * world_size),
             rank=rank,
             world_size=world_size,
         )
-    ranks.wait()
+    distributed.barrier()
     if rank == 0:
         priors.write_manifest(count)
     return missing
 
 
-def draw_samples(
-    draw: Text2Image, drawing: SampleDrawing, prompts: Sequence[str], *, progress: bool = False
+def generate_samples(
+    pipeline: Text2Image, config: SamplesConfig, prompts: Sequence[str], *, progress: bool = False
 ) -> list[tuple[str, list[Image.Image]]]:
     """`n` pictures of each prompt from seeds that never change -> (prompt, pictures) rows."""
-    jobs = [(prompt, drawing.seed + i) for prompt in prompts for i in range(drawing.n)]
-    samples = draw(
+    jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.n)]
+    samples = pipeline(
         [prompt for prompt, _ in jobs],
         seeds=[seed for _, seed in jobs],
-        sampler=drawing.sampler,
-        steps=drawing.steps,
-        guidance_scale=drawing.guidance_scale,
-        negative_prompt=drawing.negative_prompt,
-        batch_size=drawing.batch_size,
-        precision=drawing.precision,
+        sampler=config.sampler,
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        negative_prompt=config.negative_prompt,
+        batch_size=config.batch_size,
+        precision=config.precision,
         progress=progress,
     )
     images = [sample.image for sample in samples]
-    return [(prompt, images[k * drawing.n : (k + 1) * drawing.n]) for k, prompt in enumerate(prompts)]
+    return [(prompt, images[k * config.n : (k + 1) * config.n]) for k, prompt in enumerate(prompts)]

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from ldm.errors import UserError
-from ldm.training import ranks
+from ldm.training import distributed
 
 FSDP = "fsdp"
 
@@ -28,10 +28,10 @@ class Sharded(ModelParallelStrategy):
 
     def __init__(self) -> None:
         super().__init__(
-            data_parallel_size=ranks.world_size(),
+            data_parallel_size=distributed.world_size(),
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
-            timeout=ranks.LONGEST,
+            timeout=distributed.LONGEST,
         )
 
 
@@ -39,7 +39,7 @@ def shard(networks: Mapping[str, nn.Module], mesh: DeviceMesh) -> None:
     """Leaves each process its share of the networks that learn; a block is whole only while it computes."""
     blocks = {
         "unet": lambda unet: [*unet.input_blocks, unet.middle_block, *unet.output_blocks],
-        "cond_stage": lambda text: text.transformer["text_model"].encoder.layers,
+        "text_encoder": lambda text: text.transformer["text_model"].encoder.layers,
     }
     for name, network in networks.items():
         if any(p.requires_grad for p in network.parameters()):
@@ -49,7 +49,7 @@ def shard(networks: Mapping[str, nn.Module], mesh: DeviceMesh) -> None:
 
 
 @contextmanager
-def stand_in(
+def fsdp_replica(
     module: pl.LightningModule, trainer: Mapping[str, Any]
 ) -> Iterator[tuple[pl.LightningModule, Mapping[str, Any]]]:
     """What is trained, and the Trainer's arguments: for FSDP a copy of the module, to be split.
@@ -60,12 +60,12 @@ def stand_in(
         yield module, trainer
         return
     learner = copy.deepcopy(module)
-    for name in ("unet", "cond_stage"):
+    for name in ("unet", "text_encoder"):
         module.networks[name].cpu()
     yield learner, {**trainer, "strategy": Sharded()}
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(learner, options=whole)
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         module.load_state_dict(state)
 
 
@@ -76,7 +76,7 @@ def check_sharding(plain: Mapping[str, Any]) -> None:
         return
     if strategy != FSDP:
         raise UserError(f"`{strategy}` is not known", where="trainer.strategy", remedy="Write fsdp.")
-    if ranks.world_size() == 1:
+    if distributed.world_size() == 1:
         what, remedy = (
             "FSDP splits a model over processes, and this is one",
             "Set trainer.devices, or take it off.",
@@ -84,12 +84,13 @@ def check_sharding(plain: Mapping[str, Any]) -> None:
         raise UserError(what, where="trainer.strategy", remedy=remedy)
     refused = {
         "ema_decay": plain.get("ema_decay") is not None,
-        "measures.every_steps": bool(plain.get("measures", {}).get("every_steps")),
+        "online_eval.every_steps": bool(plain.get("online_eval", {}).get("every_steps")),
         "samples.every_steps": bool(plain.get("samples", {}).get("every_steps")),
         "trainer.precision": str(plain["trainer"].get("precision")).startswith("16"),
         "model.params.optimizer": params.get("optimizer", "adamw") != "adamw",
         **{
-            f"model.params.{key}": bool(params.get(key)) for key in ("lora", "l2_pull", "compile", "new_word")
+            f"model.params.{key}": bool(params.get(key))
+            for key in ("lora", "l2_sp_weight", "compile", "learned_token")
         },
     }
     found = ", ".join(key for key, present in refused.items() if present)

@@ -25,7 +25,7 @@ class StorybookBase(LatentDiffusion):
         super().check(trainer)
         left_out = {
             "train_text_encoder": self._text_learns,
-            "new_word": self.new_word is not None,
+            "learned_token": self.learned_token is not None,
             "offset_noise": bool(self.offset_noise),
             "prior_target": self.prior_target != "noise",
         }
@@ -56,7 +56,7 @@ class StorybookBase(LatentDiffusion):
 
     def loss_per_item(self, batch: dict) -> Tensor:
         """Weighted denoising loss of each item -> [B] float32 (Ho et al. 2020, eq. 14)."""
-        posterior = DiagonalGaussian.from_moments(batch["moments"].float())
+        posterior = DiagonalGaussian.from_latent_stats(batch["latent_stats"].float())
         x0, noise, timesteps = posterior.sample(batch["posterior"]), batch["noise"], batch["timestep"]
         noisy = add_noise(x0, noise, timesteps, self.alphas_cumprod)
         prediction = self.apply_model(noisy, timesteps, self.cond_stage_model(batch["ids"]))

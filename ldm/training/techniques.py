@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.models.lora import LoRA, factors_off
+from ldm.models.lora import LoRA, lora_off
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 from ldm.training.conditioning import Conditioner
@@ -16,7 +16,7 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by the T
 
 
 @dataclass(frozen=True)
-class NewWord:
+class LearnedToken:
     """A word of its own for the subject, beside the vocabulary's (textual inversion, Gal et al. 2023).
 
     word: as it stands in prompts, such as <my-dog>; use it as `data.params.identifier`.
@@ -29,7 +29,7 @@ class NewWord:
     learning_rate: float = 5e-3
 
 
-class Pull:
+class L2SP:
     """Squared distance of the weights to where they began (Li et al. 2018, L2-SP)."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
@@ -43,7 +43,7 @@ class Pull:
         return torch.stack([(p - there).square().sum() for p, there in self.pairs]).sum()
 
 
-class Teacher:
+class Reference:
     """Output preservation: the base's prediction is the target of prior items (Li and Hoiem 2016).
 
     The class is then kept by what the base would do, not by what its images show. Where a LoRA learns, the
@@ -77,7 +77,7 @@ class Teacher:
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """x: [B, C, h, w], t: [B], B prompts -> the base's prediction [B, C, h, w]."""
-        with factors_off(*self.loras):
+        with lora_off(*self.loras):
             return self.unet.predict(x, t, *self.conditioner(prompts, frozen=True))
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ldm.checkpoints.load import load_parts, open_model
+from ldm.checkpoints.load import load_state_dicts, open_model
 from ldm.config import instantiate, load_config, to_plain
 from ldm.errors import UserError
 
@@ -30,7 +30,7 @@ def networks(name: str) -> dict[str, nn.Module]:
             "sd2",
             [
                 "unet: 64 of another shape",
-                "cond_stage: 192 missing",
+                "text_encoder: 192 missing",
                 r"Stable Diffusion 1\.x: use configs/dreambooth-sd1\.yaml",
             ],
         ),
@@ -39,7 +39,7 @@ def networks(name: str) -> dict[str, nn.Module]:
             "sd1",
             [
                 "unet: 64 of another shape",
-                "cond_stage: 192 unknown",
+                "text_encoder: 192 unknown",
                 r"Stable Diffusion 2\.x: use configs/dreambooth-sd2\.yaml",
             ],
         ),
@@ -48,10 +48,10 @@ def networks(name: str) -> dict[str, nn.Module]:
 def test_the_part_that_does_not_fit_is_named_and_the_config_that_does(given, config, lines):
     parts = {part: network.state_dict() for part, network in networks(given).items()}
     with pytest.raises(UserError) as error:
-        load_parts(networks(config), parts, where="sd.safetensors")
+        load_state_dicts(networks(config), parts, where="sd.safetensors")
     for line in lines:
         assert error.match(line)
-    assert "first_stage" not in str(error.value)
+    assert "vae" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ def test_split_then_join_gives_every_name_back(released):
     parts = split(released)
     assert {part: len(tensors) for part, tensors in parts.items()} == {
         "unet": 686,
-        "first_stage": 248,
-        "cond_stage": 196,
+        "vae": 248,
+        "text_encoder": 196,
     }
     joined = join(parts, torch.from_numpy(alphas()))
     assert joined.keys() == sd_v1.names()
@@ -46,15 +46,15 @@ def test_split_then_join_gives_every_name_back(released):
 def test_true_size_networks_have_the_names_of_a_released_file():
     targets = {
         "unet": "ldm.models.unet.UNetModel",
-        "first_stage": "ldm.models.autoencoder.AutoencoderKL",
-        "cond_stage": "ldm.models.text_encoder.CLIPTextEncoder",
+        "vae": "ldm.models.autoencoder.AutoencoderKL",
+        "text_encoder": "ldm.models.text_encoder.CLIPTextEncoder",
     }
     with torch.device("meta"):
         parts = {part: instantiate({"target": target}).state_dict() for part, target in targets.items()}
     joined = join(parts, torch.from_numpy(alphas()))
     assert joined.keys() == sd_v1.names()
     sizes = {part: sum(tensor.numel() for tensor in tensors.values()) for part, tensors in parts.items()}
-    assert sizes == {"unet": 859_520_964, "first_stage": 83_653_863, "cond_stage": 123_060_480}
+    assert sizes == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
 
 
 def test_text_names_without_their_middle_are_accepted(released):
@@ -62,7 +62,7 @@ def test_text_names_without_their_middle_are_accepted(released):
         name.replace("transformer.text_model.", "transformer."): tensor for name, tensor in released.items()
     }
     assert old.keys() != released.keys()
-    assert split(old)["cond_stage"] == split(released)["cond_stage"]
+    assert split(old)["text_encoder"] == split(released)["text_encoder"]
 
 
 def test_what_only_training_needed_is_left_out(released, caplog):
@@ -82,13 +82,13 @@ def test_what_only_training_needed_is_left_out(released, caplog):
 @pytest.mark.parametrize("tokens", [77, 24])
 def test_position_ids_follow_the_position_table(tokens):
     name = "transformer.text_model.embeddings.position_embedding.weight"
-    joined = join({"cond_stage": {name: torch.zeros(tokens, 8)}})
+    joined = join({"text_encoder": {name: torch.zeros(tokens, 8)}})
     ids = joined[TEXT + "embeddings.position_ids"]
     assert ids.dtype == torch.int64 and torch.equal(ids, torch.arange(tokens)[None])
 
 
 def test_without_text_encoder_or_schedule_nothing_is_added():
-    joined = join({"first_stage": {"quant_conv.bias": torch.zeros(1)}})
+    joined = join({"vae": {"quant_conv.bias": torch.zeros(1)}})
     assert joined.keys() == {"first_stage_model.quant_conv.bias"}
 
 
@@ -133,7 +133,7 @@ def test_averaged_weights_take_the_place_of_the_raw(released):
     assert average in averages and len(averages) == 686
     raw, chosen = split(released), split(choose_ema(released | averages))
     assert all(torch.equal(chosen["unet"][name], raw["unet"][name] + 0.5) for name in raw["unet"])
-    assert chosen["first_stage"] == raw["first_stage"] and chosen["cond_stage"] == raw["cond_stage"]
+    assert chosen["vae"] == raw["vae"] and chosen["text_encoder"] == raw["text_encoder"]
     del averages[average]
     with pytest.raises(UserError, match="1 of 686"):
         choose_ema(released | averages)

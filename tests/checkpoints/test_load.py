@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ldm.checkpoints.load import file_hash, load_parts, read_checkpoint, read_tensors
+from ldm.checkpoints.load import file_hash, load_state_dicts, read_checkpoint, read_tensors
 from ldm.errors import UserError
 
 NAMES = ("model.diffusion_model.out.2.bias", "first_stage_model.quant_conv.bias")
@@ -144,17 +144,17 @@ def test_files_of_another_kind_are_told_apart(tmp_path):
 
 
 def modules() -> dict[str, nn.Module]:
-    return {"unet": nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), "first_stage": nn.Conv2d(3, 2, 1)}
+    return {"unet": nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), "vae": nn.Conv2d(3, 2, 1)}
 
 
 def test_weights_are_copied_into_the_modules_own_dtype():
     source, target = modules(), modules()
-    target["unet"].double(), target["first_stage"].half()
+    target["unet"].double(), target["vae"].half()
     held = target["unet"][0].weight
-    load_parts(target, {name: module.state_dict() for name, module in source.items()})
+    load_state_dicts(target, {name: module.state_dict() for name, module in source.items()})
     assert target["unet"][0].weight is held and held.dtype == torch.float64
     assert torch.equal(held, source["unet"][0].weight.double())
-    assert torch.equal(target["first_stage"].weight, source["first_stage"].weight.half())
+    assert torch.equal(target["vae"].weight, source["vae"].weight.half())
     with torch.no_grad():
         held.add_(1)
     assert not torch.equal(held.float(), source["unet"][0].weight)  # a copy, not the file's memory
@@ -165,15 +165,15 @@ def test_misfits_are_grouped_by_part_and_nothing_is_copied():
     before = {name: tensor.clone() for name, tensor in target["unet"].state_dict().items()}
     parts = {name: dict(module.state_dict()) for name, module in source.items()}
     parts["unet"] = {"extra": torch.ones(1), "0.weight": torch.ones(9, 3), "0.bias": parts["unet"]["0.bias"]}
-    del parts["first_stage"]
+    del parts["vae"]
     with pytest.raises(UserError) as error:
-        load_parts(target, parts, where="model.safetensors")
+        load_state_dicts(target, parts, where="model.safetensors")
     assert [line.strip() for line in str(error.value).splitlines()] == [
         "The weights do not fit the model:",
         "unet: 2 missing (1.weight, 1.bias)",
         "unet: 1 unknown (extra)",
         "unet: 1 of another shape (0.weight [9, 3] for [4, 3])",
-        "first_stage: the file holds none of its 2 tensors",
+        "vae: the file holds none of its 2 tensors",
         "(model.safetensors). Use the config that the file was trained with.",
     ]
     assert all(torch.equal(tensor, before[name]) for name, tensor in target["unet"].state_dict().items())
@@ -182,7 +182,7 @@ def test_misfits_are_grouped_by_part_and_nothing_is_copied():
 def test_long_lists_show_the_first_names_and_the_count():
     target = {"unet": nn.Sequential(*(nn.Linear(1, 1) for _ in range(5)))}
     with pytest.raises(UserError, match=r"unet: 9 missing \(0\.bias, 1\.weight, 1\.bias, \.\.\.\)"):
-        load_parts(target, {"unet": {"0.weight": torch.ones(1, 1)}})
+        load_state_dicts(target, {"unet": {"0.weight": torch.ones(1, 1)}})
 
 
 def test_hash_is_sha256_of_the_bytes(tmp_path: Path):

@@ -1,11 +1,11 @@
-"""The text tower of SD 2.x: OpenCLIP's names and numbers, both ways."""
+"""The text encoder of SD 2.x: OpenCLIP's names and numbers, both ways."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.layout import OPENCLIP_REST, join, split
-from ldm.checkpoints.load import load_parts
+from ldm.checkpoints.load import load_state_dicts
 from ldm.config import instantiate
 from ldm.models.text_encoder import CLIPTextEncoder
 from tests.checkpoints import sd_v1, sd_v2
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class OpenCLIP(nn.Module):
-    """The text tower with what its files hold besides."""
+    """The text encoder with what its files hold besides."""
 
     def __init__(self, *, vocab_size: int = 50, width: int = 32, heads: int = 4, layers: int = 3):
         super().__init__()
@@ -73,17 +73,17 @@ def ours(**params) -> CLIPTextEncoder:
 @torch.no_grad()
 def test_the_loaded_tower_computes_what_openclip_does(reference, released):
     encoder, ids = ours(), torch.randint(50, (3, 8))
-    load_parts({"cond_stage": encoder}, split(released))
+    load_state_dicts({"text_encoder": encoder}, split(released))
     expected = reference.penultimate(ids)
     assert (encoder(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
     other = ours(layer="last")
-    load_parts({"cond_stage": other}, split(released))
+    load_state_dicts({"text_encoder": other}, split(released))
     assert (other(ids) - expected).abs().max() > 1e-2 * expected.abs().max()  # another layer would be seen
 
 
 def test_split_then_join_is_bit_equal(released):
     parts = split(released | {"cond_stage_model.model.attn_mask": torch.zeros(8, 8)})
-    joined = join(LINEAR_UNET | {part: parts[part] for part in ("cond_stage", OPENCLIP_REST)})
+    joined = join(LINEAR_UNET | {part: parts[part] for part in ("text_encoder", OPENCLIP_REST)})
     del joined["model.diffusion_model.middle_block.1.proj_in.weight"]
     assert joined.keys() == released.keys()
     assert all(torch.equal(joined[name], released[name]) for name in released)
@@ -91,7 +91,7 @@ def test_split_then_join_is_bit_equal(released):
 
 def test_what_a_trained_tower_lacks_is_filled_in(released):
     """A network holds no projection: the file has one all the same, so that strict loaders accept it."""
-    joined = join(LINEAR_UNET | {"cond_stage": split(released)["cond_stage"]})
+    joined = join(LINEAR_UNET | {"text_encoder": split(released)["text_encoder"]})
     assert released.keys() <= joined.keys()
     assert torch.equal(joined[sd_v2.PREFIX + "text_projection"], torch.eye(32))
     assert joined[sd_v2.PREFIX + "logit_scale"].item() == pytest.approx(4.6052, abs=1e-4)
@@ -99,7 +99,7 @@ def test_what_a_trained_tower_lacks_is_filled_in(released):
 
 def test_sd1_keeps_the_names_of_transformers(released):
     conv = {"unet": {"middle_block.1.proj_in.weight": torch.zeros(2, 2, 1, 1)}}
-    joined = join(conv | {"cond_stage": split(released)["cond_stage"]})
+    joined = join(conv | {"text_encoder": split(released)["text_encoder"]})
     assert not any(name.startswith(sd_v2.PREFIX) for name in joined)
 
 
@@ -112,14 +112,14 @@ def test_a_file_without_the_last_layer_computes_the_same():
     short = {name: tensor for name, tensor in whole.items() if ".resblocks.23." not in name}
     assert len(short) == len(whole) - 12
     encoder, ids = ours(num_hidden_layers=24), torch.randint(50, (3, 8))
-    load_parts({"cond_stage": encoder}, split(short))
+    load_state_dicts({"text_encoder": encoder}, split(short))
     expected = reference.penultimate(ids)
     assert (encoder(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_unknown_names_are_kept_to_be_reported(released):
     odd = {sd_v2.PREFIX + "visual.proj": torch.ones(1)}
-    assert "visual.proj" in split(released | odd)["cond_stage"]
+    assert "visual.proj" in split(released | odd)["text_encoder"]
 
 
 def test_true_size_networks_have_the_names_and_shapes_of_a_released_file():
@@ -128,8 +128,8 @@ def test_true_size_networks_have_the_names_and_shapes_of_a_released_file():
             "target": "ldm.models.unet.UNetModel",
             "params": {"num_head_channels": 64, "use_linear_in_transformer": True, "context_dim": 1024},
         },
-        "first_stage": {"target": "ldm.models.autoencoder.AutoencoderKL"},
-        "cond_stage": {
+        "vae": {"target": "ldm.models.autoencoder.AutoencoderKL"},
+        "text_encoder": {
             "target": "ldm.models.text_encoder.CLIPTextEncoder",
             "params": {
                 "hidden_size": 1024,
@@ -144,10 +144,12 @@ def test_true_size_networks_have_the_names_and_shapes_of_a_released_file():
     with torch.device("meta"):
         parts = {part: instantiate(node).state_dict() for part, node in nodes.items()}
     joined = join(parts, torch.linspace(0.99, 0.01, 1000))
-    text = {name: tuple(tensor.shape) for name, tensor in joined.items() if name.startswith("cond_stage")}
+    text = {
+        name: tuple(tensor.shape) for name, tensor in joined.items() if name.startswith("cond_stage_model")
+    }
     assert len(text) == 294 and text == sd_v2.text_encoder()
     others = {name for name in sd_v1.names() if not name.startswith("cond_stage_model.")}
     assert joined.keys() - text.keys() == others
     assert len(joined) == 686 + 248 + 294 + 12
     assert sum(tensor.numel() for tensor in parts["unet"].values()) == 865_910_724
-    assert split(joined)["cond_stage"].keys() == parts["cond_stage"].keys()
+    assert split(joined)["text_encoder"].keys() == parts["text_encoder"].keys()

@@ -20,8 +20,8 @@ def file() -> dict[str, Tensor]:
     """Name -> tensor of the file that this project writes of SD 1.x; networks on meta: shapes, no values."""
     targets = {
         "unet": "ldm.models.unet.UNetModel",
-        "first_stage": "ldm.models.autoencoder.AutoencoderKL",
-        "cond_stage": "ldm.models.text_encoder.CLIPTextEncoder",
+        "vae": "ldm.models.autoencoder.AutoencoderKL",
+        "text_encoder": "ldm.models.text_encoder.CLIPTextEncoder",
     }
     with torch.device("meta"):
         parts = {part: instantiate({"target": target}).state_dict() for part, target in targets.items()}

@@ -21,8 +21,8 @@ def parts() -> dict[str, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     return {
         "unet": {"out.2.weight": torch.randn(4, 3), "out.2.count": torch.tensor([70_001])},
-        "first_stage": {"quant_conv.bias": torch.randn(5).expand(2, 5)},
-        "cond_stage": {POSITIONS: torch.randn(8, 2).T.T},
+        "vae": {"quant_conv.bias": torch.randn(5).expand(2, 5)},
+        "text_encoder": {POSITIONS: torch.randn(8, 2).T.T},
     }
 
 
@@ -56,7 +56,7 @@ def test_equal_content_gives_equal_bytes(tmp_path, parts, suffix):
 
 def test_an_autoencoder_alone_has_no_schedule(tmp_path, parts):
     path = tmp_path / "vae.safetensors"
-    save_model(path, {"first_stage": parts["first_stage"]}, alphas_cumprod=None)
+    save_model(path, {"vae": parts["vae"]}, alphas_cumprod=None)
     with safe_open(path, framework="pt") as file:
         assert list(file.keys()) == ["first_stage_model.quant_conv.bias"]
         assert file.metadata() == {"format": "pt"}

@@ -97,13 +97,16 @@ def assert_same(one: dict, other: dict) -> None:
 
 def test_what_a_batch_holds(folders):
     batch = next(iter(ready(**folders, batch_size=3, prior_batch_size=2).loader()))
-    assert batch["moments"].shape == (5, 6, SIZE // 2, SIZE // 2) and batch["moments"].dtype == torch.float32
+    assert (
+        batch["latent_stats"].shape == (5, 6, SIZE // 2, SIZE // 2)
+        and batch["latent_stats"].dtype == torch.float32
+    )
     assert batch["caption"] == ["a photo of sks dog"] * 3 + ["a photo of a dog"] * 2
     assert batch["is_prior"].tolist() == [False] * 3 + [True] * 2 and batch["is_prior"].dtype == torch.bool
     assert batch["item"].tolist() == [0, 1, 2, 0, 1] and batch["item"].dtype == torch.int64
 
     batch = next(iter(ready(**folders, batch_size=2, cache_latents=False).loader()))
-    assert batch["image"].shape == (4, 3, SIZE, SIZE) and "moments" not in batch
+    assert batch["image"].shape == (4, 3, SIZE, SIZE) and "latent_stats" not in batch
 
 
 def test_prior_items_hold_the_empty_prompt_in_an_even_share(folders):
@@ -111,21 +114,23 @@ def test_prior_items_hold_the_empty_prompt_in_an_even_share(folders):
     batches = islice(data.loader(), 10)
     for batch in batches:
         assert batch["caption"] == ["a photo of sks dog"] * 4 + ["a photo of a dog"] * 3 + [""]
-    captions = [ready(**folders, prior_caption_dropout=0.3).dataset.parts[True].caption(k) for k in range(70)]
+    captions = [
+        ready(**folders, prior_caption_dropout=0.3).dataset.streams["prior"].caption(k) for k in range(70)
+    ]
     assert [captions[k : k + 10].count("") for k in range(0, 70, 10)] == [3] * 7
     plain, held = ready(**folders), ready(**folders, prior_caption_dropout=1.0)
     for k in range(5):  # the images are those of a run that does not hold it
-        assert plain.dataset.parts[True].view(k) == held.dataset.parts[True].view(k)
-        assert plain.dataset.parts[False].caption(k) == held.dataset.parts[False].caption(k) != ""
+        assert plain.dataset.streams["prior"].view(k) == held.dataset.streams["prior"].view(k)
+        assert plain.dataset.streams["subject"].caption(k) == held.dataset.streams["subject"].caption(k) != ""
 
 
 def test_without_prior_images_the_subjects_photos_hold_the_empty_prompt(folders):
     folders = folders | {"prior_root": None, "num_priors": 0}
     data = ready(**folders, prior_caption_dropout=0.5, batch_size=2, hold_out=True)
-    assert not data.draws_priors and data.priors_show_subject
+    assert not data.generates_priors and data.priors_show_subject
     batch = next(iter(data.loader()))
     assert batch["caption"] == ["a photo of sks dog"] * 2 + ["a photo of a dog", ""]
-    subject, prior = data.dataset.parts[False], data.dataset.parts[True]
+    subject, prior = data.dataset.streams["subject"], data.dataset.streams["prior"]
     assert {p.path for p in prior.photos} == {p.path for p in subject.photos}  # the held-out one is not there
     assert [prior.view(k).flip for k in range(20)] != [subject.view(k).flip for k in range(20)]
     assert ready(**folders).prior_batch_size == 0
@@ -136,46 +141,46 @@ def test_an_item_is_a_function_of_seed_and_number(folders, seed):
     data, again = (ready(**folders, seed=seed).dataset for _ in range(2))
     order = np.random.default_rng(0).permutation(40)
     for k in order:
-        for part in (True, False):
-            assert equal(data[part, int(k)], again[part, int(k)])
+        for stream in ("prior", "subject"):
+            assert equal(data[stream, int(k)], again[stream, int(k)])
 
 
 def test_seeds_and_parts_draw_apart(folders):
-    def numbers(data, part):
-        views = [data.dataset.parts[part].view(k) for k in range(60)]
-        return [(view.photo.path.name, view.variant, view.flip) for view in views]
+    def numbers(data, stream):
+        views = [data.dataset.streams[stream].view(k) for k in range(60)]
+        return [(view.source.path.name, view.crop_index, view.flip) for view in views]
 
     one, other = ready(**folders, seed=0), ready(**folders, seed=1)
-    assert numbers(one, False) != numbers(other, False)
+    assert numbers(one, "subject") != numbers(other, "subject")
     same = ready(**folders | {"prior_root": None, "num_priors": 0}, seed=0)
-    assert numbers(one, False) == numbers(same, False)  # the subject does not feel the prior
-    flips = [[flip for *_, flip in numbers(one, part)] for part in (False, True)]
+    assert numbers(one, "subject") == numbers(same, "subject")  # the subject does not feel the prior
+    flips = [[flip for *_, flip in numbers(one, stream)] for stream in ("subject", "prior")]
     assert flips[0] != flips[1]
 
 
 def test_every_photo_comes_once_in_a_pass_in_ever_new_order(folders):
-    part = ready(**folders).dataset.parts[False]
-    passes = [[part.view(5 * n + i).photo.path.name for i in range(5)] for n in range(20)]
+    stream = ready(**folders).dataset.streams["subject"]
+    passes = [[stream.view(5 * n + i).source.path.name for i in range(5)] for n in range(20)]
     assert all(sorted(names) == [f"{k}.png" for k in range(5)] for names in passes)
     assert len({tuple(names) for names in passes}) > 10
 
 
 def test_shares_of_flips_crops_and_empty_captions(folders):
-    part = ready(**folders, caption_dropout=0.25, crop_variants=4).dataset.parts[False]
+    stream = ready(**folders, caption_dropout=0.25, crop_variants=4).dataset.streams["subject"]
     n = 2000
-    views, captions = [part.view(k) for k in range(n)], [part.caption(k) for k in range(n)]
+    views, captions = [stream.view(k) for k in range(n)], [stream.caption(k) for k in range(n)]
     assert abs(sum(view.flip for view in views) / n - 0.5) < 4 * (0.25 / n) ** 0.5  # four sigma
     assert abs(captions.count("") / n - 0.25) < 4 * (0.1875 / n) ** 0.5
-    counts = Counter(view.variant for view in views)
+    counts = Counter(view.crop_index for view in views)
     assert set(counts) == {0, 1, 2, 3} and min(counts.values()) > 400
-    assert {ready(**folders, caption_dropout=1.0).dataset[part, 3]["caption"] for part in (True, False)} == {
-        ""
-    }
+    assert {
+        ready(**folders, caption_dropout=1.0).dataset[stream, 3]["caption"] for stream in ("prior", "subject")
+    } == {""}
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
 def test_a_mirrored_view_shows_the_same_crop(folders, crop):
-    views = ready(**folders, crop=crop, crop_variants=3).dataset.parts[False].views()
+    views = ready(**folders, crop=crop, crop_variants=3).dataset.streams["subject"].views()
     assert len(views) == 5 * 2 * (3 if crop == "random" else 1)
     assert len({view.key for view in views}) == len(views)
     for plain, mirrored in zip(views[::2], views[1::2], strict=True):
@@ -187,7 +192,7 @@ def test_cached_equals_uncached(folders, crop):
     cached = ready(**folders, crop=crop, batch_size=2)
     uncached = ready(**folders, crop=crop, batch_size=2, cache_latents=False)
     for one, other in zip(items(cached, 25), items(uncached, 25), strict=True):
-        assert torch.equal(one["moments"], encode(other["image"][None])[0])
+        assert torch.equal(one["latent_stats"], encode(other["image"][None])[0])
         assert {k: one[k] for k in ("caption", "item")} == {k: other[k] for k in ("caption", "item")}
 
 
@@ -202,10 +207,10 @@ def test_a_cache_on_disk_equals_one_in_memory(folders, tmp_path):
 
 
 def test_renaming_photos_changes_no_crop(folders, tmp_path):
-    before = ready(**folders).dataset.moments
+    before = ready(**folders).dataset.latent_stats
     for path in (tmp_path / "subject").iterdir():
         path.rename(path.with_name(f"renamed {path.name}"))
-    after = ready(**folders).dataset.moments
+    after = ready(**folders).dataset.latent_stats
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
@@ -258,7 +263,7 @@ def test_validation_items_never_change_and_never_train(folders):
     data = ready(**folders, batch_size=2, validation_batches=3)
     first, again = list(data.val_dataloader()), list(data.val_dataloader())
     assert [b["item"].tolist() for b in first] == [b["item"].tolist() for b in again]
-    assert all(torch.equal(b["moments"], c["moments"]) for b, c in zip(first, again, strict=True))
+    assert all(torch.equal(b["latent_stats"], c["latent_stats"]) for b, c in zip(first, again, strict=True))
     assert len(first) == 3
     assert all(b["is_prior"].tolist() == [False, False, True, True] for b in first)
     assert min(int(b["item"].min()) for b in first) > 10**9
@@ -268,27 +273,28 @@ def test_item_numbers_follow_the_formula():
     batches = ItemBatches(batch_size=2, prior_batch_size=1, accumulate=3, rank=1, world_size=2, start_step=7)
     for j, batch in enumerate(islice(batches, 6)):
         n, j = 7 + j // 3, j % 3
-        subject = [(False, n * 12 + (j * 2 + 1) * 2 + i) for i in range(2)]
-        assert batch == [*subject, (True, n * 6 + j * 2 + 1)]
+        subject = [("subject", n * 12 + (j * 2 + 1) * 2 + i) for i in range(2)]
+        assert batch == [*subject, ("prior", n * 6 + j * 2 + 1)]
 
 
 def test_drawn_priors_are_used_straight_from_the_sampler(folders, drawn):
     data = ready(drawn, **folders | {"prior_root": None}, num_priors=6, batch_size=6)
-    assert data.draws_priors
+    assert data.generates_priors
     rows = [row for row in items(data, 2) if row["is_prior"]]
-    means = [row["moments"][:3].unique().item() for row in rows]
+    means = [row["latent_stats"][:3].unique().item() for row in rows]
     assert sorted(means[:6]) == sorted(means[6:]) == [0, 1, 2, 3, 4, 5]
-    assert all(not row["moments"][3:].any() for row in rows)  # no spread: sampling gives the latents back
+    # No spread: sampling gives the latents back
+    assert all(not row["latent_stats"][3:].any() for row in rows)
     assert {row["caption"] for row in rows} == {"a photo of a dog"}
 
     uncached = ready(drawn, **folders | {"prior_root": None}, num_priors=6, cache_latents=False)
-    pictures = [to_tensor(Image.open(drawn.picture(i))) for i in range(6)]
+    pictures = [to_tensor(Image.open(drawn.image_path(i))) for i in range(6)]
     images = [row["image"] for row in items(uncached, 6) if row["is_prior"]]
     assert all(any(torch.equal(image, picture) for picture in pictures) for image in images)  # never mirrored
 
 
 def test_missing_priors_stop_the_run(folders, drawn):
-    drawn.picture(3).unlink()
+    drawn.image_path(3).unlink()
     with pytest.raises(UserError, match="1 of 6 prior images are missing.*generate_priors"):
         ready(drawn, **folders | {"prior_root": None}, num_priors=6)
 
@@ -302,7 +308,7 @@ def test_priors_of_another_prompt_or_size_are_never_used(folders, drawn, other):
 @pytest.mark.parametrize("without", [{"num_priors": 0}, {"prior_batch_size": 0}])
 def test_training_without_priors(folders, without):
     data = ready(subject_root=folders["subject_root"], batch_size=2, **without)
-    assert not data.draws_priors
+    assert not data.generates_priors
     assert not any(row["is_prior"] for row in items(data, 3))
 
 
@@ -387,7 +393,7 @@ class Recorder(pl.LightningModule):
 
     def training_step(self, batch: dict, _: int) -> Tensor:
         self.seen.append(batch["item"].tolist())
-        return self.weight * batch["moments"].mean()
+        return self.weight * batch["latent_stats"].mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -413,13 +419,13 @@ def test_lightning_takes_the_endless_stream(folders, tmp_path):
 def test_a_photo_that_is_held_out_validates_and_never_trains(folders):
     data = ready(subject_root=folders["subject_root"], num_priors=0, hold_out=True, validation_batches=3)
     names = [Path(photo.path).name for photo in data.subject_photos]
-    held, part = names[-1], data.dataset.parts[False]
-    trained = {part.view(item).photo.path.name for item in range(200)}
+    held, stream = names[-1], data.dataset.streams["subject"]
+    trained = {stream.view(item).source.path.name for item in range(200)}
     assert trained == set(names) - {held}
     validated = [int(item) for batch in data.val_dataloader() for item in batch["item"]]
-    assert {part.view(item).photo.path.name for item in validated} == {held}
+    assert {stream.view(item).source.path.name for item in validated} == {held}
     few = ready(subject_root=folders["prior_root"], num_priors=0, hold_out=True)
-    assert len(few.dataset.parts[False].photos) == 6  # of seven
+    assert len(few.dataset.streams["subject"].sources) == 6  # of seven
 
 
 @pytest.mark.parametrize("online", [False, True])
@@ -435,13 +441,13 @@ def test_online_priors_are_new_images_for_every_item(folders, drawn, online):
     def rows() -> dict:
         data = ready(priors=drawn, subject_root=folders["subject_root"], num_priors=6, batch_size=2,
                      online_priors=online)  # fmt: skip
-        data.draw = draw
+        data.generate = draw
         validation = [batch for batch in data.val_dataloader()]
-        assert {float(b["moments"][-1, 0, 0, 0]) for b in validation} <= set(map(float, range(6)))
+        assert {float(b["latent_stats"][-1, 0, 0, 0]) for b in validation} <= set(map(float, range(6)))
         return by_number(items(data, 3))
 
     first = rows()
-    shown = [float(first[True, k]["moments"][0, 0, 0]) for k in range(6)]
+    shown = [float(first[True, k]["latent_stats"][0, 0, 0]) for k in range(6)]
     if not online:
         assert set(shown) <= set(map(float, range(6))) and asked == []
         return

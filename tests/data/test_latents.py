@@ -1,10 +1,10 @@
-"""Latents on disk, and the cache of moments."""
+"""Latents on disk, and the cache of latent stats."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from ldm.data.latents import cached_moments, load_latents, save_latents
+from ldm.data.latents import cached_latent_stats, load_latents, save_latents
 from ldm.errors import UserError
 
 
@@ -45,40 +45,42 @@ def test_absent_torn_and_altered_latents_are_none(tmp_path):
 
 def test_moments_equal_the_encoder_and_are_kept(tmp_path):
     encode, seen = Encoder(), []
-    moments = cached_moments(
+    latent_stats = cached_latent_stats(
         views(), encode, vae_hash="v", folder=tmp_path / "cache", batch_size=2, progress=seen.append
     )
     for key, render in views().items():
-        assert torch.equal(moments[key], Encoder()(render()[None])[0])
+        assert torch.equal(latent_stats[key], Encoder()(render()[None])[0])
     assert encode.batches == [2, 2, 1] and sum(seen) == 5
 
-    again = cached_moments(views(), encode, vae_hash="v", folder=tmp_path / "cache", progress=seen.append)
+    again = cached_latent_stats(
+        views(), encode, vae_hash="v", folder=tmp_path / "cache", progress=seen.append
+    )
     assert encode.batches == [2, 2, 1] and sum(seen) == 10
-    assert all(torch.equal(moments[key], again[key]) for key in moments)
+    assert all(torch.equal(latent_stats[key], again[key]) for key in latent_stats)
 
 
 def test_only_absent_and_damaged_views_are_encoded(tmp_path):
-    cached_moments(views(4), Encoder(), vae_hash="v", folder=tmp_path)
+    cached_latent_stats(views(4), Encoder(), vae_hash="v", folder=tmp_path)
     first, second, *_ = sorted(tmp_path.iterdir())
     first.write_bytes(first.read_bytes()[:-4])
     second.unlink()
     encode = Encoder()
-    moments = cached_moments(views(5), encode, vae_hash="v", folder=tmp_path)
+    latent_stats = cached_latent_stats(views(5), encode, vae_hash="v", folder=tmp_path)
     assert sum(encode.batches) == 2 + 1  # two of the four, and the fifth view
-    fresh = cached_moments(views(5), Encoder(), vae_hash="v")
-    assert all(torch.equal(moments[key], fresh[key]) for key in fresh)
+    fresh = cached_latent_stats(views(5), Encoder(), vae_hash="v")
+    assert all(torch.equal(latent_stats[key], fresh[key]) for key in fresh)
 
 
 def test_another_vae_never_reuses(tmp_path):
-    cached_moments(views(), Encoder(), vae_hash="one", folder=tmp_path)
+    cached_latent_stats(views(), Encoder(), vae_hash="one", folder=tmp_path)
     encode = Encoder()
-    cached_moments(views(), encode, vae_hash="two", folder=tmp_path)
+    cached_latent_stats(views(), encode, vae_hash="two", folder=tmp_path)
     assert sum(encode.batches) == 5
     with pytest.raises(ValueError, match="hash"):
-        cached_moments(views(), encode, vae_hash="", folder=tmp_path)
+        cached_latent_stats(views(), encode, vae_hash="", folder=tmp_path)
 
 
 def test_overflow_is_refused_and_not_kept(tmp_path):
     with pytest.raises(UserError, match="NaN"):
-        cached_moments(views(), lambda x: x / 0, vae_hash="v", folder=tmp_path)
+        cached_latent_stats(views(), lambda x: x / 0, vae_hash="v", folder=tmp_path)
     assert not list(tmp_path.iterdir())

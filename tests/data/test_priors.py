@@ -51,13 +51,13 @@ def latents(seed: int) -> torch.Tensor:
 def assert_complete(priors: PriorSet, count: int) -> None:
     assert priors.missing(count) == []
     for i in range(count):
-        with Image.open(priors.picture(i)) as file:
+        with Image.open(priors.image_path(i)) as file:
             np.testing.assert_array_equal(np.asarray(file), np.asarray(picture(100 + i)))
         assert torch.equal(priors.latents(i), latents(100 + i))
     manifest = json.loads((priors.folder / "manifest.json").read_text())
     assert PriorSpec(**manifest["spec"]) == priors.spec
     assert manifest["images"] == [
-        {"file": f"{i:04d}.png", "seed": 100 + i, "sha256": file_sha256(priors.picture(i))}
+        {"file": f"{i:04d}.png", "seed": 100 + i, "sha256": file_sha256(priors.image_path(i))}
         for i in range(count)
     ]
 
@@ -121,7 +121,7 @@ def test_images_of_another_set_do_not_count(tmp_path):
     os.rename(other.folder, priors.folder)
     assert priors.missing(2) == [0, 1]
     priors.generate_missing(2, Painter(), batch_size=2)
-    os.replace(priors.picture(0), priors.picture(1))
+    os.replace(priors.image_path(0), priors.image_path(1))
     os.replace(priors.folder / "0000.safetensors", priors.folder / "0001.safetensors")
     assert priors.missing(2) == [0, 1]  # image 0 under the name of image 1
 

@@ -53,12 +53,16 @@ def test_photos_become_latents_of_the_true_size(tmp_path):
 
     def encode(images: torch.Tensor) -> torch.Tensor:
         seen.append(images)
-        return vae.encode(images).moments
+        return vae.encode(images).latent_stats
 
     options = {"class_word": "dog", "size": 512, "num_priors": 0, "flip": False}
     data = DreamBoothDataModule(subject_root=str(tmp_path), **options)
     data.attach(encode=encode)
     data.setup()
-    moments = next(iter(data.loader()))["moments"]
-    assert moments.shape == (1, 8, 64, 64) and moments.isfinite().all() and (moments[:, 4:] > 0).all()
+    latent_stats = next(iter(data.loader()))["latent_stats"]
+    assert (
+        latent_stats.shape == (1, 8, 64, 64)
+        and latent_stats.isfinite().all()
+        and (latent_stats[:, 4:] > 0).all()
+    )
     assert torch.equal(torch.cat(seen), to_tensor(fit_image(photo, 512)).unsqueeze(0))

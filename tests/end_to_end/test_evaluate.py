@@ -39,9 +39,9 @@ PHOTOS = ("--data_root", "photos", "--class_word", "cat")
 
 def test_folders_of_pictures_are_measured(folders, monkeypatch, capsys):
     run(monkeypatch, "--pictures", "drawn", "--class_pictures", "cats", *PHOTOS)
-    figures = json.loads(Path("logs/evaluation-drawn/metrics.json").read_text())
-    assert figures["subject_fidelity"] > 0.95 and figures["prompt_fidelity"] == 1
-    assert figures["class_carries_subject"] == 0 and figures["class_diversity"] > 0
+    metrics = json.loads(Path("logs/evaluation-drawn/metrics.json").read_text())
+    assert metrics["subject_fidelity"] > 0.95 and metrics["prompt_fidelity"] == 1
+    assert metrics["class_carries_subject"] == 0 and metrics["class_diversity"] > 0
     assert "subject_fidelity" in capsys.readouterr().out
 
 
@@ -75,7 +75,7 @@ def test_a_model_is_measured_under_the_guidance_of_its_base(folders, monkeypatch
         "2",
     ]
     run(monkeypatch, *words, "--guidance_base", "--out", "measured")
-    figures = json.loads(Path("measured/metrics.json").read_text())
-    assert figures["class_shift"] == figures["class_drift"] == 0 and figures["diversity_ratio"] == 1
-    assert figures["noise_floor"]["class_shift"] > 0
+    metrics = json.loads(Path("measured/metrics.json").read_text())
+    assert metrics["class_shift"] == metrics["class_drift"] == 0 and metrics["diversity_ratio"] == 1
+    assert metrics["noise_floor"]["class_shift"] > 0
     assert "noise" in capsys.readouterr().out

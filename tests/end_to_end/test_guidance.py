@@ -9,7 +9,7 @@ from ldm.evaluation.storybook import ClassImages, StorybookEvaluation
 from ldm.pipeline import Text2Image
 from ldm.training.job import run_job
 from ldm.training.options import parse
-from ldm.training.study import jobs_of, read_study
+from ldm.training.sweep import jobs_of, read_sweep
 from tests.end_to_end.test_prior_preservation import BASE, SHORT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +19,7 @@ SHORTER = [*SHORT, "trainer.max_steps=60", "data.params.num_priors=16", "priors.
 
 def trained(variant: str) -> Path:
     """A variant of the study on the shipped dog, in a quarter of its steps -> its model."""
-    study = read_study(STUDY)
+    study = read_sweep(STUDY)
     words = [f"name={variant}", f"data.params.subject_root={ROOT / study.subjects['dog']['photos']}"]
     short = [*SHORTER, "evaluate_also=null"]
     bases = [str(ROOT / path) for path in study.base]
@@ -33,7 +33,7 @@ def moved(model: Text2Image, base: Text2Image, *, guidance_scale: float) -> floa
     x, t = torch.randn(8, *base.latent_shape(), generator=generator), torch.linspace(600, 990, 8).long()
     guided = []
     for draw in (model, base):
-        contexts = draw.cond_stage(draw.cond_stage.tokenize(["", "a photo of a dog"]))
+        contexts = draw.text_encoder(draw.text_encoder.tokenize(["", "a photo of a dog"]))
         empty, of_class = (draw.unet.predict(x, t, contexts, [row] * len(x)) for row in (0, 1))
         guided.append(empty + guidance_scale * (of_class - empty))
     return float((guided[0] - guided[1]).norm() / guided[1].norm())
@@ -62,7 +62,7 @@ def test_a_held_empty_prompt_keeps_the_class_under_guidance(workdir: Path):
 
 def test_the_study_has_the_arms_that_its_page_tells_of(workdir: Path):
     (workdir / "configs").symlink_to(ROOT / "configs")
-    jobs = jobs_of(read_study(STUDY))
+    jobs = jobs_of(read_sweep(STUDY))
     assert len(jobs) == 4 * 6 * 2 and len({job.subject.split()[0] for job in jobs}) == 6
     scales = {name: params.guidance_scale for name, params in jobs[0].config.evaluate_also.items()}
     assert sorted(scales.values()) == [1.0, 2.0, 4.0, 4.0]

@@ -108,9 +108,9 @@ def test_online_priors_a_teacher_and_a_new_word(job: list[str]):
     """All through one job, stopped and taken up; its pictures need the word that stands beside the model."""
     words = ["data.params.online_priors=true", "model.params.prior_target=teacher"]
     words += ["data.params.prior_caption_dropout=0.5"]
-    words += ["data.params.identifier=<my-disc>", "model.params.new_word.params.word=<my-disc>"]
-    words += ["model.params.new_word.target=ldm.training.techniques.NewWord"]
-    words += ["model.params.new_word.params.init=disc"]
+    words += ["data.params.identifier=<my-disc>", "model.params.learned_token.params.word=<my-disc>"]
+    words += ["model.params.learned_token.target=ldm.training.techniques.LearnedToken"]
+    words += ["model.params.learned_token.params.init=disc"]
     paths = [path for path in run_job(parse([*job, *words]))]
     assert all(path.exists() for path in paths)
     (priors,) = Path("priors").iterdir()
@@ -127,7 +127,7 @@ def test_online_priors_a_teacher_and_a_new_word(job: list[str]):
 
 
 def test_a_run_without_prior_images(job: list[str]):
-    paths = run_job(parse([*job, "data.params.num_priors=0", "model.params.l2_pull=0.1"]))
+    paths = run_job(parse([*job, "data.params.num_priors=0", "model.params.l2_sp_weight=0.1"]))
     assert all(path.exists() for path in paths) and not Path("priors").exists()
     assert json.loads(Path("logs/tiny/metrics.json").read_text())["prior_images"] == 0
 
@@ -135,7 +135,7 @@ def test_a_run_without_prior_images(job: list[str]):
 def test_figures_on_the_way_choose_the_weights(job: list[str]):
     words = ["evaluation.target=ldm.evaluation.storybook.StorybookEvaluation"]
     words += [f"evaluation.params.{key}" for key in ("seeds=1", "class_samples=2", "steps=2")]
-    words += ["measures.every_steps=1", "measures.params.steps=1", "export.weights=best"]
+    words += ["online_eval.every_steps=1", "online_eval.params.steps=1", "export.weights=best"]
     words += ["evaluate_also={no guidance: {guidance_scale: 1.0}, the base's: {guidance_base: true}}"]
     words += ["samples.guidance_base=true"]
     run_job(parse([*job, *words]))
@@ -171,7 +171,7 @@ def test_figures_on_the_way_choose_the_weights(job: list[str]):
         (["trainer.max_steps=soon"], "max_steps"),
         (["--frobnicate"], "--frobnicate"),
         (["data.params.size=18"], "18"),
-        (["measures.every_steps=1"], "no `evaluation`"),
+        (["online_eval.every_steps=1"], "no `evaluation`"),
         (["evaluate_also={g: {guidance_scale: 4.0}}"], "no `evaluation`"),
         (
             [

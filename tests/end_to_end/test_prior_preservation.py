@@ -17,11 +17,11 @@ SHORT = [  # a fifth of the shipped run's steps, at rates that make up for it
     *("trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.val_check_interval=1000"),
     *("samples.n=1", "samples.steps=2", "samples.every_steps=0"),
     *("evaluation.params.seeds=1", "evaluation.params.class_samples=32", "evaluation.params.steps=12"),
-    "measures.every_steps=0",
+    "online_eval.every_steps=0",
 ]
 
 
-def figures(prior_loss_weight: int) -> dict[str, float]:
+def metrics(prior_loss_weight: int) -> dict[str, float]:
     name = f"weight-{prior_loss_weight}"
     photos = ROOT / "ldm/storybook/assets/subjects/dog"
     words = [
@@ -36,6 +36,6 @@ def figures(prior_loss_weight: int) -> dict[str, float]:
 
 @pytest.mark.skipif(not BASE.exists(), reason="the storybook's base is not in this checkout")
 def test_without_prior_preservation_the_class_drifts(workdir: Path):
-    without, preserved = figures(0), figures(2)
+    without, preserved = metrics(0), metrics(2)
     assert without["class_drift"] > preserved["class_drift"] + 0.3
     assert without["diversity_ratio"] < preserved["diversity_ratio"] - 0.2

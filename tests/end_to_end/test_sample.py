@@ -173,7 +173,7 @@ def test_the_base_guides_and_is_named(
         (["--prompt", "a dog", "--model", "MODEL", "--batch_size", "0"], "batch_size 0"),
         (
             ["--prompt", "a dog", "--model", "MODEL", "--config", "empty.yaml"],
-            "lacks unet_config",
+            "lacks unet",
         ),
         (["--prompt", "a dog", "--model", "MODEL", "--device", "toaster"], "toaster"),
         (["--prompts", "dreambooth-live", "--model", "MODEL"], "Give identifier"),

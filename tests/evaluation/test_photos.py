@@ -23,13 +23,13 @@ from transformers import (
 
 from ldm.errors import UserError
 from ldm.evaluation.features import IMAGENET, OPENAI, Clip, Dino, prepare
+from ldm.evaluation.image_folder import read_image_folder
 from ldm.evaluation.photos import PhotoEvaluation, mean_of_pairs, without
-from ldm.evaluation.pictures import read_pictures
-from ldm.evaluation.protocol import Picture, Prompts
+from ldm.evaluation.protocol import GeneratedImage, SubjectPrompts
 from ldm.pipeline import Sample
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "ldm/storybook/assets/tokenizer"
-PROMPTS = Prompts("a photo of sks dog", "a photo of a dog", "sks", "dog")
+PROMPTS = SubjectPrompts("a photo of sks dog", "a photo of a dog", "sks", "dog")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_pictures_are_prepared_as_torchvision_and_clip_do(networks: dict[str, st
 def test_embeddings_are_the_networks_own(networks: dict[str, str]):
     images = [photo(k) for k in range(3)]
     ours, network = (
-        Clip(networks["clip"]).pictures(images),
+        Clip(networks["clip"]).embed_images(images),
         CLIPModel.from_pretrained(networks["clip"]).eval(),
     )
     with torch.no_grad():
@@ -109,23 +109,27 @@ def test_every_figure_is_a_mean_over_all_pairs(evaluation: PhotoEvaluation):
     photos, drawn = [photo(k) for k in range(3)], [photo(10 + k) for k in range(4)]
     of_class = [photo(20 + k) for k in range(2)]
     texts = ["a sks dog in the snow", "a sks dog"] * 2
-    plain = evaluation.plain(
-        [Picture(image, text) for image, text in zip(drawn, texts, strict=True)],
+    plain = evaluation.measure_images(
+        [GeneratedImage(image, text) for image, text in zip(drawn, texts, strict=True)],
         subject=evaluation.subject(photos),
         prompts=PROMPTS,
-        of_class=[Picture(image, None) for image in of_class],
+        of_class=[GeneratedImage(image, None) for image in of_class],
     )
     dino, clip = evaluation.dino, evaluation.clip
 
     def pairs(network: Dino | Clip, one: Sequence, other: Sequence) -> float:
-        values = [cosine(network.pictures([a])[0], network.pictures([b])[0]) for a in one for b in other]
+        values = [
+            cosine(network.embed_images([a])[0], network.embed_images([b])[0]) for a in one for b in other
+        ]
         return sum(values) / len(values)
 
     assert plain["dino"] == pytest.approx(pairs(dino, drawn, photos), abs=1e-4)
     assert plain["clip_i"] == pytest.approx(pairs(clip, drawn, photos), abs=1e-4)
     assert plain["pres"] == pytest.approx(pairs(dino, of_class, photos), abs=1e-4)
     named = ["a dog in the snow", "a dog"] * 2
-    values = [cosine(clip.pictures([i])[0], clip.texts([t])[0]) for i, t in zip(drawn, named, strict=True)]
+    values = [
+        cosine(clip.embed_images([i])[0], clip.embed_texts([t])[0]) for i, t in zip(drawn, named, strict=True)
+    ]
     assert plain["clip_t"] == pytest.approx(sum(values) / 4, abs=1e-4)
 
 
@@ -147,7 +151,7 @@ def test_clip_t_is_torchmetrics_clip_score(evaluation: PhotoEvaluation, networks
 
     processor = CLIPProcessor.from_pretrained(networks["clip"])
     theirs = CLIPScore(model_name_or_path=lambda: (Plain(), processor))
-    ours = evaluation.clip.pictures(images) @ evaluation.clip.texts([text])[0]
+    ours = evaluation.clip.embed_images(images) @ evaluation.clip.embed_texts([text])[0]
     for image, mine in zip(images, ours.tolist(), strict=True):
         theirs.update(torch.from_numpy(np.array(image)).permute(2, 0, 1), text)
         assert float(theirs.score) / 100 == pytest.approx(mine, abs=1e-5)
@@ -163,12 +167,12 @@ def test_mean_of_pairs_leaves_each_row_itself_out():
 def test_a_model_is_drawn_from_by_the_protocol(evaluation: PhotoEvaluation):
     subject = evaluation.subject([photo(k) for k in range(3)])
     base = evaluation.measure(Drawer(), subject=subject, prompts=PROMPTS)
-    figures = evaluation.summary(base, base, subject)
+    metrics = evaluation.summary(base, base, subject)
     assert base.dino.shape == base.clip_i.shape == base.clip_t.shape == (2, 25) and base.pres.shape == (3,)
-    assert figures["dino"] == figures["base"]["dino"] and -1 <= figures["dino"] <= 1
-    assert figures["intervals"]["clip_t"].low <= figures["clip_t"] <= figures["intervals"]["clip_t"].high
-    assert figures["ceiling"]["dino"] == pytest.approx(mean_of_pairs(subject.dino), abs=1e-4)
-    assert evaluation.score(figures) == pytest.approx(figures["dino"], abs=1e-6)  # the base's own, undrifted
+    assert metrics["dino"] == metrics["base"]["dino"] and -1 <= metrics["dino"] <= 1
+    assert metrics["intervals"]["clip_t"].low <= metrics["clip_t"] <= metrics["intervals"]["clip_t"].high
+    assert metrics["ceiling"]["dino"] == pytest.approx(mean_of_pairs(subject.dino), abs=1e-4)
+    assert evaluation.score(metrics) == pytest.approx(metrics["dino"], abs=1e-6)  # the base's own, undrifted
 
 
 @pytest.mark.parametrize(
@@ -190,16 +194,16 @@ def test_what_cannot_be_had_is_said(networks: dict[str, str], tmp_path: Path, mo
 def test_folders_of_plain_pictures(tmp_path: Path):
     for k in range(3):
         photo(k).save(tmp_path / f"{k}.png")
-    assert [picture.prompt for picture in read_pictures(tmp_path)] == [None] * 3
+    assert [picture.prompt for picture in read_image_folder(tmp_path)] == [None] * 3
     with pytest.raises(UserError, match="too few, 5 are needed"):
-        read_pictures(tmp_path, at_least=5)
+        read_image_folder(tmp_path, at_least=5)
     (tmp_path / "0.txt").write_text("a dog\n")
     with pytest.raises(UserError, match="1.png has none"):
-        read_pictures(tmp_path)
+        read_image_folder(tmp_path)
     for k in range(3):
         (tmp_path / f"{k}.txt").write_text(f"dog {k}")
-    assert [picture.prompt for picture in read_pictures(tmp_path)] == ["dog 0", "dog 1", "dog 2"]
+    assert [picture.prompt for picture in read_image_folder(tmp_path)] == ["dog 0", "dog 1", "dog 2"]
     photo(3, (30, 30)).save(tmp_path / "3.png")
     (tmp_path / "3.txt").write_text("a dog")
     with pytest.raises(UserError, match="differ in size: .* 60 x 44, 3.png 30 x 30"):
-        read_pictures(tmp_path)
+        read_image_folder(tmp_path)

@@ -12,10 +12,10 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from ldm.evaluation.curves import chart, read_curves, smooth, ticks
-from ldm.evaluation.plot import figures_plot
+from ldm.evaluation.plot import metrics_plot
 from ldm.evaluation.report import Report, Row, write_report
 
-FIGURES = {
+METRICS = {
     "subject_fidelity": 0.87,
     "prompt_fidelity": 0.94,
     "class_drift": 0.02,
@@ -61,7 +61,7 @@ def report(**changes) -> Report:
         "subject": pictures(4),
         "priors": pictures(3),
         "rows": [Row("a photo of sks dog", pictures(2), pictures(2))],
-        "figures": FIGURES,
+        "metrics": METRICS,
         "seconds": {"prior_images": 12.5, "training": 30.0},
         "curves": {"train/subject_loss": [(k, 0.3 / (k + 1)) for k in range(40)]},
         "config": "name: rex\n",
@@ -98,7 +98,7 @@ def test_figures_stand_with_what_they_compare_to(tmp_path: Path):
 
 
 def test_a_run_without_figures_priors_or_previews(tmp_path: Path):
-    page = write_report(tmp_path / "report.html", report(figures={}, priors=[], previews=[], curves={}))
+    page = write_report(tmp_path / "report.html", report(metrics={}, priors=[], previews=[], curves={}))
     text = " ".join(parsed(page).text)
     assert "Subject fidelity" not in text and "Prior images" not in text and "While it learned" not in text
 
@@ -163,14 +163,14 @@ def test_a_resumed_runs_files_are_merged_and_the_later_wins(tmp_path: Path):
 
 
 def test_the_plot_of_an_evaluation_holds_every_figure_inside_its_frame():
-    figures = {
+    metrics = {
         "subject_fidelity": 0.8,
         "class_drift": -0.1,
         "intervals": {"subject_fidelity": [0.7, 0.9]},
         "base": {"subject_fidelity": 0.2, "class_drift": 0.0},
         "ceiling": {"subject_fidelity": 1.0},
     }
-    root = ElementTree.fromstring(figures_plot(figures))
+    root = ElementTree.fromstring(metrics_plot(metrics))
     *_, width, height = map(float, root.attrib["viewBox"].split())
     circles = [e for e in root.iter() if e.tag.endswith("circle")]
     assert len(circles) == 2 and len([e for e in root.iter() if e.tag.endswith("line")]) == 2 + 1 + 3

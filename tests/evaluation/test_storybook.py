@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 from ldm.errors import UserError
-from ldm.evaluation.protocol import Picture, Prompts
-from ldm.evaluation.storybook import EXAM, StorybookEvaluation
+from ldm.evaluation.protocol import GeneratedImage, SubjectPrompts
+from ldm.evaluation.storybook import HELD_OUT_SEED, StorybookEvaluation
 from ldm.pipeline import Sample
-from ldm.storybook.dataset import BOOK
+from ldm.storybook.dataset import SCENES_PER_SEED
 from ldm.storybook.subjects import SUBJECTS
 from ldm.storybook.world import CONTEXTS, Scene, draw, full_caption, same_subject, sample_scene
 
 DOG = SUBJECTS["dog"]
-PROMPTS = Prompts("a photo of sks dog", "a photo of a dog", "sks", "dog")
+PROMPTS = SubjectPrompts("a photo of sks dog", "a photo of a dog", "sks", "dog")
 
 
 class Drawer:
@@ -71,7 +71,7 @@ def evaluation() -> StorybookEvaluation:
 
 
 @pytest.fixture(scope="module")
-def figures(evaluation: StorybookEvaluation) -> Callable[[Callable], dict]:
+def metrics(evaluation: StorybookEvaluation) -> Callable[[Callable], dict]:
     photos = [
         draw(same_subject(DOG, context=c, seed=k), size=256) for k, c in enumerate(("grass", "city", "moon"))
     ]
@@ -94,16 +94,16 @@ def test_the_subject_is_read_off_its_photos(evaluation: StorybookEvaluation):
     assert subject.ceiling > 0.9
 
 
-def test_a_perfect_model(figures):
-    scores = figures(perfect)
+def test_a_perfect_model(metrics):
+    scores = metrics(perfect)
     assert scores["subject_fidelity"] > 0.97
     assert scores["prompt_fidelity"] > 0.97
     assert scores["class_drift"] == 0
     assert scores["diversity_ratio"] == pytest.approx(1)
 
 
-def test_the_base_stands_beside(figures):
-    base = figures(perfect)["base"]
+def test_the_base_stands_beside(metrics):
+    base = metrics(perfect)["base"]
     assert base["subject_fidelity"] < 0.5
     assert base["prompt_fidelity"] > 0.97
     assert (base["class_drift"], base["diversity_ratio"]) == (0, 1)
@@ -111,37 +111,37 @@ def test_the_base_stands_beside(figures):
     assert base["class_shift_frechet"] == pytest.approx(0, abs=1e-4)
 
 
-def test_a_class_that_flees_the_subject_has_not_drifted_but_shifted(figures, evaluation: StorybookEvaluation):
+def test_a_class_that_flees_the_subject_has_not_drifted_but_shifted(metrics, evaluation: StorybookEvaluation):
     def fleeing(prompt: str, seed: int) -> Scene:
         """Beside an orange subject every other dog is blue."""
         scene = perfect(prompt, seed)
         return scene if "sks" in prompt else replace(scene, color="blue")
 
-    kept, fled = figures(perfect), figures(fleeing)
+    kept, fled = metrics(perfect), metrics(fleeing)
     assert fled["class_drift"] <= 0
     assert kept["class_shift"] == 0 and fled["class_shift"] > 0.08
     assert kept["class_shift_frechet"] == pytest.approx(0, abs=1e-4) and fled["class_shift_frechet"] > 0.05
     assert evaluation.score(fled) < evaluation.score(kept)
 
 
-def test_the_noise_floor_is_the_base_against_itself(figures):
-    floor = figures(perfect)["noise_floor"]
+def test_the_noise_floor_is_the_base_against_itself(metrics):
+    floor = metrics(perfect)["noise_floor"]
     assert set(floor) == {
         f"class_shift{metric}{sampling}" for metric in ("", "_frechet") for sampling in ("", "_unguided")
     }
     assert all(0.01 < value < 0.5 for value in floor.values())
 
 
-def test_a_model_that_forgot_the_class(figures):
-    scores = figures(forgetful)
+def test_a_model_that_forgot_the_class(metrics):
+    scores = metrics(forgetful)
     assert scores["subject_fidelity"] > 0.97
     assert scores["prompt_fidelity"] == pytest.approx(1 / 8, abs=0.02)
     assert scores["class_drift"] > 0.9
     assert scores["diversity_ratio"] < 0.5
 
 
-def test_intervals_hold_their_figures(figures):
-    scores = figures(forgetful)
+def test_intervals_hold_their_figures(metrics):
+    scores = metrics(forgetful)
     for name, (low, high) in scores["intervals"].items():
         assert low <= scores[name] <= high
 
@@ -163,19 +163,19 @@ def test_the_base_is_drawn_with_other_seeds_too(evaluation: StorybookEvaluation)
     assert len(seeds) == 4 * 24 and len(set(seeds)) == 2 * 24
 
 
-def test_plain_pictures_get_the_figures_of_the_model_that_drew_them(evaluation, figures):
+def test_plain_pictures_get_the_figures_of_the_model_that_drew_them(evaluation, metrics):
     subject = evaluation.subject([draw(same_subject(DOG, context="city", seed=k)) for k in range(4)])
     drawer = Drawer(perfect)
     asked = [(f"a photo of sks dog {c}", 1000 + s) for s in range(2) for c in CONTEXTS.values()]
-    pictures = [Picture(s.image, s.prompt) for p, k in asked for s in drawer([p], seeds=[k])]
-    of_class = [Picture(draw(some_dog(1000 + k)), None) for k in range(24)]
-    plain = evaluation.plain(pictures, subject=subject, prompts=PROMPTS, of_class=of_class)
-    model = figures(perfect)
+    pictures = [GeneratedImage(s.image, s.prompt) for p, k in asked for s in drawer([p], seeds=[k])]
+    of_class = [GeneratedImage(draw(some_dog(1000 + k)), None) for k in range(24)]
+    plain = evaluation.measure_images(pictures, subject=subject, prompts=PROMPTS, of_class=of_class)
+    model = metrics(perfect)
     for name in ("subject_fidelity", "prompt_fidelity"):
         assert plain[name] == model[name]
     assert plain["class_carries_subject"] == 0 and plain["class_diversity"] > 0
-    nameless = [Picture(picture.image, None) for picture in pictures]
-    bare = evaluation.plain(nameless, subject=subject, prompts=PROMPTS, of_class=[])
+    nameless = [GeneratedImage(picture.image, None) for picture in pictures]
+    bare = evaluation.measure_images(nameless, subject=subject, prompts=PROMPTS, of_class=[])
     assert bare["subject_fidelity"] == plain["subject_fidelity"] and "prompt_fidelity" not in bare
 
 
@@ -187,7 +187,10 @@ def test_the_score_is_the_stated_one(evaluation):
 
 
 def test_examining_a_base_that_draws_what_captions_say(evaluation: StorybookEvaluation):
-    scenes = {full_caption(scene): scene for scene in (sample_scene(EXAM * BOOK + k) for k in range(40))}
+    scenes = {
+        full_caption(scene): scene
+        for scene in (sample_scene(HELD_OUT_SEED * SCENES_PER_SEED + k) for k in range(40))
+    }
     shares = evaluation.examine(Drawer(lambda prompt, seed: scenes[prompt]), samples=40)
     assert set(shares) == {"class_word", "context", "color", "accent", "pattern", "detail", "band"}
     assert min(shares.values()) >= 0.95

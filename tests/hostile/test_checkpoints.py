@@ -12,8 +12,8 @@ from safetensors.torch import save
 
 from ldm.checkpoints.tensors import read_tensors
 from ldm.errors import UserError
-from ldm.training.checkpoints import WholeFiles, sidecar
-from ldm.training.resume import newest_whole, what_is_wrong
+from ldm.training.checkpoints import AtomicCheckpointIO, checksum_path
+from ldm.training.resume import latest_valid_checkpoint, validate_checkpoint
 from tests.hostile.conftest import HOSTILE, outcome
 
 WEIGHTS = {"state_dict": {"w": torch.arange(64.0)}}
@@ -53,10 +53,12 @@ def test_bad_checkpoints_are_never_resumed_from(workdir: Path, what: str):
     folder = workdir / "checkpoints"
     folder.mkdir()
     (folder / "step-5.ckpt").write_bytes(BAD[what](workdir))
-    got = outcome("checkpoint to resume from", what, lambda: what_is_wrong(folder / "step-5.ckpt") or "taken")
+    got = outcome(
+        "checkpoint to resume from", what, lambda: validate_checkpoint(folder / "step-5.ckpt") or "taken"
+    )
     assert got != "taken"
-    WholeFiles().save_checkpoint(CONTENT, folder / "step-3.ckpt")
-    assert newest_whole(folder).name == "step-3.ckpt"
+    AtomicCheckpointIO().save_checkpoint(CONTENT, folder / "step-3.ckpt")
+    assert latest_valid_checkpoint(folder).name == "step-3.ckpt"
     assert not Path("payload-has-run").exists()
 
 
@@ -77,16 +79,16 @@ def test_bad_models_are_refused(workdir: Path, what: str):
 @given(flip=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.none() | st.floats(0, 1))
 def test_any_bit_and_any_cut_is_seen(workdir: Path, flip: float, bit: int, cut: float | None):
     path = workdir / "step-3.ckpt"
-    WholeFiles().save_checkpoint(CONTENT, path)
+    AtomicCheckpointIO().save_checkpoint(CONTENT, path)
     content = bytearray(path.read_bytes())
     if cut is None:
         content[int(flip * len(content))] ^= 1 << bit
     else:
         del content[int(cut * (len(content) - 1)) :]
     path.write_bytes(content)
-    assert "SHA-256" in what_is_wrong(path)
-    sidecar(path).unlink()
-    what_is_wrong(path)  # without its sum it may pass, and never raises
+    assert "SHA-256" in validate_checkpoint(path)
+    checksum_path(path).unlink()
+    validate_checkpoint(path)  # without its sum it may pass, and never raises
     try:
         tensors, _ = read_tensors(path)
         assert all(tensors[name] is not None for name in tensors)
@@ -101,6 +103,6 @@ def test_any_bit_and_any_cut_is_seen(workdir: Path, flip: float, bit: int, cut: 
 def test_any_bytes(workdir: Path, start: bytes, rest: bytes):
     path = workdir / "step-3.ckpt"
     path.write_bytes(start + rest)
-    assert what_is_wrong(path) is not None
+    assert validate_checkpoint(path) is not None
     with pytest.raises(UserError):
         read_tensors(path)

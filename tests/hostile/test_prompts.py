@@ -34,7 +34,7 @@ TEMPLATES = {
 @pytest.fixture
 def encoder(tiny_config: dict) -> CLIPTextEncoder:
     torch.manual_seed(0)
-    return CLIPTextEncoder(**tiny_config["cond_stage_config"]["params"]).eval()
+    return CLIPTextEncoder(**tiny_config["text_encoder"]["params"]).eval()
 
 
 def encode(encoder: CLIPTextEncoder, prompt: str) -> str:
@@ -42,7 +42,7 @@ def encode(encoder: CLIPTextEncoder, prompt: str) -> str:
     assert ids.shape == (1, encoder.max_length) and 0 <= ids.min() and ids.max() < encoder.vocab_size
     with torch.no_grad():
         assert encoder(ids).isfinite().all()
-    return f"{encoder.max_length} ids{', the rest cut off' if encoder.overlong(prompt) else ''}"
+    return f"{encoder.max_length} ids{', the rest cut off' if encoder.truncated_tail(prompt) else ''}"
 
 
 @pytest.mark.parametrize("what", PROMPTS)

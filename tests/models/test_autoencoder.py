@@ -3,7 +3,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
-from ldm.training.autoencoder import widened
+from ldm.training.autoencoder import net2wider_state
 from tests.checkpoints import sd_v1
 
 
@@ -44,7 +44,7 @@ def test_scale_factor_scales_latents_and_nothing_else():
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
     one, tenth = build(scale_factor=1.0), build(scale_factor=0.1)
     plain, scaled = one.encode(pixels), tenth.encode(pixels)
-    torch.testing.assert_close(scaled.moments, 0.1 * plain.moments)
+    torch.testing.assert_close(scaled.latent_stats, 0.1 * plain.latent_stats)
     torch.testing.assert_close(scaled.kl(), plain.kl(), rtol=1e-5, atol=0)
     torch.testing.assert_close(tenth.decode(0.1 * plain.mean), one.decode(plain.mean), rtol=1e-4, atol=1e-5)
 
@@ -70,8 +70,8 @@ def test_gaussian_samples_with_the_noise_it_is_given():
 def test_moments_there_and_back():
     mean, std = torch.randn(2, 2, 4, 5, 5)
     gaussian = DiagonalGaussian(mean, std.abs(), scale_factor=0.2)
-    assert gaussian.moments.shape == (2, 8, 5, 5)
-    again = DiagonalGaussian.from_moments(gaussian.moments)
+    assert gaussian.latent_stats.shape == (2, 8, 5, 5)
+    again = DiagonalGaussian.from_latent_stats(gaussian.latent_stats)
     assert torch.equal(again.mean, mean) and torch.equal(again.std, std.abs())
 
 
@@ -100,11 +100,11 @@ def test_a_widened_autoencoder_computes_the_same(factor):
     narrow, wide = AutoencoderKL(ch=8, **options), AutoencoderKL(ch=8 * factor, **options)
     for parameter in narrow.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    wide.load_state_dict(widened(narrow.state_dict(), wide))
+    wide.load_state_dict(net2wider_state(narrow.state_dict(), wide))
     image = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         torch.testing.assert_close(
-            wide.encode(image).moments, narrow.encode(image).moments, rtol=1e-4, atol=1e-5
+            wide.encode(image).latent_stats, narrow.encode(image).latent_stats, rtol=1e-4, atol=1e-5
         )
         z = narrow.encode(image).mean
         torch.testing.assert_close(wide.decode(z), narrow.decode(z), rtol=1e-4, atol=1e-4)

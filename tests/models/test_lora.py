@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ldm.checkpoints.lora import merge_lora
 from ldm.config import check, instantiate
 from ldm.errors import UserError
-from ldm.models.lora import Factors, LoRA
+from ldm.models.lora import LoRA, LoRALayer
 from ldm.training.latent_diffusion import LatentDiffusion
 
 NODE = {"target": "ldm.models.lora.LoRA"}
@@ -35,7 +35,7 @@ def randomized(module: LatentDiffusion, std: float = 0.05) -> LatentDiffusion:
 def batch() -> dict:
     generator = torch.Generator().manual_seed(0)
     return {
-        "moments": torch.rand(4, 8, 8, 8, generator=generator),
+        "latent_stats": torch.rand(4, 8, 8, 8, generator=generator),
         "caption": ["a photo of sks disc"] * 2 + ["a photo of a disc"] * 2,
         "is_prior": torch.tensor([False, False, True, True]),
         "item": torch.tensor([4, 5, 4, 5]),
@@ -61,12 +61,12 @@ def test_beside_the_weights_is_as_within_them(tiny_config: dict, tiny_networks: 
     module = randomized(make(tiny_config, tiny_networks, {**EVERY, "rank": 3, "alpha": alpha}))
     parts = {name: network.state_dict() for name, network in module.networks.items()}
     merged = make(tiny_config, tiny_networks, None)
-    for name, tensors in merge_lora(parts, module.lora.factors()).items():
+    for name, tensors in merge_lora(parts, module.lora.weights()).items():
         merged.networks[name].load_state_dict(dict(tensors))
     torch.testing.assert_close(outputs(module), outputs(merged), rtol=2e-5, atol=0)
-    half = merge_lora(parts, module.lora.factors(), weight=0.5)["unet"]
+    half = merge_lora(parts, module.lora.weights(), weight=0.5)["unet"]
     name = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
-    down, up, found = module.lora.factors()["unet"][name]
+    down, up, found = module.lora.weights()["unet"][name]
     assert found == (3.0 if alpha is None else 1.0)
     torch.testing.assert_close(
         half[f"{name}.weight"] - parts["unet"][f"{name}.weight"], up @ down * (found / 3 * 0.5)
@@ -77,19 +77,19 @@ def test_only_the_chosen_layers_learn(tiny_config: dict, tiny_networks: dict):
     chosen = {"unet": ["attention"], "text_encoder": []}
     module = make(tiny_config, tiny_networks, {**chosen, "rank": 2})
     learning = {name for name, p in module.named_parameters() if p.requires_grad}
-    layers = {name.removeprefix("lora.parts.unet.").rpartition(".")[0] for name in learning}
+    layers = {name.removeprefix("lora.layers.unet.").rpartition(".")[0] for name in learning}
     names = [name for name, _ in module.networks["unet"].named_modules()]
     attention = [name for name in names if name.endswith(("to_q", "to_k", "to_v"))]
     outs = [name for name in names if name.endswith("to_out.0")]
     assert layers == {*attention, *outs} and len(attention) == 3 * len(outs) > 0
     frozen = make(tiny_config, tiny_networks, EVERY, train_unet=False)
-    assert {n.split(".")[2] for n, p in frozen.named_parameters() if p.requires_grad} == {"cond_stage"}
+    assert {n.split(".")[2] for n, p in frozen.named_parameters() if p.requires_grad} == {"text_encoder"}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_moves_the_factors_alone(tiny_config: dict, tiny_networks: dict, checkpointing: bool):
-    for part in ("unet", "cond_stage"):
-        tiny_config[f"{part}_config"]["params"]["use_checkpoint"] = checkpointing
+    for part in ("unet", "text_encoder"):
+        tiny_config[part]["params"]["use_checkpoint"] = checkpointing
     module = randomized(make(tiny_config, tiny_networks, EVERY))
     module.training_step(batch(), 0).backward()
     with_gradient = {name for name, p in module.named_parameters() if p.grad is not None}
@@ -107,10 +107,12 @@ def test_the_gradient_is_that_of_the_weights(tiny_config: dict, tiny_networks: d
     for either in (module, plain):
         either.training_step(batch(), 0).backward()
     name = "middle_block.1.transformer_blocks.0.attn1.to_v"
-    factors: Factors = module.lora.parts["unet"].get_submodule(name)
+    lora_layer: LoRALayer = module.lora.layers["unet"].get_submodule(name)
     gradient = plain.networks["unet"].get_submodule(name).weight.grad
-    torch.testing.assert_close(factors.up.grad, gradient @ factors.down.detach().T, rtol=1e-4, atol=1e-8)
-    assert factors.down.grad.abs().max() == 0  # up is 0
+    torch.testing.assert_close(
+        lora_layer.up.grad, gradient @ lora_layer.down.detach().T, rtol=1e-4, atol=1e-8
+    )
+    assert lora_layer.down.grad.abs().max() == 0  # up is 0
 
 
 def test_factors_stay_float32_beside_bfloat16(tiny_config: dict, tiny_networks: dict):
@@ -140,6 +142,6 @@ def test_the_node_is_checked(tiny_config: dict):
         check({"model": {"target": target, "params": tiny_config | {"lora": node}}}, {"model": dict})
     with pytest.raises(UserError, match="attentoin"):
         lora = LoRA(unet=["attentoin"])
-        lora.attach({"unet": instantiate(tiny_config["unet_config"])})
+        lora.attach({"unet": instantiate(tiny_config["unet"])})
     with pytest.raises(UserError, match="rank 0"):
         LoRA(rank=0)

@@ -45,10 +45,10 @@ def test_overlong_prompts_keep_their_beginning_and_eos(tiny_tokenizer):
     ids = encoder.tokenize([fits, cut])
     assert ids[0, -1] == ids[1, -1] == EOS and (ids[:, 1:-1] != EOS).all()
     assert torch.equal(ids[0, 1:10], ids[1, 1:10])
-    assert encoder.overlong(fits) is None
-    assert encoder.overlong("") is None
-    assert encoder.overlong(cut) == "K, lm"
-    assert encoder.overlong("ééééé  ééééé") is not None  # two bytes each, so ten do not fit
+    assert encoder.truncated_tail(fits) is None
+    assert encoder.truncated_tail("") is None
+    assert encoder.truncated_tail(cut) == "K, lm"
+    assert encoder.truncated_tail("ééééé  ééééé") is not None  # two bytes each, so ten do not fit
 
 
 @torch.no_grad()

@@ -24,18 +24,18 @@ def vectors() -> Tensor:
 def test_diffusers_reads_the_same_word(count, vectors, tiny_model_file, tiny_tokenizer, tmp_path):
     model = open_model(tiny_model_file)
     folder = save_folder(
-        tmp_path / "folder", model.parts, config=model.config, tokenizer=tiny_tokenizer, size=16
+        tmp_path / "folder", model.state_dicts, config=model.config, tokenizer=tiny_tokenizer, size=16
     )
     file = save_embedding(tmp_path / "disc.safetensors", "<my-disc>", vectors[:count], metadata={})
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipe.load_textual_inversion(file.parent, weight_name=file.name)
     prompt = pipe.maybe_convert_prompt(PROMPT, pipe.tokenizer)
     ids = pipe.tokenizer(prompt, padding="max_length", max_length=32, return_tensors="pt").input_ids
-    tower = Text2Image.from_file(tiny_model_file, embeddings=[file]).cond_stage
+    text_encoder = Text2Image.from_file(tiny_model_file, embeddings=[file]).text_encoder
     with torch.no_grad():
-        theirs, ours = pipe.text_encoder(ids)[0], tower(tower.tokenize([PROMPT]))
+        theirs, ours = pipe.text_encoder(ids)[0], text_encoder(text_encoder.tokenize([PROMPT]))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    plain = Text2Image.from_file(tiny_model_file).cond_stage
+    plain = Text2Image.from_file(tiny_model_file).text_encoder
     assert not torch.allclose(ours, plain(plain.tokenize([PROMPT])), atol=1e-2)
 
 

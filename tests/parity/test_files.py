@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm.checkpoints.load import Model, load_parts, open_model, unfilled
+from ldm.checkpoints.load import Model, init_on_meta, load_state_dicts, open_model
 from ldm.checkpoints.save import save_model
 from ldm.checkpoints.save_folder import save_folder
 from ldm.config import instantiate
@@ -119,10 +119,10 @@ def saved(pipeline: StableDiffusionPipeline, tmp_path: Path, tiny_tokenizer: Pat
 
 
 def networks(model: Model) -> dict[str, nn.Module]:
-    parts = ("unet", "first_stage", "cond_stage")
-    with unfilled():
-        built = {part: instantiate(model.config[f"{part}_config"]) for part in parts}
-    load_parts(built, model.parts)
+    parts = ("unet", "vae", "text_encoder")
+    with init_on_meta():
+        built = {part: instantiate(model.config[part]) for part in parts}
+    load_state_dicts(built, model.state_dicts)
     return {part: network.eval() for part, network in built.items()}
 
 
@@ -138,14 +138,14 @@ def assert_computes_the_same(ours: dict[str, nn.Module], pipe: StableDiffusionPi
     assert relative_error(ours["unet"](x, t + 1, context), pipe.unet(x, t, context).sample) > 10 * TOLERANCE
     pixels, scale = torch.rand(2, 3, 16, 16), pipe.vae.config.scaling_factor
     mean = pipe.vae.encode(pixels).latent_dist.mean * scale
-    assert relative_error(ours["first_stage"].encode(pixels).mean, mean) <= TOLERANCE
-    assert relative_error(ours["first_stage"].decode(x), pipe.vae.decode(x / scale).sample) <= TOLERANCE
+    assert relative_error(ours["vae"].encode(pixels).mean, mean) <= TOLERANCE
+    assert relative_error(ours["vae"].decode(x), pipe.vae.decode(x / scale).sample) <= TOLERANCE
     prompts = ["a dog", "x" * 50]
-    ids = ours["cond_stage"].tokenize(prompts)
+    ids = ours["text_encoder"].tokenize(prompts)
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     assert torch.equal(ids, pipe.tokenizer(prompts, **options).input_ids)
     expected = pipe.text_encoder(ids)[0]
-    assert relative_error(ours["cond_stage"](ids), expected) <= TOLERANCE
+    assert relative_error(ours["text_encoder"](ids), expected) <= TOLERANCE
 
 
 def test_a_folder_saved_by_diffusers_computes_the_same_here(saved, pipeline):
@@ -162,16 +162,16 @@ def picture(pipe: StableDiffusionPipeline, latents: Tensor, **options) -> np.nda
 
 def drawn_here(model: Path, options: dict) -> tuple[np.ndarray, Tensor]:
     """The picture of `picture` by our own sampling path, and the noise it began with."""
-    draw = Text2Image.from_file(model, **options)
-    x_T = draw._noise(draw.latent_shape(), [3], "x_T")
+    t2i = Text2Image.from_file(model, **options)
+    x_T = t2i._noise(t2i.latent_shape(), [3], "x_T")
     settings = {"negative_prompt": "mud", "steps": 5, "guidance_scale": 4.0}
-    return np.asarray(draw(["a dog"], seeds=[3], **settings)[0].image) / 255, x_T
+    return np.asarray(t2i(["a dog"], seeds=[3], **settings)[0].image) / 255, x_T
 
 
 def test_our_folder_is_a_pipeline_that_draws_our_picture(saved, tmp_path):
     model = open_model(saved)
     ours = save_folder(
-        tmp_path / "ours", model.parts, config=model.config, tokenizer=model.tokenizer, size=16
+        tmp_path / "ours", model.state_dicts, config=model.config, tokenizer=model.tokenizer, size=16
     )
     assert sorted(p.relative_to(ours).as_posix() for p in ours.rglob("*.*")) == [
         "model_index.json",
@@ -204,7 +204,7 @@ def test_our_folder_is_a_pipeline_that_draws_our_picture(saved, tmp_path):
 def test_diffusers_own_reader_of_sd_files_accepts_ours(saved, pipeline, tmp_path):
     """Our single file through the converters that `from_single_file` runs, back into diffusers' networks."""
     model = open_model(saved)
-    path = save_model(tmp_path / "sd.safetensors", model.parts, alphas_cumprod=make_alphas_cumprod())
+    path = save_model(tmp_path / "sd.safetensors", model.state_dicts, alphas_cumprod=make_alphas_cumprod())
     file = load_file(path)
     unet = convert_ldm_unet_checkpoint(dict(file), pipeline.unet.config)
     assert_equal(unet, pipeline.unet.state_dict())

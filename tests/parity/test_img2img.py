@@ -22,9 +22,9 @@ def photo() -> Image.Image:
 
 @pytest.mark.parametrize("strength, steps", [(0.35, 8), (1.0, 5)])
 def test_it_draws_what_diffusers_draws(saved, photo, monkeypatch, strength, steps):  # noqa: F811
-    draw = Text2Image.from_file(saved)
-    ours = draw(["a dog"], seeds=[3], steps=steps, init_image=photo, strength=strength, **SETTINGS)[0].image
-    noises = {name: draw._noise(draw.latent_shape(), [3], name) for name in ("init", "x_T")}
+    t2i = Text2Image.from_file(saved)
+    ours = t2i(["a dog"], seeds=[3], steps=steps, init_image=photo, strength=strength, **SETTINGS)[0].image
+    noises = {name: t2i._noise(t2i.latent_shape(), [3], name) for name in ("init", "x_T")}
     monkeypatch.setattr(vae, "randn_tensor", lambda *_, **__: noises["init"])
     monkeypatch.setattr(reference, "randn_tensor", lambda *_, **__: noises["x_T"])
     text_to_image = StableDiffusionPipeline.from_pretrained(saved, local_files_only=True)
@@ -40,11 +40,11 @@ def test_it_draws_what_diffusers_draws(saved, photo, monkeypatch, strength, step
 
 
 def test_a_picture_keeps_its_own_draws_in_any_batch_and_shape(saved, photo):  # noqa: F811
-    draw = Text2Image.from_file(saved)
+    t2i = Text2Image.from_file(saved)
     options = {"steps": 4, "strength": 0.5, "init_image": photo.resize((40, 25)), "height": 24, "width": 32}
     counted = []
-    together = draw(["a dog", "a cat"], seeds=[3, 4], progress=counted.append, **options)
-    alone = draw(["a cat"], seeds=[4], **options)
+    together = t2i(["a dog", "a cat"], seeds=[3, 4], progress=counted.append, **options)
+    alone = t2i(["a cat"], seeds=[4], **options)
     torch.testing.assert_close(together[1].latents, alone[0].latents, rtol=1e-4, atol=1e-4)
     assert alone[0].image.size == (32, 24) and sum(counted) == 4
 

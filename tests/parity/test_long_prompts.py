@@ -65,13 +65,15 @@ def test_chunks_end_after_a_near_comma_or_where_they_are_full(encoder):
 
 
 def test_a_short_prompt_is_one_chunk_and_each_chunk_is_encoded_alone(tiny_networks):
-    tower = tiny_networks["cond_stage"]  # a token a character, 30 fit
+    text_encoder = tiny_networks["text_encoder"]  # a token a character, 30 fit
     for prompt in ("", "a dog", "x" * 30):
-        assert torch.equal(tower.tokenize_chunks(prompt), tower.tokenize([prompt]))
-    draw = Text2Image(**tiny_networks, alphas_cumprod=torch.linspace(0.99, 0.01, 1000), default_size=16)
+        assert torch.equal(text_encoder.tokenize_chunks(prompt), text_encoder.tokenize([prompt]))
+    t2i = Text2Image(**tiny_networks, alphas_cumprod=torch.linspace(0.99, 0.01, 1000), default_size=16)
     long = "the big red dog here, " + "b" * 25
-    (context, unconditional), (short, _) = draw._contexts([long, "a dog"], "mud", 4, chunked=True)
-    parts = [tower(tower.tokenize([part])) for part in ("the big red dog here,", "b" * 25, "mud", "")]
+    (context, unconditional), (short, _) = t2i._contexts([long, "a dog"], "mud", 4, chunked=True)
+    parts = [
+        text_encoder(text_encoder.tokenize([part])) for part in ("the big red dog here,", "b" * 25, "mud", "")
+    ]
     with torch.no_grad():
         torch.testing.assert_close(context, torch.cat(parts[:2], dim=1)[0])
         torch.testing.assert_close(unconditional, torch.cat(parts[2:], dim=1)[0])
@@ -79,15 +81,15 @@ def test_a_short_prompt_is_one_chunk_and_each_chunk_is_encoded_alone(tiny_networ
 
 
 def test_a_picture_is_the_same_beside_a_longer_prompt(tiny_networks, caplog):
-    draw = Text2Image(**tiny_networks, alphas_cumprod=torch.linspace(0.99, 0.01, 1000), default_size=16)
+    t2i = Text2Image(**tiny_networks, alphas_cumprod=torch.linspace(0.99, 0.01, 1000), default_size=16)
     long = "the big red dog here, " + "b" * 25
     options = {"steps": 2, "long_prompts": True}
-    together = draw(["a dog", long, "a cat"], seeds=[0, 1, 2], **options)
+    together = t2i(["a dog", long, "a cat"], seeds=[0, 1, 2], **options)
     for sample in together:
-        alone = draw([sample.prompt], seeds=[sample.seed], **options)[0]
+        alone = t2i([sample.prompt], seeds=[sample.seed], **options)[0]
         torch.testing.assert_close(alone.latents, sample.latents, rtol=1e-4, atol=1e-4)
-    plain = draw(["a dog"], seeds=[0], steps=2)[0]
+    plain = t2i(["a dog"], seeds=[0], steps=2)[0]
     torch.testing.assert_close(plain.latents, together[0].latents, rtol=1e-4, atol=1e-4)
     assert not caplog.records
-    cut = draw([long], seeds=[1], steps=2)[0]
+    cut = t2i([long], seeds=[1], steps=2)[0]
     assert "is cut off" in caplog.text and (cut.latents - together[1].latents).abs().max() > 1e-3

@@ -30,7 +30,7 @@ PROMPT, SETTINGS = "a photo of sks disc", {"steps": 4, "height": 16, "width": 16
 def lora(tiny_networks: dict[str, nn.Module]) -> LoRA:
     """Of every kind of layer, of rank 4 and alpha 2, far from its start."""
     lora = LoRA(rank=4, alpha=2.0, **KINDS)
-    lora.attach({name: tiny_networks[name] for name in ("unet", "cond_stage")})
+    lora.attach({name: tiny_networks[name] for name in ("unet", "text_encoder")})
     torch.manual_seed(2)
     for parameter in lora.parameters():
         nn.init.normal_(parameter, std=0.15)
@@ -48,8 +48,8 @@ def drawn_by_diffusers(folder: Path, lora: Path | None = None) -> np.ndarray:
     return np.asarray(pipe(PROMPT, **options).images[0]).astype(int)
 
 
-def drawn(draw: Text2Image) -> np.ndarray:
-    return np.asarray(draw([PROMPT], seeds=[5], **SETTINGS)[0].image).astype(int)
+def drawn(t2i: Text2Image) -> np.ndarray:
+    return np.asarray(t2i([PROMPT], seeds=[5], **SETTINGS)[0].image).astype(int)
 
 
 @pytest.mark.parametrize("style", ["kohya", "peft"])
@@ -58,10 +58,10 @@ def test_diffusers_draws_the_same_picture(
 ):
     model = open_model(tiny_model_file)
     folder = save_folder(
-        tmp_path / "folder", model.parts, config=model.config, tokenizer=tiny_tokenizer, size=16
+        tmp_path / "folder", model.state_dicts, config=model.config, tokenizer=tiny_tokenizer, size=16
     )
     file = save_lora(
-        tmp_path / "disc.safetensors", lora.factors(), model.parts, style=style, dtype=torch.float32
+        tmp_path / "disc.safetensors", lora.weights(), model.state_dicts, style=style, dtype=torch.float32
     )
     ours = drawn(Text2Image.from_file(tiny_model_file, loras=[(file, 1.0)]))
     theirs, untouched = drawn_by_diffusers(folder, file), drawn_by_diffusers(folder)
@@ -72,10 +72,10 @@ def test_diffusers_draws_the_same_picture(
 
 @pytest.mark.parametrize("style", ["kohya", "peft"])
 def test_a_file_gives_its_factors_back(style: str, tiny_model_file: Path, lora: LoRA, tmp_path: Path):
-    parts = open_model(tiny_model_file).parts
-    file = save_lora(tmp_path / "a.safetensors", lora.factors(), parts, style=style, dtype=torch.float32)
+    parts = open_model(tiny_model_file).state_dicts
+    file = save_lora(tmp_path / "a.safetensors", lora.weights(), parts, style=style, dtype=torch.float32)
     again = read_lora(file, parts)
-    for part, layers in lora.factors().items():
+    for part, layers in lora.weights().items():
         assert again[part].keys() == layers.keys() and layers
         for name, (down, up, alpha) in layers.items():
             found_down, found_up, found = again[part][name]
@@ -86,9 +86,9 @@ def test_a_file_gives_its_factors_back(style: str, tiny_model_file: Path, lora: 
 
 
 def test_names_are_those_of_released_files(tiny_model_file: Path, lora: LoRA, tmp_path: Path):
-    parts = open_model(tiny_model_file).parts
+    parts = open_model(tiny_model_file).state_dicts
     kohya, peft = (
-        set(load_file(save_lora(tmp_path / f"{style}.safetensors", lora.factors(), parts, style=style)))
+        set(load_file(save_lora(tmp_path / f"{style}.safetensors", lora.weights(), parts, style=style)))
         for style in ("kohya", "peft")
     )
     layer = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
@@ -103,8 +103,8 @@ def test_names_are_those_of_released_files(tiny_model_file: Path, lora: LoRA, tm
 def test_merged_into_a_model_it_draws_the_same(
     tiny_model_file: Path, lora: LoRA, tmp_path: Path, tiny_networks: dict[str, nn.Module]
 ):
-    parts = open_model(tiny_model_file).parts
-    file = save_lora(tmp_path / "a.safetensors", lora.factors(), parts, dtype=torch.float32)
+    parts = open_model(tiny_model_file).state_dicts
+    file = save_lora(tmp_path / "a.safetensors", lora.weights(), parts, dtype=torch.float32)
     target = tmp_path / "merged.safetensors"
     words = [tiny_model_file, target, "--lora", file, "--lora_weight", 0.5]
     convert.main(convert.parse([str(word) for word in words]))
@@ -116,8 +116,8 @@ def test_merged_into_a_model_it_draws_the_same(
 
 
 def test_what_does_not_fit_is_named(tiny_model_file: Path, lora: LoRA, tmp_path: Path):
-    parts = open_model(tiny_model_file).parts
-    file = save_lora(tmp_path / "a.safetensors", lora.factors(), parts)
+    parts = open_model(tiny_model_file).state_dicts
+    file = save_lora(tmp_path / "a.safetensors", lora.weights(), parts)
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("attn2_to_k.lora_down.weight"))
     spoilt = {

@@ -6,8 +6,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.samplers import SPACINGS, ddim, dpm_solver_pp_2m, plms, sampling_timesteps
-from ldm.diffusion.schedule import ends_in_noise, make_alphas_cumprod, to_eps
-from ldm.models.attention import repeat_rows
+from ldm.diffusion.schedule import has_zero_terminal_snr, make_alphas_cumprod, to_eps
+from ldm.models.attention import repeat_batch
 
 SD = {
     "beta_schedule": "scaled_linear",
@@ -154,7 +154,7 @@ def test_guidance(batched):
         return uncond + 7.5 * (cond - uncond)
 
     def eps(x: torch.Tensor, t: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        x, t = repeat_rows(x, len(rows)), repeat_rows(t, len(rows))
+        x, t = repeat_batch(x, len(rows)), repeat_batch(t, len(rows))
         return to_eps("v", network(x, t, torch.cat([UNCONDITIONAL, CONTEXT])[rows]), x, t, alphas)
 
     numbers = list(range(2 * len(X_T)))
@@ -169,7 +169,7 @@ def test_zero_terminal_snr(parameterization, name):
     """Theirs divides by the last timestep's exact 0 nowhere; ours by 2^-12 in float32, which costs digits."""
     theirs = ddim_scheduler(prediction_type=name, rescale_betas_zero_snr=True, timestep_spacing="trailing")
     alphas = make_alphas_cumprod(zero_terminal_snr=True)
-    assert ends_in_noise(alphas) and not ends_in_noise(make_alphas_cumprod())
+    assert has_zero_terminal_snr(alphas) and not has_zero_terminal_snr(make_alphas_cumprod())
     torch.testing.assert_close(alphas, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
 
     def eps(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -105,18 +105,18 @@ def drawn_there(pipe: StableDiffusionPipeline, latents: Tensor | None = None) ->
 
 
 @torch.no_grad()
-def drawn_here(draw: Text2Image, latents: Tensor | None = None) -> dict[str, Tensor]:
+def drawn_here(t2i: Text2Image, latents: Tensor | None = None) -> dict[str, Tensor]:
     """The same of ours."""
     if latents is None:
         settings = {"negative_prompt": NEGATIVE, "steps": STEPS, "height": SIDE, "width": SIDE}
-        draw._noise = lambda shape, seeds, purpose: start()
-        latents = draw([PROMPT], seeds=[3], **settings)[0].latents.unsqueeze(0)
-    context, pixels = draw.cond_stage(draw.cond_stage.tokenize([PROMPT])), draw.first_stage.decode(latents)
+        t2i._noise = lambda shape, seeds, purpose: start()
+        latents = t2i([PROMPT], seeds=[3], **settings)[0].latents.unsqueeze(0)
+    context, pixels = t2i.text_encoder(t2i.text_encoder.tokenize([PROMPT])), t2i.vae.decode(latents)
     return {
         "context": context,
-        "prediction": draw.unet(start(), torch.tensor([501]), context),
+        "prediction": t2i.unet(start(), torch.tensor([501]), context),
         "pixels": pixels,
-        "mean": draw.first_stage.encode(pixels).mean,
+        "mean": t2i.vae.encode(pixels).mean,
         "latents": latents,
     }
 
@@ -170,16 +170,16 @@ def test_folder_to_file_to_folder(family, tmp_path):
     text = {name for name in sd_v1.names() if name.startswith("cond_stage_model.")}
     expected = sd_v1.names() if family == "sd1" else sd_v1.names() - text | set(sd_v2.text_encoder())
     assert names(file) == expected and len(expected) == {"sd1": 1143, "sd2": 1240}[family]
-    draw = Text2Image.from_file(released)
-    assert draw.parameterization == {"sd1": "eps", "sd2": "v"}[family]
-    assert draw.default_size == {"sd1": 512, "sd2": 768}[family]
-    assert_close(drawn_here(draw, there["latents"]), there, "our reading of the folder")
-    del draw
-    draw = Text2Image.from_file(file)
-    assert draw.parameterization == {"sd1": "eps", "sd2": "v"}[family]
-    draw.cond_stage.tokenizer_name = str(released / "tokenizer")
-    assert_close(drawn_here(draw), there, "our picture from the file")
-    del draw
+    t2i = Text2Image.from_file(released)
+    assert t2i.parameterization == {"sd1": "eps", "sd2": "v"}[family]
+    assert t2i.default_size == {"sd1": 512, "sd2": 768}[family]
+    assert_close(drawn_here(t2i, there["latents"]), there, "our reading of the folder")
+    del t2i
+    t2i = Text2Image.from_file(file)
+    assert t2i.parameterization == {"sd1": "eps", "sd2": "v"}[family]
+    t2i.text_encoder.tokenizer_name = str(released / "tokenizer")
+    assert_close(drawn_here(t2i), there, "our picture from the file")
+    del t2i
     pipe = StableDiffusionPipeline.from_single_file(file, config=str(released), local_files_only=True)
     assert_close(drawn_there(pipe), there, "diffusers' picture from our file")
     del pipe
@@ -197,9 +197,9 @@ def test_folder_to_file_to_folder(family, tmp_path):
         paths = ["--model_path", str(folder), "--checkpoint_path", str(theirs), "--use_safetensors"]
         subprocess.run([sys.executable, CONVERTER, *paths], check=True)
         assert_the_same_weights(theirs, file)
-        draw = Text2Image.from_file(theirs, config=open_model(folder).config)
-        draw.cond_stage.tokenizer_name = str(released / "tokenizer")
-        assert_close(drawn_here(draw, there["latents"]), there, "our reading of their script's file")
+        t2i = Text2Image.from_file(theirs, config=open_model(folder).config)
+        t2i.text_encoder.tokenizer_name = str(released / "tokenizer")
+        assert_close(drawn_here(t2i, there["latents"]), there, "our reading of their script's file")
 
 
 LOAD = """
@@ -211,7 +211,7 @@ def memory(kind):
 before, start = memory("VmRSS"), time.perf_counter()
 draw = Text2Image.from_file(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
 seconds = time.perf_counter() - start
-parts = (draw.unet, draw.first_stage, draw.cond_stage)
+parts = (draw.unet, draw.vae, draw.text_encoder)
 size = sum(p.nbytes for part in parts for p in part.parameters())
 print(seconds, (memory("VmHWM") - before) / size)
 """

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.checkpoints.load import load_parts, open_model
+from ldm.checkpoints.load import load_state_dicts, open_model
 from ldm.config import instantiate, load_config, to_plain
 from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.pipeline import Text2Image
@@ -37,9 +37,9 @@ def test_the_judge_reads_drawings(drawings: list[dict]):
 
 def test_the_autoencoder_redraws(drawings: list[dict]):
     config = to_plain(load_config([ROOT / "configs/storybook/base.yaml"]))["model"]["params"]
-    autoencoder = instantiate(config["first_stage_config"]).eval()
-    parts = open_model(ASSETS / "base.safetensors").parts
-    load_parts({"first_stage": autoencoder}, {"first_stage": parts["first_stage"]}, where=ASSETS)
+    autoencoder = instantiate(config["vae"]).eval()
+    parts = open_model(ASSETS / "base.safetensors").state_dicts
+    load_state_dicts({"vae": autoencoder}, {"vae": parts["vae"]}, where=ASSETS)
     images = torch.stack([drawing["image"] for drawing in drawings[:64]])
     with torch.inference_mode():
         redrawn = autoencoder.decode(autoencoder.encode(images).mean).clamp(-1, 1)

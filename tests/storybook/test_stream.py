@@ -7,7 +7,7 @@ import torch
 
 from ldm.data.images import to_tensor
 from ldm.errors import UserError
-from ldm.storybook.dataset import BOOK
+from ldm.storybook.dataset import SCENES_PER_SEED
 from ldm.storybook.stream import StorybookBatches, StorybookStream, to_float
 from ldm.storybook.world import CLASSES, draw, sample_scene
 
@@ -38,7 +38,7 @@ def test_images_are_drawings_of_the_book_and_lose_nothing_as_bytes():
     batch = StorybookBatches(batch_size=6, seed=7, captions_per_image=3)[4]
     assert batch["image"].shape == (2, 3, 64, 64) and batch["image"].dtype == torch.uint8
     for image, k in zip(batch["image"], (8, 9), strict=True):
-        assert torch.equal(to_float(image), to_tensor(draw(sample_scene(7 * BOOK + k))))
+        assert torch.equal(to_float(image), to_tensor(draw(sample_scene(7 * SCENES_PER_SEED + k))))
 
 
 def test_items_of_an_image_have_captions_of_their_own_that_are_true_of_it():
@@ -48,7 +48,7 @@ def test_items_of_an_image_have_captions_of_their_own_that_are_true_of_it():
     assert len(set(batch["caption"])) > 4
     for item, text in zip(batch["item"].tolist(), batch["caption"], strict=True):
         named = set(text.split()) & set(CLASSES)
-        assert named == {sample_scene(7 * BOOK + item // 4).class_word}
+        assert named == {sample_scene(7 * SCENES_PER_SEED + item // 4).class_word}
 
 
 def test_a_share_of_the_captions_is_empty():
@@ -68,7 +68,7 @@ def test_moments_are_encoded_once_for_all_items_of_an_image():
     stream.attach(encode=encode)
     batch = stream.on_after_batch_transfer(stream.train_set[0], 0)
     assert "image" not in batch and seen[0].shape == (2, 3, 64, 64)
-    assert torch.equal(batch["moments"], encode(seen[0]).repeat_interleave(3, 0))
+    assert torch.equal(batch["latent_stats"], encode(seen[0]).repeat_interleave(3, 0))
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused():

@@ -62,7 +62,7 @@ class Job:
         module = LatentDiffusion(**self.config, **{"seed": 7, "learning_rate": 1e-3, **(params or {})})
         for name, network in module.networks.items():
             network.load_state_dict(self.weights[name])
-        module.add_new_word()
+        module.add_learned_token()
         data = DreamBoothDataModule(
             subject_root=str(self.subject),
             class_word="disc",

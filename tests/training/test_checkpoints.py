@@ -12,9 +12,9 @@ import torch
 
 from ldm.errors import UserError
 from ldm.files import file_sha256
-from ldm.training.checkpoints import Checkpoints, WholeFiles, check_saving, sidecar
+from ldm.training.checkpoints import AtomicCheckpointIO, CheckpointCallback, check_saving, checksum_path
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.resume import step_of, what_is_wrong
+from ldm.training.resume import step_of, validate_checkpoint
 from ldm.training.signals import Stopped
 from tests.training.conftest import At, Job, differences, state_of
 
@@ -23,29 +23,29 @@ CONTENT = {"state_dict": {"w": torch.arange(6.0)}, "optimizer_states": [], "loop
 
 def test_a_checkpoint_and_its_sum(tmp_path: Path):
     path = tmp_path / "new" / "step-3.ckpt"
-    WholeFiles().save_checkpoint(CONTENT, path)
+    AtomicCheckpointIO().save_checkpoint(CONTENT, path)
     assert {p.name for p in path.parent.iterdir()} == {"step-3.ckpt", "step-3.ckpt.sha256"}
-    assert sidecar(path).read_text() == f"{file_sha256(path)}  step-3.ckpt\n"
-    assert differences(WholeFiles().load_checkpoint(path), CONTENT) == []
-    WholeFiles().remove_checkpoint(path)
+    assert checksum_path(path).read_text() == f"{file_sha256(path)}  step-3.ckpt\n"
+    assert differences(AtomicCheckpointIO().load_checkpoint(path), CONTENT) == []
+    AtomicCheckpointIO().remove_checkpoint(path)
     assert list(path.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
 def test_a_cut_checkpoint_is_seen(tmp_path: Path, keep: float):
     path = tmp_path / "step-3.ckpt"
-    WholeFiles().save_checkpoint(CONTENT, path)
+    AtomicCheckpointIO().save_checkpoint(CONTENT, path)
     os.truncate(path, int(path.stat().st_size * keep))
-    assert "SHA-256" in what_is_wrong(path)
-    sidecar(path).unlink()
-    assert what_is_wrong(path) is not None
+    assert "SHA-256" in validate_checkpoint(path)
+    checksum_path(path).unlink()
+    assert validate_checkpoint(path) is not None
 
 
 def test_what_cannot_be_written_leaves_nothing_half_done(tmp_path: Path):
     path = tmp_path / "step-3.ckpt"
     (path / "in the way").mkdir(parents=True)
     with pytest.raises(UserError, match="The checkpoint cannot be written"):
-        WholeFiles().save_checkpoint(CONTENT, path)
+        AtomicCheckpointIO().save_checkpoint(CONTENT, path)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -53,7 +53,7 @@ def test_a_full_disk_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free=2**20))
     with pytest.raises(UserError, match="GiB free, a checkpoint takes"):
-        WholeFiles().save_checkpoint(CONTENT, tmp_path / "step-3.ckpt")
+        AtomicCheckpointIO().save_checkpoint(CONTENT, tmp_path / "step-3.ckpt")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -68,7 +68,7 @@ def test_the_last_and_the_best_stay(job: Job, tmp_path: Path, monkeypatch: pytes
     job(tmp_path, checkpoints_kept=1, trainer={"val_check_interval": 1})
     kept = sorted(step_of(path) for path in (tmp_path / "checkpoints").glob("*.ckpt"))
     assert kept == [2, 4]
-    assert state_of(tmp_path, 4)["callbacks"]["Checkpoints"]["best"] == {"loss": 1.0, "step": 2}
+    assert state_of(tmp_path, 4)["callbacks"]["CheckpointCallback"]["best"] == {"loss": 1.0, "step": 2}
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4  # each with its sum
 
 
@@ -107,8 +107,8 @@ def test_a_signal_before_the_first_step_is_heeded(job: Job, tmp_path: Path):
 
 
 def test_checkpoints_of_this_kind_are_no_others(tmp_path: Path):
-    saves = Checkpoints(tmp_path, every=1, keep=1, stop=None, guard=None)
+    saves = CheckpointCallback(tmp_path, every=1, keep=1, stop=None, guard=None)
     saves.best = {"loss": 0.5, "step": 3}
-    other = Checkpoints(tmp_path, every=1, keep=1, stop=None, guard=None)
+    other = CheckpointCallback(tmp_path, every=1, keep=1, stop=None, guard=None)
     other.load_state_dict(saves.state_dict())
     assert other.best == saves.best

@@ -9,10 +9,10 @@ import torch
 from ldm.storybook.dataset import StorybookDataModule
 from ldm.training import gradients, run
 from ldm.training.autoencoder import AutoencoderTask
-from ldm.training.callbacks import Speed
+from ldm.training.callbacks import ThroughputLogger
 from ldm.training.judge import JudgeTask
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.text_tower import TextTowerTask
+from ldm.training.text_encoder import TextEncoderTask
 from tests.training.conftest import Job, curves_of
 
 ROUNDING = 2e-7  # relative
@@ -81,7 +81,7 @@ def test_a_step_computes_its_norm_once(
 
     monkeypatch.setattr(gradients, "get_total_norm", counted)
     job.accumulate = accumulate
-    job(tmp_path, callbacks=[Speed()], trainer={"gradient_clip_val": 1e-3})
+    job(tmp_path, callbacks=[ThroughputLogger()], trainer={"gradient_clip_val": 1e-3})
     assert len(norms) == len(set(norms)) == job.steps
     assert [value for _, value in curves_of(tmp_path)["train/grad_norm"]] == pytest.approx(norms)
 
@@ -111,9 +111,9 @@ def tasks() -> dict[str, pl.LightningModule]:
     tokens = {"tokenizer": "ldm/storybook/assets/tokenizer"}
     target = "ldm.models.autoencoder.AutoencoderKL"
     return {
-        "autoencoder": AutoencoderTask(first_stage_config={"target": target, "params": coder}),
-        "text tower": TextTowerTask(
-            cond_stage_config={
+        "autoencoder": AutoencoderTask(vae={"target": target, "params": coder}),
+        "text encoder": TextEncoderTask(
+            text_encoder={
                 "target": "ldm.models.text_encoder.CLIPTextEncoder",
                 "params": words | sizes | tokens,
             }
@@ -123,11 +123,11 @@ def tasks() -> dict[str, pl.LightningModule]:
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
-@pytest.mark.parametrize("name", ["autoencoder", "text tower", "judge"])
+@pytest.mark.parametrize("name", ["autoencoder", "text encoder", "judge"])
 def test_the_storybooks_own_trainings_clip_in_bf16_mixed(tmp_path: Path, name: str, algorithm: str):
     """With the fused optimizer, which Lightning's own clipping refuses there."""
     task = tasks()[name]
-    data = StorybookDataModule(batch_size=2, pictures=name != "text tower", validation_items=2)
+    data = StorybookDataModule(batch_size=2, pictures=name != "text encoder", validation_items=2)
     before = [p.detach().clone() for p in task.parameters()]
     trainer = {"max_steps": 2, "accelerator": "cpu", "precision": "bf16-mixed", "enable_progress_bar": False}
     clipping = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": algorithm}

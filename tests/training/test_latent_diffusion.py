@@ -22,10 +22,10 @@ def module(tiny_config: dict, tiny_networks: dict) -> LatentDiffusion:
 @pytest.fixture
 def batch() -> dict:
     generator = torch.Generator().manual_seed(0)
-    moments = torch.randn(4, 8, 8, 8, generator=generator)
-    moments[:, 4:].abs_()
+    latent_stats = torch.randn(4, 8, 8, 8, generator=generator)
+    latent_stats[:, 4:].abs_()
     return {
-        "moments": moments,
+        "latent_stats": latent_stats,
         "caption": ["a photo of sks disc"] * 2 + ["a photo of a disc"] * 2,
         "is_prior": torch.tensor([False, False, True, True]),
         "item": torch.tensor([4, 5, 4, 5]),
@@ -40,7 +40,7 @@ def reference_loss(module: LatentDiffusion, batch: dict, k: int) -> Tensor:
     """The loss of item k, by hand."""
     part, item = ("prior" if batch["is_prior"][k] else "subject"), int(batch["item"][k])
     draw = {p: randomness.generator(7, item, f"{part}/{p}") for p in ("posterior", "noise", "timestep")}
-    mean, std = batch["moments"][k].chunk(2)
+    mean, std = batch["latent_stats"][k].chunk(2)
     x0 = mean + std * torch.randn(mean.shape, generator=draw["posterior"])
     noise = torch.randn(mean.shape, generator=draw["noise"])
     t = torch.randint(1000, (1,), generator=draw["timestep"])
@@ -67,10 +67,10 @@ def test_frozen_parts_get_no_gradient(tiny_config: dict, batch: dict):
     module = LatentDiffusion(**tiny_config, train_text_encoder=False)
     module.training_step(batch, 0).backward()
     assert all(p.grad is None for p in module.cond_stage_model.parameters())
-    assert all(p.grad is None for p in module.first_stage_model.parameters())
+    assert all(p.grad is None for p in module.networks["vae"].parameters())
     assert any(p.grad is not None for p in module.networks["unet"].parameters())
     module.train()
-    assert module.networks["unet"].training and not module.first_stage_model.training
+    assert module.networks["unet"].training and not module.networks["vae"].training
 
 
 def test_state_dict_has_the_names_of_a_released_file(module: LatentDiffusion):

@@ -10,8 +10,8 @@ import torch
 
 from ldm.errors import UserError
 from ldm.training import conditioning
-from ldm.training.callbacks import AutoencoderAside
-from ldm.training.device import device_of, placed
+from ldm.training.callbacks import OffloadVAE
+from ldm.training.device import device_of, temporarily_on
 from ldm.training.latent_diffusion import LatentDiffusion
 
 PROMPTS = ["a photo of sks disc", "a photo of a disc", "a photo of sks disc"]
@@ -27,7 +27,7 @@ def make(tiny_config: dict, tiny_networks: dict, **params) -> LatentDiffusion:
 def batch_of(first: int) -> dict:
     generator = torch.Generator().manual_seed(first)
     return {
-        "moments": torch.rand(3, 8, 8, 8, generator=generator),
+        "latent_stats": torch.rand(3, 8, 8, 8, generator=generator),
         "caption": PROMPTS,
         "is_prior": torch.tensor([False, True, False]),
         "item": torch.arange(first, first + 3),
@@ -131,8 +131,8 @@ def test_a_step_never_waits_for_the_gpu(tiny_config: dict, tiny_networks: dict):
 def test_bfloat16_weights_learn_through_the_same_step(tiny_config: dict, tiny_networks: dict):
     """The loss is float32's to bfloat16's rounding; schedule, draws and the autoencoder stay float32."""
     exact = make(tiny_config, tiny_networks)
-    rounded = make(tiny_config, tiny_networks, optimizer="adamw_bf16", step_in_backward=True)
-    assert {p.dtype for name in ("unet", "cond_stage") for p in rounded.networks[name].parameters()} == {
+    rounded = make(tiny_config, tiny_networks, optimizer="adamw_bf16", fused_backward=True)
+    assert {p.dtype for name in ("unet", "text_encoder") for p in rounded.networks[name].parameters()} == {
         torch.bfloat16
     }
     assert rounded.alphas_cumprod.dtype == next(rounded.first_stage_model.parameters()).dtype == torch.float32
@@ -142,7 +142,7 @@ def test_bfloat16_weights_learn_through_the_same_step(tiny_config: dict, tiny_ne
 
 
 def test_a_trainer_that_clips_is_refused_before_any_work(tiny_config: dict):
-    module = LatentDiffusion(**tiny_config, step_in_backward=True)
+    module = LatentDiffusion(**tiny_config, fused_backward=True)
     module.check({"max_steps": 3})
     with pytest.raises(UserError, match="gradient_clip_val"):
         module.check({"gradient_clip_val": 1.0})
@@ -158,11 +158,11 @@ def test_where_a_trainer_computes():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_autoencoder_comes_back_for_pictures_only(tiny_config: dict):
     module = LatentDiffusion(**tiny_config).cuda()
-    AutoencoderAside().on_fit_start(None, module)
-    assert {p.device.type for p in module.first_stage_model.parameters()} == {"cpu"}
-    with placed(module.first_stage_model, module.device):
-        assert {p.device.type for p in module.first_stage_model.parameters()} == {"cuda"}
-    assert {p.device.type for p in module.first_stage_model.parameters()} == {"cpu"}
+    OffloadVAE().on_fit_start(None, module)
+    assert {p.device.type for p in module.networks["vae"].parameters()} == {"cpu"}
+    with temporarily_on(module.networks["vae"], module.device):
+        assert {p.device.type for p in module.networks["vae"].parameters()} == {"cuda"}
+    assert {p.device.type for p in module.networks["vae"].parameters()} == {"cpu"}
     assert {p.device.type for p in module.cond_stage_model.parameters()} == {"cuda"}
 
 

@@ -31,9 +31,9 @@ def config_of(tiny_config: dict, *, trainer: dict | None = None, **params) -> di
 def step(module: LatentDiffusion) -> None:
     """One forward and backward pass as training runs it, and the optimizer's."""
     parts = {"unet": (module.networks["unet"], 1e-4), "text_encoder": (module.cond_stage_model, 1e-4)}
-    optimizer = adamw(parts, name=module.optimizer, step_in_backward=module.step_in_backward)
+    optimizer = adamw(parts, name=module.optimizer, fused_backward=module.fused_backward)
     batch = {
-        "moments": torch.rand(2 * BATCH, 8, SIZE // 2, SIZE // 2),
+        "latent_stats": torch.rand(2 * BATCH, 8, SIZE // 2, SIZE // 2),
         "caption": ["a photo of sks disc"] * BATCH + ["a photo of a disc"] * BATCH,
         "is_prior": torch.tensor([False] * BATCH + [True] * BATCH),
         "item": torch.arange(BATCH).repeat(2),
@@ -70,7 +70,7 @@ def saved_bytes(module: LatentDiffusion, *, mixed: bool) -> int:
         {},
         {"train_text_encoder": False},
         {"optimizer": "adamw_bf16"},
-        {"optimizer": "adamw_bf16", "step_in_backward": True},
+        {"optimizer": "adamw_bf16", "fused_backward": True},
     ],
 )
 def test_weights_gradients_and_states_are_exact(tiny_config: dict, params: dict):
@@ -81,14 +81,14 @@ def test_weights_gradients_and_states_are_exact(tiny_config: dict, params: dict)
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda _: held.append(gradient_bytes(module)))
     step(module)
-    for name in ("unet", "cond_stage"):
+    for name in ("unet", "text_encoder"):
         weights = list(module.networks[name].parameters())
         states = [v for p in weights for v in module.state.get(p, {}).values() if torch.is_tensor(v)]
         assert needs[name].weights == sum(p.nbytes for p in weights)
         assert needs[name].states == sum(v.nbytes for v in states)
-        if not module.step_in_backward:
+        if not module.fused_backward:
             assert needs[name].gradients == sum(p.grad.nbytes for p in weights if p.grad is not None)
-    if module.step_in_backward:
+    if module.fused_backward:
         assert all(p.grad is None for p in module.parameters())
         assert max(held) <= needs["unet"].gradients < max(held) + max(p.nbytes for p in module.parameters())
         assert max(held) < sum(p.nbytes for p in module.parameters() if p.requires_grad) / 2
@@ -101,7 +101,7 @@ def test_a_lora_needs_gradients_and_states_for_its_factors_alone(tiny_config: di
     size = sum(p.nbytes for p in factors)
     assert (needs["lora"].weights, needs["lora"].gradients) == (size, size)
     assert needs["lora"].states == 2 * size + 4 * len(factors)
-    assert needs["unet"].gradients == needs["unet"].states == needs["cond_stage"].states == 0
+    assert needs["unet"].gradients == needs["unet"].states == needs["text_encoder"].states == 0
     assert needs["unet"].weights == sum(p.nbytes for p in module.networks["unet"].parameters())
 
 
@@ -117,7 +117,7 @@ def test_activations_are_what_the_graph_saves(tiny_config: dict, mixed: bool, lo
 def test_fsdp_leaves_each_process_its_share(tiny_config: dict):
     whole, _ = estimate(config_of(tiny_config))
     split, _ = estimate(config_of(tiny_config, trainer={"strategy": "fsdp", "devices": 4}))
-    for name in ("unet", "cond_stage"):
+    for name in ("unet", "text_encoder"):
         for kind in ("weights", "gradients", "states"):
             assert getattr(split[name], kind) == -(-getattr(whole[name], kind) // 4)
         assert split[name].activations == whole[name].activations
@@ -127,7 +127,7 @@ def test_checkpointing_is_counted_stage_by_stage(tiny_config: dict):
     """Computing all again needs least; choosing a resolution lies between."""
     found = []
     for chosen in (False, [1], [2], True):
-        tiny_config["unet_config"]["params"]["use_checkpoint"] = chosen
+        tiny_config["unet"]["params"]["use_checkpoint"] = chosen
         found.append(estimate(config_of(tiny_config))[0]["unet"].activations)
     none, fine, coarse, everything = found
     assert everything < min(fine, coarse) <= max(fine, coarse) < none
@@ -138,9 +138,9 @@ def test_files_and_averages(tiny_config: dict):
     needs, disk = estimate(config)
     module = LatentDiffusion(**tiny_config)
     assert disk["model file"] == 2 * sum(p.numel() for p in module.parameters())
-    assert "first_stage" not in needs
+    assert "vae" not in needs
     config["data"]["params"]["online_priors"] = True  # which it draws on the device
-    assert "first_stage" in estimate(config)[0]
+    assert "vae" in estimate(config)[0]
     config["data"]["params"]["online_priors"] = False
     weights = sum(t.nbytes for t in module.state_dict().values())
     states = sum(need.states for need in needs.values())
@@ -151,7 +151,7 @@ def test_files_and_averages(tiny_config: dict):
     assert files["checkpoints (2 + 1)"] == 3 * (weights + learning + states)
     assert "average" not in estimate(config | {"ema_decay": 0.99, "ema_device": "cpu"})[0]
     config["data"]["params"]["cache_latents"] = False
-    assert estimate(config)[0]["first_stage"].weights > 0
+    assert estimate(config)[0]["vae"].weights > 0
     assert f"{sum(need.total for need in needs.values()) / MIB:,.1f}" in report(needs, disk)
 
 
@@ -162,12 +162,12 @@ def test_encoding_takes_what_the_encoder_makes(tiny_config: dict):
     module = LatentDiffusion(**tiny_config)
     images = torch.zeros(views_at_once(64), 3, 64, 64)
     with torch.no_grad(), PeakBytes() as made:
-        module.first_stage_model.encoder(images)
+        module.networks["vae"].encoder(images)
     weights = sum(p.nbytes for p in module.parameters())
     assert encoding(config) == weights + images.nbytes + made.peak
     activity = torch.profiler.ProfilerActivity.CPU
     with torch.no_grad(), torch.profiler.profile(activities=[activity], profile_memory=True) as profile:
-        module.first_stage_model.encoder(images)
+        module.networks["vae"].encoder(images)
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     changes = [event.nbytes() for event in events if event.name() == "[memory]"]
     assert max(accumulate(changes)) == pytest.approx(made.peak, rel=0.03)
@@ -197,5 +197,5 @@ def test_copies_of_the_base_are_counted(tiny_config: dict, params: dict, online:
     lora = {"lora": {"target": "ldm.models.lora.LoRA", "params": {}}}
     beside, _ = estimate(config_of(tiny_config, **params, **lora))
     assert "copies of the base" not in beside  # its factors are switched off instead
-    learns = needs["unet"].gradients + needs["cond_stage"].gradients  # float32, as large as the weights
+    learns = needs["unet"].gradients + needs["text_encoder"].gradients  # float32, as large as the weights
     assert counted == copies * learns and ("copies of the base" in needs) == (copies > 0)

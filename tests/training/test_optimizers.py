@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.training import adamw_bf16, low_memory
+from ldm.training import adamw_bf16, fused_backward
 from ldm.training.adamw_bf16 import AdamWBF16, Rounding, buckets, stochastically_rounded_
 from ldm.training.optimizers import adamw, check_optimizer, lr_factor
 
@@ -56,14 +56,14 @@ def test_steps_in_the_backward_pass_are_those_after_it(
     name: str, dtype: torch.dtype, passes: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Bit for bit, the learning rate changing; no gradient stays; states go from one way to the other."""
-    monkeypatch.setattr(low_memory, "PASSES", passes)
+    monkeypatch.setattr(fused_backward, "PASSES", passes)
 
     def run(in_backward: list[bool]) -> tuple[dict, dict]:
         weights, state = network().to(dtype).state_dict(), None
         for half, chosen in enumerate(in_backward):
             net = network().to(dtype)  # one that no earlier optimizer steps
             net.load_state_dict(weights)
-            optimizer = adamw({"net": (net, 1e-2)}, name=name, step_in_backward=chosen)
+            optimizer = adamw({"net": (net, 1e-2)}, name=name, fused_backward=chosen)
             if state is not None:
                 optimizer.load_state_dict(state)
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + half)
@@ -82,7 +82,7 @@ def test_steps_in_the_backward_pass_are_those_after_it(
 
 def test_steps_in_the_backward_pass_run_lightnings_closure():
     net = network()
-    optimizer = adamw({"net": (net, 1e-2)}, step_in_backward=True)
+    optimizer = adamw({"net": (net, 1e-2)}, fused_backward=True)
     before = [p.detach().clone() for p in net.parameters()]
 
     def closure() -> Tensor:
@@ -226,7 +226,7 @@ def test_a_gpu_rounds_as_a_cpu_does():
 
 def test_bf16_states_take_6_bytes_a_weight():
     net = network().bfloat16()
-    optimizer = adamw({"net": (net, 1e-3)}, name="adamw_bf16", step_in_backward=True)
+    optimizer = adamw({"net": (net, 1e-3)}, name="adamw_bf16", fused_backward=True)
     net(torch.ones(1, 3, 4, 4, dtype=torch.bfloat16)).square().mean().backward()
     tensors = [
         value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
@@ -248,16 +248,16 @@ GOOD = {"name": "adamw", "accumulate": 1, "clip": None, "precision": "bf16-mixed
     ],
 )
 def test_what_needs_all_gradients_at_once_is_refused(change: dict, key: str):
-    check_optimizer(**GOOD, step_in_backward=True)
-    check_optimizer(**{**GOOD, **change}, step_in_backward=False)
+    check_optimizer(**GOOD, fused_backward=True)
+    check_optimizer(**{**GOOD, **change}, fused_backward=False)
     with pytest.raises(UserError, match=key):
-        check_optimizer(**{**GOOD, **change}, step_in_backward=True)
+        check_optimizer(**{**GOOD, **change}, fused_backward=True)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_8_bit_without_bitsandbytes_says_how_to_get_it():
     with pytest.raises(UserError, match=r"bitsandbytes.*\[8bit\]"):
-        check_optimizer(**{**GOOD, "name": "adamw_8bit"}, step_in_backward=False)
+        check_optimizer(**{**GOOD, "name": "adamw_8bit"}, fused_backward=False)
 
 
 def test_wsd_is_constant_and_then_linear_to_zero_over_the_last_fifth():

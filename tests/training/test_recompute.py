@@ -13,7 +13,7 @@ from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.memory import estimate
 from ldm.training.peak import reset_peak_memory
 from ldm.training.recompute import MARGIN, with_checkpointing_chosen
-from ldm.training.run import Stopwatch
+from ldm.training.run import PhaseTimer
 from tests.training.test_memory import config_of
 
 CPU = torch.device("cpu")
@@ -21,11 +21,11 @@ CPU = torch.device("cpu")
 
 def chosen_in(config: dict) -> list:
     params = config["model"]["params"]
-    return [params[name]["params"].get("use_checkpoint") for name in ("unet_config", "cond_stage_config")]
+    return [params[name]["params"].get("use_checkpoint") for name in ("unet", "text_encoder")]
 
 
 def undecided(tiny_config: dict) -> dict:
-    for name in ("unet_config", "cond_stage_config"):
+    for name in ("unet", "text_encoder"):
         tiny_config[name]["params"]["use_checkpoint"] = None
     return config_of(tiny_config)
 
@@ -62,14 +62,14 @@ def test_the_process_with_the_least_memory_decides_for_all(
 def test_what_is_set_stays(tiny_config: dict, monkeypatch: pytest.MonkeyPatch, given: bool | list):
     monkeypatch.setattr(recompute, "free_memory", lambda device: 0)
     config = undecided(tiny_config)
-    config["model"]["params"]["unet_config"]["params"]["use_checkpoint"] = given
+    config["model"]["params"]["unet"]["params"]["use_checkpoint"] = given
     assert chosen_in(with_checkpointing_chosen(config, CPU)) == [given, True]
-    del config["model"]["params"]["cond_stage_config"]["params"]["use_checkpoint"]
+    del config["model"]["params"]["text_encoder"]["params"]["use_checkpoint"]
     assert with_checkpointing_chosen(config, CPU) == config
 
 
 def test_the_plan_says_what_would_be_chosen(monkeypatch: pytest.MonkeyPatch):
-    config = load_config(["configs/dreambooth.yaml"], ["model.params.unet_config.params.use_checkpoint=null"])
+    config = load_config(["configs/dreambooth.yaml"], ["model.params.unet.params.use_checkpoint=null"])
     monkeypatch.setattr(recompute, "free_memory", lambda device: 0)
     assert "use_checkpoint, by the free memory of" in (text := job.plan(config)) and ": true\n" in text
     monkeypatch.undo()
@@ -87,13 +87,13 @@ def test_computing_again_changes_no_bit(tiny_config: dict, tiny_networks: dict, 
     """Loss and gradients; so a run may be taken up with the other choice."""
 
     def gradients(chosen: bool | None) -> list[torch.Tensor]:
-        for name in ("unet_config", "cond_stage_config"):
+        for name in ("unet", "text_encoder"):
             tiny_config[name]["params"]["use_checkpoint"] = chosen
         module = LatentDiffusion(**tiny_config, seed=7)
         for name, network in module.networks.items():
             network.load_state_dict(tiny_networks[name].state_dict())
         batch = {
-            "moments": torch.ones(2, 8, 8, 8),
+            "latent_stats": torch.ones(2, 8, 8, 8),
             "caption": ["a photo of sks disc", "a photo of a disc"],
             "is_prior": torch.tensor([False, True]),
             "item": torch.tensor([1, 1]),
@@ -117,7 +117,7 @@ def test_what_is_free_is_less_than_the_machine_has():
 
 @pytest.mark.skipif(not reset_peak_memory(), reason="the system cannot set the peak back")
 def test_each_phase_has_its_own_peak():
-    watch = Stopwatch()
+    watch = PhaseTimer()
     for phase, mib in (("small", 10), ("large", 300), ("small again", 10)):
         with watch(phase):
             torch.ones(mib * 2**18)

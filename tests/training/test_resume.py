@@ -15,9 +15,9 @@ from tests.training.conftest import At, Job, Killed, curves_of, differences, kil
 
 EVERYTHING = {"train_text_encoder": True, "lr_schedule": "cosine", "warmup_steps": 2}
 FROZEN_TEXT = {"train_text_encoder": False, "min_snr_gamma": 5.0}
-PULLED = {"l2_pull": 0.1, "offset_noise": 0.1}
-NEW_WORD = {"target": "ldm.training.techniques.NewWord", "params": {"word": "sks", "init": "disc"}}
-WORD_AND_TEXT = {"new_word": NEW_WORD, "text_encoder_steps": 2}
+PULLED = {"l2_sp_weight": 0.1, "offset_noise": 0.1}
+NEW_WORD = {"target": "ldm.training.techniques.LearnedToken", "params": {"word": "sks", "init": "disc"}}
+WORD_AND_TEXT = {"learned_token": NEW_WORD, "text_encoder_steps": 2}
 LORA = {"lora": {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}}
 
 
@@ -117,12 +117,12 @@ def write(path: Path, **content: object) -> Path:
 
 
 def test_the_newest_is_the_one_of_most_steps_whatever_its_name(tmp_path: Path):
-    assert resume.newest_whole(tmp_path) is None
+    assert resume.latest_valid_checkpoint(tmp_path) is None
     for step in (3, 20, 100):
         write(tmp_path / f"step-{step:08d}.ckpt", global_step=step)
     last = write(tmp_path / "last.ckpt", global_step=50)  # as Lightning names one
     (tmp_path / "unreadable.ckpt").write_bytes(b"PK")
-    assert resume.newest_whole(tmp_path).name == "step-00000100.ckpt"
+    assert resume.latest_valid_checkpoint(tmp_path).name == "step-00000100.ckpt"
     assert [path.name for path in resume.by_step(tmp_path)][1] == last.name
     assert (tmp_path / "unreadable.ckpt.broken").exists()
 
@@ -131,21 +131,21 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew(tmp_path: Path):
     for step in (1, 2):
         (tmp_path / f"step-{step}.ckpt").write_bytes(b"")
     with pytest.raises(UserError, match="None of the checkpoints is whole.*Remove the folder"):
-        resume.newest_whole(tmp_path)
+        resume.latest_valid_checkpoint(tmp_path)
 
 
 def test_what_lacks_a_part_is_not_whole(tmp_path: Path):
     path = write(tmp_path / "step-1.ckpt")
-    assert resume.what_is_wrong(path) is None
+    assert resume.validate_checkpoint(path) is None
     for part, wrong in [("state_dict", [1]), ("optimizer_states", None), ("loops", 3), ("global_step", "1")]:
         write(path, **{part: wrong})
-        assert part in resume.what_is_wrong(path)
+        assert part in resume.validate_checkpoint(path)
 
 
 def test_weights_of_other_networks_are_refused_by_name_and_shape(job: Job, tmp_path: Path):
     replace(job, steps=1)(tmp_path)
-    job.config["unet_config"]["params"]["model_channels"] = 64
-    job.weights["unet"] = instantiate(job.config["unet_config"]).state_dict()
+    job.config["unet"]["params"]["model_channels"] = 64
+    job.weights["unet"] = instantiate(job.config["unet"]).state_dict()
     with pytest.raises(UserError, match=r"weights differ; `model.diffusion_model\S+` is \(.*\) in .* and \("):
         job(tmp_path)
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from ldm.errors import UserError
-from ldm.training import ranks
+from ldm.training import distributed
 from ldm.training.job import run_job
 from ldm.training.options import parse
 from ldm.training.sharding import check_sharding
@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv.pop(1))
 from torch.distributed.tensor import DTensor
-from ldm.training import ranks, sharding
+from ldm.training import distributed, sharding
 from ldm.training.job import run_job
 from ldm.training.options import parse
 
@@ -41,15 +41,15 @@ def gather(learner, gather=sharding.get_model_state_dict, **options):
 sharding.get_model_state_dict = gather
 config = parse(sys.argv[1:])
 folder = Path("logs/two")
-assert bool(run_job(config)) == (ranks.rank() == 0)
-if ranks.rank() == 0:
+assert bool(run_job(config)) == (distributed.rank() == 0)
+if distributed.rank() == 0:
     (folder / "model.safetensors").rename("straight.safetensors")
     for file in folder.glob("checkpoints/step-00000004*"):
         file.unlink()
-ranks.wait()
+distributed.barrier()
 run_job(config, str(folder))
-print(f"rank {ranks.rank()} held {shares[0]:.2f}, {shares[1]:.2f} of the weights", flush=True)
-ranks.wait()
+print(f"rank {distributed.rank()} held {shares[0]:.2f}, {shares[1]:.2f} of the weights", flush=True)
+distributed.barrier()
 """
 
 
@@ -86,7 +86,7 @@ def test_one_process_has_nothing_to_split():
     ("changes", "key"),
     [
         ({"ema_decay": 0.9}, "ema_decay"),
-        ({"measures": {"every_steps": 5}}, "measures.every_steps"),
+        ({"online_eval": {"every_steps": 5}}, "online_eval.every_steps"),
         ({"samples": {"every_steps": 5}}, "samples.every_steps"),
         ({"trainer": {"strategy": "fsdp", "precision": "16-mixed"}}, "trainer.precision"),
         ({"trainer": {"strategy": "fsdp_cpu_offload"}}, "trainer.strategy"),
@@ -95,7 +95,7 @@ def test_one_process_has_nothing_to_split():
     ],
 )
 def test_what_does_not_go_with_it_is_refused(monkeypatch: pytest.MonkeyPatch, changes: dict, key: str):
-    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     check_sharding(PLAIN)
     with pytest.raises(UserError, match=re.escape(key)):
         check_sharding(PLAIN | changes)

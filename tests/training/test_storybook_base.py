@@ -15,7 +15,7 @@ from ldm.training.storybook_base import StorybookBase
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = """
-model.params.unet_config.params.model_channels=16 model.params.warmup_steps=2 data.params.batch_size=4
+model.params.unet.params.model_channels=16 model.params.warmup_steps=2 data.params.batch_size=4
 data.params.captions_per_image=2 data.params.validation_items=4 trainer.devices=1 trainer.strategy=auto
 trainer.enable_progress_bar=false trainer.val_check_interval=2 checkpoint_every=2
 """.split()
@@ -38,13 +38,13 @@ def built(kind: type, params: dict) -> LatentDiffusion:
 def test_the_loss_is_that_of_latent_diffusion(params: dict):
     base, plain = built(StorybookBase, params), built(LatentDiffusion, params)
     batch = StorybookBatches(batch_size=6, seed=1, captions_per_image=2)[3]
-    moments = plain.encode_images(to_float(batch["image"])).repeat_interleave(2, 0)
+    latent_stats = plain.encode_images(to_float(batch["image"])).repeat_interleave(2, 0)
     prepared = base.on_before_batch_transfer(base.prepare(batch), 0)
-    losses = base.loss_per_item(prepared | {"moments": moments})
-    wanted = plain.loss_per_item(plain.on_before_batch_transfer(batch | {"moments": moments}, 0))
+    losses = base.loss_per_item(prepared | {"latent_stats": latent_stats})
+    wanted = plain.loss_per_item(plain.on_before_batch_transfer(batch | {"latent_stats": latent_stats}, 0))
     torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=0)
     other = base.prepare(StorybookBatches(batch_size=6, seed=1, captions_per_image=2)[4])
-    changed = base.loss_per_item(other | {"moments": moments})
+    changed = base.loss_per_item(other | {"latent_stats": latent_stats})
     assert ((changed - wanted) / wanted).abs().max() > 0.01
 
 

@@ -11,17 +11,17 @@ from ldm.checkpoints.embedding import read_embedding
 from ldm.checkpoints.load import read_checkpoint
 from ldm.errors import UserError
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.techniques import Teacher
+from ldm.training.techniques import Reference
 from tests.training.conftest import state_of
 
 
 @pytest.fixture
 def batch() -> dict:
-    moments = torch.cat(
+    latent_stats = torch.cat(
         [torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(4, 4, 8, 8)], 1
     )
     return {
-        "moments": moments,
+        "latent_stats": latent_stats,
         "caption": ["a photo of sks disc"] * 2 + ["a photo of a disc"] * 2,
         "is_prior": torch.tensor([False, False, True, True]),
         "item": torch.tensor([4, 5, 4, 5]),
@@ -46,7 +46,7 @@ class SeenNoise(LatentDiffusion):
 
 def noise_of(config: dict, batch: dict, **settings: object) -> Tensor:
     module = SeenNoise(**config, seed=7, **settings)
-    module.x0 = batch["moments"].chunk(2, dim=1)[0]
+    module.x0 = batch["latent_stats"].chunk(2, dim=1)[0]
     with torch.no_grad():
         module.loss_per_item(batch)
     return module.noise
@@ -55,12 +55,12 @@ def noise_of(config: dict, batch: dict, **settings: object) -> Tensor:
 def test_a_loras_teacher_is_the_network_without_its_factors(tiny_config, tiny_networks, batch):
     lora = {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}
     taught = build(tiny_config, tiny_networks, prior_target="teacher", lora=lora)
-    copied = Teacher(taught.networks["unet"], taught.networks["cond_stage"])
+    copied = Reference(taught.networks["unet"], taught.networks["text_encoder"])
     taught.setup("fit")
     for factors in taught.lora.parameters():
         torch.nn.init.normal_(factors, std=0.1, generator=torch.Generator().manual_seed(0))
-    x, t, prompts = batch["moments"][:, :4], torch.tensor([5, 300, 600, 900]), batch["caption"]
-    prediction = taught._teacher.predict(x, t, prompts)
+    x, t, prompts = batch["latent_stats"][:, :4], torch.tensor([5, 300, 600, 900]), batch["caption"]
+    prediction = taught._reference.predict(x, t, prompts)
     assert torch.equal(prediction, copied.predict(x, t, prompts))
     with torch.no_grad():
         moved = taught.apply_model(x, t, *taught.encode_prompts(prompts))
@@ -68,9 +68,9 @@ def test_a_loras_teacher_is_the_network_without_its_factors(tiny_config, tiny_ne
 
 
 def test_in_mixed_precision_the_teacher_keeps_what_autocast_makes_of_its_weights(tiny_networks, batch):
-    networks = tiny_networks["unet"], tiny_networks["cond_stage"]
-    full, half = Teacher(*networks), Teacher(*networks, precision="bf16-mixed")
-    x, t, prompts = batch["moments"][:, :4], torch.tensor([5, 300, 600, 900]), batch["caption"]
+    networks = tiny_networks["unet"], tiny_networks["text_encoder"]
+    full, half = Reference(*networks), Reference(*networks, precision="bf16-mixed")
+    x, t, prompts = batch["latent_stats"][:, :4], torch.tensor([5, 300, 600, 900]), batch["caption"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(full.predict(x, t, prompts), half.predict(x, t, prompts))
     assert half.unet.time_embed[0].weight.dtype == torch.bfloat16
@@ -89,7 +89,7 @@ def test_offset_noise_moves_whole_channels_of_an_item(tiny_config, batch):
 
 def test_the_pull_is_its_formula(tiny_config, tiny_networks, batch):
     plain = build(tiny_config, tiny_networks)
-    pulled = build(tiny_config, tiny_networks, l2_pull=0.25)
+    pulled = build(tiny_config, tiny_networks, l2_sp_weight=0.25)
     pulled.setup("fit")
     torch.testing.assert_close(pulled.training_step(batch, 0), plain.training_step(batch, 0), rtol=0, atol=0)
     generator = torch.Generator().manual_seed(1)
@@ -122,7 +122,7 @@ def test_a_teacher_is_the_base_itself(tiny_config, tiny_networks, batch):
         for parameter in taught.model.parameters():
             parameter += 0.01  # the student moves on, the teacher does not
         assert taught.loss_per_item(batch)[2:].min() > 1e-6
-    assert not any("teacher" in name for name in taught.state_dict())
+    assert not any("reference" in name for name in taught.state_dict())
 
 
 def test_text_encoder_learns_for_its_first_steps_alone(job, tmp_path):
@@ -142,43 +142,46 @@ def test_text_encoder_learns_for_its_first_steps_alone(job, tmp_path):
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "with the networks"])
 def test_a_new_word_is_learned_and_kept_in_its_own_file(job, tmp_path, alone):
     node = {"word": "<my-disc>", "init": "disc", "learning_rate": 0.1}
-    new_word = {"target": "ldm.training.techniques.NewWord", "params": node}
+    learned_token = {"target": "ldm.training.techniques.LearnedToken", "params": node}
     job.identifier = "<my-disc>"
-    params = {"new_word": new_word} | ({"train_unet": False, "train_text_encoder": False} if alone else {})
+    params = {"learned_token": learned_token} | (
+        {"train_unet": False, "train_text_encoder": False} if alone else {}
+    )
     module = job(tmp_path / "run", params=params)
-    tower = module.cond_stage_model
-    vectors, begun = tower.new_words["<my-disc>"], tower.vectors_of("disc")
-    assert vectors.shape == (len(tower.tokenizer("disc", add_special_tokens=False).input_ids), 32)
+    text_encoder = module.cond_stage_model
+    vectors, begun = text_encoder.learned_tokens["<my-disc>"], text_encoder.token_embedding_of("disc")
+    assert vectors.shape == (len(text_encoder.tokenizer("disc", add_special_tokens=False).input_ids), 32)
     assert (vectors - begun).abs().max() > 0.05  # four steps of some 0.1
     same = {
         name: torch.equal(value, job.weights[part][name])
-        for part, network in (("unet", module.networks["unet"]), ("cond_stage", tower))
+        for part, network in (("unet", module.networks["unet"]), ("text_encoder", text_encoder))
         for name, value in network.state_dict().items()
         if name in job.weights[part] and "position_ids" not in name
     }
     assert all(same.values()) if alone else not any(same.values())
     model = module.export(tmp_path / "model.safetensors", dtype=torch.float32, metadata={})
-    assert not any("new_words" in name for name in read_checkpoint(model)[0])
+    assert not any("learned_tokens" in name for name in read_checkpoint(model)[0])
     kept = read_embedding(tmp_path / "embedding.safetensors")
     torch.testing.assert_close(kept, {"<my-disc>": vectors.data})
 
 
 def test_a_text_encoder_reads_new_words(tiny_networks):
     """The context of a word whose vector is that of another one is that word's context."""
-    tower = copy.deepcopy(tiny_networks["cond_stage"])
-    before = tower(tower.tokenize(["a photo of a disc"]))
-    disc = tower.vectors_of("disc").detach()
-    tower.add_word("<copy>", disc)
-    tower.add_word("<other>", -disc)
+    text_encoder = copy.deepcopy(tiny_networks["text_encoder"])
+    before = text_encoder(text_encoder.tokenize(["a photo of a disc"]))
+    disc = text_encoder.token_embedding_of("disc").detach()
+    text_encoder.add_token("<copy>", disc)
+    text_encoder.add_token("<other>", -disc)
     with torch.no_grad():
         same, other, plain = (
-            tower(tower.tokenize([f"a photo of a {word}"])) for word in ("<copy>", "<other>", "disc")
+            text_encoder(text_encoder.tokenize([f"a photo of a {word}"]))
+            for word in ("<copy>", "<other>", "disc")
         )
     assert torch.equal(plain, before) and torch.equal(same, before) and not torch.equal(other, before)
     with pytest.raises(UserError, match="known already"):
-        tower.add_word("<copy>", disc)
+        text_encoder.add_token("<copy>", disc)
     with pytest.raises(UserError, match="takes"):
-        tower.add_word("<wide>", torch.zeros(1, 99))
+        text_encoder.add_token("<wide>", torch.zeros(1, 99))
 
 
 def test_zero_terminal_snr_is_refused_where_it_says_nothing(tiny_config):

@@ -8,7 +8,7 @@ from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import load_image
 from ldm.errors import UserError
 from ldm.evaluation.memo import ImageMemo, MemoPipeline
-from ldm.evaluation.protocol import Evaluation, Prompts
+from ldm.evaluation.protocol import Evaluation, SubjectPrompts
 from ldm.pipeline import Text2Image
 
 
@@ -18,13 +18,13 @@ def with_params(evaluation: Mapping[str, Any], params: Mapping[str, Any]) -> dic
 
 
 def check_evaluations(plain: Mapping[str, Any]) -> None:
-    """Refuses params of `evaluate_also` and `measures` that the evaluation does not take."""
+    """Refuses params of `evaluate_also` and `online_eval` that the evaluation does not take."""
     evaluation = plain.get("evaluation")
     asked = {f"evaluate_also.{name}": params for name, params in (plain.get("evaluate_also") or {}).items()}
     if asked and not evaluation:
         remedy = "Add one, or leave `evaluate_also` out."
         raise UserError("There is no `evaluation` to repeat", where="evaluate_also", remedy=remedy)
-    asked["measures"] = plain.get("measures", {}).get("params", {})
+    asked["online_eval"] = plain.get("online_eval", {}).get("params", {})
     for where, params in asked.items():
         if not isinstance(params, Mapping):
             remedy = "Write, for example, {guidance_scale: 4.0}."
@@ -33,7 +33,7 @@ def check_evaluations(plain: Mapping[str, Any]) -> None:
             check({where: with_params(evaluation, params)}, {where: dict})
 
 
-class Score:
+class BeforeAfterEvaluation:
     """Measures what a run draws, by the config's `evaluation`; without one there are no figures.
 
     pipeline: whether the base gives the unconditional prediction -> how images are drawn. Making a score
@@ -54,16 +54,16 @@ class Score:
         self.evaluation: Evaluation | None = instantiate(evaluation) if evaluation else None
         if self.evaluation is None:
             return
-        self.draw = pipeline(self.evaluation.guidance_base)
-        self.base_draw = pipeline(False)  # the base's own unconditional prediction is the base's anyway
+        self.pipeline = pipeline(self.evaluation.guidance_base)
+        self.base_pipeline = pipeline(False)  # the base's own unconditional prediction is the base's anyway
         self.base_memo = self._of_bases.setdefault(base_hash, ImageMemo()) if base_hash else ImageMemo()
-        self.prompts = Prompts(data.subject_prompt, data.prior_prompt, **data.words)
+        self.prompts = SubjectPrompts(data.subject_prompt, data.prior_prompt, **data.words)
         self.subject = self.evaluation.subject([load_image(photo.path) for photo in data.subject_photos])
 
     def before(self) -> None:
         """Measures the untouched base."""
         if self.evaluation is not None:
-            self.base = self._measure(MemoPipeline(self.base_draw, self.base_memo), is_base=True)
+            self.base = self._measure(MemoPipeline(self.base_pipeline, self.base_memo), is_base=True)
 
     def after(self, memo: ImageMemo | None = None) -> Mapping[str, Any]:
         """The figures of `metrics.json`, the base's beside them; call `before` first.
@@ -72,8 +72,8 @@ class Score:
         """
         if self.evaluation is None:
             return {}
-        draw = MemoPipeline(self.draw, ImageMemo() if memo is None else memo)
-        return self.evaluation.summary(self._measure(draw), self.base, self.subject)
+        pipeline = MemoPipeline(self.pipeline, ImageMemo() if memo is None else memo)
+        return self.evaluation.summary(self._measure(pipeline), self.base, self.subject)
 
-    def _measure(self, draw: MemoPipeline, *, is_base: bool = False) -> Any:
-        return self.evaluation.measure(draw, subject=self.subject, prompts=self.prompts, is_base=is_base)
+    def _measure(self, pipeline: MemoPipeline, *, is_base: bool = False) -> Any:
+        return self.evaluation.measure(pipeline, subject=self.subject, prompts=self.prompts, is_base=is_base)

@@ -1,4 +1,4 @@
-"""The text tower learns what captions say, and leaves as a part of a Stable Diffusion file."""
+"""The text encoder learns what captions say, and leaves as a part of a Stable Diffusion file."""
 
 from pathlib import Path
 
@@ -6,25 +6,25 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from ldm.checkpoints.load import load_parts, open_model
+from ldm.checkpoints.load import load_state_dicts, open_model
 from ldm.config import instantiate, load_config, to_plain
 from ldm.storybook.dataset import StorybookDataset
 from ldm.storybook.world import ATTRIBUTES, full_caption, sample_scene
 from ldm.training.run import find_file
-from ldm.training.text_tower import TextTowerTask
+from ldm.training.text_encoder import TextEncoderTask
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs/storybook/text_tower.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs/storybook/text_encoder.yaml"
 
 
 def shipped_node() -> dict:
-    return to_plain(load_config([CONFIG]))["model"]["params"]["cond_stage_config"]
+    return to_plain(load_config([CONFIG]))["model"]["params"]["text_encoder"]
 
 
-def small_task() -> TextTowerTask:
+def small_task() -> TextEncoderTask:
     node = shipped_node()
     node["params"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     torch.manual_seed(0)
-    return TextTowerTask(cond_stage_config=node)
+    return TextEncoderTask(text_encoder=node)
 
 
 def test_it_reads_the_class_after_a_few_steps():
@@ -57,20 +57,26 @@ def test_it_leaves_without_its_heads(tmp_path: Path):
     tensors = load_file(path)
     assert all(name.startswith("cond_stage_model.transformer.text_model.") for name in tensors)
     again = small_task()
-    parts = open_model(path).parts
-    load_parts({"cond_stage": again.cond_stage_model}, {"cond_stage": parts["cond_stage"]}, where=path)
-    ids = task.cond_stage_model.tokenize(["a photo of a dog"])
-    torch.testing.assert_close(again.cond_stage_model(ids), task.cond_stage_model(ids))
+    parts = open_model(path).state_dicts
+    load_state_dicts(
+        {"text_encoder": again.text_encoder}, {"text_encoder": parts["text_encoder"]}, where=path
+    )
+    ids = task.text_encoder.tokenize(["a photo of a dog"])
+    torch.testing.assert_close(again.text_encoder(ids), task.text_encoder(ids))
 
 
 def test_the_shipped_tower_tells_captions_apart():
     """Every attribute that a caption names moves the context of the padding."""
-    path = find_file("ldm/storybook/assets/text_tower.safetensors")
-    tower = instantiate(shipped_node()).eval()
-    load_parts({"cond_stage": tower}, {"cond_stage": open_model(path).parts["cond_stage"]}, where=path)
+    path = find_file("ldm/storybook/assets/text_encoder.safetensors")
+    text_encoder = instantiate(shipped_node()).eval()
+    load_state_dicts(
+        {"text_encoder": text_encoder},
+        {"text_encoder": open_model(path).state_dicts["text_encoder"]},
+        where=path,
+    )
     said = "a photo of a spotted red and white dog with floppy ears and a green collar on the moon"
     others = [("spotted", "striped"), ("red", "blue"), ("white", "black"), ("dog", "cat")]
     others += [("floppy", "pointy"), ("green", "yellow"), ("on the moon", "in the snow")]
     with torch.inference_mode():
-        last = tower(tower.tokenize([said, *(said.replace(*pair) for pair in others)]))[:, -1]
+        last = text_encoder(text_encoder.tokenize([said, *(said.replace(*pair) for pair in others)]))[:, -1]
     assert (last[1:] - last[0]).norm(dim=1).min() > 0.1 * last[0].norm()

@@ -8,10 +8,10 @@ from PIL import Image
 
 from ldm.data.images import list_images, load_image
 from ldm.errors import UserError
-from ldm.evaluation.protocol import Picture
+from ldm.evaluation.protocol import GeneratedImage
 
 
-def read_pictures(folder: str | Path, *, at_least: int = 1) -> list[Picture]:
+def read_image_folder(folder: str | Path, *, at_least: int = 1) -> list[GeneratedImage]:
     """The drawn pictures in `folder`, by name; sheets of several are left out.
 
     A picture's prompt is the .txt file beside it, or what this project wrote into the PNG. Either all
@@ -26,15 +26,15 @@ def read_pictures(folder: str | Path, *, at_least: int = 1) -> list[Picture]:
     if bare and len(bare) < len(kept):
         remedy = "Write a .txt file of that name beside it, or remove the others' prompts."
         raise UserError(f"Only some pictures have a prompt, {bare[0]} has none", where=folder, remedy=remedy)
-    pictures = {path: Picture(load_image(path), prompt) for path, prompt in kept.items()}
-    _require_one_size(pictures, folder)
-    return list(pictures.values())
+    samples = {path: GeneratedImage(load_image(path), prompt) for path, prompt in kept.items()}
+    _require_one_size(samples, folder)
+    return list(samples.values())
 
 
-def by_prompt(pictures: Sequence[Picture]) -> dict[str, list[Image.Image]]:
+def by_prompt(samples: Sequence[GeneratedImage]) -> dict[str, list[Image.Image]]:
     """Prompt -> its pictures, of those whose prompt is known."""
     groups: dict[str, list[Image.Image]] = {}
-    for image, prompt in pictures:
+    for image, prompt in samples:
         if prompt is not None:
             groups.setdefault(prompt, []).append(image)
     return groups
@@ -53,8 +53,8 @@ def _said(path: Path) -> dict[str, str]:
         return {}
 
 
-def _require_one_size(pictures: dict[Path, Picture], folder: str | Path) -> None:
-    sizes = {picture.image.size: path.name for path, picture in pictures.items()}
+def _require_one_size(samples: dict[Path, GeneratedImage], folder: str | Path) -> None:
+    sizes = {sample.image.size: path.name for path, sample in samples.items()}
     if len(sizes) > 1:
         (one, first), (other, second) = list(sizes.items())[:2]
         what = (

@@ -14,7 +14,7 @@ from ldm.checkpoints.layout import is_sd2
 from ldm.checkpoints.openclip import LAYER, TEXT_MODEL
 from ldm.errors import UserError
 
-Parts = Mapping[str, Mapping[str, Tensor]]
+StateDicts = Mapping[str, Mapping[str, Tensor]]
 SCHEDULE = {
     "beta_schedule": "scaled_linear",
     "linear_start": 0.00085,
@@ -24,8 +24,8 @@ SCHEDULE = {
 }
 SD1 = {  # what shapes cannot tell: the defaults of the three networks
     "unet": {"num_heads": 8, "num_head_channels": None, "num_groups": 32},
-    "first_stage": {"scale_factor": 0.18215, "num_groups": 32},
-    "cond_stage": {
+    "vae": {"scale_factor": 0.18215, "num_groups": 32},
+    "text_encoder": {
         "num_attention_heads": 12,
         "hidden_act": "quick_gelu",
         "layer": "last",
@@ -37,10 +37,10 @@ SD1 = {  # what shapes cannot tell: the defaults of the three networks
 }
 SD2 = SD1 | {
     "unet": SD1["unet"] | {"num_head_channels": 64},
-    "cond_stage": SD1["cond_stage"]
+    "text_encoder": SD1["text_encoder"]
     | {"num_attention_heads": 16, "hidden_act": "gelu", "layer": "penultimate", "pad_token_id": 0},
 }
-RELEASED = {  # (width of the UNet's first level, width of its context) -> what it is, and a config for it
+KNOWN_FAMILIES = {  # (width of the UNet's first level, of its context) -> what it is, and a config for it
     (320, 768): ("Stable Diffusion 1.x", "configs/dreambooth-sd1.yaml"),
     (320, 1024): ("Stable Diffusion 2.x", "configs/dreambooth-sd2.yaml"),
 }
@@ -49,47 +49,47 @@ V_PREDICTION_STD = 0.09  # of a norm's bias in SD 2.x: above in those that predi
 logger = logging.getLogger(__name__)
 
 
-def model_config(parts: Parts, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def model_config(state_dicts: StateDicts, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The params of a model section that fit the tensors: three networks, each param explicit; the schedule.
 
     known: what the file's metadata or the folder's configs say of them; it may lack any key.
     """
     known = known or {}
     config: dict[str, Any] = {}
-    for part, (target, shape) in NETWORKS.items():
+    for name, (target, shape) in NETWORKS.items():
         try:
-            params = shape(parts[part])
+            params = shape(state_dicts[name])
         except (KeyError, ValueError) as error:
-            raise UserError(f"The file is not a whole model: its {part} lacks {error}") from error
-        node = known.get(f"{part}_config")
-        if node is None and released(parts["unet"]) is None:
+            raise UserError(f"The file is not a whole model: its {name} lacks {error}") from error
+        node = known.get(name)
+        if node is None and known_family(state_dicts["unet"]) is None:
             what = (
                 "The file does not say which networks it holds, and they are not Stable Diffusion 1.x or 2.x"
             )
             raise UserError(what, remedy="Give the config it was trained with.")
-        untold = (SD2 if is_sd2(parts) and node is None else SD1)[part]
+        untold = (SD2 if is_sd2(state_dicts) and node is None else SD1)[name]
         given = (node or {}).get("params") or {}
         params |= untold | {key: value for key, value in given.items() if key in untold}
-        config[f"{part}_config"] = {"target": target, "params": params}
+        config[name] = {"target": target, "params": params}
     config |= {key: known.get(key, value) for key, value in SCHEDULE.items()}
-    parameterization = known.get("parameterization") or guess_parameterization(parts)
+    parameterization = known.get("parameterization") or infer_prediction_type(state_dicts)
     return config | {"parameterization": parameterization}
 
 
-def released(unet: Mapping[str, Tensor]) -> tuple[str, str] | None:
+def known_family(unet: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """The family of a UNet as large as a released one, and a config for it; None for other sizes."""
     conv_in = unet.get("input_blocks.0.0.weight")
     to_k = unet.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
     sizes = None if conv_in is None or to_k is None else (len(conv_in), to_k.shape[1])
-    return RELEASED.get(sizes)
+    return KNOWN_FAMILIES.get(sizes)
 
 
-def guess_parameterization(parts: Parts) -> str:
+def infer_prediction_type(state_dicts: StateDicts) -> str:
     """ "eps" or "v" of a file that doesn't say. All of SD 1.x is "eps"; SD 2.x is told by its weights."""
     name = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
-    if not is_sd2(parts) or name not in parts["unet"]:
+    if not is_sd2(state_dicts) or name not in state_dicts["unet"]:
         return "eps"
-    guess = "v" if parts["unet"][name].float().std() > V_PREDICTION_STD else "eps"
+    guess = "v" if state_dicts["unet"][name].float().std() > V_PREDICTION_STD else "eps"
     logger.warning("The file does not say what its UNet predicts; by its weights it is %r", guess)
     return guess
 
@@ -118,31 +118,31 @@ def unet_shape(unet: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def autoencoder_shape(first_stage: Mapping[str, Tensor]) -> dict[str, Any]:
+def autoencoder_shape(vae: Mapping[str, Tensor]) -> dict[str, Any]:
     """The params of `AutoencoderKL` that its tensors tell."""
-    levels = _count(first_stage, "encoder.down.")
-    width, channels = first_stage["encoder.conv_in.weight"].shape[:2]
-    widths = [len(first_stage[f"encoder.down.{level}.block.0.conv1.bias"]) for level in range(levels)]
+    levels = _count(vae, "encoder.down.")
+    width, channels = vae["encoder.conv_in.weight"].shape[:2]
+    widths = [len(vae[f"encoder.down.{level}.block.0.conv1.bias"]) for level in range(levels)]
     return {
         "in_channels": channels,
-        "z_channels": len(first_stage["post_quant_conv.bias"]),
+        "z_channels": len(vae["post_quant_conv.bias"]),
         "ch": width,
         "ch_mult": [w // width for w in widths],
-        "num_res_blocks": _count(first_stage, "encoder.down.0.block."),
-        "embed_dim": first_stage["post_quant_conv.weight"].shape[1],
+        "num_res_blocks": _count(vae, "encoder.down.0.block."),
+        "embed_dim": vae["post_quant_conv.weight"].shape[1],
     }
 
 
-def text_encoder_shape(cond_stage: Mapping[str, Tensor]) -> dict[str, Any]:
+def text_encoder_shape(text_encoder: Mapping[str, Tensor]) -> dict[str, Any]:
     """The params of `CLIPTextEncoder` that its tensors tell."""
     embeddings = TEXT_MODEL + "embeddings."
-    vocab_size, width = cond_stage[f"{embeddings}token_embedding.weight"].shape
+    vocab_size, width = text_encoder[f"{embeddings}token_embedding.weight"].shape
     return {
         "vocab_size": vocab_size,
         "hidden_size": width,
-        "intermediate_size": len(cond_stage[f"{LAYER}0.mlp.fc1.bias"]),
-        "num_hidden_layers": _count(cond_stage, LAYER),
-        "max_length": len(cond_stage[f"{embeddings}position_embedding.weight"]),
+        "intermediate_size": len(text_encoder[f"{LAYER}0.mlp.fc1.bias"]),
+        "num_hidden_layers": _count(text_encoder, LAYER),
+        "max_length": len(text_encoder[f"{embeddings}position_embedding.weight"]),
     }
 
 
@@ -153,6 +153,6 @@ def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
 
 NETWORKS = {  # part -> its class, and the function that reads its shapes
     "unet": ("ldm.models.unet.UNetModel", unet_shape),
-    "first_stage": ("ldm.models.autoencoder.AutoencoderKL", autoencoder_shape),
-    "cond_stage": ("ldm.models.text_encoder.CLIPTextEncoder", text_encoder_shape),
+    "vae": ("ldm.models.autoencoder.AutoencoderKL", autoencoder_shape),
+    "text_encoder": ("ldm.models.text_encoder.CLIPTextEncoder", text_encoder_shape),
 }

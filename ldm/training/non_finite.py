@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldm.errors import UserError
-from ldm.training.draws import ItemDraws, item_keys
+from ldm.randomness import ItemRNG, stream_ids
 from ldm.training.gradients import gradient_norm
 from ldm.training.latent_diffusion import LatentDiffusion
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 MOST_SKIPS = 30  # fp16 steps in a row: the scaler has then halved its scale from 65536 to below 0.0001
 
 
-class Later:
+class AsyncHostCopy:
     """Values on their way from the device to the host; reading them waits for no later work than theirs."""
 
     def __init__(self, values: Tensor):
@@ -40,8 +40,9 @@ class Step:
 
     number: int
     items: list[tuple[int, str]]
-    losses: list[Later]  # of each micro-batch: which items' losses are finite [B], or whether the mean is [1]
-    gradient: Later | None = None
+    # Of each micro-batch: which items' losses are finite [B], or whether the mean is [1]
+    losses: list[AsyncHostCopy]
+    gradient: AsyncHostCopy | None = None
 
 
 class NonFiniteGuard(pl.Callback):
@@ -67,28 +68,28 @@ class NonFiniteGuard(pl.Callback):
     ) -> None:
         norm = gradient_norm(trainer, optimizer)
         if norm is not None:
-            self._now(trainer.global_step).gradient = Later(norm.isfinite()[None])
+            self._now(trainer.global_step).gradient = AsyncHostCopy(norm.isfinite()[None])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: dict, batch: dict, batch_idx: int
     ) -> None:
         ends = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         step = self._now(trainer.global_step - int(ends))
-        step.items += batch["keys"] if "keys" in batch else item_keys(batch)
+        step.items += batch["stream_ids"] if "stream_ids" in batch else stream_ids(batch)
         losses = module.item_losses if isinstance(module, LatentDiffusion) else outputs["loss"][None]
-        step.losses.append(Later(losses.isfinite()))
+        step.losses.append(AsyncHostCopy(losses.isfinite()))
         if not ends:
             return
         self._done.append(step)
         self._running = None
-        self.judge(trainer, module, but=1)
+        self.check_steps(trainer, module, keep_last=1)
         if trainer.precision == "16-mixed":
             module.log("train/skipped_steps", float(self.skipped))
 
-    def judge(self, trainer: pl.Trainer, module: pl.LightningModule, *, but: int = 0) -> None:
+    def check_steps(self, trainer: pl.Trainer, module: pl.LightningModule, *, keep_last: int = 0) -> None:
         """Reads all steps but the last few; UserError at the first that is not finite."""
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        while len(self._done) > but:
+        while len(self._done) > keep_last:
             step = self._done.pop(0)
             finite = [flag for losses in step.losses for flag in losses.read()]
             fine = step.gradient is None or all(step.gradient.read())
@@ -110,10 +111,10 @@ class NonFiniteGuard(pl.Callback):
 
 def _error(what: str, step: Step, items: list[tuple[int, str]], module: pl.LightningModule) -> UserError:
     """Names the items and, where they have some, the timesteps that these drew."""
-    names = [f"{part} item {number}" for number, part in items]
+    names = [f"{stream} item {number}" for number, stream in items]
     if isinstance(module, LatentDiffusion):
         timesteps = torch.empty(len(items), dtype=torch.int64)
-        ItemDraws(module.seed, items).randint("timestep", len(module.alphas_cumprod), timesteps)
+        ItemRNG(module.seed, items).randint("timestep", len(module.alphas_cumprod), timesteps)
         names = [f"{name} at timestep {t}" for name, t in zip(names, timesteps.tolist(), strict=True)]
     return UserError(
         f"The {what} of step {step.number} is not finite",

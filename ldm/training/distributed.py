@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from torch import distributed
+from torch import distributed as dist
 
 from ldm.errors import UserError
 from ldm.training.device import device_of
@@ -48,10 +48,10 @@ def join(trainer: Mapping[str, Any]) -> dict[str, Any]:
     environment = _environment()
     if environment is None:
         return {"devices": 1, **trainer}
-    if not distributed.is_initialized():
-        _meet(environment, device_of(trainer))
+    if not dist.is_initialized():
+        init_process_group(environment, device_of(trainer))
     given, here = trainer.get("devices"), environment.world_size()
-    places = gathered((environment.node_rank(), environment.local_rank()))
+    places = all_gather_object((environment.node_rank(), environment.local_rank()))
     nodes = len({node for node, _ in places})
     strategy = trainer.get("strategy", "auto")
     return {
@@ -62,12 +62,12 @@ def join(trainer: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _meet(environment: TorchElasticEnvironment | SLURMEnvironment, device: torch.device) -> None:
+def init_process_group(environment: TorchElasticEnvironment | SLURMEnvironment, device: torch.device) -> None:
     os.environ["MASTER_ADDR"] = environment.main_address
     os.environ["MASTER_PORT"] = str(environment.main_port)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group(
+    dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=environment.global_rank(),
         world_size=environment.world_size(),
@@ -76,31 +76,31 @@ def _meet(environment: TorchElasticEnvironment | SLURMEnvironment, device: torch
 
 
 def rank() -> int:
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes are here."""
-    if distributed.is_initialized():
-        gathered(None)
+    if dist.is_initialized():
+        all_gather_object(None)
 
 
-def gathered(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """What each process gave, by rank."""
-    if not distributed.is_initialized():
+    if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
-    distributed.all_gather_object(values, value)
+    dist.all_gather_object(values, value)
     return values
 
 
-def by_first(make: Callable[[], T]) -> T:
+def on_rank0_broadcast(make: Callable[[], T]) -> T:
     """What rank 0 makes, given to all."""
-    return gathered(make() if rank() == 0 else None)[0]
+    return all_gather_object(make() if rank() == 0 else None)[0]
 
 
 def _environment() -> TorchElasticEnvironment | SLURMEnvironment | None:

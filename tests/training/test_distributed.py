@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ldm.errors import UserError
 from ldm.evaluation.curves import read_curves
-from ldm.training import ranks
+from ldm.training import distributed
 from ldm.training.job import run_job
 from ldm.training.options import parse
 
@@ -22,7 +22,7 @@ WORKER = """
 import sys
 import torch
 sys.path.insert(0, sys.argv.pop(1))
-from ldm.training import ranks
+from ldm.training import distributed
 from ldm.training.job import run_job
 from ldm.training.options import parse
 from scripts import generate_priors
@@ -31,8 +31,8 @@ torch.set_num_threads(1)
 config = parse(sys.argv[1:])
 generate_priors.main(config)
 left = run_job(config)
-assert bool(left) == (ranks.rank() == 0)
-if ranks.rank() == 1:
+assert bool(left) == (distributed.rank() == 0)
+if distributed.rank() == 1:
     raise SystemExit("rank 1 says so")
 """
 
@@ -68,31 +68,35 @@ def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Pa
 
 
 def test_alone_there_is_nobody_to_meet():
-    assert ranks.join({"max_steps": 3}) == {"max_steps": 3, "devices": 1}  # not all that are there
-    assert ranks.join({"devices": [2]}) == {"devices": [2]}
-    assert (ranks.rank(), ranks.world_size()) == (0, 1)
-    assert ranks.gathered("x") == ["x"] and ranks.by_first(lambda: "y") == "y"
-    ranks.wait()
+    assert distributed.join({"max_steps": 3}) == {"max_steps": 3, "devices": 1}  # not all that are there
+    assert distributed.join({"devices": [2]}) == {"devices": [2]}
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.all_gather_object("x") == ["x"] and distributed.on_rank0_broadcast(lambda: "y") == "y"
+    distributed.barrier()
 
 
 @pytest.mark.parametrize("devices", [1, "1", "auto", [0], -1])
 def test_one_device_starts_nothing_else(devices: object):
-    ranks.launch({"devices": devices, "accelerator": "cpu"})  # returns
+    distributed.launch({"devices": devices, "accelerator": "cpu"})  # returns
 
 
 def test_all_devices_are_those_that_are_there(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert [ranks.device_count({"devices": n}) for n in ("auto", -1, 2, "3", [0, 2])] == [4, 4, 2, 3, 2]
+    assert [distributed.device_count({"devices": n}) for n in ("auto", -1, 2, "3", [0, 2])] == [4, 4, 2, 3, 2]
     with pytest.raises(UserError, match="'two' names no devices .*a number"):
-        ranks.device_count({"devices": "two"})
-    assert ranks.device_count({}) == ranks.device_count({"devices": "auto", "accelerator": "cpu"}) == 1
+        distributed.device_count({"devices": "two"})
+    assert (
+        distributed.device_count({})
+        == distributed.device_count({"devices": "auto", "accelerator": "cpu"})
+        == 1
+    )
 
 
 def test_several_devices_start_torchrun(monkeypatch: pytest.MonkeyPatch):
     started = []
     monkeypatch.setattr("os.execv", lambda program, command: started.append(command))
     monkeypatch.setattr("sys.argv", ["main.py", "--base", "a.yaml"])
-    ranks.launch(OmegaConf.create({"devices": [0, 1, 3]}))  # as main.py has it
+    distributed.launch(OmegaConf.create({"devices": [0, 1, 3]}))  # as main.py has it
     assert started == [
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
         + ["main.py", "--base", "a.yaml"]
@@ -101,5 +105,5 @@ def test_several_devices_start_torchrun(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("GROUP_RANK", "0")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    ranks.launch({"devices": 3})  # is one of them
+    distributed.launch({"devices": 3})  # is one of them
     assert len(started) == 1

@@ -33,17 +33,17 @@ def to_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def mean_of(rows: Sequence[Row], variant: str, figure: str) -> Mean:
-    values = torch.tensor([row[figure] for row in rows if row["variant"] == variant])
+def mean_of(rows: Sequence[Row], variant: str, metric: str) -> Mean:
+    values = torch.tensor([row[metric] for row in rows if row["variant"] == variant])
     return Mean(float(values.mean()), bootstrap(values, lambda drawn: float(drawn.mean())))
 
 
-def table(rows: Sequence[Row], figures: Sequence[str], seconds: Mapping[str, float]) -> str:
+def table(rows: Sequence[Row], metrics: Sequence[str], seconds: Mapping[str, float]) -> str:
     """Markdown: a line per variant, mean and interval of each figure, mean seconds of training."""
-    lines = [f"| variant | {' | '.join(map(spoken, figures))} | training, s |"]
-    lines.append("|---" * (len(figures) + 2) + "|")
+    lines = [f"| variant | {' | '.join(map(spoken, metrics))} | training, s |"]
+    lines.append("|---" * (len(metrics) + 2) + "|")
     for variant in variants_of(rows):
-        means = [mean_of(rows, variant, figure) for figure in figures]
+        means = [mean_of(rows, variant, metric) for metric in metrics]
         cells = [f"{m.mean:.3f} ({m.interval.low:.2f} to {m.interval.high:.2f})" for m in means]
         lines.append(f"| {variant} | {' | '.join(cells)} | {seconds[variant]:.0f} |")
     return "\n".join(lines)
@@ -58,7 +58,7 @@ def page(
     command: str,
     made_at: str,
     rows: Sequence[Row],
-    figures: Sequence[str],
+    metrics: Sequence[str],
     seconds: Mapping[str, float],
     plots: Sequence[str],
 ) -> str:
@@ -72,18 +72,18 @@ def page(
     )
     parts = [f"# {title}", f"**What is said.** {claim.strip()}"]
     parts += [f"**What we measured.** {finding.strip()}"] if finding.strip() else []
-    parts += [table(rows, figures, seconds), made, *(f"![]({plot})" for plot in plots)]
+    parts += [table(rows, metrics, seconds), made, *(f"![]({plot})" for plot in plots)]
     place = f" at {made_at.strip()}" if made_at.strip() else ""
     return "\n\n".join([*parts, f"Made by `{command}`{place}."]) + "\n"
 
 
-def panels(rows: Sequence[Row], figures: Sequence[str]) -> str:
+def panels(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     """An SVG with a panel per figure: a faint dot per run, the variants' means with their intervals."""
     drawn = [
-        f'<g transform="translate({WIDTH * (k % 2)} {HEIGHT * (k // 2)})">{_panel(rows, figure)}</g>'
-        for k, figure in enumerate(figures)
+        f'<g transform="translate({WIDTH * (k % 2)} {HEIGHT * (k // 2)})">{_panel(rows, metric)}</g>'
+        for k, metric in enumerate(metrics)
     ]
-    return _svg(drawn, WIDTH * min(2, len(figures)), HEIGHT * -(-len(figures) // 2))
+    return _svg(drawn, WIDTH * min(2, len(metrics)), HEIGHT * -(-len(metrics) // 2))
 
 
 def frontier(rows: Sequence[Row], across: str, up: str) -> str:
@@ -109,8 +109,8 @@ def variants_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["variant"] for row in rows))
 
 
-def spoken(figure: str) -> str:
-    return figure.replace("_", " ")
+def spoken(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 class _Axis:
@@ -126,16 +126,16 @@ class _Axis:
         return self.first + (self.last - self.first) * share
 
 
-def _panel(rows: Sequence[Row], figure: str) -> str:
+def _panel(rows: Sequence[Row], metric: str) -> str:
     variants = variants_of(rows)
-    y = _Axis([row[figure] for row in rows], HEIGHT - BOTTOM, TOP)
+    y = _Axis([row[metric] for row in rows], HEIGHT - BOTTOM, TOP)
     room = (WIDTH - LEFT - RIGHT) / len(variants)
-    parts = [_text(WIDTH / 2, 18, spoken(figure), bold=True), _y_ticks(y)]
+    parts = [_text(WIDTH / 2, 18, spoken(metric), bold=True), _y_ticks(y)]
     for k, variant in enumerate(variants):
-        x, found = LEFT + room * (k + 0.5), mean_of(rows, variant, figure)
+        x, found = LEFT + room * (k + 0.5), mean_of(rows, variant, metric)
         for n, row in enumerate(row for row in rows if row["variant"] == variant):
             aside = x - 9 + 2.5 * (n % 8)
-            parts.append(f'<circle cx="{aside:.1f}" cy="{y(row[figure]):.1f}" r="2" fill="#9ab"/>')
+            parts.append(f'<circle cx="{aside:.1f}" cy="{y(row[metric]):.1f}" r="2" fill="#9ab"/>')
         parts.append(_line(x, y(found.interval.low), x, y(found.interval.high), COLORS[0]))
         parts.append(f'<circle cx="{x:.1f}" cy="{y(found.mean):.1f}" r="4.5" fill="{COLORS[0]}"/>')
         turn = f'transform="rotate(-24 {x:.1f} {HEIGHT - BOTTOM + 16})"'

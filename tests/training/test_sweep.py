@@ -10,8 +10,8 @@ import yaml
 
 from ldm.config import to_plain
 from ldm.errors import UserError
-from ldm.evaluation import study_page
-from ldm.training.study import jobs_of, part_of, read_study, same_but_for_study
+from ldm.evaluation import sweep_page
+from ldm.training.sweep import jobs_of, read_sweep, same_run, shard_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs/studies").glob("*.yaml"))
@@ -37,7 +37,7 @@ def write(folder: Path, **changes: object) -> Path:
 
 
 def test_the_grid(workdir: Path):
-    jobs = jobs_of(read_study(write(workdir)))
+    jobs = jobs_of(read_sweep(write(workdir)))
     assert [(j.variant, j.subject, j.seed) for j in jobs[:3]] == [
         ("Weight 0", "rex", 1),
         ("Weight 0", "rex", 2),
@@ -53,24 +53,22 @@ def test_the_grid(workdir: Path):
 
 
 def test_runs_that_studies_have_in_common_are_known(workdir: Path):
-    jobs = jobs_of(read_study(write(workdir)))
+    jobs = jobs_of(read_sweep(write(workdir)))
     again = CONTENT | {"variants": {"alone": ["model.params.prior_loss_weight=1.0"]}}
     (workdir / "other.yaml").write_text(yaml.safe_dump(again, sort_keys=False))
-    others = jobs_of(read_study(workdir / "other.yaml"))
-    same = {
-        (a.folder.name, b.folder.name) for a in jobs for b in others if same_but_for_study(a.config, b.config)
-    }
+    others = jobs_of(read_sweep(workdir / "other.yaml"))
+    same = {(a.folder.name, b.folder.name) for a in jobs for b in others if same_run(a.config, b.config)}
     runs = ("rex--1", "rex--2", "car--1", "car--2")
     assert same == {(f"weight-1--{run}", f"alone--{run}") for run in runs}
 
 
 def test_parts_share_all_jobs(workdir: Path):
-    jobs = jobs_of(read_study(write(workdir)))
-    parts = [part_of(jobs, f"{k}/3") for k in (1, 2, 3)]
+    jobs = jobs_of(read_sweep(write(workdir)))
+    parts = [shard_jobs(jobs, f"{k}/3") for k in (1, 2, 3)]
     assert sorted(job.folder for part in parts for job in part) == sorted(job.folder for job in jobs)
     for wrong in ("0/2", "3/2", "one"):
         with pytest.raises(UserError, match="no part"):
-            part_of(jobs, wrong)
+            shard_jobs(jobs, wrong)
 
 
 @pytest.mark.parametrize(
@@ -86,17 +84,17 @@ def test_parts_share_all_jobs(workdir: Path):
 )
 def test_mistakes_are_found_before_the_first_run(workdir: Path, changes: dict, message: str):
     with pytest.raises(UserError, match=message):
-        jobs_of(read_study(write(workdir, **changes)))
+        jobs_of(read_sweep(write(workdir, **changes)))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_studies_are_sound(path: Path, monkeypatch: pytest.MonkeyPatch, workdir: Path):
-    study = read_study(path)
+    sweep = read_sweep(path)
     (workdir / "configs").symlink_to(ROOT / "configs")
-    jobs = jobs_of(study)
-    assert len(study.subjects) >= 4 and len(study.subjects) * len(study.seeds) >= 8 and len(jobs) >= 12
-    assert study.finding.strip() and study.made_at.strip(), "a study is shipped with what it found, and where"
-    rows = list(csv.DictReader((ROOT / f"studies/{study.name}.csv").open()))
+    jobs = jobs_of(sweep)
+    assert len(sweep.subjects) >= 4 and len(sweep.subjects) * len(sweep.seeds) >= 8 and len(jobs) >= 12
+    assert sweep.finding.strip() and sweep.made_at.strip(), "a study is shipped with what it found, and where"
+    rows = list(csv.DictReader((ROOT / f"studies/{sweep.name}.csv").open()))
     found: dict[str, list[tuple[str, str]]] = {}
     for row in rows:
         found.setdefault(row["variant"], []).append((row["subject"], row["seed"]))
@@ -124,17 +122,17 @@ ROWS = [
 
 
 def test_means_and_csv():
-    found = study_page.mean_of(ROWS, "off", "subject_fidelity")
+    found = sweep_page.mean_of(ROWS, "off", "subject_fidelity")
     assert found.mean == pytest.approx(0.5) and 0.2 < found.interval.low < 0.5 < found.interval.high < 0.8
-    constant = study_page.mean_of(ROWS, "on <1>", "subject_fidelity")
+    constant = sweep_page.mean_of(ROWS, "on <1>", "subject_fidelity")
     assert constant.interval == (0.5, 0.5)
-    back = list(csv.DictReader(io.StringIO(study_page.to_csv(ROWS))))
+    back = list(csv.DictReader(io.StringIO(sweep_page.to_csv(ROWS))))
     assert [float(row["subject_fidelity"]) for row in back] == [row["subject_fidelity"] for row in ROWS]
 
 
 def test_the_page_holds_every_variant():
-    figures = ("subject_fidelity", "class_drift")
-    lines = study_page.table(ROWS, figures, {"off": 10, "on <1>": 20}).splitlines()
+    metrics = ("subject_fidelity", "class_drift")
+    lines = sweep_page.table(ROWS, metrics, {"off": 10, "on <1>": 20}).splitlines()
     assert (
         lines[2].startswith("| off | 0.500 (")
         and lines[3] == "| on <1> | 0.500 (0.50 to 0.50) | 0.250 (0.25 to 0.25) | 20 |"
@@ -144,8 +142,8 @@ def test_the_page_holds_every_variant():
 @pytest.mark.parametrize(
     "plot",
     [
-        study_page.panels(ROWS, ("subject_fidelity", "class_drift")),
-        study_page.frontier(ROWS, "class_drift", "subject_fidelity"),
+        sweep_page.panels(ROWS, ("subject_fidelity", "class_drift")),
+        sweep_page.frontier(ROWS, "class_drift", "subject_fidelity"),
     ],
 )
 def test_plots_are_well_formed_and_inside_their_frame(plot: str):

@@ -1,4 +1,4 @@
-"""Pretraining of the storybook's text tower: it learns to read captions before anything is drawn."""
+"""Pretraining of the storybook's text encoder: it learns to read captions before anything is drawn."""
 
 from pathlib import Path
 
@@ -15,31 +15,31 @@ from ldm.training.gradients import clip
 from ldm.training.optimizers import adamw, with_schedule
 
 
-class TextTowerTask(pl.LightningModule):
-    """Teaches the text tower to tell from a caption what its drawing shows.
+class TextEncoderTask(pl.LightningModule):
+    """Teaches the text encoder to tell from a caption what its drawing shows.
 
     Stable Diffusion's tower comes from CLIP, where it learned what captions say about pictures (Radford et
     al. 2021), and the UNet is trained on its fixed output. Here linear heads on the mean context of the
     padding, most of what the UNet attends to, name the drawing's attributes; afterwards they are thrown away.
 
     Args:
-        cond_stage_config: node of the text tower.
+        text_encoder: node of the text encoder.
         learning_rate: of AdamW, after `warmup_steps` and along a cosine to 0.
     """
 
-    def __init__(self, *, cond_stage_config: dict, learning_rate: float = 1e-3, warmup_steps: int = 100):
+    def __init__(self, *, text_encoder: dict, learning_rate: float = 1e-3, warmup_steps: int = 100):
         super().__init__()
-        self.cond_stage_model: CLIPTextEncoder = instantiate(cond_stage_config)
-        width = self.cond_stage_model.transformer["text_model"].config.hidden_size
+        self.text_encoder: CLIPTextEncoder = instantiate(text_encoder)
+        width = self.text_encoder.transformer["text_model"].config.hidden_size
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(v)) for name, v in ATTRIBUTES.items()})
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self._right: list[Tensor] = []
 
     def read(self, captions: list[str]) -> dict[str, Tensor]:
         """B captions -> {attribute: logits [B, number of its values]}."""
-        ids = self.cond_stage_model.tokenize(captions).to(self.device)
-        padding = (ids == self.cond_stage_model.pad_token_id).float()[..., None]
-        pooled = (self.cond_stage_model(ids) * padding).sum(1) / padding.sum(1)
+        ids = self.text_encoder.tokenize(captions).to(self.device)
+        padding = (ids == self.text_encoder.pad_token_id).float()[..., None]
+        pooled = (self.text_encoder(ids) * padding).sum(1) / padding.sum(1)
         return {name: head(pooled) for name, head in self.heads.items()}
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
@@ -64,13 +64,13 @@ class TextTowerTask(pl.LightningModule):
     configure_gradient_clipping = clip
 
     def configure_optimizers(self) -> dict:
-        parts = {"text_tower": (self, self.learning_rate)}
-        optimizer = adamw(parts, fused=self.trainer.precision != "16-mixed")  # its scaler comes first
+        state_dicts = {"text_encoder": (self, self.learning_rate)}
+        optimizer = adamw(state_dicts, fused=self.trainer.precision != "16-mixed")  # its scaler comes first
         return with_schedule(
             optimizer, "cosine", warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
         )
 
     def export(self, path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> Path:
         """Writes the tower under Stable Diffusion's names, without the heads."""
-        parts = {"cond_stage": self.cond_stage_model.state_dict()}
-        return save_model(path, parts, alphas_cumprod=None, dtype=dtype, metadata=metadata)
+        state_dicts = {"text_encoder": self.text_encoder.state_dict()}
+        return save_model(path, state_dicts, alphas_cumprod=None, dtype=dtype, metadata=metadata)

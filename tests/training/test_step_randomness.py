@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ldm import randomness
-from ldm.training.draws import StepDraws, drawn, item_keys, latent_shape
+from ldm.randomness import stream_ids
+from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
 
 BATCH = {"is_prior": torch.tensor([False, True, True]), "item": torch.tensor([4, 4, 9])}
 SHAPE = (3, 4, 8, 6)
@@ -12,10 +13,10 @@ SHAPE = (3, 4, 8, 6)
 
 @pytest.mark.parametrize("offset", [False, True])
 def test_each_number_is_that_of_its_item_part_and_purpose(offset: bool):
-    found = drawn(BATCH, 7, SHAPE, timesteps=1000, offset=offset)
-    assert found["draws"].dtype == torch.uint8
-    draws = StepDraws.views(found["draws"].clone(), SHAPE)
-    for k, (item, part) in enumerate(item_keys(BATCH)):
+    found = sample_randomness(BATCH, 7, SHAPE, timesteps=1000, offset=offset)
+    assert found["randomness"].dtype == torch.uint8
+    draws = StepRandomness.views(found["randomness"].clone(), SHAPE)
+    for k, (item, part) in enumerate(stream_ids(BATCH)):
 
         def source(purpose: str, item: int = item, part: str = part) -> torch.Generator:
             return randomness.generator(7, item, f"{part}/{purpose}")
@@ -29,20 +30,20 @@ def test_each_number_is_that_of_its_item_part_and_purpose(offset: bool):
 
 
 def test_the_buffer_holds_nothing_else():
-    draws = drawn(BATCH, 7, SHAPE, timesteps=1000, offset=True)
-    views = StepDraws.views(draws["draws"], SHAPE)
-    assert len(draws["draws"]) == sum(view.nbytes for view in views)
-    assert {view.untyped_storage().data_ptr() for view in views} == {draws["draws"].data_ptr()}
+    draws = sample_randomness(BATCH, 7, SHAPE, timesteps=1000, offset=True)
+    views = StepRandomness.views(draws["randomness"], SHAPE)
+    assert len(draws["randomness"]) == sum(view.nbytes for view in views)
+    assert {view.untyped_storage().data_ptr() for view in views} == {draws["randomness"].data_ptr()}
 
 
 def test_latents_of_moments_and_of_images_have_the_same_shape():
     of = {"channels": 4, "factor": 2}
-    assert latent_shape({"moments": torch.zeros(3, 8, 5, 6)}, **of) == (3, 4, 5, 6)
+    assert latent_shape({"latent_stats": torch.zeros(3, 8, 5, 6)}, **of) == (3, 4, 5, 6)
     assert latent_shape({"image": torch.zeros(3, 3, 10, 12)}, **of) == (3, 4, 5, 6)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_they_are_pinned():
-    found = drawn(BATCH, 7, SHAPE, timesteps=1000, offset=True)
-    assert found["draws"].is_pinned() and found["prior_rows"].is_pinned()
+    found = sample_randomness(BATCH, 7, SHAPE, timesteps=1000, offset=True)
+    assert found["randomness"].is_pinned() and found["prior_rows"].is_pinned()

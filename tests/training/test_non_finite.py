@@ -9,8 +9,8 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.errors import UserError
-from ldm.training.draws import ItemDraws
-from ldm.training.guard import MOST_SKIPS, Later, NonFiniteGuard, Step
+from ldm.randomness import ItemRNG
+from ldm.training.non_finite import MOST_SKIPS, AsyncHostCopy, NonFiniteGuard, Step
 from tests.training.conftest import Job
 
 
@@ -24,7 +24,7 @@ class Spoil(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: dict, batch_idx: int
     ) -> None:
         if batch_idx == self.step and not self.gradient:
-            batch["moments"][1] = torch.nan
+            batch["latent_stats"][1] = torch.nan
 
     def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.global_step == self.step and self.gradient:
@@ -32,7 +32,7 @@ class Spoil(pl.Callback):
 
 
 def test_a_loss_names_its_item_and_timestep(job: Job, tmp_path: Path):
-    ItemDraws(7, [(5, "subject")]).randint("timestep", 1000, timestep := torch.empty(1, dtype=torch.int64))
+    ItemRNG(7, [(5, "subject")]).randint("timestep", 1000, timestep := torch.empty(1, dtype=torch.int64))
     with pytest.raises(UserError) as error:
         job(tmp_path, callbacks=[Spoil(2)])
     assert error.value.what == "The loss of step 2 is not finite"
@@ -55,9 +55,9 @@ def overflows(guard: NonFiniteGuard, count: int, *, scaler: object) -> None:
     trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
     module = pl.LightningModule()
     for number in range(count):
-        fine, bad = Later(torch.tensor([True])), Later(torch.tensor([False]))
+        fine, bad = AsyncHostCopy(torch.tensor([True])), AsyncHostCopy(torch.tensor([False]))
         guard._done.append(Step(number, [(number, "subject")], [fine], bad))
-        guard.judge(trainer, module)
+        guard.check_steps(trainer, module)
 
 
 def test_a_scaler_may_skip_some_steps_but_not_all(caplog: pytest.LogCaptureFixture):

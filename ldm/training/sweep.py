@@ -16,7 +16,7 @@ from ldm.storybook.subjects import new_subject, write_subject
 from ldm.storybook.world import CLASSES
 from ldm.training.options import parse
 
-FIGURES = ("subject_fidelity", "prompt_fidelity", "class_drift", "diversity_ratio")
+METRICS = ("subject_fidelity", "prompt_fidelity", "class_drift", "diversity_ratio")
 
 
 def rows_of(variant: str, metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -34,7 +34,7 @@ class Subject(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Study:
+class Sweep:
     """A file in configs/studies.
 
     base: configs to merge; set: overrides of all runs; variants: overrides of each; claim: what the paper or
@@ -53,7 +53,7 @@ class Study:
     finding: str = ""
     made_at: str = ""
     set: Sequence[str] = ()
-    figures: Sequence[str] = FIGURES
+    metrics: Sequence[str] = METRICS
     frontier: Sequence[str] = ()
     threads: int = 1
 
@@ -72,13 +72,13 @@ class Job:
         return Path("logs", self.config.name)
 
 
-def read_study(path: str | Path) -> Study:
+def read_sweep(path: str | Path) -> Sweep:
     """A study's YAML file -> the study. Raises UserError for what is missing, unknown or of another type."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError("The study cannot be read", where=path, remedy="Give a YAML file.") from error
-    known = {f.name: f.default for f in fields(Study) if f.name != "name"}
+    known = {f.name: f.default for f in fields(Sweep) if f.name != "name"}
     if not isinstance(content, dict):
         raise UserError("This is no study", where=path, remedy=f"It has the keys {', '.join(known)}.")
     for key in content:
@@ -87,39 +87,39 @@ def read_study(path: str | Path) -> Study:
     for key in ("title", "claim", "base", "variants", "subjects", "seeds"):
         if not content.get(key):
             raise UserError(f"`{key}` is missing or empty", where=path, remedy="Every study needs it.")
-    study = Study(name=Path(path).stem, **content)
-    _check(study, path)
-    return study
+    sweep = Sweep(name=Path(path).stem, **content)
+    _check(sweep, path)
+    return sweep
 
 
-def jobs_of(study: Study) -> list[Job]:
+def jobs_of(sweep: Sweep) -> list[Job]:
     """Every run of the study, its config merged and checked; drawn subjects are drawn."""
-    photos = {name: _photos(study, name, subject) for name, subject in study.subjects.items()}
+    photos = {name: _photos(sweep, name, subject) for name, subject in sweep.subjects.items()}
     found = []
-    for variant, subject, seed in product(study.variants, study.subjects, study.seeds):
-        name = f"study-{study.name}/{slug(variant)}--{slug(subject)}--{seed}"
-        class_word = study.subjects[subject]["class_word"]
+    for variant, subject, seed in product(sweep.variants, sweep.subjects, sweep.seeds):
+        name = f"study-{sweep.name}/{slug(variant)}--{slug(subject)}--{seed}"
+        class_word = sweep.subjects[subject]["class_word"]
         words = [f"data.params.subject_root={photos[subject]}", f"data.params.class_word={class_word}"]
-        words += [f"name={name}", f"seed={seed}", *study.set, *study.variants[variant]]
+        words += [f"name={name}", f"seed={seed}", *sweep.set, *sweep.variants[variant]]
         try:
-            config = parse(["--base", *study.base, *words])
+            config = parse(["--base", *sweep.base, *words])
         except UserError as error:
-            raise UserError(f"The variant `{variant}` is not a config: {error}", where=study.name) from error
+            raise UserError(f"The variant `{variant}` is not a config: {error}", where=sweep.name) from error
         found.append(Job(variant, subject, seed, config))
     return found
 
 
-def same_but_for_study(one: DictConfig, other: DictConfig) -> bool:
+def same_run(one: DictConfig, other: DictConfig) -> bool:
     """Whether runs of two studies are the same run: configs that differ in the study's name alone."""
     plain = [to_plain(config) for config in (one, other)]
     for content in plain:
-        study = Path(content.pop("name")).parts[0]  # drawn subjects are in its folder
+        sweep = Path(content.pop("name")).parts[0]  # drawn subjects are in its folder
         params = content["data"]["params"]
-        params["subject_root"] = str(params["subject_root"]).replace(f"logs/{study}/", "logs/")
+        params["subject_root"] = str(params["subject_root"]).replace(f"logs/{sweep}/", "logs/")
     return plain[0] == plain[1]
 
 
-def part_of(jobs: Sequence[Job], part: str) -> Sequence[Job]:
+def shard_jobs(jobs: Sequence[Job], part: str) -> Sequence[Job]:
     """ "2/3" is every third job from the second on: a share for each of three processes or machines."""
     numbers = re.fullmatch(r"(\d+)/(\d+)", part)
     k, n = map(int, numbers.groups()) if numbers else (0, 0)
@@ -133,16 +133,16 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
-def _photos(study: Study, name: str, subject: Subject) -> str:
+def _photos(sweep: Sweep, name: str, subject: Subject) -> str:
     if "photos" in subject:
         return subject["photos"]
-    folder = Path("logs", f"study-{study.name}", "subjects", slug(name))
+    folder = Path("logs", f"study-{sweep.name}", "subjects", slug(name))
     write_subject(folder, new_subject(subject["class_word"], seed=subject["seed"]))
     return str(folder)
 
 
-def _check(study: Study, path: str | Path) -> None:
-    for name, subject in study.subjects.items():
+def _check(sweep: Sweep, path: str | Path) -> None:
+    for name, subject in sweep.subjects.items():
         if "class_word" not in subject or ("photos" in subject) == ("seed" in subject):
             remedy = "Give it a class_word, and either a folder of photos or a seed."
             raise UserError(f"The subject `{name}` is not complete", where=path, remedy=remedy)
@@ -151,7 +151,7 @@ def _check(study: Study, path: str | Path) -> None:
             raise UserError(f"The storybook has no `{subject['class_word']}`", where=path, remedy=remedy)
     for kind in ("variants", "subjects"):
         slugs: dict[str, Any] = {}
-        for name in getattr(study, kind):
+        for name in getattr(sweep, kind):
             if slug(name) in slugs:
                 what = f"`{name}` and `{slugs[slug(name)]}` of {kind} would share a folder"
                 raise UserError(what, where=path, remedy="Name them further apart.")

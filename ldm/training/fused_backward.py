@@ -11,7 +11,7 @@ from ldm.training.adamw_bf16 import Group
 PASSES = 32  # of the optimizer in a backward pass
 
 
-class StepInBackward(Optimizer):
+class FusedBackward(Optimizer):
     """Steps parameters while the backward pass goes on, some at a time, and frees their gradients.
 
     The result is that of stepping afterwards. It rules out all that needs every gradient at once: clipping,
@@ -27,7 +27,7 @@ class StepInBackward(Optimizer):
         self._inner = make(groups)
         super().__init__(groups, self._inner.defaults)
         self._group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
-        self._room = held_gradients(self._group_of)
+        self._room = pending_gradient_bytes(self._group_of)
         self._waiting: list[Tensor] = []
         self._held = 0  # bytes
         for parameter in self._group_of:
@@ -59,6 +59,6 @@ class StepInBackward(Optimizer):
         self._waiting, self._held = [], 0
 
 
-def held_gradients(parameters: Iterable[Tensor]) -> int:
+def pending_gradient_bytes(parameters: Iterable[Tensor]) -> int:
     """Bytes of gradients that wait for their step at most, the one that comes last not counted."""
     return sum(p.nbytes for p in parameters) // PASSES

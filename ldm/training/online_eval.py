@@ -8,12 +8,12 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ldm.errors import UserError
-from ldm.training.device import placed
-from ldm.training.score import Score
+from ldm.training.before_after import BeforeAfterEvaluation
+from ldm.training.device import temporarily_on
 
 
 @dataclass(frozen=True)
-class Measuring:
+class OnlineEvalConfig:
     """When a run is measured on its way.
 
     every_steps: optimizer steps between two measures, a multiple of the steps between validations; 0: none.
@@ -26,15 +26,15 @@ class Measuring:
     early_stop: int = 0
 
 
-class Measures(pl.Callback):
+class OnlineEvalCallback(pl.Callback):
     """Measures the weights that would be kept, the averaged ones where there are any, after validation.
 
     `rows` are the figures so far, {"step", "score", ...}; they are part of a checkpoint. The score is
     the evaluation's.
     """
 
-    def __init__(self, score: Score, measuring: Measuring):
-        self.score, self.measuring = score, measuring
+    def __init__(self, before_after: BeforeAfterEvaluation, config: OnlineEvalConfig):
+        self.before_after, self.config = before_after, config
         self.rows: list[dict[str, float]] = []
         self.seconds = 0.0  # spent measuring in this process
 
@@ -49,19 +49,19 @@ class Measures(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         step = trainer.global_step
-        if step % self.measuring.every_steps:
+        if step % self.config.every_steps:
             return
-        figures, since = None, time.perf_counter()
+        metrics, since = None, time.perf_counter()
         if trainer.is_global_zero:
-            with placed(self.score.draw.first_stage, module.device):
-                figures = self.score.after()
-            score = round(self.score.evaluation.score(figures), 4)
-            figures = {name: value for name, value in figures.items() if isinstance(value, float)}
-            figures["score"] = score
-        figures = trainer.strategy.broadcast(figures)
+            with temporarily_on(self.before_after.pipeline.vae, module.device):
+                metrics = self.before_after.after()
+            score = round(self.before_after.evaluation.score(metrics), 4)
+            metrics = {name: value for name, value in metrics.items() if isinstance(value, float)}
+            metrics["score"] = score
+        metrics = trainer.strategy.broadcast(metrics)
         self.seconds += time.perf_counter() - since
-        self.rows.append({"step": step, **figures})
-        module.log_dict({f"measure/{name}": value for name, value in figures.items()}, sync_dist=True)
+        self.rows.append({"step": step, **metrics})
+        module.log_dict({f"measure/{name}": value for name, value in metrics.items()}, sync_dist=True)
         trainer.should_stop |= self._over()
 
     def latest(self, step: int) -> float | None:
@@ -69,7 +69,7 @@ class Measures(pl.Callback):
         return self.rows[-1]["score"] if self.rows and self.rows[-1]["step"] == step else None
 
     def _over(self) -> bool:
-        return 0 < self.measuring.early_stop <= len(self.rows) - 1 - best_of(self.rows)
+        return 0 < self.config.early_stop <= len(self.rows) - 1 - best_of(self.rows)
 
 
 def best_of(rows: Sequence[Mapping[str, float]]) -> int:
@@ -78,18 +78,18 @@ def best_of(rows: Sequence[Mapping[str, float]]) -> int:
     return scores.index(max(scores)) if scores else -1
 
 
-def check_measuring(plain: Mapping[str, Any]) -> None:
+def check_online_eval(plain: Mapping[str, Any]) -> None:
     """Refuses measures that would never be taken."""
-    measuring = Measuring(**plain.get("measures", {}))
-    if measuring.every_steps == 0:
+    config = OnlineEvalConfig(**plain.get("online_eval", {}))
+    if config.every_steps == 0:
         return
     if not plain.get("evaluation"):
-        remedy = "Add one, or set measures.every_steps=0."
-        raise UserError("There is no `evaluation` to measure by", where="measures", remedy=remedy)
+        remedy = "Add one, or set online_eval.every_steps=0."
+        raise UserError("There is no `evaluation` to measure by", where="online_eval", remedy=remedy)
     trainer = plain["trainer"]
     batches = trainer.get("val_check_interval")
     steps = batches // trainer.get("accumulate_grad_batches", 1) if isinstance(batches, int) else 0
-    if steps < 1 or measuring.every_steps % steps:
-        what = f"A measure after every {measuring.every_steps} steps never follows a validation"
+    if steps < 1 or config.every_steps % steps:
+        what = f"A measure after every {config.every_steps} steps never follows a validation"
         remedy = "Choose a multiple of trainer.val_check_interval, which counts micro-batches."
-        raise UserError(what, where="measures.every_steps", remedy=remedy)
+        raise UserError(what, where="online_eval.every_steps", remedy=remedy)

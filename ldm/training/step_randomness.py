@@ -1,0 +1,65 @@
+"""The random numbers of training: each is a function of (seed, item, part, purpose), in any batch."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.randomness import ItemRNG, stream_ids
+
+
+class StepRandomness(NamedTuple):
+    """What a micro-batch draws: views into one buffer, which crosses to the device in one copy."""
+
+    timesteps: Tensor  # [B] int64
+    posterior: Tensor  # [B, C, h, w], of the latents' posterior
+    noise: Tensor  # [B, C, h, w]
+    offset: Tensor  # [B, C, 1, 1], of offset noise; 0 without it
+
+    @classmethod
+    def views(cls, buffer: Tensor, shape: Sequence[int]) -> "StepRandomness":
+        """buffer: [bytes] uint8, on any device. shape: (B, C, h, w) of the latents."""
+        count, channels = shape[:2]
+        numbers = buffer[8 * count :].view(torch.float32)
+        posterior, noise, offset = numbers.split([prod(shape), prod(shape), count * channels])
+        return cls(
+            buffer[: 8 * count].view(torch.int64),
+            posterior.view(*shape),
+            noise.view(*shape),
+            offset.view(count, channels, 1, 1),
+        )
+
+
+def latent_shape(batch: dict, *, channels: int, factor: int) -> tuple[int, int, int, int]:
+    """(B, C, h, w) of the latents of a batch, given the autoencoder's channels and factor."""
+    if "latent_stats" in batch:
+        count, _, height, width = batch["latent_stats"].shape
+        return count, channels, height, width
+    count, _, height, width = batch["image"].shape
+    return count, channels, height // factor, width // factor
+
+
+def sample_randomness(batch: dict, seed: int, shape: Sequence[int], *, timesteps: int, offset: bool) -> dict:
+    """What a step needs besides its items, made on the CPU, because reading or drawing later would wait.
+
+    "stream_ids" (see `stream_ids`), "prior_rows" [number of prior items] int64, and "randomness" [bytes]
+    uint8: all of `StepRandomness`. The latter two are pinned where there is a GPU to copy them to.
+
+    shape: (B, C, h, w) of the latents. timesteps: T, of the schedule. offset: whether there is offset noise.
+    """
+    pinned, ids = torch.cuda.is_available(), stream_ids(batch)
+    rows = [row for row, (_, stream) in enumerate(ids) if stream == "prior"]
+    size = 8 * shape[0] + 4 * (2 * prod(shape) + shape[0] * shape[1])
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    views, rng = StepRandomness.views(buffer, shape), ItemRNG(seed, ids)
+    rng.randint("timestep", timesteps, views.timesteps)
+    rng.randn("posterior", views.posterior)
+    rng.randn("noise", views.noise)
+    if offset:
+        rng.randn("offset", views.offset)
+    else:
+        views.offset.zero_()
+    prior_rows = torch.tensor(rows, dtype=torch.int64, pin_memory=pinned)
+    return {"stream_ids": ids, "prior_rows": prior_rows, "randomness": buffer}
