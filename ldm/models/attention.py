@@ -1,4 +1,4 @@
-"""Attention of image cells to one another and to the prompt (Rombach et al. 2022, sec. 3.3)."""
+"""Self-attention over latent cells, cross-attention to the prompt (Rombach et al. 2022, sec. 3.3)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,28 +11,32 @@ from torch import Tensor, nn
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
-    """The layer with all its parameters at 0: a residual branch that ends in it starts as the identity."""
+    """Zero initialization of a layer: a residual branch that ends in it starts as the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, kept from a crash: on CPU its channels_last backward needs the input's gradient."""
+    """Group normalization (Wu & He 2018) that works on a frozen input.
+
+    On a CPU PyTorch's channels_last backward crashes where the input needs no gradient; such an input is made
+    contiguous.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if x.requires_grad or not torch.is_grad_enabled() else x.contiguous())
 
 
 def repeat_batch(x: Tensor, size: int) -> Tensor:
-    """The batch, over and over until it has so many items. [b, ...] -> [size, ...]."""
+    """The batch repeated along its first dimension. [b, ...] -> [size, ...]; size is a multiple of b."""
     return x if len(x) == size else torch.cat([x] * (size // len(x)))  # `repeat` would lose the layout
 
 
 class Conditioning(NamedTuple):
-    """What B items attend to: P contexts [P, M, D], and which of them each item has: index [B] of int64.
+    """Text conditioning of B items: P contexts [P, M, D], and index [B] int64, which of them each item has.
 
-    index None: the items lie in P runs of B / P, one for each context in its order.
+    index None: the items lie in P runs of B / P items, the first run for the first context, and so on.
     """
 
     context: Tensor
@@ -41,7 +45,7 @@ class Conditioning(NamedTuple):
 
     @classmethod
     def of(cls, context: Tensor, prompt_index: Sequence[int] | None = None) -> Self:
-        """prompt_index: [B], the number of each item's context; None: as many items as contexts."""
+        """prompt_index: [B], the number of each item's context; None: one item per context, in order."""
         if prompt_index is None:
             return cls(context, len(context))
         run = len(prompt_index) // len(context)
@@ -51,15 +55,15 @@ class Conditioning(NamedTuple):
 
 
 def index_tensor(prompt_index: Sequence[int], device: torch.device) -> Tensor:
-    """[B] int64; nothing waits for the device."""
+    """[B] int64 on the device, copied without waiting for it."""
     return torch.tensor(prompt_index).to(device, non_blocking=True)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(c)) v (Vaswani et al. 2017, eq. 1).
+    """Scaled dot-product attention, softmax(q k^T / sqrt(c)) v (Vaswani et al. 2017, eq. 1).
 
     q: [B, heads, N, c], k and v: [B, heads, M, c] -> [B, heads, N, c].
-    Widths that are no multiple of 8 are filled up with zeros: a CPU's kernel is twice as fast then at c = 10.
+    Head widths that are no multiple of 8 are padded with zeros: at c = 10 that makes a CPU twice as fast.
     """
     width = q.shape[-1]
     if width % 8 == 0:
@@ -69,7 +73,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017). x: [B, N, C], of B prompts [M, D] -> [B, N, C]."""
+    """Multi-head attention (Vaswani et al. 2017), to x or to the context. x: [B, N, C] -> [B, N, C]."""
 
     def __init__(self, channels: int, *, num_heads: int, context_dim: int | None = None):
         super().__init__()
@@ -80,19 +84,19 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, conditioning: Conditioning | None = None) -> Tensor:
-        """Without prompts, x attends to itself. Items of one prompt share its keys and values."""
+        """conditioning None: self-attention. Items with the same prompt share its keys and values."""
         context, _, index = Conditioning.of(x) if conditioning is None else conditioning
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         if index is not None:
-            k, v = k.index_select(0, index), v.index_select(0, index)  # quicker back through than k[index]
-        q = q.reshape(len(k), -1, q.shape[2])  # a run of items is one long item
+            k, v = k.index_select(0, index), v.index_select(0, index)  # faster backward than k[index]
+        q = q.reshape(len(k), -1, q.shape[2])  # the items of a run are joined to one long sequence
         q, k, v = (rearrange(t, "b n (heads c) -> b heads n c", heads=self.num_heads) for t in (q, k, v))
         attended = rearrange(attend(q, k, v), "b heads n c -> b n (heads c)")
         return self.to_out(attended.reshape(x.shape))
 
 
 class GEGLU(nn.Module):
-    """Linear layer, one half gated by the GELU of the other (Shazeer 2020). [..., in] -> [..., out]."""
+    """GELU-gated linear unit (Shazeer 2020). [..., in] -> [..., out]."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -104,11 +108,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Each cell by itself, four times as wide inside. [B, N, C] -> [B, N, C]."""
+    """Position-wise feed-forward layer, four times as wide inside. [B, N, C] -> [B, N, C]."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.net = nn.Sequential(  # Identity: the place of SD's dropout (p = 0), which keeps the names
+        self.net = nn.Sequential(  # Identity stands for SD's dropout (p = 0), so that the names are SD's
             GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
         )
 
@@ -117,9 +121,10 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Attention within, then to the prompt, then feed-forward. x: [b, N, C], of B prompts -> [B, N, C].
+    """Transformer block: self-attention, cross-attention, feed-forward. x: [b, N, C] -> [B, N, C].
 
-    Where b is less than B, x goes with all the prompts; what comes before them is computed once.
+    Where b is less than the B items of the conditioning (guidance), self-attention runs on the b items alone,
+    and x is then repeated for all the prompts.
     """
 
     def __init__(self, channels: int, *, num_heads: int, context_dim: int):
@@ -138,7 +143,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer over the cells of a feature map. x: [b, C, h, w], of B prompts -> [B, C, h, w].
+    """Transformer over the cells of a feature map. x: [b, C, h, w], conditioning of B items -> [B, C, h, w].
 
     The projections in and out are 1x1 convolutions in SD 1.x, linear layers (`use_linear`) in SD 2.x.
     """

@@ -1,4 +1,4 @@
-"""The KL autoencoder between pixels and latents (Rombach et al. 2022, sec. 3.1), in SD's own names."""
+"""The KL-regularized VAE of Stable Diffusion (Rombach et al. 2022, sec. 3.1), in SD's own names."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """Posterior over latents, in scaled units: mean and std [B, embed_dim, h, w]."""
+    """Diagonal Gaussian posterior over latents, in scaled units: mean and std [B, embed_dim, h, w]."""
 
     mean: Tensor
     std: Tensor
@@ -23,26 +23,26 @@ class DiagonalGaussian:
 
     @classmethod
     def from_latent_stats(cls, latent_stats: Tensor) -> Self:
-        """[B, 2 * embed_dim, h, w], as `latent_stats` gave it -> the same Gaussian."""
+        """[B, 2 * embed_dim, h, w] as in `latent_stats` -> the Gaussian with that mean and std."""
         return cls(*latent_stats.chunk(2, dim=1))
 
     @property
     def latent_stats(self) -> Tensor:
-        """Mean and std, concatenated -> [B, 2 * embed_dim, h, w]: what a cache keeps."""
+        """Mean and std, concatenated, as the latent cache holds them -> [B, 2 * embed_dim, h, w]."""
         return torch.cat([self.mean, self.std], dim=1)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Standard normal noise [B, embed_dim, h, w] -> one draw of the latents, of the same shape."""
+        """A sample of the latents from standard normal noise [B, embed_dim, h, w] -> the same shape."""
         return self.mean + self.std * noise
 
     def kl(self) -> Tensor:
-        """KL divergence to the standard normal, of the unscaled latents, summed over cells -> [B] float32."""
+        """KL divergence of the unscaled posterior to N(0, 1), summed over all latents -> [B] float32."""
         mean, std = self.mean.float() / self.scale_factor, self.std.float() / self.scale_factor
         return (0.5 * (mean**2 + std**2 - 1) - std.log()).sum(dim=(1, 2, 3))
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions around a skip. [B, in_channels, H, W] -> [B, out_channels, H, W]."""
+    """Residual block of two 3x3 convolutions. [B, in_channels, H, W] -> [B, out_channels, H, W]."""
 
     def __init__(self, in_channels: int, out_channels: int, *, num_groups: int):
         super().__init__()
@@ -62,7 +62,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all cells; its projections are 1x1 convolutions. [B, C, h, w]."""
+    """Single-head self-attention over cells with 1x1 convolutions. [B, C, h, w] -> [B, C, h, w]."""
 
     def __init__(self, channels: int, *, num_groups: int):
         super().__init__()
@@ -80,7 +80,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Stride-2 convolution, padded on the right and below only. [B, C, H, W] -> [B, C, H/2, W/2]."""
+    """Stride-2 convolution with asymmetric padding, right and below. [B, C, H, W] -> [B, C, H/2, W/2]."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -91,7 +91,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour x2, then a convolution. [B, C, h, w] -> [B, C, 2h, 2w]."""
+    """Nearest-neighbour upsampling by 2, then a convolution. [B, C, h, w] -> [B, C, 2h, 2w]."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -102,7 +102,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then the change to the next one."""
+    """The residual blocks of one resolution, then the down- or upsampling, if any, to the next one."""
 
     def __init__(self, in_channels: int, out_channels: int, *, num_blocks: int, num_groups: int):
         super().__init__()
@@ -116,7 +116,7 @@ class Level(nn.Module):
 
 
 def middle(channels: int, *, num_groups: int) -> nn.Sequential:
-    """Residual, attention, residual at the lowest resolution. [B, C, h, w] -> the same shape."""
+    """Residual block, self-attention, residual block at the lowest resolution. [B, C, h, w] -> same shape."""
     return nn.Sequential(
         OrderedDict(
             block_1=ResnetBlock(channels, channels, num_groups=num_groups),
@@ -127,7 +127,7 @@ def middle(channels: int, *, num_groups: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Pixels [B, in_channels, H, W] -> features [B, out_channels, h, w], level by level downwards."""
+    """Encoder: pixels [B, in_channels, H, W] -> features [B, out_channels, h, w]."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, widths: Sequence[int], num_blocks: int, num_groups: int
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features [B, in_channels, h, w] -> pixels [B, out_channels, H, W]; `up.0` is the finest, last level."""
+    """Decoder: features [B, in_channels, h, w] -> pixels [B, out_channels, H, W]; `up.0` runs last."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, widths: Sequence[int], num_blocks: int, num_groups: int
@@ -177,9 +177,9 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """SD's first stage: f = 2 ** (levels - 1) pixels a cell, `embed_dim` latent channels.
+    """Stable Diffusion's VAE, downsampling by f = 2 ** (levels - 1) to `embed_dim` latent channels.
 
-    `scale_factor` brings latents to about unit variance; it is applied here and nowhere else.
+    `scale_factor` brings latents to about unit variance; encode and decode apply it, nothing else does.
     """
 
     def __init__(
@@ -206,10 +206,10 @@ class AutoencoderKL(nn.Module):
         )
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
-        self.to(memory_format=torch.channels_last)  # much the faster layout for convolutions
+        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Pixels [B, 3, H, W] in [-1, 1] -> scaled posterior over [B, embed_dim, h, w]."""
+        """Pixels [B, 3, H, W] in [-1, 1] -> posterior over scaled latents [B, embed_dim, h, w]."""
         mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         scale = self.scale_factor

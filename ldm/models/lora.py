@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2022): frozen layers learn by two thin matrices beside each, W x + alpha / rank * B A x."""
+"""LoRA (Hu et al. 2022): a trainable low-rank update of frozen layers, W x + alpha / rank * B A x."""
 
 import math
 import re
@@ -26,10 +26,10 @@ KINDS = {  # network -> kind of layers -> ends of their names
 
 
 class LoRALayer(nn.Module):
-    """What one layer learns: a hook adds it to the layer's output, so the layer keeps its place and its name.
+    """LoRA weights of one layer; a forward hook adds their output to the layer's.
 
-    down: [rank, in, ...] of the layer's own kernel, up: [out, rank, ...], 0 at the start. Both are float32;
-    they compute in the dtype of the layer's input. `enabled` False leaves the layer's output as it is.
+    down (A): [rank, in, ...] with the layer's kernel size, up (B): [out, rank, ...], 0 at the start. Both are
+    float32 and are cast to the dtype of the layer's input. `enabled` False switches the update off.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, *, rank: int, alpha: float):
@@ -40,12 +40,12 @@ class LoRALayer(nn.Module):
         self.enabled = True
         self.down = nn.Parameter(torch.empty(rank, inside, *kernel))
         self.up = nn.Parameter(torch.zeros(outside, rank, *[1] * len(kernel)))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as Linear and Conv2d begin
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # the default of Linear and Conv2d
         self.window = {"stride": layer.stride, "padding": layer.padding} if kernel else None
         layer.register_forward_hook(self.add)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's input -> what is added to its output."""
+        """The layer's input -> the low-rank update of its output."""
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if self.window is None:
             thin = F.linear(F.linear(x, down), up)
@@ -58,12 +58,12 @@ class LoRALayer(nn.Module):
 
 
 class LoRA(nn.Module):
-    """The factors of a UNet and a text encoder, under the names of the layers that they stand beside.
+    """LoRA weights for the UNet and the text encoder, under the names of their layers.
 
     Args:
-        rank: of every product; alpha / rank scales it. alpha None: as large as the rank.
-        unet, text_encoder: kinds of layers that learn; an empty list leaves the network as it is.
-        base_dtype: of the frozen weights; the factors are float32 always.
+        rank: rank of every update. alpha: the update is scaled by alpha / rank; None is alpha = rank.
+        unet, text_encoder: kinds of layers to adapt; an empty list leaves the network as it is.
+        base_dtype: dtype of the frozen weights; LoRA weights are always float32.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class LoRA(nn.Module):
         self.layers = nn.ModuleDict({name: nn.Module() for name in self.kinds})
 
     def attach(self, networks: Mapping[str, nn.Module]) -> None:
-        """Freezes the networks; those that learned until now do so beside the chosen layers."""
+        """Freezes the networks, and adds LoRA weights to the chosen layers of those that were trainable."""
         for name, network in networks.items():
             learns = any(p.requires_grad for p in network.parameters())
             network.requires_grad_(False).to(self.base_dtype)
@@ -99,16 +99,16 @@ class LoRA(nn.Module):
         *,
         weight: float = 1.0,
     ) -> Self:
-        """`weight` times the factors that `ldm.checkpoints.lora.read_lora` read, beside their layers."""
+        """LoRA weights read by `ldm.checkpoints.lora.read_lora`, times `weight`, beside their layers."""
         lora = cls()
         for network, inner in layers.items():
             for name, (down, up, alpha) in inner.items():
                 layer = networks[network].get_submodule(name)
-                factors = LoRALayer(layer, rank=len(down), alpha=weight * alpha).to(layer.weight.device)
+                update = LoRALayer(layer, rank=len(down), alpha=weight * alpha).to(layer.weight.device)
                 with torch.no_grad():
-                    factors.down.copy_(down.reshape(factors.down.shape))
-                    factors.up.copy_(up.reshape(factors.up.shape))
-                _put(lora.layers[network], name, factors.requires_grad_(False))
+                    update.down.copy_(down.reshape(update.down.shape))
+                    update.up.copy_(up.reshape(update.up.shape))
+                _put(lora.layers[network], name, update.requires_grad_(False))
         return lora
 
     def weights(self) -> dict[str, dict[str, tuple[Tensor, Tensor, float]]]:
@@ -125,26 +125,26 @@ class LoRA(nn.Module):
 
 @contextmanager
 def lora_off(*loras: LoRA) -> Iterator[None]:
-    """Inside, the networks beside which these LoRAs stand compute as the base, to the bit."""
+    """Disables LoRAs inside a `with` block: their networks then compute what the base does, to the bit."""
     every = [module for lora in loras for module in lora.modules() if isinstance(module, LoRALayer)]
-    before = [factors.enabled for factors in every]
+    before = [layer.enabled for layer in every]
     try:
-        for factors in every:
-            factors.enabled = False
+        for layer in every:
+            layer.enabled = False
         yield
     finally:
-        for factors, enabled in zip(every, before, strict=True):
-            factors.enabled = enabled
+        for layer, enabled in zip(every, before, strict=True):
+            layer.enabled = enabled
 
 
 def _chosen(
     network: nn.Module, kinds: Mapping[str, str], wanted: Sequence[str]
 ) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
-    """Layers of the wanted kinds, with their names in the network."""
+    """Linear and convolutional layers of the wanted kinds, with their names in the network."""
     for kind in wanted:
         if kind not in kinds:
             raise UserError(
-                f"`{kind}` is no kind of layers", where="lora", remedy=f"Choose of {', '.join(kinds)}."
+                f"`{kind}` is not a kind of layer", where="lora", remedy=f"Choose from {', '.join(kinds)}."
             )
     ends = re.compile(rf"(?:^|\.)(?:{'|'.join(kinds[kind] for kind in wanted)})$")
     return [
@@ -155,7 +155,7 @@ def _chosen(
 
 
 def _put(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Registers a module under a dotted name, with plain holders on the way."""
+    """Registers a module under a dotted name; the modules on the way are created empty."""
     *path, leaf = name.split(".")
     for word in path:
         if not hasattr(root, word):

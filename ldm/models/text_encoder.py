@@ -1,4 +1,4 @@
-"""CLIP's text encoder (Radford et al. 2021), which turns prompts into the context of the UNet."""
+"""CLIP's text encoder (Radford et al. 2021): prompts -> the context of the UNet's cross-attention."""
 
 from functools import cached_property
 from pathlib import Path
@@ -16,20 +16,20 @@ from ldm.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VOCABULARY = ("vocab.json", "merges.txt")
-COMMA_BACKTRACK = 20  # tokens that a chunk gives up to end with a comma
+COMMA_BACKTRACK = 20  # a full chunk ends after its last comma, if at most this many tokens follow it
 
 
 class CLIPTextEncoder(nn.Module):
-    """Prompts -> ids [B, M] -> context [B, M, D], in two steps: ids can be cached, and need no network.
+    """Prompts -> token ids [B, M] (`tokenize`) -> context [B, M, D] (`forward`).
 
-    The defaults are SD 1.x. `transformer.text_model.*` are SD's own names: that level is a plain holder here,
-    because transformers 5 no longer has it.
+    The defaults are SD 1.x. The weights have SD's names, `transformer.text_model.*`, for which `transformer`
+    is an `nn.ModuleDict`: the CLIPTextModel of transformers 5 no longer has the level `text_model`.
 
-    layer: "last" (SD 1.x) or "penultimate" (SD 2.x); the final layer norm follows in both.
+    layer: whose output is the context, "last" (SD 1.x) or "penultimate" (SD 2.x); the final layer norm is
+        applied in both cases.
     tokenizer: folder with vocab.json and merges.txt, or a name on the Hugging Face hub.
-    pad_token_id: fills prompts up to max_length; None = eos_token_id (SD 1.x), 0 in SD 2.x.
-    use_checkpoint: keep only each layer's input for the backward pass and compute the rest again. None: a
-        training run chooses; else nothing.
+    pad_token_id: pads prompts to max_length; None = eos_token_id (SD 1.x), 0 in SD 2.x.
+    use_checkpoint: gradient checkpointing of each layer. None: a training run chooses; else none.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class CLIPTextEncoder(nn.Module):
             attn_implementation="sdpa",
         )
         self.transformer = nn.ModuleDict({"text_model": CLIPTextModel(config)})
-        self.learned_tokens = nn.ParameterDict()  # word -> its vectors [n, D], beside the vocabulary's
+        self.learned_tokens = nn.ParameterDict()  # textual inversion: word -> its embeddings [n, D]
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        """Loaded at first use: the network alone works without vocabulary files."""
+        """CLIP's BPE tokenizer, loaded at first use: the network alone needs no vocabulary files."""
         tokenizer = load_tokenizer(self.tokenizer_name)
         found = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         if found != (self.bos_token_id, self.eos_token_id) or len(tokenizer) > self.vocab_size:
@@ -86,7 +86,10 @@ class CLIPTextEncoder(nn.Module):
         return tokenizer
 
     def add_token(self, word: str, vectors: Tensor) -> None:
-        """From now on prompts may hold this word; it is read as n tokens of these vectors [n, D]."""
+        """Adds a word to the vocabulary: n tokens with the embeddings `vectors` [n, D] (textual inversion).
+
+        Raises UserError if the word is known already or the embeddings have another width.
+        """
         weight = self.transformer["text_model"].embeddings.token_embedding.weight
         if vectors.ndim != 2 or vectors.shape[1] != weight.shape[1]:
             what = f"The vectors of `{word}` have the shape {list(vectors.shape)}"
@@ -98,7 +101,7 @@ class CLIPTextEncoder(nn.Module):
         self.learned_tokens[word] = nn.Parameter(vectors.detach().clone().to(weight))
 
     def token_embedding_of(self, word: str) -> Tensor:
-        """What the vocabulary makes of a word -> [n, D]."""
+        """Token embeddings of a known word -> [n, D]."""
         ids = torch.tensor(self._tokenize(word).input_ids)
         return self.transformer["text_model"].embeddings.token_embedding.weight[ids.to(self.device)]
 
@@ -108,14 +111,14 @@ class CLIPTextEncoder(nn.Module):
         return self.transformer["text_model"].embeddings.token_embedding.weight.device
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """Prompts -> ids [B, M] int64 on the CPU: bos, tokens (as many as fit), eos, padding."""
+        """Prompts -> ids [B, M] int64 on the CPU: bos, tokens truncated to M - 2, eos, padding."""
         return self._pad_to_length([self._tokenize(prompt).input_ids for prompt in prompts])
 
     def tokenize_chunks(self, prompt: str) -> Tensor:
         """A prompt of any length -> ids [N, M] int64 on the CPU: N chunks, each with bos, eos and padding.
 
-        Cut as the web UI of AUTOMATIC1111 does: where a chunk is full, or after its last comma, if few tokens
-        follow that.
+        A prompt is split as in AUTOMATIC1111's web UI: where a chunk is full, or after its last comma, if at
+        most COMMA_BACKTRACK tokens follow that.
         """
         row = self._tokenize(prompt).input_ids
         room, chunks = self.max_length - 2, []
@@ -128,7 +131,7 @@ class CLIPTextEncoder(nn.Module):
         return self._pad_to_length([*chunks, row])
 
     def _pad_to_length(self, rows: list[list[int]]) -> Tensor:
-        """Rows of tokens -> ids [len(rows), M]: bos, as many tokens as fit, eos, padding."""
+        """Lists of tokens -> ids [len(rows), M]: bos, tokens truncated to M - 2, eos, padding."""
         ids = torch.full((len(rows), self.max_length), self.pad_token_id)
         for line, row in zip(ids, rows, strict=True):
             kept = [self.bos_token_id, *row[: self.max_length - 2], self.eos_token_id]
@@ -136,23 +139,23 @@ class CLIPTextEncoder(nn.Module):
         return ids
 
     def truncated_tail(self, prompt: str) -> str | None:
-        """The end of the prompt that `tokenize` cuts off; None where all of it fits."""
+        """The end of the prompt that `tokenize` truncates; None if all of it fits."""
         starts = self._tokenize(prompt).offset_mapping[self.max_length - 2 :]
         return prompt[starts[0][0] :] if starts else None
 
     def _tokenize(self, prompt: str) -> BatchEncoding:
-        """The tokens of a prompt and where each stands in it."""
+        """Token ids of a prompt without bos and eos, and the position of each token in it."""
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            what = f"The prompt {prompt!a} is no text: {error.reason}"
+            what = f"The prompt {prompt!a} is not valid text: {error.reason}"
             raise UserError(what, remedy="Write it as UTF-8.") from error
         for word, vectors in self.learned_tokens.items():
             prompt = prompt.replace(word, " ".join(_tokens_of(word, len(vectors))))
         return self.tokenizer(prompt, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: [B, M] -> context: [B, M, D]; a token sees itself and those before it, padding or not."""
+        """ids: [B, M] -> context: [B, M, D]. Attention is causal, and padding is not masked."""
         text_model = self.transformer["text_model"]
         h = text_model.embeddings(inputs_embeds=self._embed(ids))
         for layer in text_model.encoder.layers[: self.depth]:
@@ -163,7 +166,7 @@ class CLIPTextEncoder(nn.Module):
         return text_model.final_layer_norm(h)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        """ids: [B, M] -> vectors [B, M, D]; new words are numbered on from the tokenizer's own."""
+        """Token embeddings. ids: [B, M] -> [B, M, D]; learned tokens have the last ids of the tokenizer."""
         embedding = self.transformer["text_model"].embeddings.token_embedding
         if not self.learned_tokens:
             return embedding(ids)
@@ -178,7 +181,7 @@ def _tokens_of(word: str, count: int) -> list[str]:
 
 
 def load_tokenizer(name: str) -> CLIPTokenizer:
-    """From a folder, relative to the current one or to the repository, or else by its name on the hub."""
+    """CLIP's tokenizer, from a folder (relative to the current one or the repository) or from the hub."""
     folders = [path for path in (Path(name), REPOSITORY / name) if path.is_dir()]
     folder = folders[0] if folders else _download(name)
     if not all((folder / file).is_file() for file in VOCABULARY):
@@ -187,7 +190,7 @@ def load_tokenizer(name: str) -> CLIPTokenizer:
 
 
 def _download(name: str) -> Path:
-    """Folder of the vocabulary files in the hub's cache; they are fetched only if they are not there."""
+    """Folder of the vocabulary files in the Hugging Face cache; they are downloaded if they are not there."""
     try:
         try:
             paths = [hf_hub_download(name, file, local_files_only=True) for file in VOCABULARY]
@@ -195,7 +198,7 @@ def _download(name: str) -> Path:
             paths = [hf_hub_download(name, file) for file in VOCABULARY]
     except (OSError, ValueError) as error:
         raise UserError(
-            "The tokenizer is neither a folder nor to be had from the Hugging Face hub",
+            "The tokenizer is neither a folder nor available from the Hugging Face hub",
             where=name,
             remedy="Where there is a network, run `hf download openai/clip-vit-large-patch14 "
             f"{' '.join(VOCABULARY)} --local-dir tokenizer`; then give that folder as `tokenizer`.",

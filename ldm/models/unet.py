@@ -21,7 +21,7 @@ from ldm.models.attention import (
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Sinusoids of periods 2 pi .. 10000 * 2 pi, cosines first. [B] -> [B, dim] float32 (Ho et al. 2020)."""
+    """Sinusoidal timestep embedding (Ho et al. 2020), cosines first. [B] -> [B, dim] float32."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=timesteps.device))
     angles = timesteps.float()[:, None] * frequencies
@@ -33,7 +33,7 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around a skip, the timestep added in between.
+    """Residual block of two 3x3 convolutions, the timestep embedding added between them.
 
     x: [B, in_channels, h, w], emb: [B, emb_channels] -> [B, out_channels, h, w]
     """
@@ -47,7 +47,7 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             GroupNorm(num_groups, out_channels),
             nn.SiLU(),
-            nn.Identity(),  # the place of SD's dropout (p = 0)
+            nn.Identity(),  # stands for SD's dropout (p = 0), so that the names are SD's
             zero_init(conv3x3(out_channels, out_channels)),
         )
         if in_channels != out_channels:
@@ -61,7 +61,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Stride-2 convolution. [B, C, h, w] -> [B, C, h/2, w/2]."""
+    """Downsampling by a stride-2 convolution. [B, C, h, w] -> [B, C, h/2, w/2]."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -72,7 +72,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour x2, then a convolution. [B, C, h, w] -> [B, C, 2h, 2w]."""
+    """Nearest-neighbour upsampling by 2, then a convolution. [B, C, h, w] -> [B, C, 2h, 2w]."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -83,7 +83,7 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in a row; hands the timestep to residual blocks and the prompt to transformers."""
+    """Sequential layers: residual blocks also get the timestep embedding, transformers the conditioning."""
 
     def forward(self, x: Tensor, emb: Tensor, conditioning: Conditioning) -> Tensor:
         for layer in self:
@@ -98,16 +98,16 @@ class Stage(nn.Sequential):
 
 
 class UNetModel(nn.Module):
-    """Predicts the noise (or v, or x0) in noisy latents, given the timestep and the prompt.
+    """Denoising UNet: predicts the noise (or v, or x0) in latents, given the timestep and the prompt.
 
     channel_mult: width of each level over `model_channels`; level l works on h / 2**l cells.
-    attention_resolutions: the downsampling factors (1, 2, 4, ...) at which transformers follow the blocks.
+    attention_resolutions: the downsampling factors (1, 2, 4, ...) that have transformers.
     num_head_channels: width of a head (SD 2.x); where given, it replaces `num_heads` (SD 1.x).
-    use_checkpoint: keep only each stage's input for the backward pass and compute the rest again; a list of
-        downsampling factors ([1, 2]) does so at these alone. None: a training run chooses; else nothing.
+    use_checkpoint: gradient checkpointing of every stage, or of those at the listed downsampling factors,
+        such as [1, 2]. None: a training run chooses; else none.
 
-    `fixed_shapes`, to be set where it is compiled, gives each item a context and latents of its own, as one
-    more shape would be one more translation.
+    `fixed_shapes` is for a compiled network: every item then has its own latents and context, whatever
+    prompts they share, since torch.compile compiles anew for each combination of shapes.
     """
 
     fixed_shapes = False
@@ -155,7 +155,7 @@ class UNetModel(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         width = model_channels
         self.input_blocks = nn.ModuleList([Stage(conv3x3(in_channels, width))])
-        skips = [width]  # widths of what the input blocks leave for the output blocks
+        skips = [width]  # widths of the skip connections to the output blocks
         for level, mult in enumerate(channel_mult):
             if level > 0:
                 self.input_blocks.append(Stage(Downsample(width)))
@@ -174,12 +174,12 @@ class UNetModel(nn.Module):
         self.out = nn.Sequential(
             GroupNorm(num_groups, width), nn.SiLU(), zero_init(conv3x3(width, out_channels))
         )
-        self.to(memory_format=torch.channels_last)  # much the faster layout for convolutions
+        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def predict(
         self, x: Tensor, timesteps: Tensor, context: Tensor, prompt_index: Sequence[int] | None = None
     ) -> Tensor:
-        """`forward` in the network's own precision, whatever that of x and of the context is."""
+        """`forward` with x and context cast to the dtype of the network."""
         if self.fixed_shapes and prompt_index is not None:
             x, timesteps = repeat_batch(x, len(prompt_index)), repeat_batch(timesteps, len(prompt_index))
             context, prompt_index = context.index_select(0, index_tensor(prompt_index, context.device)), None
@@ -191,9 +191,9 @@ class UNetModel(nn.Module):
     ) -> Tensor:
         """x: [b, C, h, w], timesteps: [b] in [0, T), context: [P, M, D] -> [B, C, h, w].
 
-        prompt_index: [B], which of the P contexts each item has; None: its own (b = B = P). Where b is less
-        than B (guidance), all of x goes with each of the B / b runs of it; what comes before the first
-        prompt is then computed once.
+        prompt_index: [B], which of the P contexts each item has; None: one each (b = B = P). b less than B
+        is for guidance: x is repeated for each of the B / b runs of prompt_index, but only at the first
+        cross-attention, so the layers before it run once.
         """
         conditioning = Conditioning.of(context, prompt_index)
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
@@ -215,7 +215,7 @@ class UNetModel(nn.Module):
         return self.out(h)
 
     def recomputes(self, factor: int) -> bool:
-        """Whether the backward pass computes the stages at this downsampling factor again."""
+        """Whether the stages at this downsampling factor use gradient checkpointing."""
         chosen = self.use_checkpoint
         return chosen if isinstance(chosen, bool) else factor in (chosen or ())
 
