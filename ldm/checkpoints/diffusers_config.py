@@ -1,4 +1,4 @@
-"""The configs in a diffusers folder, from and to the params of our networks and schedule."""
+"""The JSON configs of a diffusers folder, from and to the params of our networks and schedule."""
 
 import json
 import logging
@@ -9,8 +9,8 @@ from typing import Any
 from ldm.errors import UserError
 
 Config = Mapping[str, Any]
-VERSION = "0.30.0"  # of diffusers: the oldest that reads all that is written here as it is meant
-UNET_FIXED = {  # what Stable Diffusion's UNets have in common
+VERSION = "0.30.0"  # the oldest diffusers that understands all that is written here
+UNET_FIXED = {  # the same in all UNets of Stable Diffusion 1.x and 2.x
     "act_fn": "silu",
     "addition_embed_type": None,
     "center_input_sample": False,
@@ -40,7 +40,7 @@ VAE_FIXED = {
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 BLOCKS = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}  # whether a level has transformers
 UP_BLOCKS = {True: "CrossAttnUpBlock2D", False: "UpBlock2D"}
-CLIP_VOCABULARY, CLIP_BOS, CLIP_EOS = 49408, 49406, 49407  # old configs name other ids for it
+CLIP_VOCABULARY, CLIP_BOS, CLIP_EOS = 49408, 49406, 49407  # old configs have wrong ids for it
 
 log = logging.getLogger(__name__)
 
@@ -66,20 +66,20 @@ def unet_params(config: Config, *, where: Path) -> dict[str, Any]:
 
 
 def _heads(config: Config, widths: list[int], where: Path) -> dict[str, int | None]:
-    """diffusers calls the number of heads of a level `attention_head_dim`."""
+    """`num_heads` or `num_head_channels`; diffusers calls the number of heads `attention_head_dim`."""
     given = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     heads = [given] * len(widths) if isinstance(given, int) else list(given)
     if len(set(heads)) == 1:
         return {"num_heads": heads[0], "num_head_channels": None}
     head_widths = {width // n for width, n in zip(widths, heads, strict=True)}
     if len(head_widths) > 1:
-        what = f"The numbers of heads {heads} have neither one number nor one width"
+        what = f"The numbers of heads {heads} are neither equal nor of equal head width"
         raise UserError(what, where=where)
     return {"num_heads": heads[0], "num_head_channels": head_widths.pop()}
 
 
 def unet_config(params: Config, *, size: int, factor: int) -> dict[str, Any]:
-    """The params of `UNetModel` -> unet/config.json; size in pixels, `factor` of them a cell."""
+    """The params of `UNetModel` -> unet/config.json. size: in pixels. factor: pixels per latent cell."""
     widths = [params["model_channels"] * mult for mult in params["channel_mult"]]
     attends = [2**level in params["attention_resolutions"] for level in range(len(widths))]
     head_width = params["num_head_channels"]
@@ -121,7 +121,7 @@ def autoencoder_params(config: Config, *, where: Path) -> dict[str, Any]:
 def autoencoder_config(params: Config, *, size: int) -> dict[str, Any]:
     """The params of `AutoencoderKL` -> vae/config.json; size in pixels."""
     if params["z_channels"] != params["embed_dim"]:
-        raise UserError("diffusers knows no autoencoder whose z_channels differ from its embed_dim")
+        raise UserError("diffusers has no VAE whose z_channels differ from its embed_dim")
     levels = len(params["ch_mult"])
     return VAE_FIXED | {
         "_class_name": "AutoencoderKL",
@@ -140,7 +140,7 @@ def autoencoder_config(params: Config, *, size: int) -> dict[str, Any]:
 
 
 def text_encoder_params(config: Config, *, tokenizer: Path | None) -> dict[str, Any]:
-    """text_encoder/config.json -> the params of `CLIPTextEncoder`, its context the last layer's output."""
+    """text_encoder/config.json -> the params of `CLIPTextEncoder`, with the last layer as context."""
     clip = config["vocab_size"] == CLIP_VOCABULARY
     eos = CLIP_EOS if clip else config["eos_token_id"]
     pad = None if tokenizer is None else _pad_token_id(tokenizer)
@@ -182,20 +182,18 @@ def text_encoder_config(params: Config) -> dict[str, Any]:
 
 
 def schedule_params(config: Config, *, where: Path) -> dict[str, Any]:
-    """scheduler_config.json -> the schedule and parameterization; says what our samplers do otherwise."""
+    """scheduler_config.json -> schedule and parameterization; warns where our samplers differ from it."""
     predictions = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
     prediction, schedule = config.get("prediction_type", "epsilon"), config.get("beta_schedule", "linear")
     if prediction not in predictions or schedule not in ("linear", "scaled_linear"):
         raise UserError(f"The schedule {schedule} with {prediction} is not supported", where=where)
     if config.get("trained_betas") is not None:
-        raise UserError("Schedules of given betas are not supported", where=where)
+        raise UserError("Schedules with trained_betas are not supported", where=where)
     zero = bool(config.get("rescale_betas_zero_snr"))
     spacing = "trailing" if zero else "leading"
     for key, ours, default in (("steps_offset", 1, 0), ("timestep_spacing", spacing, "leading")):
         if config.get(key, default) != ours:
-            log.warning(
-                "%s says %s %s; pictures are drawn with %s", where, key, config.get(key, default), ours
-            )
+            log.warning("%s has %s %s; sampling uses %s", where, key, config.get(key, default), ours)
     return {
         "beta_schedule": schedule,
         "linear_start": config.get("beta_start", 0.0001),
@@ -207,7 +205,7 @@ def schedule_params(config: Config, *, where: Path) -> dict[str, Any]:
 
 
 def schedule_config(config: Config) -> dict[str, Any]:
-    """Schedule and parameterization -> scheduler_config.json, of the DDIM that our sampler equals."""
+    """Schedule and parameterization -> scheduler_config.json, of the DDIM scheduler equal to our sampler."""
     zero = config.get("zero_terminal_snr", False)
     return {
         "_class_name": "DDIMScheduler",
@@ -226,7 +224,7 @@ def schedule_config(config: Config) -> dict[str, Any]:
 
 
 def special_tokens(params: Config, vocabulary: Mapping[str, int]) -> dict[str, str]:
-    """The params of `CLIPTextEncoder` -> special_tokens_map.json; what is unknown is eos, as in CLIP."""
+    """The params of `CLIPTextEncoder` -> special_tokens_map.json; the unknown token is eos, as in CLIP."""
     tokens = {index: token for token, index in vocabulary.items()}
     bos, eos = tokens[params["bos_token_id"]], tokens[params["eos_token_id"]]
     pad = eos if params["pad_token_id"] is None else tokens[params["pad_token_id"]]
@@ -240,7 +238,7 @@ def tokenizer_config(params: Config, vocabulary: Mapping[str, int]) -> dict[str,
 
 
 def _pad_token_id(tokenizer: Path) -> int | None:
-    """The id of the token that fills prompts up, by tokenizer_config.json or special_tokens_map.json."""
+    """The id of the padding token, from tokenizer_config.json or special_tokens_map.json."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (tokenizer / name).is_file():
             token = json.loads((tokenizer / name).read_text(encoding="utf-8")).get("pad_token")

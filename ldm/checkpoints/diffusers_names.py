@@ -1,7 +1,7 @@
-"""Names of the tensors in a diffusers folder: Stable Diffusion's own follow from them, and they from those.
+"""Key tables between Stable Diffusion's names and those of diffusers folders, used both ways.
 
-A table maps modules, SD's name -> diffusers' name; tensors below a module keep the rest of their names. The
-tables follow the structure of the networks, so any depth and number of levels has one.
+A table maps modules, SD's name -> diffusers' name; tensors below a module keep the rest of their names.
+Tables are computed from the params of a network, so they fit any depth and number of levels.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ VAE_MIDDLE = {
 
 
 def unet_table(params: Mapping[str, Any]) -> dict[str, str]:
-    """Of `UNetModel` with these params; SD's blocks are counted through, diffusers' level by level."""
+    """Table of `UNetModel`. SD numbers blocks consecutively, diffusers within each level."""
     levels, blocks = len(params["channel_mult"]), params["num_res_blocks"]
     attends = [2**level in params["attention_resolutions"] for level in range(levels)]
     table = {
@@ -64,7 +64,7 @@ def unet_table(params: Mapping[str, Any]) -> dict[str, str]:
 
 
 def autoencoder_table(params: Mapping[str, Any]) -> dict[str, str]:
-    """Of `AutoencoderKL` with these params; SD counts the decoder's levels from the finest one."""
+    """Table of `AutoencoderKL`. SD numbers the levels of the decoder from the finest one."""
     levels, blocks = len(params["ch_mult"]), params["num_res_blocks"]
     table = {name: name for name in ("quant_conv", "post_quant_conv")}
     for half in ("encoder", "decoder"):
@@ -88,17 +88,17 @@ def autoencoder_table(params: Mapping[str, Any]) -> dict[str, str]:
 
 
 def rename(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> Lazy:
-    """Tensors of the modules in a table under the names it gives them; others keep theirs."""
+    """Tensors under the names that a table gives their modules; others keep theirs."""
     return Lazy({_renamed(name, table): partial(tensors.__getitem__, name) for name in tensors})
 
 
 def inverse(table: Mapping[str, str]) -> dict[str, str]:
-    """The table of the other direction."""
+    """The table for the other direction."""
     return {theirs: ours for ours, theirs in table.items()}
 
 
 def autoencoder_reading_table(params: Mapping[str, Any]) -> dict[str, str]:
-    """diffusers' names, old ones too -> SD's."""
+    """Table of `AutoencoderKL` from diffusers' names, those before 0.13 included, to SD's."""
     old = {
         f"{half}.mid_block.attentions.0.{theirs}": f"{half}.mid.attn_1.{ours}"
         for half in ("encoder", "decoder")
@@ -108,7 +108,7 @@ def autoencoder_reading_table(params: Mapping[str, Any]) -> dict[str, str]:
 
 
 def reshape_vae_attention(tensors: Mapping[str, Tensor], *, dims: int) -> Lazy:
-    """Under SD's names: the autoencoder's attention as 1x1 convolutions (dims 4) or as matrices (dims 2)."""
+    """The VAE's attention weights, under SD's names, as 1x1 convolutions (dims 4) or matrices (dims 2)."""
 
     def take(name: str) -> Tensor:
         tensor = tensors[name]
@@ -124,7 +124,7 @@ def _vae_block(ours: str, theirs: str) -> dict[str, str]:
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str:
-    """By the longest module of the table that the name begins with."""
+    """Renames by the longest module of the table that is a prefix of the name."""
     words = name.split(".")
     for n in range(len(words) - 1, 0, -1):
         module = ".".join(words[:n])

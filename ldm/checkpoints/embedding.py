@@ -1,4 +1,4 @@
-"""Textual-inversion files: vectors of learned words, as A1111, ComfyUI and diffusers read them."""
+"""Textual-inversion files: embeddings of learned tokens, as A1111, ComfyUI and diffusers read them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +12,12 @@ from ldm.errors import UserError
 from ldm.files import atomic_write
 
 EMBEDDING = "embedding.safetensors"  # beside a run's model file
-NAMELESS = ("emb_params", "*")  # keys under which others keep vectors whose word is the file's name
-MOST_WORDS = 8  # of a file; one with more tensors is another kind of file
+NAMELESS = ("emb_params", "*")  # keys that other tools use where the word is the name of the file
+MOST_WORDS = 8  # a file with more tensors is not a textual inversion
 
 
 def save_embedding(path: str | Path, word: str, vectors: Tensor, *, metadata: Mapping[str, str]) -> Path:
-    """vectors: [n, D], kept under the word itself, float32 -> path."""
+    """Writes the embeddings `vectors` [n, D] in float32; the key is the word itself -> path."""
     path = Path(path)
     with atomic_write(path) as temporary:
         save_file({word: vectors.detach().float().cpu().contiguous()}, temporary, metadata=dict(metadata))
@@ -25,7 +25,7 @@ def save_embedding(path: str | Path, word: str, vectors: Tensor, *, metadata: Ma
 
 
 def read_embedding(path: str | Path) -> dict[str, Tensor]:
-    """Word -> vectors [n, D]. Raises UserError for a file that is no textual inversion."""
+    """Word -> embeddings [n, D]. Raises UserError for a file that is not a textual inversion."""
     path = Path(path)
     if path.suffix == ".pt" or path.suffix == ".bin":
         held = unpickle(path, mapped=False)
@@ -36,5 +36,5 @@ def read_embedding(path: str | Path) -> dict[str, Tensor]:
     vectors = [x for x in words.values() if isinstance(x, Tensor) and x.ndim in (1, 2)]
     if len(vectors) < len(words) or len(words) > MOST_WORDS:
         remedy = "A LoRA goes to --lora, a whole model to --model."
-        raise UserError("This is no textual-inversion file", where=path, remedy=remedy)
+        raise UserError("This is not a textual-inversion file", where=path, remedy=remedy)
     return {word: torch.atleast_2d(x) for word, x in words.items()}

@@ -1,4 +1,4 @@
-"""Folders as diffusers saves a pipeline: what they hold, in Stable Diffusion's own names and params."""
+"""Reading of diffusers folders, into Stable Diffusion's own names and our params."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from ldm.checkpoints.tensors import Lazy, read_tensors
 from ldm.errors import UserError
 
 FOLDERS = ("unet", "vae", "text_encoder")
-REST_FILE = "openclip_rest.safetensors"  # of our own: in text_encoder, what diffusers has no place for
+REST_FILE = "openclip_rest.safetensors"  # our own, in text_encoder: tensors that diffusers leaves out
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
@@ -26,7 +26,7 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "Stabl
 
 @dataclass(frozen=True)
 class About:
-    """What a folder's configs say: networks and schedule, pixels a side, the folder of the vocabulary."""
+    """Content of the JSON configs: config of networks and schedule, image size, folder of the vocabulary."""
 
     known: Mapping[str, Any]
     size: int | None
@@ -34,13 +34,13 @@ class About:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder of a whole pipeline, or of one network of it."""
+    """Whether a path is a diffusers folder, of a pipeline or of one network."""
     signs = ("model_index.json", "unet", "config.json")
     return path.is_dir() and any((path / sign).exists() for sign in signs)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
-    """The three networks under SD's names (see `layout.split`), and what their configs say."""
+    """The state dicts of the three networks (see `layout.split`), and what the JSON configs say."""
     _check(folder)
     unet, vae, text_encoder = (read_json(folder / name / "config.json") for name in FOLDERS)
     tokenizer = folder / "tokenizer" if (folder / "tokenizer" / "vocab.json").is_file() else None
@@ -73,7 +73,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
 
 
 def read_weights(folder: Path) -> Mapping[str, Tensor]:
-    """The tensors of one network's folder: safetensors before pickles, full precision before variants."""
+    """The tensors in the folder of one network; safetensors and full precision are preferred."""
     found = sorted((rank, path) for path in folder.iterdir() if (rank := _rank(path)) is not None)
     if not found:
         remedy = "Download the whole folder; it should hold a .safetensors or .bin file."
@@ -99,16 +99,16 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"The config cannot be read: {error}", where=path) from error
     if not isinstance(content, dict):
-        raise UserError("The config is not a mapping", where=path)
+        raise UserError("The config is not a JSON object", where=path)
     return content
 
 
 def _check(folder: Path) -> None:
-    """Refuse a folder that is another pipeline, or not whole."""
+    """Raises UserError for a folder of another pipeline, or an incomplete one."""
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
     kind = index.get("_class_name", PIPELINES[0])
     if kind not in PIPELINES:
-        what = f"This is the folder of a {kind}, not of a Stable Diffusion 1.x or 2.x"
+        what = f"This is the folder of a {kind}, not of Stable Diffusion 1.x or 2.x"
         raise UserError(what, where=folder)
     if not index and (folder / "config.json").exists():
         kind = read_json(folder / "config.json").get("_class_name", "network")
@@ -116,12 +116,12 @@ def _check(folder: Path) -> None:
         raise UserError(what, where=folder, remedy="Name the folder that holds unet, vae and text_encoder.")
     missing = [name for name in FOLDERS if not (folder / name / "config.json").is_file()]
     if missing:
-        what = f"The diffusers folder is not whole: {', '.join(missing)} with its config.json is missing"
+        what = f"The diffusers folder is incomplete: {', '.join(missing)} with its config.json is missing"
         raise UserError(what, where=folder, remedy="Download the whole folder.")
 
 
 def _rank(path: Path) -> tuple[bool, int, str] | None:
-    """How good a choice of weights a file is, best first; None if it is no whole network's.
+    """Sort key of a weights file, the best choice first; None if it does not hold a whole network.
 
     Names are STEM[.VARIANT].safetensors or .bin, and an index STEM.SUFFIX.index[.VARIANT].json of shards.
     """
@@ -137,6 +137,6 @@ def _rank(path: Path) -> tuple[bool, int, str] | None:
 
 
 def _text_encoder(tensors: Mapping[str, Tensor]) -> Lazy:
-    """transformers' names, which begin with `text_model.` up to version 4 -> those of `CLIPTextEncoder`."""
+    """transformers' names, which up to version 4 begin with `text_model.`, -> those of `CLIPTextEncoder`."""
     own = [n for n in tensors if not n.endswith("position_ids") and n != "text_projection.weight"]
     return renamed(tensors, {TEXT_MODEL + name.removeprefix("text_model."): name for name in own})

@@ -1,7 +1,7 @@
-"""What the shapes of a model's tensors say of its networks: the params that a config would give them.
+"""Infers the config of a model from the shapes of its tensors.
 
-Shapes tell widths, levels and blocks. What they cannot tell (numbers of heads, activations, what the UNet
-predicts) comes from the file's own config or else from its family, Stable Diffusion 1.x or 2.x.
+Shapes determine widths, levels and blocks. What they do not determine (numbers of heads, activations,
+prediction type) comes from the file's own config or else from its family, Stable Diffusion 1.x or 2.x.
 """
 
 import logging
@@ -22,7 +22,7 @@ SCHEDULE = {
     "timesteps": 1000,
     "zero_terminal_snr": False,
 }
-SD1 = {  # what shapes cannot tell: the defaults of the three networks
+SD1 = {  # params that shapes do not determine
     "unet": {"num_heads": 8, "num_head_channels": None, "num_groups": 32},
     "vae": {"scale_factor": 0.18215, "num_groups": 32},
     "text_encoder": {
@@ -44,15 +44,16 @@ KNOWN_FAMILIES = {  # (width of the UNet's first level, of its context) -> what 
     (320, 768): ("Stable Diffusion 1.x", "configs/dreambooth-sd1.yaml"),
     (320, 1024): ("Stable Diffusion 2.x", "configs/dreambooth-sd2.yaml"),
 }
-V_PREDICTION_STD = 0.09  # of a norm's bias in SD 2.x: above in those that predict v, below in those for eps
+V_PREDICTION_STD = 0.09  # std of a norm's bias in SD 2.x: larger in v-prediction models, smaller in eps
 
 logger = logging.getLogger(__name__)
 
 
 def model_config(state_dicts: StateDicts, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The params of a model section that fit the tensors: three networks, each param explicit; the schedule.
+    """The params of a model section for these tensors: networks with every param explicit, and schedule.
 
-    known: what the file's metadata or the folder's configs say of them; it may lack any key.
+    known: what the file's metadata or the folder's configs say of them; any key may be missing. Raises
+    UserError if a network is incomplete, or unknown and not described.
     """
     known = known or {}
     config: dict[str, Any] = {}
@@ -77,7 +78,7 @@ def model_config(state_dicts: StateDicts, known: Mapping[str, Any] | None = None
 
 
 def known_family(unet: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """The family of a UNet as large as a released one, and a config for it; None for other sizes."""
+    """(family, config file for it) of a UNet with the widths of a released one; None for others."""
     conv_in = unet.get("input_blocks.0.0.weight")
     to_k = unet.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
     sizes = None if conv_in is None or to_k is None else (len(conv_in), to_k.shape[1])
@@ -85,17 +86,17 @@ def known_family(unet: Mapping[str, Tensor]) -> tuple[str, str] | None:
 
 
 def infer_prediction_type(state_dicts: StateDicts) -> str:
-    """ "eps" or "v" of a file that doesn't say. All of SD 1.x is "eps"; SD 2.x is told by its weights."""
+    """ "eps" or "v", for a file that does not say. SD 1.x is "eps"; for SD 2.x the weights decide."""
     name = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
     if not is_sd2(state_dicts) or name not in state_dicts["unet"]:
         return "eps"
     guess = "v" if state_dicts["unet"][name].float().std() > V_PREDICTION_STD else "eps"
-    logger.warning("The file does not say what its UNet predicts; by its weights it is %r", guess)
+    logger.warning("The file has no prediction type; by its weights it is %r", guess)
     return guess
 
 
 def unet_shape(unet: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The params of `UNetModel` that its tensors tell."""
+    """The params of `UNetModel` that the shapes of its tensors determine."""
     levels = 1 + sum(name.startswith("input_blocks.") and name.endswith(".op.weight") for name in unet)
     blocks = 1 + max(int(name.split(".")[1]) for name in unet if name.startswith("input_blocks."))
     stride = blocks // levels  # one more than the residual blocks of a level
@@ -119,7 +120,7 @@ def unet_shape(unet: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def autoencoder_shape(vae: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The params of `AutoencoderKL` that its tensors tell."""
+    """The params of `AutoencoderKL` that the shapes of its tensors determine."""
     levels = _count(vae, "encoder.down.")
     width, channels = vae["encoder.conv_in.weight"].shape[:2]
     widths = [len(vae[f"encoder.down.{level}.block.0.conv1.bias"]) for level in range(levels)]
@@ -134,7 +135,7 @@ def autoencoder_shape(vae: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def text_encoder_shape(text_encoder: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The params of `CLIPTextEncoder` that its tensors tell."""
+    """The params of `CLIPTextEncoder` that the shapes of its tensors determine."""
     embeddings = TEXT_MODEL + "embeddings."
     vocab_size, width = text_encoder[f"{embeddings}token_embedding.weight"].shape
     return {
@@ -147,7 +148,7 @@ def text_encoder_shape(text_encoder: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many of `prefix`0, `prefix`1, ... there are."""
+    """Number of different names that follow a prefix, as in `prefix`0, `prefix`1, ..."""
     return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
 
 

@@ -1,9 +1,9 @@
-"""Which tensor of a Stable Diffusion file belongs to which network: the one table, used both ways.
+"""Key table of single Stable Diffusion files, used both ways: which tensor belongs to which network.
 
-A file is a flat dict of names. `split` takes it apart into the three networks, each with the names of its
-own module; `join` puts them together again, with all else that other tools expect to find in the file. The
-networks carry SD's names inside, so for SD v1 single files (CompVis) the table is three prefixes. Files of
-SD 2.x differ in the text encoder, see `openclip`; diffusers folders in all, see `diffusers_names`.
+A file is a flat state dict. `split` divides it into the state dicts of the three networks, `join` puts them
+together again, with all else that other tools expect to find in the file. The modules have SD's names inside,
+so for SD 1.x files (CompVis) the table is three prefixes. Files of SD 2.x differ in the text encoder, see
+`openclip`; diffusers folders in all networks, see `diffusers_names`.
 """
 
 import logging
@@ -40,8 +40,8 @@ SCHEDULE_BUFFERS = (
 POSITION_IDS = TEXT_MODEL + "embeddings.position_ids"
 POSITION_EMBEDDING = TEXT_MODEL + "embeddings.position_embedding.weight"
 OPENCLIP_PREFIX = PREFIXES["text_encoder"] + "model."
-OPENCLIP_REST = "openclip_rest"  # the part of what no network uses, kept so that a file can be written again
-FOREIGN = {  # signs in names of files that are no Stable Diffusion 1.x or 2.x, whatever else they hold
+OPENCLIP_REST = "openclip_rest"  # tensors that no network uses, kept so that the file can be written again
+FOREIGN = {  # parts of names that only files of other models have
     "lora_": "a LoRA",
     ".lora_A.": "a LoRA",
     ".lora.down.": "a LoRA",
@@ -58,7 +58,7 @@ FOREIGN = {  # signs in names of files that are no Stable Diffusion 1.x or 2.x, 
     "model.layers.": "a language model",
     "depth_model.": "a Stable Diffusion 2 depth model",
 }
-PARTIAL = {  # signs of files that hold one network
+PARTIAL = {  # parts of names in files that hold one network
     "down_blocks.": "one network of a diffusers folder",
     "encoder.down.": "an autoencoder (VAE) alone",
     "vision_model.": "a whole CLIP model",
@@ -80,11 +80,10 @@ logger = logging.getLogger(__name__)
 
 
 def split(state_dict: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
-    """A file's names -> {"unet": {...}, "vae": {...}, "text_encoder": {...}} with the modules' own.
+    """A file's state dict -> {"unet": {...}, "vae": {...}, "text_encoder": {...}} under the modules' names.
 
-    No tensor is read before its use. Left out is what `join` can compute and what only training needed:
-    schedule buffers, position ids, averages of weights, losses of the autoencoder. A file of SD 2.x has a
-    part OPENCLIP_REST besides.
+    Tensors are read when they are used. Left out is what `join` can compute and what only training needed:
+    schedule buffers, position ids, EMA weights, losses of the VAE. A file of SD 2.x also has OPENCLIP_REST.
     """
     tables: dict[str, dict[str, str]] = {network: {} for network in PREFIXES}  # own name -> the file's
     openclip, stray = {}, []
@@ -99,7 +98,7 @@ def split(state_dict: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
         elif name not in SCHEDULE_BUFFERS and not name.startswith(EMA_PREFIX):
             stray.append(name)
     if stray:
-        logger.warning("ignored %d tensors that belong to no network: %s", len(stray), ", ".join(stray[:3]))
+        logger.warning("Ignored %d tensors that belong to no network: %s", len(stray), ", ".join(stray[:3]))
     state_dicts: dict[str, Mapping[str, Tensor]] = {
         network: renamed(state_dict, table) for network, table in tables.items()
     }
@@ -109,16 +108,17 @@ def split(state_dict: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
 
 
 def renamed(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> Lazy:
-    """Tensors under other names: new name -> old."""
+    """Tensors under other names. table: new name -> old."""
     return Lazy({new: partial(tensors.__getitem__, old) for new, old in table.items()})
 
 
 def join(
     state_dicts: Mapping[str, Mapping[str, Tensor]], alphas_cumprod: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The networks' tensors under SD's names, with all that a released file holds besides.
+    """State dicts of the networks -> one under SD's names, with what else a released file holds.
 
-    That is, given [T], 12 schedule buffers; position ids (SD 1.x); OPENCLIP_REST (SD 2.x, see `is_sd2`).
+    That is the 12 schedule buffers, given `alphas_cumprod` [T]; position ids (SD 1.x); OPENCLIP_REST (SD 2.x,
+    see `is_sd2`).
     """
     state_dicts = dict(state_dicts)
     rest = state_dicts.pop(OPENCLIP_REST, {})
@@ -137,13 +137,13 @@ def join(
 
 
 def is_sd2(state_dicts: Mapping[str, Mapping[str, Tensor]]) -> bool:
-    """Whether the UNet is of SD 2.x: there its transformers begin with linear layers, not convolutions."""
+    """Whether the UNet is of SD 2.x: its transformers begin with linear layers rather than convolutions."""
     projection = state_dicts.get("unet", {}).get("middle_block.1.proj_in.weight")
     return projection is not None and projection.ndim == 2
 
 
 def schedule_buffers(alphas_cumprod: Tensor) -> dict[str, Tensor]:
-    """The float32 tensors [T] that SD files carry for the schedule; all follow from `alphas_cumprod` [T].
+    """The schedule buffers of SD files, float32 [T] each, computed from `alphas_cumprod` [T].
 
     Ho et al. 2020: eq. 4 (forward process) and eqs. 6, 7 (posterior mean and variance).
     """
@@ -170,20 +170,20 @@ def schedule_buffers(alphas_cumprod: Tensor) -> dict[str, Tensor]:
 
 
 def choose_ema(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same names with the UNet's averaged weights in the place of the raw ones."""
+    """The state dict with the UNet's EMA weights in place of the raw ones. Raises UserError without any."""
     unet = [name for name in state_dict if name.startswith(PREFIXES["unet"])]
     averages = {name: EMA_PREFIX + name.removeprefix("model.").replace(".", "") for name in unet}
     missing = [name for name, average in averages.items() if average not in state_dict]
     if missing or not unet:
         raise UserError(
-            f"{len(missing)} of {len(unet)} UNet tensors have no averaged (EMA) weights in this file",
+            f"{len(missing)} of {len(unet)} UNet tensors have no EMA weights in this file",
             remedy="Load the raw weights instead.",
         )
     return dict(state_dict) | {name: state_dict[average] for name, average in averages.items()}
 
 
 def describe(names: Iterable[str]) -> str | None:
-    """What a file that is no Stable Diffusion model seems to be; None if it holds networks of one."""
+    """What kind of model the names suggest; None for networks of Stable Diffusion 1.x or 2.x."""
     names = list(names)
 
     def first(signs: Mapping[str, str]) -> str | None:
@@ -194,14 +194,14 @@ def describe(names: Iterable[str]) -> str | None:
 
 
 def describe_unet(unet: Mapping[str, Tensor]) -> str | None:
-    """What a UNet is that takes more than latents, such as an inpainting mask; None for text to image."""
+    """What a UNet with more input channels is for, such as inpainting; None for text to image."""
     conv_in = unet.get("input_blocks.0.0.weight")  # [width, channels, 3, 3]
     channels = LATENT_CHANNELS if conv_in is None else conv_in.shape[1]
     return None if channels == LATENT_CHANNELS else OTHER_UNETS.get(channels, "another kind of model")
 
 
 def _own_name(name: str) -> str:
-    """Name inside its module; restores a `text_model.` that is left out."""
+    """Name inside the module; adds a `text_model.` that some files leave out."""
     if name.startswith("transformer.") and not name.startswith(TEXT_MODEL):
         return TEXT_MODEL + name.removeprefix("transformer.")
     return name

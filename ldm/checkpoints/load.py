@@ -1,4 +1,4 @@
-"""Opening a model of any format and filling networks with it, tensor by tensor; nothing is loaded in part."""
+"""Opening a model of any format, and loading it into networks tensor by tensor, all or nothing."""
 
 import hashlib
 import json
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Model:
-    """A model file or folder, opened: tensors are read when they are used.
+    """An open model file or folder; its tensors are read when they are used.
 
     state_dicts: see `layout.split`. known: what it says of its networks and schedule, see
     `infer_config.model_config`.
-    given_size: pixels a side, if it says. tokenizer: the folder of its vocabulary, if it has one.
+    given_size: image size in pixels, if it says. tokenizer: folder of its vocabulary, if it has one.
     """
 
     path: Path
@@ -44,14 +44,14 @@ class Model:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Params of a model section that fit: the networks, the schedule, the parameterization."""
+        """The params of a model section for this model: networks, schedule, parameterization."""
         try:
             return infer_config.model_config(self.state_dicts, self.known)
         except UserError as error:
             raise UserError(error.what, where=self.path, remedy=error.remedy) from error
 
     def require_prediction(self, parameterization: str) -> None:
-        """Refuses a config by which the UNet would predict something else than the file says it does."""
+        """Raises UserError if the file names another prediction type; warns if its weights suggest it."""
         said = self.known.get("parameterization")
         found = said or infer_config.infer_prediction_type(self.state_dicts)
         if found == parameterization:
@@ -63,29 +63,30 @@ class Model:
             raise UserError(what, where=self.path, remedy=f"Set model.params.parameterization={said}.")
 
     def size(self, parameterization: str) -> int:
-        """Pixels a side that it draws best, if its UNet predicts this."""
+        """Native image size in pixels, given the prediction type of the UNet."""
         v_prediction = parameterization == "v" and layout.is_sd2(self.state_dicts)
         return self.given_size or (768 if v_prediction else 512)
 
 
 def open_model(path: str | Path, *, ema: bool = False) -> Model:
-    """A Stable Diffusion file, the index of its shards, or a diffusers folder; no tensor is read yet.
+    """Opens a Stable Diffusion file, the index of its shards, or a diffusers folder; reads no tensor.
 
-    `ema` takes the averaged weights of the UNet, from a file that holds both.
+    ema: take the EMA weights of the UNet, from a file that holds both. Raises UserError for anything else
+    than a text-to-image model of Stable Diffusion 1.x or 2.x.
     """
     path = Path(path)
     try:
         model = _open(path, ema=ema)
     except OSError as error:
         what = f"The model cannot be read: {error.strerror or error}"
-        raise UserError(what, where=error.filename or path, remedy="See to its permissions.") from error
+        raise UserError(what, where=error.filename or path, remedy="Check its permissions.") from error
     what = layout.describe_unet(model.state_dicts["unet"])
     if what is not None:
         conv_in = model.state_dicts["unet"]["input_blocks.0.0.weight"]
         raise UserError(
             f"This is {what}: its UNet takes {conv_in.shape[1]} channels, text to image has 4",
             where=path,
-            remedy="Name the model for text to image that it was made from.",
+            remedy="Use the text-to-image model that it was made from.",
         )
     return model
 
@@ -93,7 +94,7 @@ def open_model(path: str | Path, *, ema: bool = False) -> Model:
 def _open(path: Path, *, ema: bool) -> Model:
     if folder.is_folder(path):
         if ema:
-            raise UserError("A diffusers folder holds no averaged (EMA) weights apart", where=path)
+            raise UserError("A diffusers folder has no separate EMA weights", where=path)
         state_dicts, about = folder.read_folder(path)
         return Model(path, state_dicts, {}, about.known, given_size=about.size, tokenizer=about.tokenizer)
     tensors, metadata = read_checkpoint(path, ema=ema)
@@ -109,14 +110,14 @@ def read_checkpoint(path: str | Path, *, ema: bool = False) -> tuple[Mapping[str
     if what is not None:
         remedy = f"Names should begin with {', '.join(layout.PREFIXES.values())}; here is {min(tensors)}."
         raise UserError(
-            f"This is no Stable Diffusion model file, it looks like {what}", where=path, remedy=remedy
+            f"This is not a Stable Diffusion model file, it looks like {what}", where=path, remedy=remedy
         )
     return (layout.choose_ema(tensors) if ema else tensors), metadata
 
 
 @contextmanager
 def init_on_meta() -> Iterator[None]:
-    """Modules built inside take no memory and draw no weights: `load_state_dicts` is to fill them."""
+    """Builds modules on the meta device: they take no memory until `load_state_dicts` fills them."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None:
@@ -137,9 +138,10 @@ def load_state_dicts(
     where: object = None,
     device: str | torch.device = "cpu",
 ) -> None:
-    """Copy each part into its module, which keeps its dtype and device. All fit, or nothing is copied.
+    """Copies each state dict into its module, which keeps its dtype and device.
 
-    What was built `init_on_meta` is made on `device`, one tensor after the other.
+    Modules built under `init_on_meta` are created on `device`, one tensor after the other. Raises UserError,
+    before anything is copied, if names or shapes differ.
     """
     report = [
         line for name, module in modules.items() for line in _misfits(name, module, state_dicts.get(name, {}))
@@ -165,7 +167,7 @@ def file_hash(path: str | Path) -> str:
 
 
 def _about(metadata: Mapping[str, str]) -> tuple[dict[str, Any], int | None]:
-    """What a single file's metadata says of its networks and schedule, and of its size in pixels."""
+    """Metadata of a single file -> (config of its networks and schedule, image size in pixels)."""
     known = json.loads(metadata.get("ldm.config", "{}"))
     prediction = PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type", ""))
     if prediction and "parameterization" not in known:
@@ -188,7 +190,7 @@ def _fill(module: nn.Module, state_dict: Mapping[str, Tensor], device: str | tor
 
 
 def _misfits(name: str, module: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """One line for each kind of misfit between a module and its part of the file."""
+    """One line for each kind of difference between a module and its state dict."""
     own = module.state_dict()
     if own and not state_dict:
         return [f"{name}: the file holds none of its {len(own)} tensors"]

@@ -1,7 +1,7 @@
-"""LoRA files, in the keys of kohya's sd-scripts (A1111, ComfyUI) or of PEFT (diffusers); merging.
+"""LoRA files, with the keys of kohya's sd-scripts (A1111, ComfyUI) or of PEFT (diffusers), and merging.
 
-Both name layers as diffusers does. kohya's keys have underscores for dots, and alpha beside the factors; PEFT
-takes alpha for the rank, so its files hold `up` times alpha / rank.
+Both name layers as diffusers does. kohya's keys have underscores for dots, and alpha is a tensor of its own;
+PEFT assumes alpha = rank, so its files hold `up` times alpha / rank.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from ldm.errors import UserError
 Style = Literal["kohya", "peft"]
 StateDicts = Mapping[str, Mapping[str, Tensor]]  # network -> its tensors, see `layout.split`
 LoRAWeights = tuple[Tensor, Tensor, float]  # down [rank, in, ...], up [out, rank, ...], alpha
-Layers = Mapping[str, Mapping[str, LoRAWeights]]  # network -> layer -> its factors
+Layers = Mapping[str, Mapping[str, LoRAWeights]]  # network -> layer -> its LoRA weights
 PREFIXES = {"unet": ("lora_unet_", "unet."), "text_encoder": ("lora_te_", "text_encoder.")}
 ENDS = {
     ".lora_down.weight": "down",
@@ -43,7 +43,7 @@ def save_lora(
     dtype: torch.dtype | None = torch.float16,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the factors that go beside the layers of the networks `state_dicts`, in safetensors."""
+    """Writes LoRA weights for the networks `state_dicts` as a safetensors file -> path."""
     theirs, tensors = _names(state_dicts), {}
     for network, inner in layers.items():
         kohya, peft = PREFIXES[network]
@@ -60,12 +60,15 @@ def save_lora(
 
 
 def read_lora(path: str | Path, state_dicts: StateDicts) -> Layers:
-    """The factors in a file of either kind, for a model of these networks; all must fit its layers."""
+    """The LoRA weights in a file of either style, for the networks `state_dicts`.
+
+    Raises UserError if a key or a shape does not fit the layers of these networks.
+    """
     tensors, _ = read_tensors(Path(path))
     places = {}  # kohya's name -> (network, layer)
     for network, names in _names(state_dicts).items():
         for layer, name in names.items():
-            for spelt in (layer, name):  # some files of kohya's kind keep SD's own names
+            for spelt in (layer, name):  # some files of kohya's style have SD's own names
                 places[PREFIXES[network][0] + spelt.replace(".", "_")] = network, layer
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key in tensors:
@@ -75,7 +78,7 @@ def read_lora(path: str | Path, state_dicts: StateDicts) -> Layers:
             if module.startswith(peft):
                 module = kohya + module.removeprefix(peft).replace(".", "_")
         if not end or module not in places:
-            what = f"`{key}` is nothing that a LoRA of this model has"
+            what = f"`{key}` is not a key of a LoRA of this model"
             raise UserError(what, where=path, remedy="Use a plain LoRA that was trained on the same family.")
         found.setdefault(places[module], {})[ENDS[end]] = tensors[key]
     layers: dict[str, dict[str, LoRAWeights]] = {network: {} for network in PREFIXES}
@@ -89,7 +92,7 @@ def read_lora(path: str | Path, state_dicts: StateDicts) -> Layers:
 def merge_lora(
     state_dicts: StateDicts, layers: Layers, *, weight: float = 1.0
 ) -> dict[str, Mapping[str, Tensor]]:
-    """Networks with `weight` times the factors in their weights; tensors that change become float32."""
+    """Networks with `weight` times the LoRA merged into their weights; merged tensors are float32."""
     merged = dict(state_dicts)
     for network, inner in layers.items():
         tensors = state_dicts[network]
@@ -114,7 +117,7 @@ def _add(tensors: Mapping[str, Tensor], name: str, weights: LoRAWeights, weight:
 def _checked(weights: Mapping[str, Tensor], base: Tensor, *, where: object, layer: str) -> LoRAWeights:
     absent = [name for name in ("down", "up") if name not in weights]
     if absent:
-        raise UserError(f"`{layer}` has no {absent[0]} factor", where=where)
+        raise UserError(f"`{layer}` has no {absent[0]} matrix", where=where)
     down, up = weights["down"], weights["up"]
     size = (len(up), up[0].numel(), down[0].numel())
     if size != (len(base), len(down), base[0].numel()):
@@ -124,7 +127,7 @@ def _checked(weights: Mapping[str, Tensor], base: Tensor, *, where: object, laye
 
 
 def _names(state_dicts: StateDicts) -> dict[str, dict[str, str]]:
-    """Network -> own name of each layer -> diffusers' name."""
+    """Network -> SD's name of each layer -> diffusers' name."""
     unet = [name for name in state_dicts["unet"] if name.endswith(".weight")]
     renamed = rename(dict.fromkeys(unet), unet_table(unet_shape(state_dicts["unet"])))
     text = [name for name in state_dicts["text_encoder"] if name.endswith(".weight")]
@@ -139,7 +142,7 @@ def _names(state_dicts: StateDicts) -> dict[str, dict[str, str]]:
 
 
 def _about(layers: Layers, metadata: Mapping[str, str], style: Style) -> dict[str, str]:
-    """The metadata of a model file, as it applies to its LoRA."""
+    """Metadata of the LoRA file that belongs to a model file with `metadata`."""
     about = {key: text for key, text in metadata.items() if key != "ldm.config"}
     if "modelspec.architecture" in about:
         about["modelspec.architecture"] += "/lora"

@@ -1,4 +1,4 @@
-"""What a model file says about itself, for people and for programs: text in its metadata.
+"""Metadata of model files.
 
 `modelspec.*` are the keys of Stability AI's ModelSpec 1.0.0, which model browsers read; `ldm.*` are ours.
 """
@@ -17,7 +17,7 @@ OTHER_ARCHITECTURE = "latent-diffusion"
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v"}
 IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"  # whose tensor names the file has
 CLIP_VOCABULARY = 49408
-PRIVATE = ("_root", "folder", "cache", "base_checkpoint", "base_parts")  # ends of keys with paths
+PRIVATE = ("_root", "folder", "cache", "base_checkpoint", "base_parts")  # keys with paths end so
 SAMPLING_DEFAULTS = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5}  # Stable Diffusion's usual ones
 NETWORKS = ("unet", "vae", "text_encoder")  # keys of nodes that `ldm.config` holds
 
@@ -34,8 +34,7 @@ def file_metadata(
     """The metadata of a single file.
 
     config: the model's params, each explicit (`infer_config.model_config`). size: pixels a side.
-    trigger_phrase: the words that call the subject up. base_sha256: of the model that was trained on.
-    training: the run's config.
+    trigger_phrase: names the subject in prompts. base_sha256: of the base model. training: the run's config.
     """
     unet, parameterization = config["unet"]["params"], config["parameterization"]
     family = (unet["model_channels"], unet["context_dim"], parameterization)
@@ -61,7 +60,7 @@ def file_metadata(
 
 
 def taught_words(metadata: Mapping[str, str]) -> dict[str, str | None]:
-    """The identifier and the class_word of the subject a file was taught; None where it does not say."""
+    """Identifier and class_word of the subject that a file was trained on; None where it does not say."""
     training = json.loads(metadata.get("ldm.training", "{}"))
     class_word = training.get("data", {}).get("params", {}).get("class_word")
     trigger = metadata.get("modelspec.trigger_phrase", "")
@@ -79,7 +78,7 @@ def sampling_defaults(metadata: Mapping[str, str]) -> dict[str, str | int | floa
 
 
 def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's config without the paths of somebody's machine."""
+    """A run's config without paths and without the networks."""
     kept = {
         key: value
         for key, value in config.items()
@@ -89,7 +88,7 @@ def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the place of a vocabulary that everybody has."""
+    """A model's config without the path of CLIP's vocabulary, which every tool has."""
     text = dict(config["text_encoder"]["params"])
     if text["vocab_size"] == CLIP_VOCABULARY:
         text.pop("tokenizer", None)

@@ -1,8 +1,8 @@
-"""The text encoder of SD 2.x: OpenCLIP's names (`cond_stage_model.model.*`) and those of `CLIPTextEncoder`.
+"""Key table of SD 2.x's text encoder: OpenCLIP (`cond_stage_model.model.*`) from and to `CLIPTextEncoder`.
 
 OpenCLIP fuses query, key and value to one `in_proj`, and its files hold a projection and a temperature that
-Stable Diffusion doesn't use. They also hold the last of the tower's layers, though SD 2.x takes the output of
-the one before it; diffusers folders leave it out.
+Stable Diffusion doesn't use. They also hold the last layer, though SD 2.x takes the output of the one before
+it; diffusers folders leave it out.
 """
 
 import math
@@ -31,15 +31,15 @@ LAYER_TABLE = {  # within a layer
     "mlp.c_proj": "mlp.fc2",
 }
 FUSED = {f"attn.in_proj_{kind}": [f"self_attn.{x}_proj.{kind}" for x in "qkv"] for kind in ("weight", "bias")}
-UNUSED = ("text_projection", "logit_scale")  # in every file; no part of the tower as SD uses it
+UNUSED = ("text_projection", "logit_scale")  # in every file; SD does not use them
 BUFFERS = ("attn_mask",)
 RELEASED_LAYERS = 24  # of ViT-H-14
 
 
 def from_openclip(tensors: Mapping[str, Tensor]) -> tuple[Lazy, Lazy]:
-    """Names after `cond_stage_model.model.` -> the tower under its module's names, and the UNUSED rest.
+    """Names after `cond_stage_model.model.` -> the text encoder under its own names, the UNUSED rest.
 
-    Files made of diffusers folders lack the last of the RELEASED_LAYERS; they get one, as if it were there.
+    Files made from diffusers folders lack the last of the RELEASED_LAYERS; it is copied from the one before.
     """
     text_encoder: dict[str, Callable[[], Tensor]] = {}
     for name in tensors:
@@ -58,9 +58,9 @@ def from_openclip(tensors: Mapping[str, Tensor]) -> tuple[Lazy, Lazy]:
 
 
 def to_openclip(text_encoder: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tower under OpenCLIP's names, and UNUSED of `rest`.
+    """The text encoder under OpenCLIP's names, with UNUSED from `rest`.
 
-    Where `rest` lacks them, the identity and CLIP's upper bound of the temperature stand in.
+    If `rest` lacks them, they are the identity and the upper bound of CLIP's temperature.
     """
     inverse = {own: name for name, own in TABLE.items()}
     layer_inverse = {own: name for name, own in LAYER_TABLE.items()}
@@ -77,17 +77,17 @@ def to_openclip(text_encoder: Mapping[str, Tensor], rest: Mapping[str, Tensor]) 
             rows = [text_encoder[f"{LAYER}{layer}.{own}"] for own in FUSED[fused[inner]]]
             tensors[theirs] = torch.cat(rows)
     positions = tensors["positional_embedding"]
-    stand_ins = {
+    defaults = {
         "text_projection": torch.eye(positions.shape[1], dtype=positions.dtype),
         "logit_scale": torch.tensor(math.log(100.0), dtype=positions.dtype),
     }
-    return tensors | stand_ins | {name: rest[name] for name in UNUSED if name in rest}
+    return tensors | defaults | {name: rest[name] for name in UNUSED if name in rest}
 
 
 def with_last_layer(text_encoder: Mapping[str, Tensor], rest: Mapping[str, Tensor], *, layers: int) -> Lazy:
-    """The tower of a diffusers folder, which has all but the last of `layers`, with that layer again.
+    """The text encoder of a diffusers folder, which lacks the last of its `layers`, with that layer added.
 
-    It is taken from `rest`; where it isn't kept, the layer before stands in, as nothing is computed with it.
+    It is taken from `rest`, or else copied from the layer before: SD 2.x computes nothing with it.
     """
     make = {name: partial(text_encoder.__getitem__, name) for name in text_encoder}
     for name in text_encoder:
@@ -99,7 +99,7 @@ def with_last_layer(text_encoder: Mapping[str, Tensor], rest: Mapping[str, Tenso
 
 
 def without_last_layer(text_encoder: Mapping[str, Tensor], *, layers: int) -> tuple[Lazy, Lazy]:
-    """The tower as diffusers folders hold it; the last of its `layers`."""
+    """The text encoder without the last of its `layers`, as diffusers folders hold it, and that layer."""
     make = {name: partial(text_encoder.__getitem__, name) for name in text_encoder}
     last = {name for name in make if name.startswith(f"{LAYER}{layers - 1}.")}
     return tuple(Lazy({n: f for n, f in make.items() if (n in last) == wanted}) for wanted in (False, True))

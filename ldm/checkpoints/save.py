@@ -1,4 +1,4 @@
-"""Writing model files: whole or not at all, in the names and the formats that other tools read."""
+"""Atomic writing of model files, with the names and in the formats that other tools read."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from ldm.errors import UserError
 from ldm.files import atomic_write
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-HEADER_BYTES = 2**20  # room for names and metadata, beside the tensors
+HEADER_BYTES = 2**20  # for names and metadata, beside the tensors
 
 
 def save_model(
@@ -27,8 +27,8 @@ def save_model(
 ) -> Path:
     """Write one SD file of `state_dicts` (see `layout.split`): .safetensors or, by suffix, .ckpt.
 
-    Weights are stored in `dtype`, or as they are if it is None, integers as they are, the schedule [T] always
-    in float32. None for `alphas_cumprod` leaves the schedule out (an autoencoder alone has none).
+    Float tensors are cast to `dtype` (None keeps their dtype), integers are not, and the schedule is float32.
+    alphas_cumprod: [T]; None leaves the schedule buffers out (a VAE alone has none).
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".ckpt"):
@@ -43,7 +43,7 @@ def save_model(
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as they are, in the format of the suffix: equal content gives equal bytes."""
+    """Writes tensors as they are, in the format of the suffix; equal content gives equal bytes."""
     path, text = Path(path), dict(metadata or {})
     tensors = _own_memory(tensors)
     try:
@@ -61,7 +61,7 @@ def write_tensors(
 
 
 def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the CPU, none a part or a second name of another's memory, as the formats ask for."""
+    """Contiguous tensors on the CPU that share no memory, as the formats require."""
     own, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -72,7 +72,7 @@ def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cast_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Float tensors in the dtype of the file; refuses to turn a finite weight into infinity."""
+    """Casts float tensors to the dtype of the file. Raises UserError if a finite weight overflows."""
     cast = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
@@ -86,7 +86,7 @@ def cast_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> di
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata, which safetensors writes in random order, in order: 8 bytes of length, then JSON."""
+    """Sorts the metadata, which safetensors writes in random order; the header is 8 bytes of length, JSON."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -97,7 +97,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """The old file, if any, stays until the new one is whole: it does not count as free."""
+    """Raises UserError if fewer than `needed` bytes are free, beside a file that is being replaced."""
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         what = f"The disk has {free / 2**30:.2f} GiB free, the model takes {needed / 2**30:.2f} GiB"

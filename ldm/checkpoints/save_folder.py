@@ -1,4 +1,4 @@
-"""Writing a model as the folder that diffusers loads with `StableDiffusionPipeline.from_pretrained`."""
+"""Writing a model as a diffusers folder, for `StableDiffusionPipeline.from_pretrained`."""
 
 import json
 import shutil
@@ -45,10 +45,10 @@ def save_folder(
     size: int,
     dtype: torch.dtype | None = torch.float32,
 ) -> Path:
-    """Write `state_dicts` (see `layout.split`) as a new folder, whole or not at all.
+    """Writes `state_dicts` (see `layout.split`) as a new folder, atomically -> folder.
 
-    config: every param explicit, as `Model.config` has it. tokenizer: folder of vocab.json and merges.txt.
-    size: pixels a side that pipelines draw by default. dtype: of the weights; None keeps them as they are.
+    config: every param explicit, as in `Model.config`. tokenizer: folder of vocab.json and merges.txt. size:
+    default height and width of samples, in pixels. dtype: of the weights; None keeps theirs.
     """
     folder, tokenizer = Path(folder), Path(tokenizer)
     check_folder(folder)
@@ -75,7 +75,7 @@ def save_folder(
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that, on leaving without an error, becomes `folder` (absent or empty)."""
+    """Yields a temporary folder that becomes `folder` (absent or empty) on leaving without an error."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         yield temporary
@@ -88,13 +88,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse to write over what is there."""
+    """Raises UserError unless the folder is absent or empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError("There is something already", where=folder, remedy="Choose a new folder.")
+        raise UserError("The target exists already", where=folder, remedy="Choose a new folder.")
 
 
 def _weights(state_dicts: StateDicts, config: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
-    """The networks' tensors under diffusers' names, by file."""
+    """File name -> the tensors of that network under diffusers' names."""
     params = {name: config[name]["params"] for name in ("unet", "vae", "text_encoder")}
     text_encoder, rest = state_dicts["text_encoder"], dict(state_dicts.get(OPENCLIP_REST, {}))
     text = params["text_encoder"]
@@ -117,7 +117,7 @@ def _weights(state_dicts: StateDicts, config: Mapping[str, Any]) -> dict[str, Ma
 
 
 def _configs(config: Mapping[str, Any], tokenizer: Path, size: int) -> dict[str, Any]:
-    """The contents of the JSON files, by name."""
+    """Name -> content of each JSON file."""
     unet, vae, text = (config[name]["params"] for name in ("unet", "vae", "text_encoder"))
     vocabulary = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
     factor = 2 ** (len(vae["ch_mult"]) - 1)

@@ -1,6 +1,6 @@
-"""Files of tensors, read safely and lazily: no code in a file is ever run, no tensor is read before its use.
+"""Safe and lazy reading of tensor files: no code in a file is run, and a tensor is read when it is used.
 
-safetensors files hold no code. A pickle (.ckpt, .pt, .bin) is read by torch's restricted unpickler, and one
+safetensors files hold no code. A pickle (.ckpt, .pt, .bin) is read by torch's weights-only unpickler, and one
 that needs more than tensors is refused
 (https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only).
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm.errors import UserError
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-NOT_MODELS = {  # first bytes of files that often stand in a model's place
+NOT_MODELS = {  # first bytes of files that are often taken for a model
     b"version https://git-lfs": ("a git LFS pointer", "Fetch the file itself with `git lfs pull`."),
     b"<": ("a web page", "Download it again; the address may need a login."),
     b"{": ("JSON text", "Name the model file itself."),
@@ -30,7 +30,7 @@ GetTensor = Callable[[str], Tensor]
 
 
 class Inert:
-    """Stands in for the few classes that Lightning 1.x pickled beside the weights of SD; does nothing."""
+    """Placeholder for the few classes that Lightning 1.x pickled beside the weights of SD; does nothing."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -53,7 +53,7 @@ INERT = [
 
 
 class Lazy(Mapping[str, Tensor]):
-    """Tensors that are made when they are asked for: a name -> a function without arguments."""
+    """Lazy mapping of tensors: each is computed when it is accessed, by a function without arguments."""
 
     def __init__(self, make: Mapping[str, Callable[[], Tensor]]):
         self._make = dict(make)
@@ -72,10 +72,10 @@ class Lazy(Mapping[str, Tensor]):
 
 
 class MappedTensors(Mapping[str, Tensor]):
-    """The tensors of a file, mapped from the disk.
+    """Memory-mapped tensors of a file.
 
-    What has been read of a mapping counts as memory of the process. So after REMAP_BYTES the file is mapped
-    anew, and the old mapping goes with the last tensor that was made from it.
+    Pages that were read count as memory of the process. So the file is mapped again after REMAP_BYTES; the
+    old mapping is freed with the last tensor that uses it.
     """
 
     def __init__(self, names: Iterable[str], map_file: Callable[[], GetTensor]):
@@ -102,7 +102,10 @@ class MappedTensors(Mapping[str, Tensor]):
 
 
 def read_tensors(path: str | Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file or of a pickle, each read when it is used; the file's metadata."""
+    """The tensors of a safetensors file or a pickle, read lazily, and the file's metadata.
+
+    Raises UserError for a file that is missing, damaged, not a model, or asks for more than tensors.
+    """
     path = Path(path)
     _check_file(path)
     with path.open("rb") as file:
@@ -112,7 +115,7 @@ def read_tensors(path: str | Path) -> tuple[Mapping[str, Tensor], dict[str, str]
     else:
         for sign, (what, remedy) in NOT_MODELS.items():
             if start.startswith(sign):
-                raise UserError(f"This is no model file but {what}", where=path, remedy=remedy)
+                raise UserError(f"This is not a model file but {what}", where=path, remedy=remedy)
         tensors, metadata = _read_pickle(path)
     if not tensors:
         raise UserError("The file holds no tensors", where=path)
@@ -120,7 +123,7 @@ def read_tensors(path: str | Path) -> tuple[Mapping[str, Tensor], dict[str, str]
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what is not a file with anything in it."""
+    """Raises UserError for a folder, a missing file or an empty one."""
     if path.is_dir():
         models = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES)
         remedy = f"It holds {', '.join(models)}." if models else "Name a .safetensors or .ckpt file."
@@ -145,7 +148,7 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]
 
 def _read_pickle(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Tensors under `state_dict`, where there is one, and the text under `metadata`."""
-    mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"  # torch.load goes by that suffix
+    mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"  # torch.load trusts that suffix
     content = unpickle(path, mapped=mapped)
     tensors, metadata = _state_dict(content), content.get("metadata")
     text = metadata.items() if isinstance(metadata, dict) else ()
@@ -156,7 +159,10 @@ def _read_pickle(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
 
 
 def unpickle(path: Path, *, mapped: bool) -> dict[str, Any]:
-    """The dict in a pickle of tensors and plain values, `mapped` from the disk or read and checked."""
+    """The dict in a pickle of tensors and plain values.
+
+    mapped: memory-mapped rather than read; only reading verifies the checksums in the file.
+    """
     try:
         with path.open("rb") as file, torch.serialization.safe_globals(INERT):
             content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
@@ -167,7 +173,7 @@ def unpickle(path: Path, *, mapped: bool) -> dict[str, Any]:
         raise UserError(
             f"Refused: this pickle asks to run `{needed[1]}`, which is more than loading tensors",
             where=path,
-            remedy="Get the model as .safetensors; or, if you would run its author's programs, open it with "
+            remedy="Get the model as .safetensors; or, if you trust its author, open it with "
             "torch.load(weights_only=False) and save its state_dict with safetensors.torch.save_file.",
         ) from error
     except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, IndexError, OSError) as error:
@@ -182,7 +188,7 @@ def _state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    said = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch's advice before it is to run the file
+    said = str(error).rpartition("WeightsUnpickler error: ")[2]  # before it, torch advises to run the file
     reason = re.split(r"\. |\n", said.strip())[0].rstrip(".") or type(error).__name__
-    remedy = f"It has {path.stat().st_size} bytes: compare that with its source and get it again."
-    return UserError(f"The model file is cut short or damaged: {reason}", where=path, remedy=remedy)
+    remedy = f"It has {path.stat().st_size} bytes: compare that with its source and download it again."
+    return UserError(f"The model file is truncated or damaged: {reason}", where=path, remedy=remedy)

@@ -98,7 +98,7 @@ def broken_config(folder: Path) -> None:
     [
         (another_pipeline, "the folder of a StableDiffusionXLPipeline"),
         (one_network, r"one network \(UNet2DConditionModel\).*Name the folder that holds unet"),
-        (half_of_it, "not whole: vae, text_encoder with its config.json is missing"),
+        (half_of_it, "incomplete: vae, text_encoder with its config.json is missing"),
         (broken_config, "config cannot be read"),
         (lambda folder: None, "a folder, not a model file.*Name a .safetensors"),
     ],

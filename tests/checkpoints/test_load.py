@@ -95,7 +95,7 @@ def test_truncated_files_are_refused(tmp_path, kind, keep):
     read_checkpoint(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * keep)])
-    with pytest.raises(UserError, match=r"(cut short or damaged|is empty).*model\.any"):
+    with pytest.raises(UserError, match=r"(truncated or damaged|is empty).*model\.any"):
         read_checkpoint(path)
 
 

@@ -54,5 +54,5 @@ def test_files_of_other_tools(vectors, tmp_path):
 
 
 def test_a_model_is_no_embedding(tiny_model_file):
-    with pytest.raises(UserError, match="no textual-inversion"):
+    with pytest.raises(UserError, match="not a textual-inversion"):
         read_embedding(tiny_model_file)

@@ -242,7 +242,7 @@ def test_files_to_folders_and_back_is_bit_equal(saved, tmp_path):
         file = f"{name}/diffusion_pytorch_model.safetensors"
         assert_equal(load_file(chain[2] / file), load_file(saved / file))
     assert open_model(chain[4]).config["parameterization"] == open_model(saved).config["parameterization"]
-    with pytest.raises(UserError, match="There is something already"):
+    with pytest.raises(UserError, match="The target exists already"):
         run_convert(chain[4], chain[2])
 
 

@@ -130,5 +130,5 @@ def test_what_does_not_fit_is_named(tiny_model_file: Path, lora: LoRA, tmp_path:
             read_lora(tmp_path / "spoilt.safetensors", parts)
     del tensors[name]
     save_file(tensors, tmp_path / "spoilt.safetensors")
-    with pytest.raises(UserError, match="no down factor"):
+    with pytest.raises(UserError, match="no down matrix"):
         read_lora(tmp_path / "spoilt.safetensors", parts)
