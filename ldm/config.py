@@ -1,8 +1,8 @@
-"""YAML files and `key=value` overrides -> one checked config -> objects.
+"""Configs: YAML files and `key=value` overrides, their validation, and objects built from them.
 
 Every object is a node `{target: dotted.Class, params: {...}}` (the convention of latent-diffusion), and the
-signature of the class is its schema: `check` compares names and types with it and builds nothing. Targets are
-limited to ALLOWED, so that a config from somebody else cannot run arbitrary code.
+signature of the class is its schema: `check` compares names and types with it without building anything.
+Targets are limited to ALLOWED, so that a config from somebody else cannot run arbitrary code.
 """
 
 import copy
@@ -24,13 +24,13 @@ from ldm.errors import UserError
 from ldm.files import atomic_write
 
 ALLOWED = ("ldm.", "torch.optim.", "pytorch_lightning.")
-FROM_CODE = {"params", "optimizer"}  # what optimizers and schedules get from code: no config can hold it
+FROM_CODE = {"params", "optimizer"}  # arguments that code passes to optimizers and schedules
 LISTS = (list, tuple, abc.Sequence, abc.Collection, abc.Iterable)
 DICTS = (dict, abc.Mapping, abc.MutableMapping)
 
 
 def load_config(paths: Sequence[str | Path], dotlist: Sequence[str] = ()) -> DictConfig:
-    """Merge YAML files left to right, then `a.b=value` items (`a.0=x` sets an entry of a list)."""
+    """Merges YAML files from left to right, then `a.b=value` overrides (`a.0=x` sets an entry of a list)."""
     config = OmegaConf.create({})
     for path in paths:
         config = OmegaConf.merge(config, _read(Path(path)))
@@ -43,19 +43,19 @@ def load_config(paths: Sequence[str | Path], dotlist: Sequence[str] = ()) -> Dic
             OmegaConf.update(config, key.strip(), parsed["value"])
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
             raise UserError(f"The override `{item}` cannot be applied: {_first_line(error)}") from error
-    to_plain(config)  # every value is there and every interpolation resolves
+    to_plain(config)  # raises for a missing value or an interpolation that does not resolve
     return config
 
 
 def save_config(config: DictConfig, path: str | Path) -> Path:
-    """Write YAML whole or not at all; loading it gives the same config back."""
+    """Writes the config as YAML, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(OmegaConf.to_yaml(config), encoding="utf-8")
     return Path(path)
 
 
 def get_class(target: str) -> type:
-    """The class that a dotted name stands for, if it is defined under one of the ALLOWED prefixes."""
+    """Imports the class of a dotted name. Raises UserError unless it is defined under an ALLOWED prefix."""
     if not isinstance(target, str) or not target.startswith(ALLOWED):
         raise UserError(
             f"`{target}` is not an allowed target", remedy=f"It may start with {' '.join(ALLOWED)}"
@@ -65,8 +65,8 @@ def get_class(target: str) -> type:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, something that it imports is not
-        raise UserError(f"`{target}` names no module: there is no `{error.name}`") from error
+            raise  # the module exists, but something that it imports does not
+        raise UserError(f"`{target}` cannot be imported: there is no module `{error.name}`") from error
     classes = {
         n: c for n, c in vars(module).items() if inspect.isclass(c) and c.__module__.startswith(ALLOWED)
     }
@@ -76,13 +76,16 @@ def get_class(target: str) -> type:
 
 
 def instantiate(node: DictConfig | Mapping[str, Any], **from_code: Any) -> Any:
-    """Build `{target, params}`, `from_code` added; nodes inside params stay plain dicts for the receiver."""
+    """Builds the object of a node `{target, params}`, with `from_code` as further arguments.
+
+    Nodes inside params are passed on as dicts, for the class to build.
+    """
     plain = to_plain(node)
     return get_class(plain.get("target"))(**{**(plain.get("params") or {}), **from_code})
 
 
 def to_plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Plain dicts, lists and scalars, with every `${...}` resolved."""
+    """The config as dicts, lists and scalars, with every `${...}` resolved."""
     if not OmegaConf.is_config(config):
         return copy.deepcopy(dict(config))
     try:
@@ -100,11 +103,11 @@ def check(
     paths: Sequence[str | Path] = (),
     dotlist: Sequence[str] = (),
 ) -> None:
-    """Raise one UserError that names all that does not fit: its key, its file and the nearest valid name.
+    """Validates a config. Raises one UserError with every error: its key, its file, the nearest valid name.
 
-    `schema` maps the allowed top-level keys to annotations, `{"model": dict, "trainer": Trainer}`; a class
-    that is no built-in stands for a mapping of its constructor's parameters. `from_code` are dotted keys that
-    code supplies ("data.params.seed"). `paths` and `dotlist` are what the config was loaded from.
+    schema: allowed top-level keys and their annotations, `{"model": dict, "trainer": Trainer}`; a class that
+    is not a built-in stands for a mapping of its constructor's parameters. required: keys that must be there.
+    from_code: dotted keys that code supplies ("data.params.seed"). paths, dotlist: the sources of the config.
     """
     plain = to_plain(config)
     found = [UserError("A section is missing", where=key) for key in required if key not in plain]
@@ -124,9 +127,9 @@ def check(
 
 
 def _check_node(node: dict[str, Any], key: str) -> Iterator[UserError]:
-    """What is wrong with `{target, params}`; `where` of each error is its dotted key, here and below."""
+    """Errors in a node `{target, params}`. The `where` of each is its dotted key, here and below."""
     for name in node.keys() - {"target", "params"}:
-        yield UserError(f"`{name}` stands beside `target`", where=f"{key}.{name}", remedy="Is it a param?")
+        yield UserError(f"`{name}` is beside `target`", where=f"{key}.{name}", remedy="Move it to `params`.")
     try:
         kind = get_class(node["target"])
     except UserError as error:
@@ -136,7 +139,7 @@ def _check_node(node: dict[str, Any], key: str) -> Iterator[UserError]:
 
 
 def _check_params(kind: type, params: Any, key: str) -> Iterator[UserError]:
-    """Names and types of `params` against the signature of `kind`."""
+    """Errors in `params`: names and types that do not fit the signature of `kind`."""
     if not isinstance(params, dict):
         yield UserError(f"{params!r} is not a mapping of the parameters of {kind.__name__}", where=key)
         return
@@ -156,7 +159,7 @@ def _check_params(kind: type, params: Any, key: str) -> Iterator[UserError]:
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    """Annotations of the constructor; none where they name types that only a type checker imports."""
+    """Annotations of the constructor; none if they use types that only a type checker imports."""
     try:
         return typing.get_type_hints(kind.__init__)
     except NameError:
@@ -164,7 +167,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _check_value(value: Any, annotation: Any, key: str) -> Iterator[UserError]:
-    """Type of a value, and the nodes anywhere inside it."""
+    """Errors in a value: its type, and the nodes anywhere inside it."""
     if not _fits(value, annotation):
         wanted = annotation.__name__ if type(annotation) is type else str(annotation)
         yield UserError(f"{value!r} ({type(value).__name__}) should be {wanted}", where=key)
@@ -176,7 +179,7 @@ def _check_value(value: Any, annotation: Any, key: str) -> Iterator[UserError]:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a plain value fits a parameter's annotation: an int fits float, a bool does not fit int."""
+    """Whether a value fits an annotation: an int fits float, a bool does not fit int."""
     kind, inner = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if kind in (Union, UnionType):
         return any(_fits(value, option) for option in inner)
@@ -209,7 +212,7 @@ def _read(path: Path) -> DictConfig:
 
 
 def _origins(key: str, paths: Sequence[str | Path], dotlist: Sequence[str]) -> list[str]:
-    """The files, then the overrides, that set a dotted key or, failing that, the node around it."""
+    """The files, then the overrides, that set a dotted key or else the node around it."""
     origins = [str(path) for path in paths if _sets(_read(Path(path)), key)]
     origins += [item for item in dotlist if f"{item.partition('=')[0].strip()}.".startswith(f"{key}.")]
     around = key.rpartition(".")[0]
@@ -222,7 +225,7 @@ def _sets(config: DictConfig, key: str) -> bool:
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:
-    """The remedy for a mistyped name."""
+    """The remedy for an unknown name: the nearest valid one, or all of them."""
     by_lower = {str(known).lower(): str(known) for known in valid}
     close = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
     known = ", ".join(sorted(by_lower.values())) or "none"

@@ -1,8 +1,8 @@
-"""The one error a user can cause."""
+"""The exception for errors that a user can cause."""
 
 
 class UserError(Exception):
-    """Something the user can put right: says what is wrong, where, and the remedy, in one sentence each.
+    """An error in the input: what is wrong, where, and the remedy, in one sentence each.
 
     Entry points print it without a traceback and exit with status 2.
     """

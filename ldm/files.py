@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, whatever moment the process dies at."""
+"""Atomic file writing: a file is complete or absent, whenever the process is killed."""
 
 import hashlib
 import os
@@ -17,11 +17,11 @@ _UMASK_LOCK = threading.Lock()
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path in the folder of `path`; on leaving without an error it becomes `path`.
+    """Atomic write: yields a temporary path in the same folder, which replaces `path` on leaving.
 
-    Write to the temporary path by any means. Its bytes reach the disk (fsync) before the rename, and
-    the rename does before this returns, so a crash leaves either the old file or the new one. After an
-    error the temporary file is gone and `path` is untouched; only a killed process leaves a `.*.tmp`.
+    The temporary file is synchronized to disk (fsync) before the rename, and the folder after it, so a crash
+    leaves either the old file or the new one. On an exception the temporary file is removed and `path` stays
+    as it was; only a killed process leaves a `.*.tmp`.
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -62,13 +62,13 @@ class HashingWriter:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, 64 hex digits."""
+    """SHA-256 of a file, as 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_space(folder: Path, needed: int, *, what: str) -> None:
-    """Refuses to begin with `needed` bytes for which there is no room."""
+    """Raises UserError if fewer than `needed` bytes are free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         what = f"The disk has {free / 2**30:.2f} GiB free, {what} takes {needed / 2**30:.2f} GiB"
@@ -76,13 +76,13 @@ def require_space(folder: Path, needed: int, *, what: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left of unfinished files, here and below; nobody may be writing there."""
+    """Removes temporary files of killed processes, in subfolders too; no process may be writing there."""
     for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def write_section(path: Path, name: str, text: str) -> None:
-    """Puts `text` between the comments <!-- name --> and <!-- /name --> of a Markdown file."""
+    """Replaces the text between the comments <!-- name --> and <!-- /name --> of a Markdown file."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, _, rest = path.read_text(encoding="utf-8").partition(begin)
     _, found, after = rest.partition(end)
@@ -93,9 +93,9 @@ def write_section(path: Path, name: str, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Has the bytes of a file, or the names in a folder, reach the disk."""
+    """Synchronizes a file or a folder to disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
+        return  # Windows cannot open a folder
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
-"""Randomness by item: every draw is a function of (run seed, item number, purpose) alone.
+"""Counter-based random numbers: each is a function of (run seed, item number, purpose) alone.
 
-Nothing here keeps state, so a resumed, re-batched or distributed run draws exactly what an
-uninterrupted run on one process would have drawn, and a GPU run sees the same draws as a CPU run.
+There is no generator state, so a resumed, re-batched or distributed run gets the same random numbers as an
+uninterrupted run in one process, and a GPU run the same as a CPU run.
 """
 
 import hashlib
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def generator(seed: int, item: int, purpose: str) -> torch.Generator:
-    """CPU generator of one draw. `purpose` names it ("noise", "timestep", "flip", ...)."""
+    """CPU generator for one purpose ("noise", "timestep", "flip", ...) of one item."""
     digest = hashlib.blake2b(f"{seed}/{item}/{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def randn(shape: Sequence[int], *, seed: int, items: Iterable[int], purpose: str) -> Tensor:
-    """Standard normal noise, one independent draw per item -> [B, *shape] float32 on the CPU."""
+    """Standard normal noise, independent for each item -> [B, *shape] float32 on the CPU."""
     return torch.stack([torch.randn(tuple(shape), generator=generator(seed, k, purpose)) for k in items])
 
 
@@ -36,13 +36,13 @@ StreamIds = Sequence[tuple[int, str]]  # (item number, part) of each item of a b
 
 
 def stream_ids(batch: dict) -> list[tuple[int, str]]:
-    """(item number, part) of each item of a batch: what names its draws."""
+    """(item number, stream) of each item of a batch, which identify its random numbers."""
     streams = ("prior" if prior else "subject" for prior in batch["is_prior"].tolist())
     return list(zip(batch["item"].tolist(), streams, strict=True))
 
 
 class ItemRNG:
-    """The random draws of a batch, each a function of (seed, item number, part, purpose), made on the CPU."""
+    """Random numbers of a batch, each a function of (seed, item number, stream, purpose), on the device."""
 
     def __init__(self, seed: int, ids: StreamIds):
         self.seed = seed

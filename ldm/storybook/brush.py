@@ -1,4 +1,4 @@
-"""A brush for the storybook: inked shapes in units of a 64 x 64 page, drawn four times larger."""
+"""Drawing primitives of the storybook: outlined shapes on a 64 x 64 canvas, supersampled 4 times."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ RGB = tuple[int, int, int]
 Fill = RGB | int  # an int on a mask
 Point = tuple[float, float]
 
-SCALE = 4
+SCALE = 4  # pixels per unit of the canvas
 INK: RGB = (44, 34, 52)
 SPOTS = ((-7, -6), (6, -7), (0, 1), (-9, 5), (9, 4), (-2, -13), (-16, -2), (16, -4), (0, 10))
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a figure is coloured and shaped: the attributes of an individual, names turned into colours."""
+    """Appearance of a figure: the attributes of an individual, with colours as RGB."""
 
     color: RGB
     accent: RGB
@@ -26,7 +26,7 @@ class Look:
 
 
 class Brush:
-    """Draws on one image under a zoom, shift and mirror. `ink=False` leaves the outline away."""
+    """Draws on one image, with zoom, shift and mirroring. `ink=False` draws a shape without its outline."""
 
     def __init__(
         self, image: Image.Image, *, zoom: float = 1.0, dx: float = 0.0, dy: float = 0.0, mirror: bool = False
@@ -69,7 +69,7 @@ class Brush:
         self.pen.line([self._xy(*p) for p in points], fill=fill, width=self._width(width), joint="curve")
 
     def patterned(self, shape: Callable[["Brush", Fill], None], look: Look, center: Point) -> None:
-        """Fills `shape` with the main colour and lays the accent's spots or stripes inside its outline."""
+        """Fills `shape` with the main colour, and with spots or stripes of the accent colour inside it."""
         shape(self, look.color)
         if look.pattern == "plain":
             return

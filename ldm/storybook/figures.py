@@ -1,4 +1,4 @@
-"""The six figures of the storybook, each standing on y = 61 around x = 32."""
+"""The figures of the six storybook classes, centred at x = 32 and standing on y = 61."""
 
 from collections.abc import Callable
 

@@ -1,7 +1,7 @@
-"""The judge: a small network that reads a drawing's attributes off its pixels.
+"""The judge: an attribute classifier for storybook images.
 
-In the storybook it plays the part that CLIP and DINO have for photos: what does a picture show, and how far
-apart are two pictures? The world knows the truth about its drawings, so the judge's own error is known too.
+It does for the storybook what CLIP and DINO do for photos: it says what an image shows, and its features say
+how different two images are. Images of the world come with their true attributes, so its accuracy is known.
 """
 
 import json
@@ -20,7 +20,7 @@ SIZE = 64  # pixels a side
 
 
 class DownBlock(nn.Module):
-    """Residual block: [B, C, H, W] -> [B, C', H/2, W/2]."""
+    """Residual block with stride 2: [B, C, H, W] -> [B, C', H/2, W/2]."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
@@ -38,19 +38,19 @@ class DownBlock(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pictures [B, 3, 64, 64] in [-1, 1] -> {attribute: logits [B, number of its values]}.
+    """Attribute classifier: images [B, 3, 64, 64] in [-1, 1] -> {attribute: logits [B, number of values]}.
 
     Args:
-        channels: of the convolutions, each at half the resolution of the one before, from 32 x 32 on.
-        width: D, of the feature vector.
+        channels: of the blocks, each at half the resolution of the one before, from 32 x 32 on.
+        width: D, the size of the feature vector.
     """
 
     def __init__(self, *, channels: tuple[int, ...] = (32, 64, 96, 128), width: int = 192):
         super().__init__()
         self.config = {"channels": list(channels), "width": width}
         stem = nn.Conv2d(3, channels[0], 5, stride=2, padding=2)
-        halvings = [DownBlock(*pair) for pair in zip(channels, channels[1:], strict=False)]
-        self.body = nn.Sequential(stem, nn.ReLU(), *halvings)
+        blocks = [DownBlock(*pair) for pair in zip(channels, channels[1:], strict=False)]
+        self.body = nn.Sequential(stem, nn.ReLU(), *blocks)
         cells = (SIZE >> len(channels)) ** 2
         self.embed = nn.Linear(channels[-1] * cells, width)
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(v)) for name, v in ATTRIBUTES.items()})
@@ -61,12 +61,12 @@ class Judge(nn.Module):
 
     @torch.inference_mode()
     def read(self, images: Tensor) -> dict[str, Tensor]:
-        """[B, 3, 64, 64] -> {attribute: index into its values [B]}."""
+        """Predicted attributes. images: [B, 3, 64, 64] -> {attribute: index into its values [B]}."""
         return {name: logits.argmax(1) for name, logits in self(images).items()}
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        """[B, 3, 64, 64] -> [B, D] of unit norm."""
+        """Features of unit norm. images: [B, 3, 64, 64] -> [B, D]."""
         return F.normalize(self._embed(images), dim=1)
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Judge(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | Path = SHIPPED) -> "Judge":
-        """In float32, for reading; `accuracy` holds {attribute: share read right of unseen drawings}."""
+        """Loads weights, frozen and in float32; `accuracy` is {attribute: accuracy on held-out images}."""
         if not Path(path).is_file():
             remedy = "Train it: python main.py --base configs/storybook/judge.yaml"
             raise UserError("The judge's weights are missing", where=path, remedy=remedy)
@@ -82,7 +82,7 @@ class Judge(nn.Module):
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         if "judge.config" not in about:
-            raise UserError("This is no judge", where=path, remedy=f"The shipped one is {SHIPPED}.")
+            raise UserError("This is not a judge file", where=path, remedy=f"The shipped one is {SHIPPED}.")
         judge = cls(**json.loads(about["judge.config"]))
         judge.load_state_dict(tensors)
         judge.accuracy = json.loads(about["judge.accuracy"])

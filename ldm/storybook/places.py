@@ -1,4 +1,4 @@
-"""The eight places of the storybook: backgrounds with a horizon near y = 40."""
+"""Backgrounds of the eight storybook places, with a horizon near y = 40."""
 
 import random
 from collections.abc import Callable
@@ -94,7 +94,7 @@ PLACES: dict[str, Place] = {
     "grass": grass,
     "night": night,
 }
-SHADOWS: dict[str, RGB] = {  # under the figure
+SHADOWS: dict[str, RGB] = {  # colour of the figure's shadow
     "beach": (206, 180, 120),
     "snow": (206, 214, 224),
     "moon": (124, 124, 132),
@@ -107,7 +107,7 @@ SHADOWS: dict[str, RGB] = {  # under the figure
 
 
 def _ground(brush: Brush, rng: random.Random, *, sky: RGB, ground: RGB) -> float:
-    """Paints sky and ground -> y of the horizon."""
+    """Draws sky and ground -> y of the horizon."""
     horizon = rng.uniform(37, 43)
     brush.rect(-1, -1, 65, 65, sky, ink=False)
     brush.rect(-1, horizon, 65, 65, ground, ink=False)

@@ -1,7 +1,7 @@
-"""Ready subjects of the storybook: folders of photos of one individual, as a user would bring them.
+"""Storybook subjects: folders of photos of one individual, each in another place.
 
-The shipped ones are made by `python -m ldm.storybook.subjects FOLDER`, one that nobody has seen by
-`python -m ldm.storybook.subjects FOLDER --class_word cat --seed 51`. Each photo of one shows another place.
+The shipped ones are made by `python -m ldm.storybook.subjects FOLDER`, a new one by
+`python -m ldm.storybook.subjects FOLDER --class_word cat --seed 51`.
 """
 
 import argparse
@@ -16,11 +16,11 @@ SUBJECTS = {
     "backpack": Scene("backpack", "purple", "green", "spotted", "pointed", "yellow", "forest", seed=900_201),
 }
 PHOTOS, PIXELS = 5, 256
-NEW_SUBJECTS = 910_000  # the first of the scenes that new subjects are: no training reads them
+NEW_SUBJECTS = 910_000  # first scene number of new subjects, which no training uses
 
 
 def write_subject(folder: Path, subject: Scene, *, photos: int = PHOTOS) -> list[Path]:
-    """Draws the individual in `photos` places, one PNG each -> their paths."""
+    """Writes `photos` PNG files of one individual in different places -> their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     places = tuple(CONTEXTS)
     first = places.index(subject.context)
@@ -33,7 +33,7 @@ def write_subject(folder: Path, subject: Scene, *, photos: int = PHOTOS) -> list
 
 
 def new_subject(class_word: str, *, seed: int) -> Scene:
-    """An individual of a class, drawn from `seed`."""
+    """A new individual of a class, determined by `seed`."""
     return replace(sample_scene(NEW_SUBJECTS + seed), class_word=class_word)
 
 

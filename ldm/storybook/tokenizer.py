@@ -1,7 +1,7 @@
-"""The storybook's tokenizer: a small byte-level BPE in CLIP's own format, so that any prompt has tokens.
+"""Training of the storybook's tokenizer, a small byte-level BPE in CLIP's format.
 
-Made by `python -m ldm.storybook.tokenizer FOLDER`. Every word of the world's captions is one token; a rare
-word such as an identifier is spelled letter by letter.
+Run by `python -m ldm.storybook.tokenizer FOLDER`. Every word of the captions is one token; a rare word such
+as an identifier is spelled letter by letter, so any prompt can be tokenized.
 """
 
 import json
@@ -12,12 +12,12 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from ldm.storybook.world import caption, full_caption, sample_scene
 
-WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's own splitting rule
+WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's pre-tokenization
 END = "</w>"
 
 
 def train_tokenizer(folder: Path, *, captions: int = 20_000) -> int:
-    """Writes vocab.json and merges.txt -> number of tokens. Equal on every machine."""
+    """Writes vocab.json and merges.txt -> number of tokens. Deterministic."""
     scenes = [sample_scene(k) for k in range(captions)]
     texts = [caption(s, seed=s.seed, rare_word_share=0.0) for s in scenes] + [full_caption(s) for s in scenes]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=END))

@@ -1,8 +1,8 @@
-"""The storybook world: small captioned pictures drawn from exact attributes.
+"""The storybook world: a procedural data set of small captioned images with known attributes.
 
-A `Scene` is one individual in one place. `sample_scene(seed)` and `draw(scene)` are pure functions, so a
-picture, its caption and its attributes are known from one number: data without a data set, and ground
-truth for the judge. All coordinates are in units of a 64 x 64 page, origin at the top left.
+A `Scene` is one individual in one place. `sample_scene(seed)` and `draw(scene)` are pure functions, so an
+image, its caption and its attributes, which are ground truth for the judge, follow from one number.
+Coordinates are in units of a 64 x 64 canvas, with the origin at the top left.
 """
 
 import random
@@ -48,7 +48,7 @@ DETAIL_WORDS = {  # in the order of DETAILS
     "backpack": ("a square flap", "a pointy flap", "a round flap"),
 }
 BAND_WORDS = {"car": "stripe", "house": "door", "backpack": "strap"}  # animals wear a collar
-ATTRIBUTES: dict[str, tuple[str, ...]] = {  # what the judge reads off a picture
+ATTRIBUTES: dict[str, tuple[str, ...]] = {  # classes of the judge, by attribute
     "class_word": CLASSES,
     "context": tuple(CONTEXTS),
     "color": COLORS,
@@ -62,7 +62,7 @@ SUBJECT_ATTRIBUTES = ("color", "accent", "pattern", "detail", "band")
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: an individual (its class and five attributes), a place, and the seed of its jitter."""
+    """One image: an individual (its class and five attributes), a place, and the seed of its jitter."""
 
     class_word: str
     color: str
@@ -79,7 +79,7 @@ class Scene:
 
 
 def sample_scene(seed: int) -> Scene:
-    """Attributes drawn uniformly, except that accent and band always differ from the main colour."""
+    """A random scene: attributes are uniform, but accent and band always differ from the main colour."""
     rng = random.Random(f"scene/{seed}")
     color = rng.choice(COLORS)
     return Scene(
@@ -95,12 +95,12 @@ def sample_scene(seed: int) -> Scene:
 
 
 def same_subject(scene: Scene, *, context: str, seed: int) -> Scene:
-    """The same individual somewhere else, in another pose."""
+    """The same individual in another place and pose."""
     return replace(scene, context=context, seed=seed)
 
 
 def draw(scene: Scene, *, size: int = 64) -> Image.Image:
-    """Draws the scene -> RGB picture of size x size. Supersampled four times, then averaged."""
+    """Renders the scene -> RGB image of size x size pixels, supersampled 4 times and then averaged."""
     rng = random.Random(f"draw/{scene.seed}")
     page = Brush.on_new_page()
     PLACES[scene.context](page, rng)
@@ -120,10 +120,10 @@ def draw(scene: Scene, *, size: int = 64) -> Image.Image:
 
 
 def caption(scene: Scene, *, seed: int, rare_word_share: float = 0.15) -> str:
-    """A caption that is true of the scene and mentions some of it, in varying words.
+    """A random true caption of the scene, which mentions some of its attributes.
 
-    With probability `rare_word_share` the individual gets a meaningless three-letter name instead of any
-    description ("a photo of zwx dog"), so that a name is known as a place for an identity, yet free.
+    With probability `rare_word_share` a random three-letter word replaces the description ("a photo of zwx
+    dog"), so that the base knows identifiers, without a meaning of their own.
     """
     rng = random.Random(f"caption/{seed}")
     if rng.random() < rare_word_share:
@@ -135,7 +135,7 @@ def caption(scene: Scene, *, seed: int, rare_word_share: float = 0.15) -> str:
 
 
 def full_caption(scene: Scene) -> str:
-    """Every attribute said: "a photo of a spotted orange and white dog with floppy ears and ..."."""
+    """A caption with every attribute: "a photo of a spotted orange and white dog with floppy ears ..."."""
     noun = _with_article(f"{_adjective(scene)}{scene.color} and {scene.accent} {scene.class_word}")
     return f"a photo of {noun} with {_extras(scene)} {CONTEXTS[scene.context]}"
 
