@@ -25,6 +25,18 @@ from ldm.files import atomic_write
 
 ALLOWED = ("ldm.", "torch.optim.", "pytorch_lightning.")
 FROM_CODE = {"params", "optimizer"}  # arguments that code passes to optimizers and schedules
+RENAMED = {  # keys of latent-diffusion's configs and of earlier versions -> what they are called here
+    "unet_config": "unet",
+    "first_stage_config": "vae",
+    "cond_stage_config": "text_encoder",
+    "first_stage": "vae",
+    "cond_stage": "text_encoder",
+    "l2_pull": "l2_sp_weight",
+    "step_in_backward": "fused_backward",
+    "new_word": "learned_token",
+    "measures": "online_eval",
+    "widen": "net2wider",
+}
 LISTS = (list, tuple, abc.Sequence, abc.Collection, abc.Iterable)
 DICTS = (dict, abc.Mapping, abc.MutableMapping)
 
@@ -227,7 +239,7 @@ def _sets(config: DictConfig, key: str) -> bool:
 def _nearest(name: str, valid: Iterable[str]) -> str:
     """The remedy for an unknown name: the nearest valid one, or all of them."""
     by_lower = {str(known).lower(): str(known) for known in valid}
-    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    close = difflib.get_close_matches(RENAMED.get(name, str(name)).lower(), by_lower, n=1)
     known = ", ".join(sorted(by_lower.values())) or "none"
     return f"Did you mean `{by_lower[close[0]]}`?" if close else f"Known: {known}."
 

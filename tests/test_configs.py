@@ -89,3 +89,20 @@ def test_the_flags_of_the_command_line_reach_their_keys(name):
     assert (config.data.params.subject_root, config.data.params.class_word) == ("mine", "cat")
     with pytest.raises(UserError, match=r"empty \(class_word\)"):
         instantiate(parse(["--base", path]).data).check()
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("model.params.unet_config.params.model_channels=32", "unet"),
+        ("model.params.first_stage_config.params.ch=8", "vae"),
+        ("model.params.cond_stage_config.params.max_length=32", "text_encoder"),
+        ("model.params.l2_pull=0.1", "l2_sp_weight"),
+        ("model.params.step_in_backward=true", "fused_backward"),
+        ("model.params.new_word.params.word=x", "learned_token"),
+        ("measures.every_steps=5", "online_eval"),
+    ],
+)
+def test_a_renamed_key_is_refused_with_its_new_name(override, name):
+    with pytest.raises(UserError, match=f"Did you mean `{name}`"):
+        parse(["--base", str(MAIN), override])
