@@ -78,7 +78,7 @@ def get_class(target: str) -> type:
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists, but something that it imports does not
-        raise UserError(f"`{target}` cannot be imported: there is no module `{error.name}`") from error
+        raise UserError(f"`{target}` cannot be imported: there is no `{error.name}`") from error
     classes = {
         n: c for n, c in vars(module).items() if inspect.isclass(c) and c.__module__.startswith(ALLOWED)
     }

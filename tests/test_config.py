@@ -210,7 +210,7 @@ def test_check_builds_nothing():
         ("os.system", "not an allowed target"),
         ("ldmx.Thing", "not an allowed target"),
         ("ldm.config.Path", "not a class of ldm.config"),  # imported there, defined elsewhere
-        ("ldm.files.os.system", "cannot be imported: there is no module"),
+        ("ldm.files.os.system", "cannot be imported: there is no"),
         ("torch.optim.Adamw", "Did you mean `AdamW`"),
         ("torch.optim.nope.AdamW", "no `torch.optim.nope`"),
         ("ldm.config.check", "not a class"),
