@@ -1,4 +1,4 @@
-"""Picture files: which they are, and from file to [3, H, W] in [-1, 1] and back."""
+"""Image files: listing, decoding, cropping, and conversion from and to [3, H, W] in [-1, 1]."""
 
 import logging
 from pathlib import Path
@@ -13,9 +13,9 @@ from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Only decoders that live inside Pillow: others (EPS, for one) start foreign programs.
+# Only decoders inside Pillow: others, such as EPS, run external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # JPEG includes phones' MPO
-# Names that promise a picture. HEIC (phones) is among them so that it is refused rather than ignored.
+# Suffixes of images. HEIC (phones), which Pillow cannot read, is here so that it is refused, not ignored.
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm .pgm .heic .heif".split()
 )
@@ -23,22 +23,23 @@ RESAVE = "Convert it to an ordinary JPEG or PNG, or remove it."
 
 
 def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Path]:
-    """Pictures that lie directly in `folder`, sorted by name. Decided by decoding them wholly.
+    """Image files directly in `folder`, sorted by name; each is decoded completely as a check.
 
-    Hidden files, subfolders and files that neither decode nor have a picture's suffix are ignored with
-    one log line; a picture that cannot be decoded stops the run unless `skip_unreadable`.
+    Hidden files, subfolders and files that neither decode nor have the suffix of an image are ignored, with a
+    log line. Raises UserError for an image that cannot be decoded, unless `skip_unreadable`, and for a folder
+    without images.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError("There is no such folder of pictures", where=folder, remedy="Check the path.")
-    pictures, stray, unreadable = [], [], []
+        raise UserError("There is no such folder of images", where=folder, remedy="Check the path.")
+    images, stray, unreadable = [], [], []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.is_file():
             stray.append(path)
             continue
         try:
             load_image(path)
-            pictures.append(path)
+            images.append(path)
         except UserError as error:
             if path.suffix.lower() not in SUFFIXES:
                 stray.append(path)
@@ -48,31 +49,34 @@ def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Pa
                 unreadable.append(path)
                 log.warning("Skipped: %s", error)
     if stray:
-        log.info("%s: ignored what is not a picture: %s", folder, ", ".join(p.name for p in stray))
-    if not pictures:
-        found = f"{len(unreadable)} unreadable pictures" if unreadable else "no picture"
+        log.info("%s: ignored files that are not images: %s", folder, ", ".join(p.name for p in stray))
+    if not images:
+        found = f"{len(unreadable)} unreadable images" if unreadable else "no image"
         raise UserError(
             f"The folder holds {found}",
             where=folder,
             remedy="Put photos (JPEG, PNG, WebP, ...) directly into it; subfolders are not searched.",
         )
-    return pictures
+    return images
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """A file's first frame as 8-bit RGB: turned upright by its EXIF data, transparency over white."""
+    """The first frame of an image file as 8-bit RGB, rotated by its EXIF orientation, on a white background.
+
+    Raises UserError for a file that cannot be decoded, or is too large.
+    """
     try:
         with Image.open(path, formats=FORMATS) as file:
             file.load()  # decodes to the end, so that truncation shows here
             return _to_rgb(ImageOps.exif_transpose(file))
     except Image.DecompressionBombError as error:
         raise UserError(
-            f"The picture is too large: {error}",
+            f"The image is too large: {error}",
             where=path,
             remedy="Scale it down; training needs no more than a few thousand pixels a side.",
         ) from error
-    except Exception as error:  # whatever a decoder raises on foreign bytes
-        raise UserError(f"The picture cannot be read: {error}", where=path, remedy=RESAVE) from error
+    except Exception as error:  # decoders raise anything on damaged files
+        raise UserError(f"The image cannot be read: {error}", where=path, remedy=RESAVE) from error
 
 
 def fit_image(
@@ -83,9 +87,9 @@ def fit_image(
     flip: bool = False,
     generator: torch.Generator | None = None,
 ) -> Image.Image:
-    """The largest square of a picture (in the middle, or anywhere), scaled to size x size pixels.
+    """Crops the largest square, centred or at random, and resizes it to size x size pixels (Lanczos).
 
-    The aspect ratio stays; scaling is antialiased (Lanczos). A random crop draws from `generator`.
+    flip: mirrored horizontally. generator: of the random crop.
     """
     side = min(image.size)
     room = [length - side for length in image.size]
@@ -99,26 +103,26 @@ def fit_image(
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> [3, H, W] float32 in [-1, 1]."""
+    """RGB image -> [3, H, W] float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     return (pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """[3, H, W] in [-1, 1] (clamped, any dtype or device) -> RGB picture; undoes `to_tensor` exactly."""
+    """[3, H, W] in [-1, 1] (clamped, any dtype or device) -> RGB image; the exact inverse of `to_tensor`."""
     levels = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round()
     return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB. 16-bit grey is scaled (Pillow would clip it); transparency goes over white."""
+    """Any mode -> RGB. 16-bit grey is scaled, where Pillow would clip it; transparency becomes white."""
     if image.mode.startswith("I"):
         grey = np.asarray(image, dtype=np.float64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("32-bit grey values, whose white is unknown")
+            raise ValueError("32-bit grey values have no known range")
         image = Image.fromarray((grey / 257).round().astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("floating-point values, whose white is unknown")
+        raise ValueError("floating-point values have no known range")
     if image.has_transparency_data:
         over = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)

@@ -1,4 +1,4 @@
-"""Prompts: templates filled with the identifier and the class word, and checks of what users write."""
+"""Prompts: templates with identifier and class word, caption files, and checks of what users write."""
 
 import logging
 import re
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 SUBJECT_TEMPLATE = "a photo of {identifier} {class_word}"  # Ruiz et al. 2023, section 3.2: "a [V] [class]"
 PRIOR_TEMPLATE = "a photo of a {class_word}"
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Words that mean something to every base model, so that a subject bound to one fights with its meaning.
+# Words that every base model knows: an identifier should not have a meaning already.
 COMMON_WORDS = frozenset(
     """
     a about all an and any are as at baby back bag ball bear beautiful bed best big bird black blue boat
@@ -30,15 +30,15 @@ COMMON_WORDS = frozenset(
 
 
 def fill(template: str, *, identifier: str | None, class_word: str | None) -> str:
-    """Replaces {identifier} and {class_word}; a UserError for one that is None, and any other placeholder."""
+    """Fills in {identifier} and {class_word}. Raises UserError if one is None, or for another placeholder."""
     words = {"identifier": identifier, "class_word": class_word}
 
     def word(match: re.Match[str]) -> str:
         if match[1] not in words:
-            remedy = "Only {identifier} and {class_word} stand for something."
+            remedy = "Use only {identifier} and {class_word}."
             raise UserError(f"Unknown placeholder {match[0]}", where=f'prompt "{template}"', remedy=remedy)
         if words[match[1]] is None:
-            what = f"Nothing says what {match[0]} stands for"
+            what = f"There is no value for {match[0]}"
             raise UserError(what, where=f'prompt "{template}"', remedy=f"Give {match[1]}.")
         return words[match[1]]
 
@@ -46,55 +46,55 @@ def fill(template: str, *, identifier: str | None, class_word: str | None) -> st
 
 
 def check_prompts(*, identifier: str, class_word: str, subject_prompt: str, prior_prompt: str | None) -> None:
-    """Refuses filled prompts that cannot teach the identifier, warns of those that teach it badly."""
+    """Checks filled prompts. Raises UserError if the identifier cannot be learned; warns of bad choices."""
     for name, value in (("identifier", identifier), ("class_word", class_word)):
         if not value.strip():
-            raise UserError("The word is empty", where=name, remedy="Write one, such as sks or dog.")
+            raise UserError("The word is empty", where=name, remedy="Give one, such as sks or dog.")
     require_identifier(subject_prompt, identifier=identifier, where="subject_prompt")
     if identifier.lower() in COMMON_WORDS:
-        log.warning("identifier: %r is a common word with a meaning of its own; take a rare one.", identifier)
+        log.warning("identifier: %r is a common word with its own meaning; choose a rare one.", identifier)
     if prior_prompt is None:
         return
     if contains(prior_prompt, identifier):
         raise UserError(
-            f'The identifier "{identifier}" is in "{prior_prompt}", which describes the class as a whole',
+            f'The identifier "{identifier}" is in the prompt of the class, "{prior_prompt}"',
             where="prior_prompt",
-            remedy="Remove it there.",
+            remedy="Remove it.",
         )
     if not contains(prior_prompt, class_word):
         log.warning("prior_prompt: %r does not name the class %r.", prior_prompt, class_word)
 
 
 def require_identifier(caption: str, *, identifier: str, where: object) -> None:
-    """A caption of the subject without the identifier cannot teach it: UserError."""
+    """Raises UserError for a caption of the subject without the identifier, which could not be learned."""
     if not contains(caption, identifier):
         raise UserError(
             f'The identifier "{identifier}" is missing from "{caption}"',
             where=where,
-            remedy="Write {identifier} where the name of the subject belongs.",
+            remedy="Write {identifier} before the class word.",
         )
 
 
 def contains(prompt: str, words: str) -> bool:
-    """Whether `words` stand in `prompt` as whole words, upper or lower case."""
+    """Whether `prompt` contains `words` as whole words, ignoring case."""
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", prompt, re.IGNORECASE) is not None
 
 
-def read_caption(picture: Path, *, identifier: str, class_word: str) -> str | None:
-    """The caption in the .txt file beside a picture, filled; None without such a file."""
-    path = picture.with_suffix(".txt")
+def read_caption(image: Path, *, identifier: str, class_word: str) -> str | None:
+    """The filled caption in the .txt file beside an image; None without such a file."""
+    path = image.with_suffix(".txt")
     if not path.exists():
         return None
     caption = " ".join(_read_text(path).split())
     if not caption:
-        raise UserError("The caption is empty", where=path, remedy="Write one or remove the file.")
+        raise UserError("The caption is empty", where=path, remedy="Write one, or remove the file.")
     return fill(caption, identifier=identifier, class_word=class_word)
 
 
 def read_prompts(file: str | Path, *, identifier: str | None, class_word: str | None) -> list[str]:
-    """Filled prompts of a text file, one a line; empty lines and those that begin with # are skipped.
+    """Filled prompts of a text file, one per line; empty lines and lines that begin with # are skipped.
 
-    `file` is a path (seen from here or from the repository) or a name in configs/prompts/.
+    file: a path, relative to the current folder or the repository, or a name in configs/prompts/.
     """
     named = REPOSITORY / "configs" / "prompts"
     path = next(
@@ -103,11 +103,11 @@ def read_prompts(file: str | Path, *, identifier: str | None, class_word: str | 
     )
     if path is None:
         names = ", ".join(sorted(p.stem for p in named.glob("*.txt"))) or "none"
-        raise UserError("There is no such file of prompts", where=file, remedy=f"Names that exist: {names}.")
+        raise UserError("There is no such prompt file", where=file, remedy=f"Known names: {names}.")
     lines = [line.strip() for line in _read_text(path).splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise UserError("The file holds no prompt", where=path, remedy="Write one a line.")
+        raise UserError("The file contains no prompt", where=path, remedy="Write one per line.")
     return [fill(prompt, identifier=identifier, class_word=class_word) for prompt in prompts]
 
 
@@ -121,6 +121,6 @@ def _read_text(path: Path) -> str:
 
 
 def distinct(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The different prompts as they first come, and the number of each prompt among them: [B]."""
+    """B prompts -> the P different ones, in order of appearance, and the index of each among them [B]."""
     unique = list(dict.fromkeys(prompts))
     return unique, [unique.index(prompt) for prompt in prompts]

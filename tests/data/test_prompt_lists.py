@@ -33,5 +33,5 @@ def test_the_first_ten_and_the_last_five_are_common():
 
 
 def test_a_word_that_nobody_gave_is_asked_for():
-    with pytest.raises(UserError, match=r"\{class_word\} stands for.*Give class_word"):
+    with pytest.raises(UserError, match=r"no value for \{class_word\}.*Give class_word"):
         read_prompts("dreambooth-live", identifier="sks", class_word=None)

@@ -47,7 +47,7 @@ def test_good_prompts_pass_in_silence(caplog):
     [
         ({"subject_prompt": "a photo of a dog"}, '"sks" is missing.*subject_prompt'),
         ({"subject_prompt": "a photo of xsks sksx dog"}, '"sks" is missing'),  # only whole words count
-        ({"prior_prompt": "a photo of sks dog"}, "describes the class as a whole.*prior_prompt"),
+        ({"prior_prompt": "a photo of sks dog"}, "is in the prompt of the class.*prior_prompt"),
         ({"identifier": " "}, "empty.*identifier"),
         ({"class_word": ""}, "empty.*class_word"),
     ],
@@ -86,9 +86,9 @@ def test_prompt_files(tmp_path):
     file.write_text("# evaluation\n\n  a {identifier} {class_word} # 1\r\na plain prompt\n")
     assert read_prompts(file, **WORDS) == ["a sks dog # 1", "a plain prompt"]
     file.write_text("# nothing\n")
-    with pytest.raises(UserError, match="holds no prompt"):
+    with pytest.raises(UserError, match="contains no prompt"):
         read_prompts(file, **WORDS)
-    with pytest.raises(UserError, match="no such file of prompts.*Names that exist"):
+    with pytest.raises(UserError, match="no such prompt file.*Known names"):
         read_prompts("absent", **WORDS)
 
 
