@@ -1,4 +1,4 @@
-"""Pictures on paper: a sheet of captioned rows, and PNG files that say how they were made."""
+"""Contact sheets of captioned images, and PNG files with their sampling settings."""
 
 import functools
 import json
@@ -27,9 +27,9 @@ A1111_SAMPLERS = {"ddim": "DDIM", "plms": "PLMS", "dpm++2m": "DPM++ 2M"}
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, cell: int = 128) -> Image.Image:
-    """One row of pictures per (caption, pictures), the caption above it, wrapped to the sheet.
+    """A grid with one row of images for each (caption, images), below its caption.
 
-    Pictures smaller than `cell` pixels are enlarged by a whole factor without smoothing, larger ones stay.
+    Images smaller than `cell` pixels are enlarged by an integer factor without smoothing.
     """
     enlarged = [(caption, [_enlarge(image, cell) for image in images]) for caption, images in rows]
     sizes = [image.size for _, images in enlarged for image in images] or [(cell, cell)]
@@ -50,7 +50,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, cell: in
 
 
 def save_image(path: str | Path, image: Image.Image, settings: Mapping[str, Any]) -> Path:
-    """Write a PNG, whole or not at all, with its settings as text.
+    """Writes a PNG with its sampling settings as text, atomically.
 
     "dreambooth" holds all of `settings` as JSON; "parameters" the line that AUTOMATIC1111's interface and
     others read. Of the settings these appear there, where given: prompt, negative_prompt, steps, sampler,
@@ -65,7 +65,7 @@ def save_image(path: str | Path, image: Image.Image, settings: Mapping[str, Any]
 
 
 def parameters_line(settings: Mapping[str, Any]) -> str:
-    """Prompt, negative prompt if any, and the rest as `Name: value` pairs, in AUTOMATIC1111's order."""
+    """Generation parameters as AUTOMATIC1111 writes them: prompts, then `Name: value` pairs in its order."""
     lines = [settings.get("prompt", "")]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
@@ -87,7 +87,7 @@ def _enlarge(image: Image.Image, cell: int) -> Image.Image:
 
 
 def _wrap(caption: str, width: int) -> list[str]:
-    """Lines of at most `width` pixels, broken between words, or inside one that is longer than a line."""
+    """Wraps a caption to lines of at most `width` pixels; words that are longer than a line are broken."""
     lines = [""]
     for word in caption.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -104,5 +104,5 @@ def _wrap(caption: str, width: int) -> list[str]:
 
 @functools.cache
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own: no font file is needed."""
+    """The font that comes with Pillow."""
     return ImageFont.load_default(size=FONT_SIZE)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022): a predict with context becomes a predict without."""
+"""Classifier-free guidance (Ho & Salimans 2022)."""
 
 from collections.abc import Callable, Sequence
 

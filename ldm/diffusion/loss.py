@@ -1,6 +1,6 @@
-"""The DreamBooth loss: one number per item, weighted, then a mean over subject and a mean over prior items.
+"""The DreamBooth loss: per-item losses, weighted, then averaged over subject items and over prior items.
 
-Losses stay unreduced, [B], until the last line, so a weight of an item can never meet another item's loss.
+Losses stay unreduced, [B], until the end, so every weight is applied to the loss of its own item.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from ldm.diffusion.schedule import check_parameterization, snr
 
 
 class DreamBoothLoss(NamedTuple):
-    """Scalars: `total` = `subject` + prior_loss_weight * `prior`; a part without items is 0."""
+    """Scalars: `total` = `subject` + prior_loss_weight * `prior`; the mean of no items is 0."""
 
     total: Tensor
     subject: Tensor
@@ -22,7 +22,7 @@ class DreamBoothLoss(NamedTuple):
 def mse_per_item(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each item, in float32. prediction, target: [B, ...] -> [B]."""
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} is not of shape {tuple(target.shape)}")
+        raise ValueError(f"prediction has shape {tuple(prediction.shape)}, target {tuple(target.shape)}")
     return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
 
 
@@ -32,8 +32,8 @@ def min_snr_weights(
     """Min-SNR-gamma weights of a mean squared error in the network's own target (Hang et al. 2023, sec. 3.4).
 
     timesteps: [B] -> [B] float32: min(SNR, gamma) in terms of x0, divided by SNR for eps and SNR + 1 for v.
-    `floor` is added to the weight in terms of x0: then the noisiest timesteps, which decide what a picture
-    shows at all, are heard too. It is not part of the paper.
+    floor: added to the weight in terms of x0, so that the noisiest timesteps, which decide the content of an
+    image, have weight too. It is not part of the paper.
     """
     check_parameterization(parameterization)
     ratio = snr(timesteps, alphas_cumprod)
@@ -52,5 +52,5 @@ def dreambooth_loss(per_item: Tensor, is_prior: Tensor, prior_loss_weight: float
 
 
 def _mean_where(per_item: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the masked items, 0 where there are none; no synchronisation with the device."""
+    """Mean of the masked items, 0 if there are none; does not wait for the device."""
     return per_item.where(mask, 0).sum() / mask.sum().clamp(min=1)

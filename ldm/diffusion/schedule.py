@@ -1,4 +1,4 @@
-"""The noise schedule: one tensor, `alphas_cumprod` [T], and everything that follows from it.
+"""The noise schedule: one tensor, `alphas_cumprod` [T], and what follows from it.
 
 A noisy latent is x_t = a x0 + s eps with a² = alphas_cumprod[t] and s² = 1 - a² (Ho et al. 2020, eq. 4).
 A network predicts "eps", "x0" or "v" = a eps - s x0 (Salimans & Ho 2022, appendix D).
@@ -12,7 +12,7 @@ from ldm.errors import UserError
 
 PARAMETERIZATIONS = ("eps", "v", "x0")
 BETA_SCHEDULES = ("scaled_linear", "linear")
-TERMINAL = 2.0**-24  # stands for the 0 of zero terminal SNR
+TERMINAL = 2.0**-24  # the last alphas_cumprod of a zero-terminal-SNR schedule, in place of 0
 
 
 def make_alphas_cumprod(
@@ -24,11 +24,11 @@ def make_alphas_cumprod(
     zero_terminal_snr: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Cumulative products of 1 - beta -> [T], computed in float64 whatever the dtype that is returned.
+    """Cumulative products of 1 - beta -> [T], computed in float64.
 
     "scaled_linear": sqrt(beta) grows linearly (Stable Diffusion, whose own code calls this "linear");
-    "linear": beta itself does (Ho et al. 2020). `zero_terminal_snr` shifts and scales the square roots so
-    that the last timestep is noise alone (Lin et al. 2024, algorithm 1), but for TERMINAL: samplers divide.
+    "linear": beta grows linearly (Ho et al. 2020). zero_terminal_snr: rescales the schedule so that the last
+    timestep is pure noise (Lin et al. 2024, algorithm 1), except for TERMINAL, by which samplers divide.
     """
     _check("beta_schedule", beta_schedule, BETA_SCHEDULES)
     power = 2 if beta_schedule == "scaled_linear" else 1
@@ -43,7 +43,7 @@ def make_alphas_cumprod(
 
 
 def has_zero_terminal_snr(alphas_cumprod: Tensor) -> bool:
-    """Whether a schedule has zero terminal SNR; then sampling must begin at its last timestep."""
+    """Whether the schedule has zero terminal SNR; sampling must then begin at its last timestep."""
     return bool(alphas_cumprod[-1] <= TERMINAL)
 
 
@@ -54,7 +54,7 @@ def snr(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
 
 
 def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """x_t. x0, noise: [B, C, h, w], timesteps: [B] -> [B, C, h, w] in x0's dtype."""
+    """Forward process, x_t = a x0 + s noise. x0, noise: [B, C, h, w], timesteps: [B] -> [B, C, h, w]."""
     a, s = _coefficients(timesteps, alphas_cumprod, x0.ndim)
     return (a * x0.float() + s * noise.float()).to(x0.dtype)
 
@@ -62,7 +62,7 @@ def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tens
 def training_target(
     parameterization: str, x0: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
 ) -> Tensor:
-    """What the network should predict at x_t. x0, noise: [B, C, h, w] -> [B, C, h, w] in x0's dtype."""
+    """The target of the network's prediction at x_t. x0, noise: [B, C, h, w] -> x0's shape and dtype."""
     check_parameterization(parameterization)
     if parameterization != "v":
         return noise.to(x0.dtype) if parameterization == "eps" else x0
@@ -73,7 +73,7 @@ def training_target(
 def to_eps(
     parameterization: str, prediction: Tensor, x_t: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
 ) -> Tensor:
-    """The noise eps that a prediction made at x_t stands for -> [B, C, h, w] in its dtype."""
+    """Converts a prediction at x_t to eps -> [B, C, h, w] in its dtype."""
     check_parameterization(parameterization)
     if parameterization == "eps":
         return prediction
@@ -85,7 +85,7 @@ def to_eps(
 def to_x0(
     parameterization: str, prediction: Tensor, x_t: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
 ) -> Tensor:
-    """The clean latent x0 that a prediction made at x_t stands for -> [B, C, h, w] in its dtype."""
+    """Converts a prediction at x_t to x0 -> [B, C, h, w] in its dtype."""
     check_parameterization(parameterization)
     if parameterization == "x0":
         return prediction
@@ -95,7 +95,7 @@ def to_x0(
 
 
 def check_parameterization(parameterization: str) -> None:
-    """Refuses a prediction type that is unknown here."""
+    """Raises UserError for an unknown prediction type."""
     _check("parameterization", parameterization, PARAMETERIZATIONS)
 
 

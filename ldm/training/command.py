@@ -1,4 +1,4 @@
-"""The command line of `main.py`. It imports nothing slow: --help and a wrong option are answered at once."""
+"""The command line of `main.py`, without slow imports: --help and a wrong option are answered at once."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ ALIASES = {  # flag -> config key
 
 @dataclass(frozen=True)
 class Command:
-    """What was asked for; `paths` and `dotlist` make the config, from left to right."""
+    """A parsed command line; `paths` and `dotlist` are merged to the config from left to right."""
 
     paths: Sequence[str]
     dotlist: Sequence[str]
@@ -28,7 +28,7 @@ class Command:
 
 
 def read_command(argv: Sequence[str], *, description: str | None) -> Command:
-    """Words of a command line -> what they ask for. Raises UserError for an option that there is not."""
+    """Parses a command line. Raises UserError for an unknown option, or without a config."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

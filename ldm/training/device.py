@@ -1,4 +1,4 @@
-"""Where a run computes: the device of its networks from the first prior image to the last sample."""
+"""The device of a run, its precision and its memory."""
 
 import ctypes
 import os
@@ -29,25 +29,25 @@ def device_of(trainer: Mapping[str, Any]) -> torch.device:
 
 
 def set_matmul_precision(precision: MatmulPrecision) -> None:
-    """How exact float32 products are on a GPU: "high" is TF32, 10 bits of mantissa, several times as fast.
+    """Precision of float32 matrix products on a GPU; "high" is TF32 (10 bits of mantissa), much faster.
 
-    A CPU computes in full precision whatever is asked for.
+    It has no effect on a CPU.
     """
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision(precision)
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep what this process frees in the host's memory, where that library is glibc.
+    """Keeps freed host memory in the process, by malloc's thresholds (glibc only).
 
-    Else every step hands its activations and gradients back to the system and takes them again, page by
-    page: some per cent of its time on a CPU. What a process holds at most stays the same.
+    Otherwise every step returns the memory of its activations and gradients to the system and faults it in
+    again, page by page, which takes some per cent of a step on a CPU. Peak memory stays the same.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    for size in (2**25, 2**30):  # the larger one, where it is taken: older versions have 32 MiB at most
+    for size in (2**25, 2**30):  # older versions accept 32 MiB at most
         mallopt(M_MMAP_THRESHOLD, size)
 
 
@@ -76,7 +76,8 @@ def peak_memory_mib() -> float:
 
 
 def peak_resident_mib() -> float:
-    status = Path("/proc/self/status")  # Linux hands `ru_maxrss` down from the parent process, this not
+    """Peak resident memory of this process in MiB."""
+    status = Path("/proc/self/status")  # unlike `ru_maxrss`, not inherited from the parent process
     if status.exists():
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
@@ -86,7 +87,7 @@ def peak_resident_mib() -> float:
 
 @contextmanager
 def temporarily_on(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """The network lies on `device` inside, and where it was afterwards."""
+    """Moves a network to `device` inside a `with` block, and back afterwards."""
     before = next(network.parameters()).device
     network.to(device)
     try:

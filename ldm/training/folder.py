@@ -1,4 +1,4 @@
-"""The folder of a run: its own, worked on by one process at a time, known as unfinished until it is done."""
+"""Run folders: creation, locking, and finding unfinished runs."""
 
 import logging
 import os
@@ -20,15 +20,15 @@ except ImportError:  # Windows: two processes in one run are not told apart ther
 
 log = logging.getLogger(__name__)
 
-MARKER = ".unfinished"  # stands in the folder from the run's beginning to its end, locked by who works on it
+MARKER = ".unfinished"  # exists until the run is finished; locked by the process that works on it
 
 
 def folder_of(
     plain: Mapping[str, Any], resume: str | None, *, allow_config_change: bool, logs: Path = Path("logs")
 ) -> Path:
-    """The folder of the run to begin, or of the one to `resume`, whose config must be this one.
+    """The folder of a new run, or of the run to `resume`, whose config must be this one.
 
-    "auto" is the newest unfinished run of the config's name that nobody works on; without any, a new one.
+    "auto" resumes the newest unfinished run of the config's name that no process works on, else begins one.
     """
     wanted = logs / plain["name"]
     found = find_unfinished(wanted) if resume == "auto" else resume and Path(resume)
@@ -41,7 +41,7 @@ def folder_of(
 
 
 def new_folder(wanted: Path) -> Path:
-    """Makes `wanted`, or the first of `wanted-2`, `wanted-3`, ... that no earlier run took."""
+    """Creates `wanted`, or the first of `wanted-2`, `wanted-3`, ... that does not exist."""
     for number in range(1, 10_000):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         try:
@@ -49,19 +49,19 @@ def new_folder(wanted: Path) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            what = f"The run's folder cannot be made: {error.strerror or error}"
+            what = f"The run's folder cannot be created: {error.strerror or error}"
             raise UserError(what, where=folder, remedy="Choose another `name`.") from error
         return folder
-    raise UserError("There are too many runs of this name", where=wanted, remedy="Choose another `name`.")
+    raise UserError("There are too many runs with this name", where=wanted, remedy="Choose another `name`.")
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of a run; leaving it without an error finishes the run."""
+    """Locks a run's folder; leaving the block without an exception marks the run as finished."""
     with (folder / MARKER).open("a") as file:
         if not _lock(file):
             what = "Another process is working on this run"
-            raise UserError(what, where=folder, remedy="Wait for it, stop it, or start a run of your own.")
+            raise UserError(what, where=folder, remedy="Wait for it, stop it, or start another run.")
         os.utime(folder / MARKER)
         remove_leftovers(folder)
         yield
@@ -69,7 +69,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def find_unfinished(wanted: Path) -> Path | None:
-    """The run called `wanted` or `wanted-N` that was last worked on, is not finished and nobody works on."""
+    """The most recent unfinished run `wanted` or `wanted-N` that no process works on."""
     name = re.compile(re.escape(wanted.name) + r"(-\d+)?")
     markers = [path for path in wanted.parent.glob(f"*/{MARKER}") if name.fullmatch(path.parent.name)]
     for marker in sorted(markers, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -81,7 +81,7 @@ def find_unfinished(wanted: Path) -> Path | None:
 
 
 def _lock(file: IO[str]) -> bool:
-    """Takes the lock of a file, if it is free. It goes with the process, however that ends."""
+    """Locks a file, if it is not locked; the lock is released when the process ends."""
     if fcntl is None:
         return True
     try:

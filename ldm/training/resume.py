@@ -1,4 +1,4 @@
-"""Where a run left off: its newest whole checkpoint, and whether its config is still the same."""
+"""Resuming: the latest valid checkpoint of a run, and the check that its config is unchanged."""
 
 import logging
 import re
@@ -16,13 +16,13 @@ from ldm.files import file_sha256
 log = logging.getLogger(__name__)
 
 NOTHING = object()
-SAME_MODEL = "Resume with the model section that the run began with."
+SAME_MODEL = "Resume with the model section of the original run."
 
 
 def latest_valid_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of most steps in `folder` that is whole; None where there is none at all.
+    """The valid checkpoint in `folder` with the most steps; None if there are no checkpoints.
 
-    Broken ones are named in the log and set aside as *.broken.
+    Invalid ones are logged and renamed to *.broken. Raises UserError if all are invalid.
     """
     paths = by_step(folder)
     for path in paths:
@@ -33,22 +33,22 @@ def latest_valid_checkpoint(folder: Path) -> Path | None:
         path.rename(path.with_name(f"{path.name}.broken"))
     if paths:
         remedy = "Remove the folder to train from the start."
-        raise UserError("None of the checkpoints is whole", where=folder, remedy=remedy)
+        raise UserError("None of the checkpoints is valid", where=folder, remedy=remedy)
     return None
 
 
 def by_step(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, the one of most steps first."""
+    """The checkpoints in `folder`, by number of steps, the largest first."""
     return sorted(folder.glob("*.ckpt"), key=step_of, reverse=True)
 
 
 def name_of(step: int) -> str:
-    """The file name of a step's checkpoint."""
+    """File name of the checkpoint after a step."""
     return f"step-{step:08d}.ckpt"
 
 
 def step_of(path: Path) -> float:
-    """Optimizer steps behind a checkpoint, by its name or else by itself; infinite if it is broken."""
+    """Optimizer steps of a checkpoint, from its name or its content; infinite if it is damaged."""
     named = re.search(r"step[-=](\d+)", path.name)
     try:
         return int(named[1] if named else unpickle(path, mapped=True)["global_step"])
@@ -57,7 +57,7 @@ def step_of(path: Path) -> float:
 
 
 def validate_checkpoint(path: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from; None if it is whole."""
+    """Why a checkpoint is invalid; None if it is valid."""
     kept = path.with_name(f"{path.name}.sha256")
     if kept.exists():
         words = kept.read_text(encoding="utf-8", errors="replace").split()
@@ -76,7 +76,7 @@ def validate_checkpoint(path: Path) -> str | None:
 
 
 def check_fit(state: Mapping[str, Any], module: nn.Module, *, where: Path) -> None:
-    """Refuses a checkpoint of other weights than the module's, by name and shape, or of others that learn."""
+    """Raises UserError if a checkpoint has other weights, by name and shape, or other trainable ones."""
     held = {name: tuple(tensor.shape) for name, tensor in state["state_dict"].items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     wrong = [name for name in sorted(held.keys() | wanted.keys()) if held.get(name) != wanted.get(name)]
@@ -89,12 +89,12 @@ def check_fit(state: Mapping[str, Any], module: nn.Module, *, where: Path) -> No
     moving = sum(len(group["params"]) for optimizer in states for group in optimizer["param_groups"])
     learning = sum(parameter.requires_grad for parameter in module.parameters())
     if moving != learning:
-        what = f"The optimizer was of {moving} weights, and {learning} learn here"
+        what = f"The checkpoint has {moving} trainable weights, the module {learning}"
         raise UserError(what, where=where, remedy=SAME_MODEL)
 
 
 def config_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What differs between two plain configs, "key: old -> new" each."""
+    """Differences between two plain configs, each as "key: old -> new"."""
     old, new = dict(_leaves(before)), dict(_leaves(after))
     return [
         f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
@@ -104,17 +104,17 @@ def config_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[
 
 
 def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], *, allowed: bool, run: Path) -> None:
-    """Refuses to go on with another config than the run began with, unless that is `allowed`."""
+    """Raises UserError if the config has changed since the run began, unless that is `allowed`."""
     changes = config_changes(before, after)
     if changes and not allowed:
-        what = f"The config is not the one that this run began with: {'; '.join(changes)}"
-        raise UserError(what, where=run, remedy="Give the old values, or add --allow_config_change.")
+        what = f"The config has changed since this run began: {'; '.join(changes)}"
+        raise UserError(what, where=run, remedy="Restore the old values, or add --allow_config_change.")
     for change in changes:
-        log.warning("%s goes on with a changed config: %s", run, change)
+        log.warning("%s continues with a changed config: %s", run, change)
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of all that is no mapping, and of empty mappings."""
+    """(dotted key, value) of everything that is not a mapping, and of empty mappings."""
     if not isinstance(node, Mapping) or not node:
         yield key, node
         return

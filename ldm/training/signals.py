@@ -1,4 +1,4 @@
-"""Signals that end a run in order: SIGTERM (a queue's), SIGINT (Ctrl+C), SIGUSR1 (Slurm's warning)."""
+"""Graceful shutdown on SIGTERM (from schedulers), SIGINT (Ctrl+C) and SIGUSR1 (Slurm's warning)."""
 
 import logging
 import signal
@@ -11,7 +11,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if
 
 
 class Stopped(SystemExit):
-    """Ends the process with the status that a shell gives it: 128 + the signal's number."""
+    """Exits with the status of a process that a signal ended: 128 + its number."""
 
     def __init__(self, signum: int):
         super().__init__(128 + signum)
@@ -19,9 +19,9 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """While entered, the first signal is kept in `received` for the work to heed; a second ends it at once.
+    """Inside a `with` block the first signal is only noted, in `received`; a second one raises `Stopped`.
 
-    A signal that nobody has heeded on leaving ends the process then.
+    If `received` is set on leaving the block, `Stopped` is raised there.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class StopSignals:
             raise Stopped(self.received)
 
     def listen(self) -> None:
-        """Takes the signals; also from whoever took them since."""
+        """Installs the signal handlers, also over those that were installed since."""
         for signum in SIGNALS:
             _handle(signum, self._receive)
 
@@ -47,14 +47,14 @@ class StopSignals:
         if self.received is not None:
             raise Stopped(signum)
         self.received = signum
-        log.warning("%s: this step is finished and saved; once more stops at once", _name(signum))
+        log.warning("%s: stopping after this step and a checkpoint; a second signal stops at once", _name(signum))
 
 
 def stop_at_once() -> None:
-    """From now on a signal ends the process where it stands, through every `finally`."""
+    """Makes every signal raise `Stopped` at once."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        log.warning("%s: stopped; --resume takes the run up", _name(signum))
+        log.warning("%s: stopped; continue the run with --resume", _name(signum))
         raise Stopped(signum)
 
     for signum in SIGNALS:
@@ -62,7 +62,7 @@ def stop_at_once() -> None:
 
 
 def _handle(signum: int, handler: object) -> None:
-    if threading.current_thread() is threading.main_thread():  # no other may
+    if threading.current_thread() is threading.main_thread():  # Python allows it in no other thread
         signal.signal(signum, handler)
 
 

@@ -44,7 +44,7 @@ def test_two_runs_of_one_name_have_a_folder_each(tmp_path: Path):
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="folder cannot be made.*Choose another `name`"):
+    with pytest.raises(UserError, match="folder cannot be created.*Choose another `name`"):
         new_folder(tmp_path / "file" / "run")
 
 
