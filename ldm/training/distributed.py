@@ -1,7 +1,7 @@
-"""Several processes in one run: who this one is, and how it joins the others.
+"""Distributed runs: process group, ranks and collectives.
 
-They are started by torchrun or by Slurm's srun. Rank 0 alone writes; all take part in drawing prior images
-and in training.
+Processes are started by torchrun or by Slurm's srun. All generate prior images and train; rank 0 alone writes
+files.
 """
 
 import os
@@ -18,11 +18,11 @@ from ldm.errors import UserError
 from ldm.training.device import device_of
 
 T = TypeVar("T")
-LONGEST = timedelta(hours=2)  # that the others wait while rank 0 draws samples and takes figures
+LONGEST = timedelta(hours=2)  # timeout of the other ranks while rank 0 samples and evaluates
 
 
 def launch(trainer: Mapping[str, Any]) -> None:
-    """Starts this program again under torchrun where the Trainer wants several devices; else does nothing."""
+    """Restarts this program under torchrun if the Trainer wants several devices and nothing started them."""
     count = device_count(trainer)
     if count > 1 and _environment() is None:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
@@ -30,20 +30,20 @@ def launch(trainer: Mapping[str, Any]) -> None:
 
 
 def device_count(trainer: Mapping[str, Any]) -> int:
-    """How many devices of this machine a Trainer wants, given by its arguments: one, unless they say more."""
+    """Number of devices of this machine that a Trainer with these arguments uses; 1 by default."""
     devices = trainer.get("devices", 1)
     if devices in ("auto", -1, "-1"):
         return 1 if trainer.get("accelerator") == "cpu" else max(torch.cuda.device_count(), 1)
     if isinstance(devices, str) and not devices.isdigit():
         remedy = "Give a number, a list of numbers, or auto."
-        raise UserError(f"{devices!r} names no devices", where="trainer.devices", remedy=remedy)
+        raise UserError(f"{devices!r} is not a number of devices", where="trainer.devices", remedy=remedy)
     return int(devices) if isinstance(devices, int | str) else len(devices)
 
 
 def join(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Meets the processes that were started with this one -> the Trainer's arguments for as many.
+    """Joins the process group of the launcher, if any -> the Trainer's arguments for it.
 
-    Alone, it is one device: a Trainer that is told nothing takes all and starts processes of its own.
+    A single process gets `devices=1`: by default a Trainer takes all devices and starts its own processes.
     """
     environment = _environment()
     if environment is None:
@@ -63,6 +63,7 @@ def join(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def init_process_group(environment: TorchElasticEnvironment | SLURMEnvironment, device: torch.device) -> None:
+    """Initializes torch.distributed, with gloo for objects and NCCL for tensors on a GPU."""
     os.environ["MASTER_ADDR"] = environment.main_address
     os.environ["MASTER_PORT"] = str(environment.main_port)
     if device.type == "cuda":
@@ -84,13 +85,13 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Until all processes are here."""
+    """Waits for all processes."""
     if dist.is_initialized():
         all_gather_object(None)
 
 
 def all_gather_object(value: T) -> list[T]:
-    """What each process gave, by rank."""
+    """The values of all processes, by rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -99,12 +100,12 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def on_rank0_broadcast(make: Callable[[], T]) -> T:
-    """What rank 0 makes, given to all."""
+    """Calls a function on rank 0 -> its result, on all ranks."""
     return all_gather_object(make() if rank() == 0 else None)[0]
 
 
 def _environment() -> TorchElasticEnvironment | SLURMEnvironment | None:
-    """Who started this process among others; None if it is alone."""
+    """The launcher of this process; None for a single process."""
     kinds = (TorchElasticEnvironment, SLURMEnvironment)  # torchrun may run inside a Slurm job
     found = next((kind() for kind in kinds if kind.detect()), None)
     return found if found is not None and found.world_size() > 1 else None

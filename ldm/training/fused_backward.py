@@ -1,4 +1,4 @@
-"""An optimizer for small memory: its steps are taken during the backward pass."""
+"""Fused backward pass: an optimizer that steps during the backward pass and frees gradients."""
 
 from collections.abc import Callable, Iterable
 
@@ -8,18 +8,18 @@ from torch.optim import Optimizer
 
 from ldm.training.adamw_bf16 import Group
 
-PASSES = 32  # of the optimizer in a backward pass
+PASSES = 32  # optimizer calls in a backward pass
 
 
 class FusedBackward(Optimizer):
-    """Steps parameters while the backward pass goes on, some at a time, and frees their gradients.
+    """Fused backward pass: steps parameters during the backward pass, and frees their gradients.
 
-    The result is that of stepping afterwards. It rules out all that needs every gradient at once: clipping,
+    The result equals that of a step afterwards. Whatever needs all gradients at once is impossible: clipping,
     accumulation, a loss scaler, averaging over processes. State dicts are those of `make`'s optimizer.
-    At most `1 / PASSES` of all gradients are held, and one more: a step for each would cost more time
-    than all of the update's arithmetic.
+    Parameters are stepped in groups, of `1 / PASSES` of all gradients each: an optimizer call for each
+    parameter would take longer than the arithmetic of the update.
 
-    groups: parameter groups, each with its "lr". make: groups -> the optimizer that steps.
+    groups: parameter groups, each with its "lr". make: groups -> the optimizer that steps them.
     """
 
     def __init__(self, groups: Iterable[Group], make: Callable[[list[Group]], Optimizer]):
@@ -34,11 +34,11 @@ class FusedBackward(Optimizer):
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """The work is done when the backward pass is: `closure` holds it, if there is one."""
+        """Only calls `closure`, which contains the backward pass: the parameters are stepped in there."""
         return None if closure is None else torch.enable_grad()(closure)()
 
     def _arrived(self, parameter: Tensor) -> None:
-        if not self._waiting:  # autograd calls back when the pass is over, for the last ones
+        if not self._waiting:  # autograd calls back at the end of the pass, for the last parameters
             torch.autograd.Variable._execution_engine.queue_callback(self._step_waiting)
         self._waiting.append(parameter)
         self._held += parameter.grad.nbytes
@@ -52,7 +52,7 @@ class FusedBackward(Optimizer):
         for parameter in self._waiting:
             groups[self._group_of[parameter]]["params"].append(parameter)
         self._inner.param_groups = [group for group in groups if group["params"]]
-        self._inner.state = self.state  # so that saving and loading this optimizer does so for all of them
+        self._inner.state = self.state  # so that this optimizer saves and loads all states
         self._inner.step()
         for parameter in self._waiting:
             parameter.grad = None
@@ -60,5 +60,5 @@ class FusedBackward(Optimizer):
 
 
 def pending_gradient_bytes(parameters: Iterable[Tensor]) -> int:
-    """Bytes of gradients that wait for their step at most, the one that comes last not counted."""
+    """Most bytes of gradients that are pending at a time, without the one that arrives last."""
     return sum(p.nbytes for p in parameters) // PASSES

@@ -1,4 +1,4 @@
-"""The gradient as a whole: its norm, computed once a step, clipping, and when its memory is freed."""
+"""Gradient norm, computed once a step, gradient clipping, and freeing of gradients."""
 
 from weakref import WeakKeyDictionary
 
@@ -16,9 +16,9 @@ _newest: WeakKeyDictionary[Optimizer, tuple[int, Tensor]] = WeakKeyDictionary() 
 
 
 def gradient_norm(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
-    """2-norm before clipping -> scalar, the same in every process, split or not.
+    """2-norm of the gradient before clipping -> scalar, the same in every process.
 
-    None where no gradients are there, because the optimizer stepped in the backward pass.
+    None if there are no gradients, because of a fused backward pass.
     """
     gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
     if not gradients:
@@ -36,10 +36,10 @@ def clip(
     gradient_clip_val: float | None = None,
     gradient_clip_algorithm: str | None = None,
 ) -> None:
-    """A module's `configure_gradient_clipping`: by value, or by the norm that the step computes anyway.
+    """Gradient clipping by value or by norm, as a module's `configure_gradient_clipping`.
 
-    By norm (Pascanu et al. 2013) the optimizer itself divides the gradients, where it can: `grad_scale` is 1,
-    exactly, for a step that is not clipped.
+    By norm (Pascanu et al. 2013) a fused optimizer divides the gradients itself: `grad_scale` is exactly 1
+    for a step that is not clipped.
     """
     if not gradient_clip_val:
         return
@@ -56,9 +56,9 @@ def clip(
 
 
 class FreeGradients(pl.Callback):
-    """Frees the gradients when the optimizer has stepped; Lightning keeps them through the next forward pass.
+    """Frees the gradients after the optimizer's step; Lightning keeps them through the next forward pass.
 
-    To be the first of the callbacks: what the others do after a step has that memory too.
+    It should be the first callback, so that the others have that memory.
     """
 
     def on_train_batch_end(

@@ -1,4 +1,4 @@
-"""Stops a run whose loss or gradient is not finite, and says which items did it."""
+"""Stops a run at a non-finite loss or gradient, and names its items."""
 
 import logging
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from ldm.training.latent_diffusion import LatentDiffusion
 
 log = logging.getLogger(__name__)
 
-MOST_SKIPS = 30  # fp16 steps in a row: the scaler has then halved its scale from 65536 to below 0.0001
+MOST_SKIPS = 30  # consecutive fp16 steps: the loss scale has then gone from 65536 to below 0.0001
 
 
 class AsyncHostCopy:
-    """Values on their way from the device to the host; reading them waits for no later work than theirs."""
+    """Asynchronous device-to-host copy; `read` waits for the copy, not for later work of the device."""
 
     def __init__(self, values: Tensor):
         self._host = values.detach().to("cpu", non_blocking=True)
@@ -36,20 +36,21 @@ class AsyncHostCopy:
 
 @dataclass
 class Step:
-    """What one optimizer step is judged by."""
+    """Whether the losses and the gradient of one optimizer step are finite."""
 
     number: int
     items: list[tuple[int, str]]
-    # Of each micro-batch: which items' losses are finite [B], or whether the mean is [1]
+    # Of each micro-batch: whether the loss of each item is finite [B], or the mean [1]
     losses: list[AsyncHostCopy]
     gradient: AsyncHostCopy | None = None
 
 
 class NonFiniteGuard(pl.Callback):
-    """Judges each step after the next one, so that no device is waited for, and before every checkpoint.
+    """Raises UserError at a non-finite loss or gradient; nothing waits for the device.
 
-    With a loss scaler (fp16) a step whose gradient alone overflows is skipped by the scaler; these are
-    counted (`train/skipped_steps`), and only MOST_SKIPS in a row end the run.
+    Each step is checked one step later, and all of them before a checkpoint is written. With a loss scaler
+    (fp16) steps whose gradient overflows are skipped by the scaler and counted (`train/skipped_steps`); the
+    run ends after MOST_SKIPS of them in a row.
     """
 
     def __init__(self) -> None:
@@ -87,7 +88,7 @@ class NonFiniteGuard(pl.Callback):
             module.log("train/skipped_steps", float(self.skipped))
 
     def check_steps(self, trainer: pl.Trainer, module: pl.LightningModule, *, keep_last: int = 0) -> None:
-        """Reads all steps but the last few; UserError at the first that is not finite."""
+        """Checks all steps but the last `keep_last`. Raises UserError at the first that is not finite."""
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         while len(self._done) > keep_last:
             step = self._done.pop(0)
@@ -110,7 +111,7 @@ class NonFiniteGuard(pl.Callback):
 
 
 def _error(what: str, step: Step, items: list[tuple[int, str]], module: pl.LightningModule) -> UserError:
-    """Names the items and, where they have some, the timesteps that these drew."""
+    """The error for a step, with its items and their timesteps, if they have any."""
     names = [f"{stream} item {number}" for number, stream in items]
     if isinstance(module, LatentDiffusion):
         timesteps = torch.empty(len(items), dtype=torch.int64)

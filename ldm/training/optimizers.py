@@ -17,7 +17,7 @@ from ldm.training.fused_backward import FusedBackward
 LRSchedule = Literal["constant", "cosine", "wsd"]
 OptimizerName = Literal["adamw", "adamw_8bit", "adamw_bf16"]
 ParamGroups = Mapping[str, tuple[nn.Module, float]]  # name -> (module, learning rate)
-WSD_DECAY = 0.2  # share of a "wsd" run that decays
+WSD_DECAY = 0.2  # share of the steps of a "wsd" schedule in which the learning rate decays
 
 
 def adamw(
@@ -30,10 +30,10 @@ def adamw(
     fused: bool = True,
     seed: int = 0,
 ) -> Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), one parameter group per part that learns.
+    """AdamW (Loshchilov and Hutter 2019), with one parameter group per module that has trainable weights.
 
-    "adamw": float32 states, 8 bytes a weight; `fused` updates all tensors of a group in one pass.
-    "adamw_8bit": 2 bytes a weight, bitsandbytes. "adamw_bf16": 4 bytes, for bfloat16 weights; `seed` rounds.
+    name: "adamw" has float32 states, 8 bytes a weight, `fused` in one kernel; "adamw_8bit" (bitsandbytes) 2
+    bytes; "adamw_bf16" 4 bytes, for bfloat16 weights, with `seed` for the stochastic rounding.
     """
     options = {"betas": tuple(betas), "weight_decay": weight_decay, "eps": 1e-8}
 
@@ -41,7 +41,7 @@ def adamw(
         if name == "adamw_bf16":
             return AdamWBF16(groups, **options, seed=seed)
         if name == "adamw_8bit":
-            import bitsandbytes  # an extra: only here, where it is asked for
+            import bitsandbytes  # an optional dependency
 
             return bitsandbytes.optim.AdamW8bit(groups, **options)
         return AdamW(groups, **options, fused=fused)
@@ -66,7 +66,7 @@ def check_optimizer(
     precision: str | int | None,
     processes: int,
 ) -> None:
-    """Refuses what cannot work together, or is not installed; `clip`, `precision` as a Trainer has them."""
+    """Raises UserError if the optimizer is not installed, or impossible with these Trainer settings."""
     if name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         remedy = 'Install it with `pip install -e ".[8bit]"`, or set model.params.optimizer=adamw.'
         raise UserError("8-bit AdamW needs bitsandbytes, which is not installed", remedy=remedy)
@@ -80,16 +80,14 @@ def check_optimizer(
     }
     for key in (key for key, present in refused.items() if present):
         remedy = f"Take {key} off, or set model.params.fused_backward=false."
-        raise UserError(
-            "Steps in the backward pass never see all gradients at once", where=key, remedy=remedy
-        )
+        raise UserError("A fused backward pass never has all gradients at once", where=key, remedy=remedy)
 
 
 def match_state_strides(optimizer: torch.optim.Optimizer) -> None:
-    """Gives loaded states the memory layout of their parameters.
+    """Gives loaded optimizer states the strides of their parameters.
 
-    The fused kernels walk memory and do not look at strides: a checkpoint written while the weights lay in
-    another layout would pair every weight with the moments of another one.
+    Fused kernels ignore strides: with states from a checkpoint in another memory format they would pair each
+    weight with the moments of another one.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
@@ -98,13 +96,13 @@ def match_state_strides(optimizer: torch.optim.Optimizer) -> None:
 
 
 def lr_factor(schedule: LRSchedule, *, warmup_steps: int, max_steps: int) -> Callable[[int], float]:
-    """Optimizer step -> factor of the learning rate: linear warm-up, then what the schedule says.
+    """Learning-rate schedule, optimizer step -> factor: linear warm-up, then the schedule.
 
     "constant"; "cosine": half a cosine to 0; "wsd", warmup-stable-decay: constant, then linear to 0 over the
     last fifth of the steps, about as good as a cosine, and a run can be made longer (Hägele et al. 2024).
     """
     if schedule != "constant" and max_steps < 1:
-        what = f"The schedule {schedule} ends with the run, whose length is not given"
+        what = f"The schedule {schedule} needs the length of the run"
         remedy = "Set trainer.max_steps, or model.params.lr_schedule=constant."
         raise UserError(what, where="model.params.lr_schedule", remedy=remedy)
 
@@ -124,7 +122,7 @@ def lr_factor(schedule: LRSchedule, *, warmup_steps: int, max_steps: int) -> Cal
 def with_schedule(
     optimizer: torch.optim.Optimizer, schedule: LRSchedule, *, warmup_steps: int, max_steps: int
 ) -> dict:
-    """What `LightningModule.configure_optimizers` returns: the schedule advances with optimizer steps."""
+    """The dict for `LightningModule.configure_optimizers`; the schedule advances with optimizer steps."""
     factor = lr_factor(schedule, warmup_steps=warmup_steps, max_steps=max_steps)
     return {
         "optimizer": optimizer,

@@ -47,7 +47,7 @@ class StopSignals:
         if self.received is not None:
             raise Stopped(signum)
         self.received = signum
-        log.warning("%s: stopping after this step and a checkpoint; a second signal stops at once", _name(signum))
+        log.warning("%s: stopping after this step, saved; a second signal stops at once", _name(signum))
 
 
 def stop_at_once() -> None:

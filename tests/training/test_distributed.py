@@ -83,7 +83,7 @@ def test_one_device_starts_nothing_else(devices: object):
 def test_all_devices_are_those_that_are_there(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert [distributed.device_count({"devices": n}) for n in ("auto", -1, 2, "3", [0, 2])] == [4, 4, 2, 3, 2]
-    with pytest.raises(UserError, match="'two' names no devices .*a number"):
+    with pytest.raises(UserError, match="'two' is not a number of devices .*a number"):
         distributed.device_count({"devices": "two"})
     assert (
         distributed.device_count({})
