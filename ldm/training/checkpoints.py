@@ -1,4 +1,4 @@
-"""Checkpoints: when the full state is written, how it gets to the disk whole, and which ones stay."""
+"""Checkpointing: when checkpoints are written, atomic writing, and which ones are kept."""
 
 import pickle
 from collections.abc import Iterator, Mapping
@@ -19,11 +19,11 @@ from ldm.training.online_eval import OnlineEvalCallback
 from ldm.training.resume import by_step, name_of, step_of
 from ldm.training.signals import Stopped, StopSignals
 
-MONITORED = "val/loss"  # unless scores are measured, the checkpoint where it was least is kept as the best
+MONITORED = "val/loss"  # without online evaluation, the checkpoint with its minimum is the best
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints on disk: whole or absent, SHA-256 beside them, read without running code."""
+    """Checkpoint IO for Lightning: atomic, with a SHA-256 file, and without unpickling of code."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -36,7 +36,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 with temporary.open("wb") as file:
                     hashed = HashingWriter(file)
                     torch.save(checkpoint, hashed)
-                # First: no checkpoint stands there without it
+                # First, so that there is no checkpoint without it
                 with atomic_write(checksum_path(path)) as note:
                     note.write_text(f"{hashed.sha256}  {path.name}\n", encoding="utf-8")
         except (OSError, RuntimeError, pickle.PicklingError) as error:
@@ -53,12 +53,12 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class CheckpointCallback(Checkpoint):
-    """Saves every `every` optimizer steps, where a measured score is the best, and at the end.
+    """Saves every `every` optimizer steps, at the best score of the online evaluation, and at the end.
 
-    It keeps the last `keep`, and the best: by the score, or by the validation loss of those that were saved.
+    It keeps the last `keep` checkpoints, and the best one: by the score, or else by the validation loss.
 
-    A checkpoint is written between two steps, when all that the last one logs is logged and on disk. There
-    a signal is heeded too: the step is finished, saved, and `Stopped` ends the training.
+    Checkpoints are written between two steps, after all logs of the first one are on disk. There a signal is
+    handled too: after a checkpoint, `Stopped` is raised.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class CheckpointCallback(Checkpoint):
         self.folder, self.every, self.keep = folder, every, keep
         self.stop, self.guard, self.online_eval = stop, guard, online_eval
         self.saved = -1  # the step last saved
-        self.best: dict[str, float] = {}  # "loss" and "step" of the best one that was saved
+        self.best: dict[str, float] = {}  # "loss" and "step" of the best checkpoint
         self._loss: dict[str, float] = {}  # the same of the last validation
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,14 +85,14 @@ class CheckpointCallback(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.saved = trainer.global_step
-        self.stop.listen()  # Lightning has put its own handler first, which ends a run without saving it
+        self.stop.listen()  # over the handlers of Lightning, which end a run without saving it
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: dict, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        # Logs count with this number, which Lightning guesses on resuming; for one optimizer it is the step.
+        # The step of logs, which Lightning guesses on resuming; with one optimizer it is the global step.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         asked = self._asked_to_stop(trainer, module)
         scored_best = self.online_eval is not None and self._is_best(trainer.global_step)
@@ -102,7 +102,7 @@ class CheckpointCallback(Checkpoint):
             raise Stopped(asked)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The end of the training: batches never end. Afterwards an average takes the weights' place."""
+        """The end of training, as the epoch is endless; after it the EMA weights replace the others."""
         self.save(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -119,7 +119,7 @@ class CheckpointCallback(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Neither the batch that is about to begin nor the epoch counts as begun, or as done."""
+        """Sets the progress of the loops back to the last completed batch."""
         loops = checkpoint["loops"]["fit_loop"]
         for count in ("total", "current"):
             batches, epochs = loops["epoch_loop.batch_progress"][count], loops["epoch_progress"][count]
@@ -127,7 +127,7 @@ class CheckpointCallback(Checkpoint):
             epochs["processed"] = epochs["completed"]
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Writes the state of this step, unless it is there or not finite; removes what is no longer kept."""
+        """Writes a checkpoint of this step, unless there is one or it is not finite; removes old ones."""
         step = trainer.global_step
         if step == self.saved:
             return
@@ -144,7 +144,7 @@ class CheckpointCallback(Checkpoint):
                     AtomicCheckpointIO().remove_checkpoint(path)
 
     def _asked_to_stop(self, trainer: pl.Trainer, module: pl.LightningModule) -> int:
-        """The number of the signal that any of the processes got, or 0."""
+        """The signal that any of the processes received, or 0."""
         received = self.stop.received or 0
         if trainer.world_size == 1:
             return received
@@ -152,14 +152,14 @@ class CheckpointCallback(Checkpoint):
 
 
 def check_saving(plain: Mapping[str, Any]) -> None:
-    """Refuses a config by which checkpoints are never written, or none is kept."""
+    """Raises UserError if the config never writes checkpoints, or keeps none."""
     for key in ("checkpoint_every", "checkpoints_kept"):
         if plain.get(key, 1) < 1:
             raise UserError(f"{key} is {plain[key]}", where=key, remedy="It must be at least 1.")
 
 
 def checksum_path(path: Path) -> Path:
-    """The file beside a checkpoint that `sha256sum --check` reads."""
+    """The checksum file of a checkpoint, for `sha256sum --check`."""
     return path.with_name(f"{path.name}.sha256")
 
 

@@ -1,4 +1,4 @@
-"""FSDP: weights, gradients and optimizer states of the networks that learn, split over the processes.
+"""FSDP: weights, gradients and optimizer states of trainable networks, sharded over the processes.
 
 For models whose training does not fit on one device (Rajbhandari et al. 2020, ZeRO-3; Zhao et al. 2023).
 `trainer.strategy=fsdp` asks for it.
@@ -24,7 +24,7 @@ FSDP = "fsdp"
 
 
 class Sharded(ModelParallelStrategy):
-    """Lightning's strategy for FSDP2, with checkpoints in one file, as those of a single process are."""
+    """FSDP2 as a Lightning strategy; checkpoints are single files, as without it."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -36,14 +36,14 @@ class Sharded(ModelParallelStrategy):
 
 
 def shard(networks: Mapping[str, nn.Module], mesh: DeviceMesh) -> None:
-    """Leaves each process its share of the networks that learn; a block is whole only while it computes."""
+    """Shards the trainable networks; each block is gathered only while it computes."""
     blocks = {
         "unet": lambda unet: [*unet.input_blocks, unet.middle_block, *unet.output_blocks],
         "text_encoder": lambda text: text.transformer["text_model"].encoder.layers,
     }
     for name, network in networks.items():
         if any(p.requires_grad for p in network.parameters()):
-            network.to(memory_format=torch.contiguous_format)  # FSDP splits no other layout
+            network.to(memory_format=torch.contiguous_format)  # FSDP shards no other layout
             for block in [*blocks[name](network), network]:
                 fully_shard(block, mesh=mesh)
 
@@ -52,9 +52,9 @@ def shard(networks: Mapping[str, nn.Module], mesh: DeviceMesh) -> None:
 def fsdp_replica(
     module: pl.LightningModule, trainer: Mapping[str, Any]
 ) -> Iterator[tuple[pl.LightningModule, Mapping[str, Any]]]:
-    """What is trained, and the Trainer's arguments: for FSDP a copy of the module, to be split.
+    """Yields the module to train and the Trainer's arguments; with FSDP the module is a copy, to be sharded.
 
-    The module itself stays whole, waits on the CPU and, in the first process, takes what the copy learned.
+    The original stays whole, on the CPU, and gets the trained weights on rank 0.
     """
     if trainer.get("strategy") != FSDP:
         yield module, trainer
@@ -70,7 +70,7 @@ def fsdp_replica(
 
 
 def check_sharding(plain: Mapping[str, Any]) -> None:
-    """Refuses what needs whole networks in one process while they are split, or another AdamW."""
+    """Raises UserError for FSDP with settings that need whole networks or another optimizer."""
     strategy, params = str(plain["trainer"].get("strategy")), plain["model"].get("params", {})
     if not strategy.startswith(FSDP):
         return
@@ -78,7 +78,7 @@ def check_sharding(plain: Mapping[str, Any]) -> None:
         raise UserError(f"`{strategy}` is not known", where="trainer.strategy", remedy="Write fsdp.")
     if distributed.world_size() == 1:
         what, remedy = (
-            "FSDP splits a model over processes, and this is one",
+            "FSDP shards a model over processes, and there is only one",
             "Set trainer.devices, or take it off.",
         )
         raise UserError(what, where="trainer.strategy", remedy=remedy)
@@ -96,4 +96,4 @@ def check_sharding(plain: Mapping[str, Any]) -> None:
     found = ", ".join(key for key, present in refused.items() if present)
     if found:
         remedy = "Take it off, or train with trainer.strategy=ddp."
-        raise UserError("FSDP does not go with all that the config asks for", where=found, remedy=remedy)
+        raise UserError("FSDP does not support this setting", where=found, remedy=remedy)

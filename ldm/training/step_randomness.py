@@ -1,4 +1,4 @@
-"""The random numbers of training: each is a function of (seed, item, part, purpose), in any batch."""
+"""The random numbers of a training step, made on the CPU and copied to the device at once."""
 
 from collections.abc import Sequence
 from math import prod
@@ -11,16 +11,16 @@ from ldm.randomness import ItemRNG, stream_ids
 
 
 class StepRandomness(NamedTuple):
-    """What a micro-batch draws: views into one buffer, which crosses to the device in one copy."""
+    """Random numbers of a micro-batch: views into one buffer, which is copied to the device at once."""
 
     timesteps: Tensor  # [B] int64
     posterior: Tensor  # [B, C, h, w], of the latents' posterior
     noise: Tensor  # [B, C, h, w]
-    offset: Tensor  # [B, C, 1, 1], of offset noise; 0 without it
+    offset: Tensor  # [B, C, 1, 1], for offset noise; 0 without it
 
     @classmethod
     def views(cls, buffer: Tensor, shape: Sequence[int]) -> "StepRandomness":
-        """buffer: [bytes] uint8, on any device. shape: (B, C, h, w) of the latents."""
+        """Views into a buffer. buffer: [bytes] uint8, on any device. shape: (B, C, h, w) of the latents."""
         count, channels = shape[:2]
         numbers = buffer[8 * count :].view(torch.float32)
         posterior, noise, offset = numbers.split([prod(shape), prod(shape), count * channels])
@@ -42,10 +42,10 @@ def latent_shape(batch: dict, *, channels: int, factor: int) -> tuple[int, int, 
 
 
 def sample_randomness(batch: dict, seed: int, shape: Sequence[int], *, timesteps: int, offset: bool) -> dict:
-    """What a step needs besides its items, made on the CPU, because reading or drawing later would wait.
+    """Additions to a batch, made on the CPU, so that the step never waits for the device.
 
     "stream_ids" (see `stream_ids`), "prior_rows" [number of prior items] int64, and "randomness" [bytes]
-    uint8: all of `StepRandomness`. The latter two are pinned where there is a GPU to copy them to.
+    uint8, the buffer of `StepRandomness`. The latter two are in pinned memory if there is a GPU.
 
     shape: (B, C, h, w) of the latents. timesteps: T, of the schedule. offset: whether there is offset noise.
     """

@@ -1,4 +1,4 @@
-"""Techniques that need more than a line of the training step; each is off unless a config asks for it."""
+"""Textual inversion, the L2-SP regularizer, and output preservation; all are off by default."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -17,11 +17,11 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by the T
 
 @dataclass(frozen=True)
 class LearnedToken:
-    """A word of its own for the subject, beside the vocabulary's (textual inversion, Gal et al. 2023).
+    """Textual inversion (Gal et al. 2023): a new word for the subject, whose embeddings are trained.
 
-    word: as it stands in prompts, such as <my-dog>; use it as `data.params.identifier`.
-    init: known words whose vectors it begins with; each of them gives it one vector.
-    learning_rate: of the vectors alone.
+    word: as in prompts, such as <my-dog>; use it as `data.params.identifier`.
+    init: known words, whose token embeddings are the initial ones.
+    learning_rate: of the embeddings.
     """
 
     word: str
@@ -30,7 +30,7 @@ class LearnedToken:
 
 
 class L2SP:
-    """Squared distance of the weights to where they began (Li et al. 2018, L2-SP)."""
+    """L2-SP regularizer (Li et al. 2018): squared distance of the weights to their initial values."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
         self.pairs = [(p, p.detach().clone()) for p in parameters if p.requires_grad]
@@ -39,17 +39,16 @@ class L2SP:
         self.pairs = [(p, there.to(device)) for p, there in self.pairs]
 
     def distance(self) -> Tensor:
-        """Scalar: summed over all weights that learn."""
+        """Squared distance, summed over all trainable weights -> scalar."""
         return torch.stack([(p - there).square().sum() for p, there in self.pairs]).sum()
 
 
 class Reference:
     """Output preservation: the base's prediction is the target of prior items (Li and Hoiem 2016).
 
-    The class is then kept by what the base would do, not by what its images show. Where a LoRA learns, the
-    base is the same networks with its factors off; else it is a copy of them. In mixed `precision` the copy
-    keeps the weights of linear layers and convolutions as autocast would cast them at every step, in half of
-    the memory.
+    The reference model is a copy of the base or, with LoRA, the same networks with the LoRA off. In mixed
+    `precision` the copy holds the weights of linear layers and convolutions in the dtype to which autocast
+    would cast them at every step, in half of the memory.
     """
 
     def __init__(
@@ -76,11 +75,11 @@ class Reference:
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
-        """x: [B, C, h, w], t: [B], B prompts -> the base's prediction [B, C, h, w]."""
+        """The base's prediction. x: [B, C, h, w], t: [B], B prompts -> [B, C, h, w]."""
         with lora_off(*self.loras):
             return self.unet.predict(x, t, *self.conditioner(prompts, frozen=True))
 
 
 def cast_by_autocast(network: nn.Module) -> list[nn.Module]:
-    """The layers whose weights autocast casts to its dtype before it computes with them."""
+    """The layers whose weights autocast casts: linear layers and convolutions."""
     return [layer for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]

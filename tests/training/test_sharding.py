@@ -78,7 +78,7 @@ PLAIN = {"trainer": {"strategy": "fsdp"}, "model": {"params": {}}}
 
 
 def test_one_process_has_nothing_to_split():
-    with pytest.raises(UserError, match="over processes, and this is one .trainer.strategy"):
+    with pytest.raises(UserError, match="over processes, and there is only one .trainer.strategy"):
         check_sharding(PLAIN)
 
 
