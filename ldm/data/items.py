@@ -1,11 +1,11 @@
-"""Training items: which view of which photo item k shows, a pure function of (seed, k).
+"""Training items: which view of which image item k shows, a pure function of (seed, k).
 
-A view is a photo with its crop and mirroring. A photo has a fixed, finite number of them, so that
-what the VAE says of each can be cached, random crops and mirrored views included.
+A view is an image with a crop and perhaps mirrored. Every image has a finite number of views, random crops
+included, so that their latents can be cached.
 
-Items are numbered over the whole run, subject and prior apart. Optimizer step n takes the items
-n * effective_batch + i, effective_batch = batch_size * accumulate * world_size, however they are
-spread over ranks and micro-batches; so resuming is nothing but starting at another step.
+Items are numbered over the whole run, separately in each stream (subject and prior). Optimizer step n takes
+the items n * effective_batch + i, effective_batch = batch_size * accumulate * world_size, however they are
+divided among ranks and micro-batches; so resuming only means starting at another step.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,14 +27,14 @@ from ldm.files import file_sha256
 from ldm.randomness import generator
 
 StreamName = Literal["subject", "prior"]
-Index = tuple[StreamName, int]  # (stream, item number): the two streams are numbered apart
+Index = tuple[StreamName, int]  # (stream, item number)
 Item = dict[str, Tensor | str | bool | int]
-VALIDATION_START = 2**32  # steps and items from here on never train: no run gets there
+VALIDATION_START = 2**32  # steps and items from here on are for validation; no run gets there
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """A picture file and its caption. Its contents name it: a renamed photo stays the same photo."""
+    """An image file and its caption, identified by its content rather than its name."""
 
     path: Path
     sha256: str  # of the file
@@ -43,7 +43,7 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class TrainingView:
-    """A photo as training shows it. `crop_index` numbers the random crops of a photo; None is the middle."""
+    """An image as training shows it. crop_index: number of the random crop; None is the centre crop."""
 
     source: SourceImage
     size: int  # pixels a side
@@ -53,12 +53,12 @@ class TrainingView:
 
     @property
     def key(self) -> str:
-        """Names the pixels: equal keys, equal pixels."""
+        """Identifies the pixels."""
         crop = "center" if self.crop_index is None else f"random-{self.seed}-{self.crop_index}"
         return f"{self.source.sha256}/{self.size}/{crop}/{'flip' if self.flip else 'plain'}"
 
     def render(self) -> Tensor:
-        """-> [3, H, W] in [-1, 1]."""
+        """The pixels -> [3, H, W] in [-1, 1]."""
         image = _decoded(self.source.path, self.source.sha256)
         if self.crop_index is None:
             return to_tensor(fit_image(image, self.size, flip=self.flip))
@@ -68,20 +68,20 @@ class TrainingView:
 
 @dataclass(frozen=True)
 class Stream:
-    """The subject's or the prior's half of the items, numbered from 0 over the whole run."""
+    """The subject items or the prior items, numbered from 0 over the whole run."""
 
     name: StreamName
     sources: tuple[SourceImage, ...]
     size: int  # pixels a side
     seed: int
-    crop_variants: int | None  # random crops of each photo; None: the middle
+    crop_variants: int | None  # number of random crops of each image; None: the centre crop
     flip: bool  # half of the items are mirrored
     caption_dropout: float  # share of the items whose caption is empty, drawn for each
     empty_share: float = 0.0  # share of the items whose caption is empty, spread evenly over them
-    held_out: tuple[SourceImage, ...] = ()  # what validation items show instead
+    held_out: tuple[SourceImage, ...] = ()  # images of the validation items
 
     def view(self, item: int) -> TrainingView:
-        """The view that an item shows. Every photo comes once in each pass over the photos."""
+        """The view of an item. Items go over the images in random order, one epoch after the other."""
         sources = self.held_out if self.held_out and item >= VALIDATION_START else self.sources
         done, position = divmod(item, len(sources))
         order = torch.randperm(len(sources), generator=self._draws(done, "photo"))
@@ -93,10 +93,10 @@ class Stream:
         return TrainingView(sources[order[position]], self.size, crop_index, flip, self.seed)
 
     def caption(self, item: int) -> str:
-        """The caption of the photo that an item shows, or the empty one.
+        """The caption of an item: that of its image, or the empty one.
 
-        `empty_share` is exact in any run of items: with 0.25 every fourth has it, so a step of four prior
-        items has one, in the same place.
+        `empty_share` is exact among consecutive items: with 0.25 every fourth has an empty caption, so a step
+        of four prior items has one, at the same position.
         """
         share = Fraction(self.empty_share).limit_denominator(1000)
         if floor((item + 1) * share) > floor(item * share):
@@ -105,7 +105,7 @@ class Stream:
         return "" if dropped else self.view(item).source.caption
 
     def views(self) -> list[TrainingView]:
-        """Every view that any item can show, those of one photo side by side."""
+        """All possible views, those of one image next to each other."""
         crops = [None] if self.crop_variants is None else range(self.crop_variants)
         flips = (False, True) if self.flip else (False,)
         sources = self.sources + self.held_out
@@ -118,7 +118,7 @@ class Stream:
 class DreamBoothDataset(Dataset):
     """Index -> {"latent_stats" [2z, h, w] or "image" [3, H, W] in [-1, 1], "caption", "is_prior", "item"}.
 
-    online_priors: numbers of prior items -> latent stats [2z, h, w] of a new prior image for each of them.
+    online_priors: numbers of prior items -> latent stats [2z, h, w] of a new prior image for each.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class DreamBoothDataset(Dataset):
         self.streams, self.latent_stats, self.online_priors = dict(streams), latent_stats, online_priors
 
     def __getitems__(self, indices: Sequence[Index]) -> list[Item]:
-        """A batch; `online_priors` draws what its prior items show, unless they are there to validate."""
+        """A batch; `online_priors` generates the images of its prior items, except in validation."""
         if self.online_priors is None:
             return [self[index] for index in indices]
         new = [item for stream, item in indices if stream == "prior" and item < VALIDATION_START]
@@ -159,7 +159,7 @@ class DreamBoothDataset(Dataset):
 
 
 class ItemBatches(Sampler[list[Index]]):
-    """Endless micro-batches of one rank: its subject items, then its prior items, from `start_step` on."""
+    """Endless micro-batches of one rank, from `start_step` on; subject items come before prior items."""
 
     def __init__(
         self,
@@ -184,12 +184,12 @@ class ItemBatches(Sampler[list[Index]]):
 def read_source_images(
     folder: str | Path, *, caption: Callable[[Path], str], skip_unreadable: bool = False
 ) -> tuple[SourceImage, ...]:
-    """The photos of a folder, sorted by name."""
+    """The images of a folder with their captions, sorted by name."""
     paths = list_images(folder, skip_unreadable=skip_unreadable)
     return tuple(SourceImage(path, file_sha256(path), caption(path)) for path in paths)
 
 
 @lru_cache(maxsize=2)
 def _decoded(path: Path, sha256: str) -> Image.Image:
-    """The views of a photo are rendered one after the other: decode it once. Never changed in place."""
+    """Decodes an image once for consecutive views; the result must not be modified."""
     return load_image(path)

@@ -1,7 +1,7 @@
-"""Latents on disk, and a cache of latent stats: what the VAE says of a view, computed once.
+"""Latent cache: the VAE's posterior of every training image, computed once and kept on disk.
 
-The latent stats are the posterior's mean and standard deviation, so a cached item samples its posterior
-afresh at every step, as an uncached one does. The network comes as a callable.
+The cache holds mean and standard deviation, so a cached item samples its posterior anew at every step, as an
+uncached one does.
 """
 
 import hashlib
@@ -32,15 +32,14 @@ def views_at_once(size: int) -> int:
 
 
 def point_posterior(latents: Tensor) -> Tensor:
-    """[z, h, w] -> latent stats [2z, h, w] of which every sample is these latents."""
+    """Latent stats [2z, h, w] of a posterior with std 0, whose samples are the latents [z, h, w]."""
     return torch.cat([latents, torch.zeros_like(latents)])
 
 
 def save_latents(path: Path, latents: Tensor, *, metadata: Mapping[str, str]) -> None:
-    """One tensor as float32 safetensors: whole or absent, with its checksum among the metadata.
+    """Writes latents as float32 safetensors, atomically, with their checksum in the metadata.
 
-    Float32, because 64 KiB for an SD latent are little beside its picture, and half precision would
-    change what the sampler or the VAE said.
+    Half precision would change them, and the 64 KiB of an SD latent are little beside its image.
     """
     latents = latents.detach().float().cpu().contiguous()
     with atomic_write(path) as temporary:
@@ -48,7 +47,7 @@ def save_latents(path: Path, latents: Tensor, *, metadata: Mapping[str, str]) ->
 
 
 def load_latents(path: Path) -> tuple[Tensor, dict[str, str]] | None:
-    """The tensor and the metadata of a file of `save_latents`; None if it is absent or damaged."""
+    """Latents and metadata of a file that `save_latents` wrote; None if it is missing or damaged."""
     try:
         with safe_open(path, "pt") as file:
             latents, metadata = file.get_tensor("latents").clone(), file.metadata() or {}
@@ -58,10 +57,10 @@ def load_latents(path: Path) -> tuple[Tensor, dict[str, str]] | None:
 
 
 def require_finite(latents: Tensor, *, where: object) -> None:
-    """Latents with NaN or infinity teach nothing: UserError."""
+    """Raises UserError if latents contain NaN or infinity."""
     if not torch.isfinite(latents).all():
         remedy = "Half precision overflows in some autoencoders; use bf16 or float32."
-        raise UserError("The latents hold NaN or infinity", where=where, remedy=remedy)
+        raise UserError("The latents contain NaN or infinity", where=where, remedy=remedy)
 
 
 @torch.no_grad()
@@ -74,13 +73,14 @@ def cached_latent_stats(
     batch_size: int = AT_ONCE,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Tensor]:
-    """Moments [2z, h, w] (float32, CPU) of each view, given as key -> function that renders [3, H, W].
+    """Latent stats [2z, h, w] (float32, CPU) of each view, given as key -> function that renders [3, H, W].
 
-    A key says all that decides the pixels. With `folder`, latent stats are kept there under key and
-    `vae_hash`, and only those that are absent or damaged are encoded. `progress(n)` hears of n more.
+    A key identifies the pixels. With `folder`, latent stats are cached there by key and `vae_hash`, and only
+    those that are missing or damaged are encoded. `progress(n)` is called for every n more. Raises UserError
+    if any are not finite.
     """
     if folder is not None and not vae_hash:
-        raise ValueError("latent stats can only be kept on disk under the hash of their VAE")
+        raise ValueError("a cache on disk needs the hash of the VAE")
     names = {key: hashlib.sha256(f"{vae_hash}/{key}".encode()).hexdigest()[:32] for key in views}
     latent_stats = {}
     if folder is not None:
@@ -88,7 +88,7 @@ def cached_latent_stats(
         for key, name in names.items():
             if kept := load_latents(folder / f"{name}.safetensors"):
                 latent_stats[key] = kept[0]
-        log.info("%s: %d of %d views are encoded already", folder, len(latent_stats), len(views))
+        log.info("%s: %d of %d views are in the cache", folder, len(latent_stats), len(views))
     if progress:
         progress(len(latent_stats))
     wanted = [key for key in views if key not in latent_stats]

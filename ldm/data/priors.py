@@ -1,10 +1,9 @@
-"""Prior images: pictures of the class that the base model drew, kept with their latents.
+"""Prior images: samples of the class from the base model, kept with their latents.
 
-A set lives in a folder named by everything that decides its pictures, so a changed prompt, base or
-sampler is a new set. Image i is two files: NNNN.png, then NNNN.safetensors with the latents straight
-from the sampler and, as the mark that the image is complete, the seed and checksums. Only these files
-decide what is missing, so ranks write side by side without talking, and a run killed at any moment
-is taken up where it stood. manifest.json lists them for readers and is rebuilt from them.
+The folder of a set is named by a hash of all that determines its images, so another prompt, base or sampler
+is another set. Image i is two files: NNNN.png, then NNNN.safetensors with the latents from the sampler, the
+seed and checksums. An image is complete if both are valid, so ranks write in parallel without communication,
+and a killed run continues where it stopped. manifest.json lists the images and is rebuilt from these files.
 """
 
 import hashlib
@@ -23,13 +22,13 @@ from ldm.data.latents import load_latents, require_finite, save_latents
 from ldm.errors import UserError
 from ldm.files import atomic_write, file_sha256
 
-# seeds -> (picture, scaled latents [z, h, w]) each; the same seed gives the same picture in any batch
+# seeds -> (image, scaled latents [z, h, w]) for each; the same seed gives the same image in any batch
 GenerateImages = Callable[[list[int]], Sequence[tuple[Image.Image, Tensor]]]
 
 
 @dataclass(frozen=True)
 class PriorSpec:
-    """Everything that decides the pictures of a set. Image i is drawn from seed + i."""
+    """All that determines the images of a set. Image i has the seed `seed` + i."""
 
     prompt: str
     base_sha256: str  # of the base model's file
@@ -44,7 +43,7 @@ class PriorSpec:
 
     @property
     def hash(self) -> str:
-        """12 hex digits of the canonical JSON; 7 and 7.0 are the same scale, and fp32 is not said."""
+        """12 hex digits of the SHA-256 of the canonical JSON; fp32 is left out of it, and 7 equals 7.0."""
         numbers = {"guidance_scale": float(self.guidance_scale), "eta": float(self.eta)}
         said = asdict(self) | numbers
         if self.precision == "fp32":
@@ -59,14 +58,14 @@ class PriorImage:
 
     file: str
     seed: int
-    sha256: str  # of the picture file
+    sha256: str  # of the image file
 
 
-Writes = dict[int, Future[PriorImage]]  # number -> its files, in the making
+Writes = dict[int, Future[PriorImage]]  # number -> the image that is being written
 
 
 class PriorSet:
-    """The prior images of one spec under `root`; numbered from 0, and any number of them can be added."""
+    """The prior images of one spec, in a folder under `root`; they are numbered from 0, without a limit."""
 
     def __init__(self, root: str | Path, spec: PriorSpec):
         slug = re.sub(r"[^a-z0-9]+", "-", spec.prompt.lower())[:40].strip("-") or "prior"
@@ -74,12 +73,12 @@ class PriorSet:
         self.folder = Path(root) / f"{slug}-{spec.hash}"
 
     def images(self, count: int) -> dict[int, PriorImage]:
-        """Those of the first `count` images that are complete, by number; every checksum is verified."""
+        """The complete images among the first `count`, by number; all checksums are verified."""
         found = {i: self._read(i) for i in range(count)}
         return {i: image for i, image in found.items() if image is not None}
 
     def missing(self, count: int) -> list[int]:
-        """Numbers below `count` whose image is absent or damaged."""
+        """Numbers below `count` of missing or damaged images."""
         present = self.images(count)
         return [i for i in range(count) if i not in present]
 
@@ -87,10 +86,10 @@ class PriorSet:
         return self.folder / f"{index:04d}.png"
 
     def latents(self, index: int) -> Tensor:
-        """Scaled latents [z, h, w] float32 of a complete image, straight from the sampler."""
+        """Scaled latents [z, h, w] float32 of a complete image. Raises UserError if they are damaged."""
         kept = load_latents(self._latents_file(index))
         if kept is None:
-            remedy = "Run again: what is missing is drawn anew."
+            remedy = "Run again: missing images are generated anew."
             raise UserError("The latents are damaged", where=self._latents_file(index), remedy=remedy)
         return kept[0]
 
@@ -104,10 +103,10 @@ class PriorSet:
         rank: int = 0,
         world_size: int = 1,
     ) -> list[int]:
-        """Draws those of the first `count` images that are missing and returns their numbers.
+        """Generates the missing ones of the first `count` images -> their numbers.
 
-        Rank r of a `world_size` draws the numbers that leave the remainder r, and rank 0 keeps the
-        manifest; after several ranks are done, one calls `write_manifest`. `progress(n)` hears of n more.
+        Rank r generates every `world_size`-th image from r on. Rank 0 writes the manifest; when several ranks
+        are done, one calls `write_manifest`. `progress(n)` is called for every n more.
         """
         self._make_folder()
         present = self.images(count)
@@ -133,9 +132,9 @@ class PriorSet:
         batch_size: int,
         written: Callable[[Writes], None],
     ) -> None:
-        """Draws these images while a thread writes those of the batch before; `written` waits for a batch.
+        """Generates images in batches, while a thread writes the batch before; `written` waits for a batch.
 
-        Of what is drawn nothing is lost when drawing fails; what cannot be written ends the drawing.
+        If sampling fails, the images so far are still written; if writing fails, sampling stops.
         """
         pending: Writes = {}
         with ThreadPoolExecutor(1, thread_name_prefix="prior-images") as writer:
@@ -146,21 +145,21 @@ class PriorSet:
                     before, pending = pending, {}
                     if before:
                         written(before)
-                    for i, (picture, latents) in zip(batch, generated, strict=True):
+                    for i, (image, latents) in zip(batch, generated, strict=True):
                         self._require_finite(i, latents)
-                        pending[i] = writer.submit(self._write, i, picture, latents)
+                        pending[i] = writer.submit(self._write, i, image, latents)
             finally:
                 if pending:
                     written(pending)
 
     def generate_now(self, numbers: Sequence[int], generate: GenerateImages) -> list[Tensor]:
-        """Latents of these images, which are drawn together unless all of them are there."""
+        """Latents of these images, which are generated in one batch unless all are complete."""
         if any(self._read(number) is None for number in numbers):
             self._make_folder()
             generated = generate([self.spec.seed + number for number in numbers])
-            for number, (picture, latents) in zip(numbers, generated, strict=True):
+            for number, (image, latents) in zip(numbers, generated, strict=True):
                 self._require_finite(number, latents)
-                self._write(number, picture, latents)
+                self._write(number, image, latents)
         return [self.latents(number) for number in numbers]
 
     def write_manifest(self, count: int) -> None:
@@ -169,23 +168,23 @@ class PriorSet:
         self._write_manifest(self.images(count))
 
     def _read(self, index: int) -> PriorImage | None:
-        kept, picture = load_latents(self._latents_file(index)), self.image_path(index)
-        if kept is None or kept[1].get("spec") != self.spec.hash or not picture.is_file():
+        kept, path = load_latents(self._latents_file(index)), self.image_path(index)
+        if kept is None or kept[1].get("spec") != self.spec.hash or not path.is_file():
             return None
-        image = PriorImage(picture.name, int(kept[1]["seed"]), kept[1]["picture_sha256"])
-        whole = image.seed == self.spec.seed + index and image.sha256 == file_sha256(picture)
-        return image if whole else None
+        entry = PriorImage(path.name, int(kept[1]["seed"]), kept[1]["picture_sha256"])
+        complete = entry.seed == self.spec.seed + index and entry.sha256 == file_sha256(path)
+        return entry if complete else None
 
-    def _write(self, index: int, picture: Image.Image, latents: Tensor) -> PriorImage:
-        """The picture first, then the latents: an interrupted pair is missing, never half right."""
+    def _write(self, index: int, image: Image.Image, latents: Tensor) -> PriorImage:
+        """Writes the image first, then the latents: if interrupted between them, the image is missing."""
         path, seed, encoded = self.image_path(index), self.spec.seed + index, io.BytesIO()
-        picture.save(encoded, format="PNG")
+        image.save(encoded, format="PNG")
         with atomic_write(path) as temporary:
             temporary.write_bytes(encoded.getbuffer())
-        image = PriorImage(path.name, seed, hashlib.sha256(encoded.getbuffer()).hexdigest())
-        metadata = {"spec": self.spec.hash, "seed": str(seed), "picture_sha256": image.sha256}
+        entry = PriorImage(path.name, seed, hashlib.sha256(encoded.getbuffer()).hexdigest())
+        metadata = {"spec": self.spec.hash, "seed": str(seed), "picture_sha256": entry.sha256}
         save_latents(self._latents_file(index), latents, metadata=metadata)
-        return image
+        return entry
 
     def _require_finite(self, index: int, latents: Tensor) -> None:
         require_finite(latents, where=f"prior image {index}, seed {self.spec.seed + index}")
@@ -204,5 +203,5 @@ class PriorSet:
         except OSError as error:
             remedy = "Choose another folder for prior images."
             raise UserError(
-                f"The folder cannot be made: {error}", where=self.folder, remedy=remedy
+                f"The folder cannot be created: {error}", where=self.folder, remedy=remedy
             ) from error
