@@ -18,6 +18,7 @@ from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
+from ldm.training.compiling import CompileMode, TrainingGraph
 from ldm.training.conditioning import Conditioner
 from ldm.training.gradients import clip
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
@@ -26,7 +27,6 @@ from ldm.training.step_randomness import StepRandomness, latent_shape, sample_ra
 from ldm.training.techniques import L2SP, LearnedToken, Reference
 
 PriorTarget = Literal["noise", "teacher"]
-CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 class LatentDiffusion(pl.LightningModule):
@@ -60,7 +60,7 @@ class LatentDiffusion(pl.LightningModule):
         fused_backward: each weight learns as soon as its gradient is there, which is then freed.
         lr_schedule: after `warmup_steps` optimizer steps constant, a cosine to 0, or "wsd" (`lr_factor`).
         lora: node of a `LoRA`: what learns are factors beside the layers of UNet and text encoder.
-        compile: mode in which torch.compile translates the UNet, once for each batch size that it meets.
+        compile: mode in which torch.compile translates the UNet's training graph, at the first step.
         seed: of the run; all draws follow from it and the item's number.
     """
 
@@ -132,9 +132,7 @@ class LatentDiffusion(pl.LightningModule):
         if optimizer == "adamw_bf16":
             networks["unet"].to(torch.bfloat16)
             networks["text_encoder"].to(torch.bfloat16)
-        if compile is not None:
-            networks["unet"].fixed_shapes = True
-            networks["unet"].compile(mode=compile, dynamic=False)
+        self._graph = None if compile is None else TrainingGraph(unet, mode=compile)
         self._l2_sp: L2SP | None = None
         self._reference: Reference | None = None
         self._conditioner = Conditioner(self.cond_stage_model)
@@ -178,7 +176,7 @@ class LatentDiffusion(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Keeps the base as it is, before a checkpoint replaces its weights."""
         if self.learned_token is not None and not self.cond_stage_model.learned_tokens:
-            raise ValueError("call add_new_word between loading the base and training")
+            raise ValueError("call add_learned_token between loading the base and training")
         if self.l2_sp_weight and stage == "fit":
             self._l2_sp = L2SP(self.parameters())
         if self.prior_target == "teacher" and stage == "fit":
@@ -213,7 +211,8 @@ class LatentDiffusion(pl.LightningModule):
 
     def apply_model(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """x: [B, C, h, w], t: [B], context: [P, M, D], rows: [B] -> the UNet's prediction [B, C, h, w]."""
-        return self.networks["unet"].predict(x, t, context, rows)
+        compiled = self._graph is not None and torch.is_grad_enabled()
+        return (self._graph if compiled else self.networks["unet"]).predict(x, t, context, rows)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         loss = self._log_loss(batch, "train").total
@@ -287,6 +286,7 @@ class LatentDiffusion(pl.LightningModule):
         check_optimizer(
             name=self.optimizer,
             fused_backward=self.fused_backward,
+            compiled=self._graph is not None,
             accumulate=trainer.get("accumulate_grad_batches", 1),
             clip=trainer.get("gradient_clip_val"),
             precision=trainer.get("precision"),
