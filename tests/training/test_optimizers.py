@@ -278,5 +278,5 @@ def test_wsd_is_constant_and_then_linear_to_zero_over_the_last_fifth():
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_a_schedule_that_ends_with_the_run_needs_its_length(schedule: str):
-    with pytest.raises(UserError, match=f"{schedule} ends with the run"):
+    with pytest.raises(UserError, match=f"The schedule {schedule} needs the length of the run"):
         lr_factor(schedule, warmup_steps=0, max_steps=-1)

@@ -54,7 +54,7 @@ def test_the_free_memory_decides(
 def test_the_process_with_the_least_memory_decides_for_all(
     tiny_config: dict, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(recompute.ranks, "gathered", lambda value: [value, 0])
+    monkeypatch.setattr(recompute.distributed, "all_gather_object", lambda value: [value, 0])
     assert chosen_in(with_checkpointing_chosen(undecided(tiny_config), CPU)) == [True, True]
 
 
