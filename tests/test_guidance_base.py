@@ -205,7 +205,7 @@ def test_a_lora_on_its_own_base_needs_no_second_model(files, weights):
     [("v", "its prediction type: v, not eps"), ("schedule", "it has another noise schedule")],
 )
 def test_a_base_that_does_not_fit_is_refused_before_weights_are_read(files, monkeypatch, name, reason):
-    monkeypatch.setattr("ldm.model_file.load_parts", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("ldm.model_file.load_state_dicts", lambda *_, **__: 1 / 0)
     with pytest.raises(UserError, match=f"The guidance base does not fit the model, {reason}"):
         Text2Image.from_file(files["tuned"], guidance_base=files[name])
 

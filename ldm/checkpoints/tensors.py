@@ -8,6 +8,7 @@ that needs more than tensors is refused
 import difflib
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -39,6 +40,10 @@ class Inert:
         pass
 
 
+UNREADABLE = (  # what torch.load raises of a file that is no pickle of tensors, or a damaged one
+    *(RuntimeError, ValueError, TypeError, EOFError, OSError, struct.error),
+    *(KeyError, AttributeError, IndexError),
+)
 INERT = [
     (Inert, name)
     for name in (
@@ -176,7 +181,7 @@ def unpickle(path: Path, *, mapped: bool) -> dict[str, Any]:
             remedy="Get the model as .safetensors; or, if you trust its author, open it with "
             "torch.load(weights_only=False) and save its state_dict with safetensors.torch.save_file.",
         ) from error
-    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, IndexError, OSError) as error:
+    except UNREADABLE as error:
         raise _damaged(path, error) from error
     return content if isinstance(content, dict) else {}
 

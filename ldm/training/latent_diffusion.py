@@ -132,7 +132,7 @@ class LatentDiffusion(pl.LightningModule):
         if optimizer == "adamw_bf16":
             networks["unet"].to(torch.bfloat16)
             networks["text_encoder"].to(torch.bfloat16)
-        self._graph = None if compile is None else TrainingGraph(unet, mode=compile)
+        self._graph = None if compile is None else TrainingGraph(networks["unet"], mode=compile)
         self._l2_sp: L2SP | None = None
         self._reference: Reference | None = None
         self._conditioner = Conditioner(self.cond_stage_model)

@@ -131,7 +131,9 @@ def test_without_prior_images_the_subjects_photos_hold_the_empty_prompt(folders)
     batch = next(iter(data.loader()))
     assert batch["caption"] == ["a photo of sks dog"] * 2 + ["a photo of a dog", ""]
     subject, prior = data.dataset.streams["subject"], data.dataset.streams["prior"]
-    assert {p.path for p in prior.photos} == {p.path for p in subject.photos}  # the held-out one is not there
+    assert {p.path for p in prior.sources} == {
+        p.path for p in subject.sources
+    }  # the held-out one is not there
     assert [prior.view(k).flip for k in range(20)] != [subject.view(k).flip for k in range(20)]
     assert ready(**folders).prior_batch_size == 0
 
