@@ -19,6 +19,7 @@ from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
+from ldm.training.compiling import CompileMode, TrainingGraph
 from ldm.training.conditioning import Conditioner
 from ldm.training.draws import StepDraws, drawn, latent_shape
 from ldm.training.gradients import clip
@@ -27,7 +28,6 @@ from ldm.training.sharding import Sharded, shard
 from ldm.training.techniques import NewWord, Pull, Teacher
 
 PriorTarget = Literal["noise", "teacher"]
-CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 class LatentDiffusion(pl.LightningModule):
@@ -62,7 +62,7 @@ class LatentDiffusion(pl.LightningModule):
         step_in_backward: each weight learns as soon as its gradient is there, which is then freed.
         lr_schedule: after `warmup_steps` optimizer steps constant, or half a cosine down to 0.
         lora: node of a `LoRA`: what learns are factors beside the layers of UNet and text encoder.
-        compile: mode in which torch.compile translates the UNet, once for each batch size that it meets.
+        compile: mode in which torch.compile translates the UNet's training graph, at the first step.
         seed: of the run; all draws follow from it and the item's number.
     """
 
@@ -134,9 +134,7 @@ class LatentDiffusion(pl.LightningModule):
         if optimizer == "adamw_bf16":
             unet.to(torch.bfloat16)
             self.cond_stage_model.to(torch.bfloat16)
-        if compile is not None:
-            unet.fixed_shapes = True
-            unet.compile(mode=compile, dynamic=False)
+        self._graph = None if compile is None else TrainingGraph(unet, mode=compile)
         self._pull: Pull | None = None
         self._teacher: Teacher | None = None
         self._conditioner = Conditioner(self.cond_stage_model)
@@ -214,7 +212,8 @@ class LatentDiffusion(pl.LightningModule):
 
     def apply_model(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """x: [B, C, h, w], t: [B], context: [P, M, D], rows: [B] -> the UNet's prediction [B, C, h, w]."""
-        return self.networks["unet"].predict(x, t, context, rows)
+        compiled = self._graph is not None and torch.is_grad_enabled()
+        return (self._graph if compiled else self.networks["unet"]).predict(x, t, context, rows)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         loss = self._log_loss(batch, "train").total
@@ -282,6 +281,7 @@ class LatentDiffusion(pl.LightningModule):
         check_optimizer(
             name=self.optimizer,
             step_in_backward=self.step_in_backward,
+            compiled=self._graph is not None,
             accumulate=trainer.get("accumulate_grad_batches", 1),
             clip=trainer.get("gradient_clip_val"),
             precision=trainer.get("precision"),

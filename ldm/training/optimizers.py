@@ -60,6 +60,7 @@ def check_optimizer(
     *,
     name: OptimizerName,
     step_in_backward: bool,
+    compiled: bool,
     accumulate: int,
     clip: float | None,
     precision: str | int | None,
@@ -71,6 +72,10 @@ def check_optimizer(
         raise UserError("8-bit AdamW needs bitsandbytes, which is not installed", remedy=remedy)
     if not step_in_backward:
         return
+    if compiled:
+        remedy = "Set model.params.compile=null, or model.params.step_in_backward=false."
+        what = "A compiled backward pass gives all gradients at its end, so steps in it would save no memory"
+        raise UserError(what, where="model.params.compile", remedy=remedy)
     refused = {
         "trainer.accumulate_grad_batches": accumulate > 1,
         "trainer.gradient_clip_val": bool(clip),

@@ -1,40 +1,66 @@
-"""The UNet is compiled by one key, and is then the same network."""
+"""The UNet's training graph is compiled by one key, and is the same network; nothing else is compiled."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
+from ldm.errors import UserError
+from ldm.training import latent_diffusion
+from ldm.training.compiling import TrainingGraph
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.sampling import text2image
+from tests.training.conftest import Job, curves_of
 
 
-def test_compiling_keeps_names_and_copies(tiny_config: dict):
+def test_compiling_keeps_names(tiny_config: dict):
     plain = LatentDiffusion(**tiny_config)
     compiled = LatentDiffusion(**tiny_config, compile="default")
-    assert compiled.networks["unet"]._compiled_call_impl is not None
-    assert plain.networks["unet"]._compiled_call_impl is None
     assert compiled.state_dict().keys() == plain.state_dict().keys()
-    assert (
-        copy.deepcopy(compiled).networks["unet"]._compiled_call_impl is None
-    )  # as for an average of weights
+    assert dict(compiled.named_modules()).keys() == dict(plain.named_modules()).keys()
+    assert len(list(compiled.parameters())) == len(list(plain.parameters()))
+
+
+def test_a_run_translates_one_graph(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Four steps, two validations and a sample: one translation, and the losses of the plain network."""
+    job(tmp_path / "plain")
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(
+        latent_diffusion, "TrainingGraph", lambda unet, mode: TrainingGraph(unet, backend=counter)
+    )
+    compiled = job(tmp_path / "compiled", params={"compile": "default"})
+    assert counter.frame_count == 1
+    text2image(compiled, size=16)(["a disc", "sks disc"], seeds=[1, 2], steps=2)
+    assert counter.frame_count == 1
+    for name in ("train/loss", "val/loss"):
+        losses = [[loss for _, loss in curves_of(tmp_path / way)[name]] for way in ("plain", "compiled")]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(set(losses[0])) > 1
+
+
+def test_it_does_not_go_with_steps_in_the_backward_pass(tiny_config: dict):
+    module = LatentDiffusion(**tiny_config, compile="default", step_in_backward=True)
+    with pytest.raises(UserError, match="all gradients at its end.*step_in_backward=false"):
+        module.check({"max_steps": 3})
 
 
 def outcome(module: LatentDiffusion) -> list[Tensor]:
     torch.manual_seed(0)
-    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 32, 32)
-    output = module.apply_model(x, t, context, [0, 1])
+    x, t, context = torch.randn(3, 4, 8, 8), torch.tensor([3, 700, 1]), torch.randn(2, 32, 32)
+    output = module.apply_model(x, t, context, [0, 1, 0])
     output.square().sum().backward()
     return [output.detach(), *(p.grad for p in module.networks["unet"].parameters())]
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_compiled_network_is_the_plain_one(tiny_config: dict, tiny_networks: dict, backend: str):
-    """One graph without breaks; outputs and gradients are the eager ones, to rounding in float32."""
+    """Outputs and gradients are the eager ones, to rounding in float32."""
     plain = LatentDiffusion(**tiny_config)
     plain.networks["unet"].load_state_dict(tiny_networks["unet"].state_dict())
     compiled = copy.deepcopy(plain)
-    compiled.networks["unet"].fixed_shapes = True
-    compiled.networks["unet"].compile(backend=backend, dynamic=False, fullgraph=True)
+    compiled._graph = TrainingGraph(compiled.networks["unet"], backend=backend)
     for a, b in zip(outcome(compiled), outcome(plain), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

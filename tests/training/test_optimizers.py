@@ -235,7 +235,14 @@ def test_bf16_states_take_6_bytes_a_weight():
     assert sum(t.nbytes for t in [*tensors, *net.parameters()]) == 6 * count
 
 
-GOOD = {"name": "adamw", "accumulate": 1, "clip": None, "precision": "bf16-mixed", "processes": 1}
+GOOD = {
+    "name": "adamw",
+    "compiled": False,
+    "accumulate": 1,
+    "clip": None,
+    "precision": "bf16-mixed",
+    "processes": 1,
+}
 
 
 @pytest.mark.parametrize(
@@ -245,6 +252,7 @@ GOOD = {"name": "adamw", "accumulate": 1, "clip": None, "precision": "bf16-mixed
         ({"clip": 1.0}, "gradient_clip_val"),
         ({"precision": "16-mixed"}, "precision"),
         ({"processes": 2}, "devices"),
+        ({"compiled": True}, "model.params.compile"),
     ],
 )
 def test_what_needs_all_gradients_at_once_is_refused(change: dict, key: str):
