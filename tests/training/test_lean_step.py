@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ldm.errors import UserError
 from ldm.training import conditioning
 from ldm.training.callbacks import AutoencoderAside
 from ldm.training.device import device_of, placed
+from ldm.training.dreambooth import DreamBoothRun
 from ldm.training.latent_diffusion import LatentDiffusion
 
 PROMPTS = ["a photo of sks disc", "a photo of a disc", "a photo of sks disc"]
@@ -154,6 +156,16 @@ def test_where_a_trainer_computes():
     assert device_of({"accelerator": "cpu", "devices": 2}) == torch.device("cpu")
 
 
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("online", [True, False])
+def test_the_autoencoder_leaves_only_where_nothing_needs_it(cached: bool, online: bool):
+    """Prior images that are drawn between two steps are decoded on the device."""
+    data = SimpleNamespace(cache_latents=cached, online_priors=online)
+    run = SimpleNamespace(data=data, samples=SimpleNamespace(every_steps=0))
+    leaves = [isinstance(callback, AutoencoderAside) for callback in DreamBoothRun._callbacks(run)]
+    assert any(leaves) == (cached and not online)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_autoencoder_comes_back_for_pictures_only(tiny_config: dict):
@@ -171,6 +183,7 @@ def test_freed_memory_is_not_handed_back():
     """The pages of tensors as large as activations are there when the next ones want them."""
     code = """
 import resource, torch
+from ldm.training.dreambooth import DreamBoothRun
 from ldm.training.device import keep_freed_memory
 def faults(keep):
     if keep:
