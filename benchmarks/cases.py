@@ -17,7 +17,7 @@ class Case:
     """One comparison. batch: pictures at a time; in training half are priors. steps: of the sampler.
 
     lean: ours steps the weights in the backward pass, keeps no gradients and computes the two finest levels
-    again; diffusers, which has no flag for the former, runs as in the other cases.
+    again; diffusers, which has no flag for the former, runs with gradient checkpointing.
     """
 
     size: Literal["storybook", "quarter", "sd1"]

@@ -4,8 +4,8 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Self
@@ -15,13 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ours
 from benchmarks.cases import PRIOR, SUBJECT, Case, pixels
+from benchmarks.timing import timed
 
+SIDES = ("ours", "script", "best")
 WINDOWS = 7  # after one that is dropped
+LEAST_STEPS = 3  # of the UNet in a window
 ADAMW_BYTES = 32  # a float32 weight: gradient written and read; weight and two moments read and written
 
 
 class Side:
-    """ "ours" or "diffusers", ready to step in a process that nothing else runs in.
+    """One of SIDES, ready to step in a process that nothing else runs in.
 
     peak_mib: most memory of its first steps, (beyond what the imports took, of the whole process).
     """
@@ -52,10 +55,10 @@ class Side:
         return json.loads(line)
 
 
-def interleaved(sides: Mapping[str, Side], *, seconds: float) -> dict[str, list[float]]:
-    """Seconds of one step in each window; the windows of the sides take turns."""
+def interleaved(sides: Mapping[str, Side], *, seconds: float, least: int = 1) -> dict[str, list[float]]:
+    """Seconds of one step in each window, of `least` steps or more; the windows of the sides take turns."""
     slowest = max(side.seconds(1) for _ in range(2) for side in sides.values())
-    steps = max(1, round(seconds / slowest))
+    steps = max(least, round(seconds / slowest))
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(1 + WINDOWS):
         for name, side in sides.items():
@@ -65,33 +68,39 @@ def interleaved(sides: Mapping[str, Side], *, seconds: float) -> dict[str, list[
 
 def machine(device: str) -> tuple[float, float]:
     """What the device does at best: (FLOP/s of a matrix product, bytes/s of a copy)."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    n = 8192 if device == "cuda" else 2048
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.empty(2**27, dtype=torch.uint8, device=device)
+    cuda = device == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    n = 8192 if cuda else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.empty(2**31 if cuda else 2**27, dtype=torch.uint8, device=device)
     c = torch.empty_like(b)
-    product = min(timed(lambda: a @ a, 1, device) for _ in range(8))
-    copy = min(timed(lambda: c.copy_(b), 1, device) for _ in range(8))
+    product = min(_device_seconds(lambda: a @ a, device) for _ in range(8))
+    copy = min(_device_seconds(lambda: c.copy_(b), device) for _ in range(8))
     return 2 * n**3 / product, 2 * len(b) / copy
+
+
+def _device_seconds(work: Callable[[], object], device: str) -> float:
+    """Of one call, on a GPU by its own clock: neither launch nor wait belongs to what it does at best."""
+    if device != "cuda":
+        return timed(work, 1, device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def work(case: Case) -> tuple[int, int]:
     """(FLOP, bytes of AdamW) that a step cannot do without, counted on tensors without data."""
-    with torch.device("meta"):
-        module = ours.build(replace(case, lean=False))  # what is computed again could be kept
-    module.to("meta")
+    params = ours.case_params(replace(case, lean=False))  # what is computed again could be kept
+    module = ours.build(params, device="meta").to("meta")
     side = pixels(case.size) // module.first_stage_model.factor
     with FlopCounterMode(display=False) as counter:
         if case.kind == "train":
-            half = case.batch // 2
-            batch = {
-                "moments": torch.rand(case.batch, 2 * module.first_stage_model.embed_dim, side, side),
-                "caption": [SUBJECT] * half + [PRIOR] * half,
-                "is_prior": torch.tensor([False] * half + [True] * half),
-                "item": torch.arange(half).repeat(2),
-            }
+            batch = ours.Batches(module, size=case.size, batch=case.batch)[0]
             batch = module.on_before_batch_transfer(batch, 0)
-            there = {key: x.to("meta") if torch.is_tensor(x) else x for key, x in batch.items()}
-            module.training_step(there, 0).backward()
+            module.training_step(module.transfer_batch_to_device(batch, module.device, 0), 0).backward()
         else:
             module.requires_grad_(False)
             x = torch.empty(case.batch, module.first_stage_model.embed_dim, side, side, device="meta")
@@ -107,19 +116,23 @@ def work(case: Case) -> tuple[int, int]:
 
 def compare(case: Case, folder: Path, *, device: str, compiled: bool, seconds: float, best: tuple) -> dict:
     """All figures of one case; times in ms a step, or of a batch of pictures."""
-    options = {"device": device, "compiled": compiled}
-    with Side("ours", case, folder, **options) as mine, Side("diffusers", case, folder, **options) as theirs:
-        sides = {"ours": mine, "diffusers": theirs}
-        times = interleaved(sides, seconds=seconds)
+    with ExitStack() as stack:
+        sides = {
+            name: stack.enter_context(Side(name, case, folder, device=device, compiled=compiled))
+            for name in SIDES
+        }
+        least = -(-LEAST_STEPS // max(1, case.steps))
+        times = interleaved(sides, seconds=seconds, least=least)
     memory = {name: side.peak_mib for name, side in sides.items()}
-    ratios = [slow / fast for fast, slow in zip(times["ours"], times["diffusers"], strict=True)]
     flops, traffic = work(case)
     floor = flops / best[0] + traffic / best[1]
-    figures = {
-        "case": case.name,
-        "speed_ratio": round(statistics.median(ratios), 2),
-        "speed_ratios": [round(ratio, 2) for ratio in ratios],
-        "memory_ratio": round(memory["ours"][0] / memory["diffusers"][0], 2),
+    figures: dict[str, object] = {"case": case.name}
+    for peer in SIDES[1:]:
+        ratios = [theirs / mine for mine, theirs in zip(times["ours"], times[peer], strict=True)]
+        figures[f"speed_ratio_{peer}"] = round(statistics.median(ratios), 2)
+        figures[f"speed_ratios_{peer}"] = [round(ratio, 2) for ratio in ratios]
+        figures[f"memory_ratio_{peer}"] = round(memory["ours"][0] / memory[peer][0], 2)
+    figures |= {
         "floor_ms": round(1000 * floor, 2),
         "gflop": round(flops / 1e9, 2),
         "adamw_mb": round(traffic / 1e6, 1),
@@ -134,12 +147,3 @@ def compare(case: Case, folder: Path, *, device: str, compiled: bool, seconds: f
             "share_of_floor": round(floor / middle, 3),
         }
     return figures
-
-
-def timed(work: Callable[[], object], times: int, device: str) -> float:
-    start = time.perf_counter()
-    for _ in range(times):
-        work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

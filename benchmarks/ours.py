@@ -1,102 +1,163 @@
 """This repository's training step and sampler, set up to be timed."""
 
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.cases import LORA_RANK, PRIOR, SUBJECT, Case, model_params, pixels
+from benchmarks.timing import Answer, serve, timed_by_callback
 from ldm.checkpoints.geometry import model_config
 from ldm.checkpoints.save_folder import save_folder
 from ldm.models.text_encoder import load_tokenizer
 from ldm.pipeline import Text2Image
-from ldm.training.device import keep_freed_memory
+from ldm.training.callbacks import AutoencoderAside
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.optimizers import adamw
 
 RECOMPUTED = [1, 2]  # levels of the UNet, where it is lean: the finest have the largest activations
 BEGIN_AT_ZERO = ("out_layers.3.weight", "proj_out.weight", "out.2.weight")
 
 
-def build(case: Case, *, compiled: bool = False) -> LatentDiffusion:
-    """Networks of random weights, the same at each call."""
-    params = model_params(case.size) | {"train_text_encoder": case.text}
+def case_params(case: Case, *, compiled: bool | str = False) -> dict[str, Any]:
+    """The params of the model section of a case; `compiled`: whether, or in which mode."""
+    params = model_params(case.size) | {
+        "train_text_encoder": case.text,
+        "learning_rate": 1e-6,
+        "text_encoder_learning_rate": None,
+        "prior_target": "noise",  # the paper's, and the peer's
+        "compile": "default" if compiled is True else compiled or None,
+        "step_in_backward": case.lean,
+    }
     if case.lora:
         params["lora"] = {"target": "ldm.models.lora.LoRA", "params": {"rank": LORA_RANK}}
     if case.lean:
         unet = params["unet_config"]
         params["unet_config"] = unet | {"params": unet["params"] | {"use_checkpoint": RECOMPUTED}}
+    return params
+
+
+def build(params: Mapping[str, Any], *, device: str = "cpu") -> LatentDiffusion:
+    """Networks of random weights, the same at each call."""
     torch.manual_seed(0)
-    module = LatentDiffusion(**params, compile="default" if compiled else None)
+    with torch.device(device):
+        module = LatentDiffusion(**params)
     for name, parameter in module.networks["unet"].named_parameters():
         if name.endswith(BEGIN_AT_ZERO):  # a UNet whose output is 0 would have no work for its gradients
-            torch.nn.init.normal_(parameter, std=0.02)
+            noise = torch.randn(parameter.shape, device=parameter.device)  # bf16 draws another stream
+            parameter.data.copy_(0.02 * noise)
     return module
 
 
 def export(case: Case, folder: Path) -> Path:
     """The same networks as a diffusers folder, which the peer opens."""
-    module = build(Case(case.size, case.kind, case.batch))
+    module = build(case_params(Case(case.size, case.kind, case.batch)))
     parts = {name: network.state_dict() for name, network in module.networks.items()}
     config = model_config(parts, model_params(case.size))
     tokenizer = load_tokenizer(config["cond_stage_config"]["params"]["tokenizer"]).name_or_path
     return save_folder(folder, parts, config=config, tokenizer=tokenizer, size=pixels(case.size))
 
 
-class Training:
-    """The step of `LatentDiffusion` with fused AdamW and clipping, from cached latents; no Trainer around."""
+class Batches:
+    """Endless batches of cached latents, half of them priors, as a run's DataLoader gives them."""
 
-    def __init__(self, case: Case, *, device: str, compiled: bool):
-        keep_freed_memory()
-        self.module = build(case, compiled=compiled)
-        side = pixels(case.size) // self.module.first_stage_model.factor
-        self.module.first_stage_model.cpu()
-        for part in ("model", "cond_stage_model", "lora"):
-            if getattr(self.module, part) is not None:
-                getattr(self.module, part).to(device)
-        self.module.alphas_cumprod = self.module.alphas_cumprod.to(device)
-        self.module._device = torch.device(device)
-        self.device, self.half, self.done = device, case.batch // 2, 0
-        self.moments = torch.rand(case.batch, 2 * self.module.first_stage_model.embed_dim, side, side)
-        parts = {name: (module, 1e-6) for name, module in self.module.learners.items()}
-        self.optimizer = adamw(parts, step_in_backward=case.lean)
-        self.learning = [p for group in self.optimizer.param_groups for p in group["params"]]
+    def __init__(self, module: LatentDiffusion, *, size: str, batch: int):
+        side = pixels(size) // module.first_stage_model.factor
+        shape = (batch, 2 * module.first_stage_model.embed_dim, side, side)
+        self.half = batch // 2
+        self.moments = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        self.is_prior = torch.tensor([False] * self.half + [True] * self.half)
+        if torch.cuda.is_available():
+            self.moments = self.moments.pin_memory()
+            self.is_prior = self.is_prior.pin_memory()
 
-    def step(self) -> None:
-        items = torch.arange(self.done, self.done + self.half).repeat(2)
-        batch = {
-            "moments": self.moments.to(self.device, non_blocking=True),
+    def __getitem__(self, k: int) -> dict:
+        return {
+            "moments": self.moments,
             "caption": [SUBJECT] * self.half + [PRIOR] * self.half,
-            "is_prior": torch.tensor([False] * self.half + [True] * self.half, device=self.device),
-            "item": items,
+            "is_prior": self.is_prior,
+            "item": torch.arange(k * self.half, (k + 1) * self.half).repeat(2),
         }
-        self.done += self.half
-        batch = self.module.on_before_batch_transfer(batch, 0)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
-            loss = self.module.training_step(batch, 0)
-        loss.backward()
-        clip_grad_norm_(self.learning, 1.0)  # of none, if lean
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+
+    def __iter__(self) -> Iterator[dict]:
+        k = 0
+        while True:
+            yield self[k]
+            k += 1
+
+
+class Training:
+    """Steps of `LatentDiffusion` in Lightning's Trainer, as a run takes them; no checkpoints, no log.
+
+    params: of the model section. precision: as a Trainer has it; by default bf16-mixed on a GPU, 32-true
+    elsewhere. prepare: changes the module before the Trainer gets it. Each training is served once.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        *,
+        size: str,
+        batch: int,
+        device: str,
+        precision: str | None = None,
+        clip: float | None = 1.0,
+        prepare: Callable[[LatentDiffusion], object] | None = None,
+    ):
+        self.module = build(params, device=device)
+        if prepare:
+            prepare(self.module)
+        self.batches = Batches(self.module, size=size, batch=batch)
+        self.precision = precision or ("bf16-mixed" if device == "cuda" else "32-true")
+        self.clip = None if params.get("step_in_backward") else clip
+        self.device = device
+
+    @classmethod
+    def of_case(cls, case: Case, *, device: str, compiled: bool | str = False) -> "Training":
+        params = case_params(case, compiled=compiled)
+        return cls(params, size=case.size, batch=case.batch, device=device)
+
+    @property
+    def learning(self) -> list[torch.nn.Parameter]:
+        parts = self.module.learners.values()
+        return [p for part in parts for p in part.parameters() if p.requires_grad]
+
+    def serve(self, counts: Iterator[int], answer: Answer) -> None:
+        """Takes as many steps as each number says and answers their seconds."""
+        trainer = pl.Trainer(
+            accelerator=self.device,
+            devices=1,
+            precision=self.precision,
+            gradient_clip_val=self.clip,
+            max_epochs=-1,
+            callbacks=[AutoencoderAside(), timed_by_callback(counts, answer, device=self.device)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(self.module, self.batches)
 
 
 class Sampling:
     """`Text2Image`, from prompts to pictures."""
 
-    def __init__(self, case: Case, *, device: str, compiled: bool):
-        keep_freed_memory()
-        module = build(case, compiled=compiled).requires_grad_(False)
+    def __init__(self, case: Case, *, device: str, compiled: bool | str = False):
+        module = build(case_params(case, compiled=compiled), device=device).requires_grad_(False)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        unet, first_stage, cond_stage = (n.to(device, dtype).eval() for n in module.networks.values())
-        self.draw = Text2Image(
-            unet,
-            first_stage,
-            cond_stage,
+        self.pipeline = Text2Image(
+            *(network.to(device, dtype).eval() for network in module.networks.values()),
             alphas_cumprod=module.alphas_cumprod,
+            parameterization=module.parameterization,
             default_size=pixels(case.size),
         )
         self.case = case
+        self.device = device
 
     def step(self) -> None:
         prompts, seeds = [SUBJECT] * self.case.batch, list(range(self.case.batch))
-        self.draw(prompts, seeds=seeds, steps=self.case.steps, batch_size=self.case.batch)
+        self.pipeline(prompts, seeds=seeds, steps=self.case.steps, batch_size=self.case.batch)
+
+    def serve(self, counts: Iterator[int], answer: Answer) -> None:
+        serve(self.step, counts, answer, device=self.device)

@@ -23,6 +23,7 @@ A1111_NAMES = {  # setting -> its name in the parameters line, in order
     "eta": "Eta",
     "strength": "Denoising strength",
 }
+A1111_SAMPLERS = {"ddim": "DDIM", "plms": "PLMS", "dpm++2m": "DPM++ 2M"}
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, cell: int = 128) -> Image.Image:
@@ -70,7 +71,7 @@ def parameters_line(settings: Mapping[str, Any]) -> str:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     values = dict(settings)
     if "sampler" in values:
-        values["sampler"] = values["sampler"].upper()
+        values["sampler"] = A1111_SAMPLERS[values["sampler"]]
     if "width" in values and "height" in values:
         values["size"] = f"{values['width']}x{values['height']}"
     if values.get("model_hash"):

@@ -6,7 +6,7 @@ A picture is a function of its own seed and prompt, whatever else is in the call
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,33 +15,22 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from ldm.checkpoints.embedding import EMBEDDING, read_embedding
-from ldm.checkpoints.layout import PREFIXES
-from ldm.checkpoints.load import file_hash, load_parts, open_model, unfilled
-from ldm.checkpoints.lora import merge_lora, read_lora
-from ldm.config import instantiate
-from ldm.diffusion.guidance import ConditionalPredict, classifier_free_guidance
-from ldm.diffusion.samplers import SAMPLERS, sampling_timesteps
-from ldm.diffusion.schedule import (
-    add_noise,
-    check_parameterization,
-    ends_in_noise,
-    make_alphas_cumprod,
-    to_eps,
-)
+from ldm.denoiser import Denoiser, evaluating, filler, placement, require_same_kind
+from ldm.diffusion.guidance import Predict, classifier_free_guidance
+from ldm.diffusion.samplers import DEFAULT_SPACING, SAMPLERS, SamplerName, sampling_timesteps
+from ldm.diffusion.schedule import add_noise, ends_in_noise
 from ldm.errors import UserError
-from ldm.models.attention import repeat_rows
+from ldm.model_file import ModelFile
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
+from ldm.precision import Precision, autocast_for
 from ldm.randomness import randn
 
 log = logging.getLogger(__name__)
-
-SCHEDULE = ("beta_schedule", "linear_start", "linear_end", "timesteps", "zero_terminal_snr")
 
 
 class Sample(NamedTuple):
@@ -55,7 +44,8 @@ class Text2Image:
     """Draws with networks as they are: each keeps its device and dtype, and may be in training meanwhile.
 
     alphas_cumprod: [T]. default_size: pixels a side of pictures whose height or width isn't given.
-    model_hash: sha256 of the file the weights came from, if they came from one.
+    model_hash: sha256 of the file the weights came from, if they came from one. guidance_base: predicts for
+    the negative prompt in the networks' place (Phunyaphibarn et al. 2025); a UserError if it cannot.
     """
 
     def __init__(
@@ -68,12 +58,21 @@ class Text2Image:
         parameterization: str = "eps",
         default_size: int = 512,
         model_hash: str | None = None,
+        guidance_base: Denoiser | None = None,
     ):
-        check_parameterization(parameterization)
-        self.unet, self.first_stage, self.cond_stage = unet, first_stage, cond_stage
-        self.alphas_cumprod, self.parameterization = alphas_cumprod, parameterization
-        self.default_size, self.model_hash = default_size, model_hash
-        self._warned: set[str] = set()  # overlong prompts
+        self.denoiser = Denoiser(
+            unet, cond_stage, alphas_cumprod=alphas_cumprod, parameterization=parameterization
+        )
+        if guidance_base is not None:
+            require_same_kind(self.denoiser, guidance_base)
+        self.unet = unet
+        self.first_stage = first_stage
+        self.cond_stage = cond_stage
+        self.alphas_cumprod = alphas_cumprod
+        self.parameterization = parameterization
+        self.default_size = default_size
+        self.model_hash = model_hash
+        self.guidance_base = guidance_base
 
     @classmethod
     def from_file(
@@ -85,34 +84,36 @@ class Text2Image:
         dtype: torch.dtype = torch.float32,
         loras: Sequence[tuple[Path, float]] = (),
         embeddings: Sequence[Path] = (),
+        guidance_base: str | Path | None = None,
     ) -> "Text2Image":
         """From a Stable Diffusion file, or a folder as diffusers saves it.
 
         config: with a `model` section, or the params of one; None takes what the file says of itself.
         loras: files, each with the weight at which it is merged into the networks.
         embeddings: textual-inversion files, whose words prompts may hold; that of a run is beside its model.
+        guidance_base: file or folder of the model whose prediction stands for the negative prompt. Where it
+        is this very model, it is not loaded twice: the LoRAs are not merged, and off in that prediction.
         """
-        _check_device(device)
-        model = open_model(path)
-        params = _model_params(config, where=path) if config is not None else model.config
-        parameterization = params.get("parameterization", "eps")
-        with unfilled():
-            networks = {part: instantiate(params[f"{part}_config"]).to(dtype) for part in PREFIXES}
-        parts = model.parts
-        for file, weight in loras:
-            parts = merge_lora(parts, read_lora(file, parts), weight=weight)
-        load_parts(networks, parts, where=path, device=device)
-        if model.tokenizer is not None and config is None:
-            networks["cond_stage"].tokenizer_name = str(model.tokenizer)
-        for file in [*_own_embedding(Path(path)), *embeddings]:
-            for word, vectors in read_embedding(file).items():
-                networks["cond_stage"].add_word(word, vectors)
+        how = {"config": config, "device": device, "dtype": dtype}
+        file, base, beside = ModelFile(path, **how), None, []
+        if guidance_base is not None:
+            base = ModelFile(guidance_base, parts=("unet", "cond_stage"), **how)
+            base.model.require_prediction(base.parameterization)
+            require_same_kind(file.denoiser(), base.denoiser())
+        if base is None or base.hash != file.hash:
+            file.fill(loras=loras, embeddings=embeddings)
+        else:
+            file.fill(embeddings=embeddings)
+            base, beside = file, file.attach(loras)
+        if base not in (None, file):
+            base.fill(embeddings=embeddings)
         return cls(
-            **{part: network.eval().to(device).requires_grad_(False) for part, network in networks.items()},
-            alphas_cumprod=make_alphas_cumprod(**{key: params[key] for key in SCHEDULE if key in params}),
-            parameterization=parameterization,
-            default_size=model.size(parameterization),
-            model_hash=file_hash(path),
+            **file.networks,
+            alphas_cumprod=file.alphas_cumprod,
+            parameterization=file.parameterization,
+            default_size=file.model.size(file.parameterization),
+            model_hash=file.hash,
+            guidance_base=base and base.denoiser(model_hash=base.hash, without=beside),
         )
 
     def __call__(
@@ -132,27 +133,27 @@ class Text2Image:
         long_prompts: bool = False,
         batch_size: int = 8,
         batched_guidance: bool = True,
+        precision: Precision = "auto",
         progress: bool | Callable[[int], object] = False,
     ) -> list[Sample]:
         """One picture for each prompt and its seed, `batch_size` at a time.
 
-        `init_image`, cropped to the shape, is drawn over in the last `strength` of the steps. `long_prompts`
-        are encoded whole, in chunks. `progress` True shows a bar; a callable hears of n more steps.
+        The last `strength` of the steps draw over `init_image`, cropped. `long_prompts` are encoded whole, in
+        chunks. `precision`: of the networks. `progress` True: a bar; a callable hears of n more steps.
         """
         _check(prompts, seeds, sampler=sampler, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
-        timesteps = self._timesteps(steps, None if init_image is None else strength)
-        with self._drawing(), tqdm(total=len(prompts) * len(timesteps), disable=progress is not True) as bar:
-            guide = partial(classifier_free_guidance, guidance_scale=guidance_scale, batched=batched_guidance)
-            more = progress if callable(progress) else bar.update
+        timesteps = self._timesteps(sampler, steps, None if init_image is None else strength)
+        with self._drawing(precision), _heard(progress, total=len(prompts) * len(timesteps)) as more:
             how = {"eta": eta, "callback": lambda i, x: more(len(x)), "alphas_cumprod": self.alphas_cumprod}
-            pairs = self._contexts(prompts, negative_prompt, batch_size, chunked=long_prompts)
+            negative = None if guidance_scale == 1 else negative_prompt
+            pairs = self._contexts(prompts, negative, batch_size, chunked=long_prompts)
             initial = None if init_image is None else self._posterior(init_image, shape)
             for batch in _batches([len(context) for context, _ in pairs], batch_size):
-                predict = guide(*self._conditional([pairs[i] for i in batch]))
+                predict = self._guided([pairs[i] for i in batch], guidance_scale, batched=batched_guidance)
                 noise = partial(self._noise, shape, [seeds[i] for i in batch])
-                x = self._start(noise, initial, timesteps)
-                x = SAMPLERS[sampler](predict, x, timesteps, noise=noise, **how)
+                start = self._start(noise, initial, timesteps)
+                x = SAMPLERS[sampler](predict, start, timesteps, noise=noise, **how)
                 samples |= zip(batch, zip(self._decode(x), _outside(x), strict=True), strict=True)
         return [Sample(*samples[i], prompts[i], seeds[i]) for i in range(len(prompts))]
 
@@ -168,9 +169,9 @@ class Text2Image:
                 raise UserError(f"{side} {n} is no multiple of {unit} pixels", remedy=f"Use {valid}.")
         return self.first_stage.embed_dim, *(n // self.first_stage.factor for n in pixels.values())
 
-    def _timesteps(self, steps: int, strength: float | None) -> Tensor:
+    def _timesteps(self, sampler: SamplerName, steps: int, strength: float | None) -> Tensor:
         """Descending [S]; given a strength, the last that share of them, as many whole ones as that is."""
-        spacing = "trailing" if ends_in_noise(self.alphas_cumprod) else "leading"
+        spacing = "trailing" if ends_in_noise(self.alphas_cumprod) else DEFAULT_SPACING[sampler]
         timesteps = sampling_timesteps(steps, T=len(self.alphas_cumprod), spacing=spacing)
         if strength is None:
             return timesteps
@@ -181,45 +182,50 @@ class Text2Image:
         return timesteps[-kept:]
 
     def _contexts(
-        self, prompts: Sequence[str], negative_prompt: str, batch_size: int, *, chunked: bool
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The context of each prompt, and of the negative prompt beside it, both [N M, D].
+        self, prompts: Sequence[str], negative_prompt: str | None, batch_size: int, *, chunked: bool
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """The context of each prompt, and of the negative prompt, if any, beside it, both [N M, D].
 
-        N is 1 or, `chunked`, as many chunks as the longer one has; the shorter one is filled up with empty
-        ones, as AUTOMATIC1111 does.
+        N is 1 or, `chunked`, as many chunks as the longer one has.
         """
-        contexts = self._encode([negative_prompt, "", *prompts], batch_size, chunked=chunked)
+        model, base = self.denoiser, self.guidance_base
+        if negative_prompt is None:
+            own = model.encode(prompts, batch_size, chunked=chunked)
+            return [(own[prompt], None) for prompt in prompts]
+        negative = [negative_prompt, ""]
+        own = model.encode([*([] if base else negative), "", *prompts], batch_size, chunked=chunked)
+        others = base.encode(negative, batch_size, chunked=chunked) if base else own
+        fill = filler(own)
+        fill_negative = filler(others) if base else fill
+        lengths = [max(len(own[prompt]), len(others[negative_prompt])) for prompt in prompts]
+        return [
+            (fill(prompt, n), fill_negative(negative_prompt, n))
+            for prompt, n in zip(prompts, lengths, strict=True)
+        ]
 
-        @cache
-        def filled(text: str, length: int) -> Tensor:
-            missing = (length - len(contexts[text])) // len(contexts[""])
-            return torch.cat([contexts[text], *[contexts[""]] * missing])
-
-        pairs = [(prompt, negative_prompt) for prompt in prompts]
-        lengths = [max(len(contexts[text]) for text in pair) for pair in pairs]
-        return [tuple(filled(text, n) for text in pair) for pair, n in zip(pairs, lengths, strict=True)]
-
-    def _encode(self, texts: Sequence[str], batch_size: int, *, chunked: bool) -> dict[str, Tensor]:
-        """Each different text once -> its context [N M, D], where and as the UNet wants it; N chunks or 1."""
-        unique, tower = list(dict.fromkeys(texts)), self.cond_stage
-        for text in [] if chunked else unique:
-            cut = None if text in self._warned else tower.overlong(text)
-            if cut is not None:
-                self._warned.add(text)
-                log.warning("Only %d tokens fit: %r of %r is cut off", tower.max_length, cut, text)
-        ids = [tower.tokenize_chunks(text) if chunked else tower.tokenize([text]) for text in unique]
-        batches = torch.cat(ids).to(_place(tower)[0]).split(batch_size)
-        rows = torch.cat([tower(batch).to(*_place(self.unet)) for batch in batches])
-        chunks = rows.split([len(own) for own in ids])
-        return {text: own.flatten(0, 1) for text, own in zip(unique, chunks, strict=True)}
+    def _guided(
+        self, pairs: Sequence[tuple[Tensor, Tensor | None]], guidance_scale: float, *, batched: bool
+    ) -> Predict:
+        """B pairs of contexts [M, D] -> eps of B latents."""
+        prompts, negative = map(list, zip(*pairs, strict=True))
+        guide = partial(classifier_free_guidance, guidance_scale=guidance_scale, batched=batched)
+        if negative[0] is None:
+            predict, numbers = self.denoiser.conditioned(prompts)
+            return guide(predict, numbers, [])
+        if self.guidance_base is None:
+            predict, numbers = self.denoiser.conditioned([*negative, *prompts])
+            return guide(predict, numbers[len(pairs) :], numbers[: len(pairs)])
+        base, unconditional = self.guidance_base.conditioned(negative)
+        predict, numbers = self.denoiser.conditioned(prompts)
+        return guide(predict, numbers, unconditional, base=base)
 
     def _posterior(self, image: Image.Image, shape: Sequence[int]) -> DiagonalGaussian:
         """The latents of a picture, cropped and scaled to those of `shape`: mean and std [1, C, h, w]."""
         factor = self.first_stage.factor
         image = ImageOps.fit(image.convert("RGB"), (shape[2] * factor, shape[1] * factor), Image.LANCZOS)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0) / 127.5 - 1
-        moments = self.first_stage.encode(pixels.to(*_place(self.first_stage))).moments.float()
-        return DiagonalGaussian.from_moments(moments.to(_place(self.unet)[0]))
+        moments = self.first_stage.encode(pixels.to(*placement(self.first_stage))).moments.float()
+        return DiagonalGaussian.from_moments(moments.to(placement(self.unet)[0]))
 
     def _start(
         self, noise: Callable[[str], Tensor], initial: DiagonalGaussian | None, timesteps: Tensor
@@ -235,30 +241,11 @@ class Text2Image:
         """ "x_T", "init" or a step's number -> [B, C, h, w] float32; every picture has its own seed."""
         purpose = f"step/{purpose}" if isinstance(purpose, int) else purpose
         draws = [randn(shape, seed=seed, items=[0], purpose=f"sample/{purpose}") for seed in seeds]
-        return torch.cat(draws).to(_place(self.unet)[0])
-
-    def _conditional(
-        self, pairs: Sequence[tuple[Tensor, Tensor]]
-    ) -> tuple[ConditionalPredict, list[int], list[int]]:
-        """B pairs of contexts [M, D] -> eps by the numbers of prompts, and the B numbers of either side.
-
-        A tensor that several pairs hold goes through the network once.
-        """
-        order = [*(unconditional for _, unconditional in pairs), *(context for context, _ in pairs)]
-        unique = list({id(context): context for context in order}.values())
-        number = {id(context): i for i, context in enumerate(unique)}
-        numbers = [[number[id(pair[side])] for pair in pairs] for side in (0, 1)]
-        return partial(self._predict_eps, torch.stack(unique)), *numbers
-
-    def _predict_eps(self, contexts: Tensor, x: Tensor, t: Tensor, rows: Sequence[int]) -> Tensor:
-        """The network in its own precision, everything around it in float32."""
-        prediction = self.unet.predict(x, t, contexts, rows).float()
-        x, t = repeat_rows(x, len(rows)), repeat_rows(t, len(rows))
-        return to_eps(self.parameterization, prediction, x, t, self.alphas_cumprod.to(x.device))
+        return torch.cat(draws).to(placement(self.unet)[0])
 
     def _decode(self, latents: Tensor) -> list[Image.Image]:
         """[B, C, h, w] -> B pictures, one at a time: more at once take more memory and no less time."""
-        place = _place(self.first_stage)
+        place = placement(self.first_stage)
         pixels = torch.cat([self.first_stage.decode(one.to(*place)).float() for one in latents.split(1)])
         if not pixels.isfinite().all():
             log.warning("A picture has values that are not finite: try fp32 or bf16")
@@ -266,19 +253,13 @@ class Text2Image:
         return [Image.fromarray(picture.numpy()) for picture in rearrange(levels, "b c h w -> b h w c").cpu()]
 
     @contextmanager
-    def _drawing(self) -> Iterator[None]:
-        """Networks in eval mode, nothing cast or recorded; afterwards every module is in its mode again."""
-        networks = (self.unet, self.first_stage, self.cond_stage)
-        modes = [(module, module.training) for network in networks for module in network.modules()]
-        autocast = torch.autocast(_place(self.unet)[0].type, enabled=False)  # a training run may be in one
-        try:
-            for network in networks:
-                network.eval()
-            with torch.inference_mode(), autocast:
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    def _drawing(self, precision: Precision) -> Iterator[None]:
+        """Networks in eval mode, nothing recorded; afterwards every module is in its mode again."""
+        networks = (self.first_stage, *self.denoiser.networks)
+        base = self.guidance_base.networks if self.guidance_base else ()
+        lower = autocast_for(precision, *networks, *base)
+        with evaluating(*networks, *base), torch.inference_mode(), lower:
+            yield
 
 
 def find_model(path: Path | None = None) -> Path:
@@ -291,36 +272,22 @@ def find_model(path: Path | None = None) -> Path:
     return runs[-1]
 
 
-def _own_embedding(path: Path) -> list[Path]:
-    """The words that a run learned, beside its model file."""
-    file = path.with_name(EMBEDDING)
-    return [file] if path.name == "model.safetensors" and file.is_file() else []
-
-
-def _model_params(config: Mapping[str, Any], *, where: object) -> Mapping[str, Any]:
-    """Params of a config's model section, which must describe the networks."""
-    params = config["model"].get("params", {}) if "model" in config else config
-    missing = [key for key in (f"{part}_config" for part in PREFIXES) if key not in params]
-    if missing:
-        raise UserError(f"The model section of the config lacks {', '.join(missing)}", where=where)
-    return params
-
-
-def _check_device(device: str | torch.device) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # unknown, not built in, or not there
-        reason = str(error).splitlines()[0]
-        raise UserError(f"The device {device} cannot be used: {reason}", remedy="Try cpu.") from error
-
-
 def _check(prompts: Sequence[str], seeds: Sequence[int], *, sampler: str, batch_size: int) -> None:
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts do not go with {len(seeds)} seeds")
     if sampler not in SAMPLERS:
-        raise UserError(f"The sampler {sampler!r} is unknown", remedy=f"Choose {' or '.join(SAMPLERS)}.")
+        *others, last = SAMPLERS
+        remedy = f"Choose {', '.join(others)} or {last}."
+        raise UserError(f"The sampler {sampler!r} is unknown", remedy=remedy)
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is impossible", remedy="Choose 1 or more.")
+
+
+@contextmanager
+def _heard(progress: bool | Callable[[int], object], *, total: int) -> Iterator[Callable[[int], object]]:
+    """What hears of n more steps: the callable, or a bar of so many in all."""
+    with tqdm(total=total, disable=progress is not True) as bar:
+        yield progress if callable(progress) else bar.update
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -330,11 +297,6 @@ def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [
         group[first : first + batch_size] for group in groups for first in range(0, len(group), batch_size)
     ]
-
-
-def _place(network: nn.Module) -> tuple[torch.device, torch.dtype]:
-    parameter = next(network.parameters())
-    return parameter.device, parameter.dtype
 
 
 def _outside(x: Tensor) -> list[Tensor]:

@@ -1,5 +1,8 @@
 """Speed and memory side by side with diffusers: same weights, pictures, prompts, batch and precision.
 
+Twice: its script and pipeline as its users run them, and the same networks at their best, see
+`benchmarks/peer.py`.
+
     python scripts/benchmark.py             a CPU: networks of reduced size; a GPU: Stable Diffusion 1.5
     python scripts/benchmark.py --quick     one case of each kind, a minute
 
@@ -20,24 +23,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 from benchmarks.cases import cases
-from benchmarks.measure import compare, machine
+from benchmarks.measure import SIDES, compare, machine
 from benchmarks.ours import export
+from benchmarks.pages import PEERS, speed_table
 from benchmarks.plot import plot
 from ldm.errors import UserError
+from ldm.files import write_section
 from ldm.training.run import write_json
 
-COLUMNS = (
-    "speed",
-    "memory",
-    "ours ms",
-    "theirs ms",
-    "images/s",
-    "theirs",
-    "MiB",
-    "theirs",
-    "floor ms",
-    "share",
-)
+COLUMNS = ("script", "best", "memory", "best", "ours ms", "script ms", "best ms", "MiB", "floor ms", "share")
 
 
 def parse() -> argparse.Namespace:
@@ -55,10 +49,9 @@ def parse() -> argparse.Namespace:
 
 def row(figures: Mapping) -> str:
     """A line of the table, the ratios first."""
-    ours, theirs = figures["ours"], figures["diffusers"]
-    numbers = [figures["speed_ratio"], figures["memory_ratio"], ours["ms"], theirs["ms"]]
-    numbers += [ours["images_per_second"], theirs["images_per_second"], ours["peak_mib"], theirs["peak_mib"]]
-    numbers += [figures["floor_ms"], ours["share_of_floor"]]
+    numbers = [figures[f"{what}_ratio_{peer}"] for what in ("speed", "memory") for peer in ("script", "best")]
+    numbers += [figures[side]["ms"] for side in SIDES]
+    numbers += [figures["ours"]["peak_mib"], figures["floor_ms"], figures["ours"]["share_of_floor"]]
     return "".join(f"{number:>11.2f}" for number in numbers) + f"  {figures['case']}"
 
 
@@ -70,7 +63,7 @@ def main(options: argparse.Namespace) -> None:
         raise UserError(f"No case holds {options.only!r}", remedy="Try --only train.")
     best, results = machine(options.device), []
     print(f"At best {best[0] / 1e9:,.0f} GFLOP/s and {best[1] / 1e9:,.1f} GB/s.")
-    print("Ratios: diffusers' time over ours, our memory over diffusers'.")
+    print("Ratios: diffusers' time over ours, our memory over diffusers'; its script, its networks at best.")
     print("".join(f"{name:>11}" for name in COLUMNS))
     with tempfile.TemporaryDirectory() as temporary:
         for case in chosen:
@@ -93,8 +86,15 @@ def main(options: argparse.Namespace) -> None:
     name = f"{options.device}{'-compiled' if options.compile else ''}{'-quick' if options.quick else ''}"
     print(write_json(options.out / f"{name}.json", about | {"results": results}))
     picture = options.out / f"{name}.svg"
-    picture.write_text(plot(results, "Times as fast as diffusers"), encoding="utf-8")
+    groups = {
+        figures["case"]: {label: figures[f"speed_ratio_{peer}"] for peer, label in PEERS.items()}
+        for figures in results
+    }
+    picture.write_text(plot(groups, "Times as fast as diffusers", line=1.0), encoding="utf-8")
     print(picture)
+    if (options.out / "speed.md").exists() and name == "cpu" and not options.only:
+        write_section(options.out / "speed.md", "measured", speed_table(about, results))
+        print(options.out / "speed.md")
 
 
 if __name__ == "__main__":

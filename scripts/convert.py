@@ -1,7 +1,7 @@
 """Convert a Stable Diffusion model: python scripts/convert.py SOURCE TARGET.
 
-SOURCE is a .ckpt file, a .safetensors file or a diffusers folder. TARGET is one of these by its suffix;
-without one it is a folder.
+SOURCE is a .ckpt file, a .safetensors file, the .safetensors.index.json of several, or a diffusers folder.
+TARGET is one of these by its suffix; without one it is a folder.
 """
 
 import argparse
@@ -15,11 +15,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 from ldm.checkpoints.geometry import SCHEDULE
+from ldm.checkpoints.layout import join
 from ldm.checkpoints.load import file_hash, open_model
 from ldm.checkpoints.lora import merge_lora, read_lora
 from ldm.checkpoints.modelspec import file_metadata
-from ldm.checkpoints.save import DTYPES, save_model
+from ldm.checkpoints.save import DTYPES, cast_tensors, save_model
 from ldm.checkpoints.save_folder import check_folder, save_folder
+from ldm.checkpoints.shards import INDEX, write_shards
 from ldm.config import load_config, to_plain
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
@@ -31,7 +33,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("source", type=Path, help="model file or diffusers folder")
-    add("target", type=Path, help="NAME.safetensors, NAME.ckpt, or a new folder")
+    add("target", type=Path, help="NAME.safetensors, NAME.safetensors.index.json, NAME.ckpt, or a new folder")
+    add(
+        "--max_file_mib", type=int, default=16, help="of each file, where TARGET is a .safetensors.index.json"
+    )
     add("--dtype", choices=DTYPES, help="of the weights; default: as they are")
     add("--ema", action="store_true", help="take the averaged weights of the UNet, from a file that has both")
     add("--lora", type=Path, metavar="FILE", help="a LoRA to merge into the weights")
@@ -42,7 +47,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def main(options: argparse.Namespace) -> Path:
-    to_folder = options.target.suffix not in (".safetensors", ".ckpt")
+    sharded = options.target.name.endswith(INDEX)
+    to_folder = options.target.suffix not in (".safetensors", ".ckpt") and not sharded
     if to_folder:
         check_folder(options.target)
     model = open_model(options.source, ema=options.ema)
@@ -61,12 +67,15 @@ def main(options: argparse.Namespace) -> Path:
             options.target, model.parts, config=model.config, tokenizer=folder, size=size, dtype=dtype
         )
     schedule = {key: model.config[key] for key in SCHEDULE}
+    alphas_cumprod = make_alphas_cumprod(**schedule, dtype=torch.float64)
+    metadata = file_metadata(model.config, title=options.source.stem, size=size) | dict(model.metadata)
+    if sharded:
+        parts = {name: cast_tensors(part, dtype) for name, part in model.parts.items()}
+        tensors = join(parts, alphas_cumprod)
+        max_bytes = options.max_file_mib * 2**20
+        return write_shards(options.target, tensors, max_bytes=max_bytes, metadata=metadata)[-1]
     return save_model(
-        options.target,
-        model.parts,
-        alphas_cumprod=make_alphas_cumprod(**schedule, dtype=torch.float64),
-        dtype=dtype,
-        metadata=file_metadata(model.config, title=options.source.stem, size=size) | dict(model.metadata),
+        options.target, model.parts, alphas_cumprod=alphas_cumprod, dtype=dtype, metadata=metadata
     )
 
 

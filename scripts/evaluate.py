@@ -61,6 +61,7 @@ def parse() -> argparse.Namespace:
     add("--class_samples", type=int, help="pictures of the class (storybook 128, photos 100)")
     add("--steps", type=int, help="sampling steps (the run's own)")
     add("--guidance_scale", type=float, help="weight of the prompt (the run's own)")
+    add("--guidance_base", action="store_true", help="the base predicts for the empty prompt (the run's own)")
     add("--out", type=Path, help="folder of metrics.json (`evaluation` in the run's folder)")
     return parser.parse_args()
 
@@ -82,6 +83,8 @@ def evaluation_of(options: argparse.Namespace, config: Mapping[str, Any]) -> Eva
         params["diversity"] = False
     given = ("prompts", "seeds", "class_samples", "steps", "guidance_scale", "dino", "clip")
     params |= {name: getattr(options, name) for name in given if getattr(options, name) is not None}
+    if options.guidance_base:
+        params["guidance_base"] = True
     node = {"target": target, "params": params}
     check({"evaluation": node}, {"evaluation": dict})
     return instantiate(node)
@@ -114,23 +117,27 @@ def measured(options: argparse.Namespace, model: Path | None) -> Mapping[str, An
     if model is None:
         return evaluation.plain(pictures, subject=subject, prompts=prompts, of_class=of_class)
     base = find_file(options.base or config.get("base_checkpoint") or BASE)
+    draws = {
+        "before": Text2Image.from_file(base),
+        "after": Text2Image.from_file(model, guidance_base=base if evaluation.guidance_base else None),
+    }
     before, after = (
-        evaluation.measure(Text2Image.from_file(path), subject=subject, prompts=prompts)
-        for path in (base, model)
+        evaluation.measure(draw, subject=subject, prompts=prompts, is_base=when == "before")
+        for when, draw in draws.items()
     )
     return evaluation.summary(after, before, subject)
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Figures in rows, with their interval, the base's and the ceiling where there are any."""
-    rows = [("", "measured", "95 %", "base", "photos")]
+    """Metrics in rows, with what there is of interval, base, photos and noise floor."""
+    rows = [("", "measured", "95 %", "base", "photos", "noise")]
     for name, value in figures.items():
         if isinstance(value, float):
             low_high = figures.get("intervals", {}).get(name)
-            beside = [figures.get(key, {}).get(name, "") for key in ("base", "ceiling")]
+            beside = [figures.get(key, {}).get(name, "") for key in ("base", "ceiling", "noise_floor")]
             interval = "{:.3f} to {:.3f}".format(*low_high) if low_high else ""
             rows.append((name, f"{value:.3f}", interval, *map(str, beside)))
-    return "\n".join("{:22}{:>8}{:>18}{:>9}{:>9}".format(*row).rstrip() for row in rows)
+    return "\n".join("{:30}{:>8}{:>18}{:>9}{:>9}{:>9}".format(*row).rstrip() for row in rows)
 
 
 def main(options: argparse.Namespace) -> None:

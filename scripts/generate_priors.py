@@ -36,7 +36,7 @@ def main(config: DictConfig) -> Path:
     set_matmul_precision(plain.get("matmul_precision", "high"))
     module.to(device_of(plain["trainer"]))
     drawing = PriorDrawing(**plain.get("priors", {}))
-    priors = prior_set(data, drawing, base_sha256=base_hash)
+    priors = prior_set(data, drawing, base_sha256=base_hash, device=module.device)
     draw = text2image(module, size=data.size)
     drawn = draw_priors(draw, priors, data.num_priors, batch_size=drawing.batch_size)
     if ranks.rank() == 0:

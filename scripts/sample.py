@@ -21,6 +21,7 @@ from ldm.data.prompts import read_prompts
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.pipeline import Text2Image, find_model
+from ldm.precision import resolve_precision
 from ldm.training.device import keep_freed_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -38,6 +39,7 @@ def parse() -> argparse.Namespace:
     add("--model", type=Path, help="model file or run folder; None: the newest run under logs/")
     add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
     add("--lora", nargs="+", default=[], metavar="FILE[:WEIGHT]", help="LoRA files to draw with; weight 1")
+    add("--guidance_base", type=Path, metavar="FILE", help="model or run that predicts for no prompt instead")
     add("--embedding", nargs="+", default=[], type=Path, metavar="FILE", help="textual-inversion files")
     add("--n", type=int, default=4, help="pictures of each prompt")
     add("--seed", type=int, default=23, help="picture i of a prompt is drawn from seed + i")
@@ -48,8 +50,13 @@ def parse() -> argparse.Namespace:
         type=float,
         help="weight of the prompt, 1: none; None: as its run, else 7.5",
     )
-    add("--sampler", choices=SAMPLERS, default="ddim", help="both are deterministic while eta is 0")
-    add("--eta", type=float, default=0.0, help="fresh noise in each step of ddim, 0 to 1")
+    add("--sampler", choices=SAMPLERS, help="None: as the model's run drew its samples, else ddim")
+    add(
+        "--eta",
+        type=float,
+        default=0.0,
+        help="fresh noise in each step of ddim, 0 to 1; 0 in the other samplers",
+    )
     add("--height", type=int, help="pixels; None: as in training")
     add("--width", type=int, help="pixels; None: as in training")
     add("--init_image", type=Path, help="picture to begin from instead of noise, cropped to the size")
@@ -58,7 +65,12 @@ def parse() -> argparse.Namespace:
     add("--batch_size", type=int, default=8, help="pictures at a time; no effect on what they show")
     add("--low_memory", action="store_true", help="guidance in two passes instead of a doubled batch")
     add("--device", default=DEVICE, help="where to compute")
-    add("--precision", choices=DTYPES, default="fp32", help="of the networks")
+    add(
+        "--precision",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of the networks; bf16 on CUDA, else fp32",
+    )
     add("--out", type=Path, help="folder; None: a new one in `samples`, beside the model file")
     return parser.parse_args()
 
@@ -72,11 +84,16 @@ def weighted(word: str) -> tuple[Path, float]:
         return Path(word), 1.0  # the colon is the path's
 
 
+def name_of(path: Path) -> str:
+    """Of a model: its file's, or that of the run whose model it is."""
+    return path.resolve().parent.name if path.stem == "model" else path.stem
+
+
 def main(options: argparse.Namespace) -> None:
     if not (options.prompt or options.prompts) or options.n < 1:
         raise UserError("There is nothing to draw", remedy="Give --prompt or --prompts, and --n from 1.")
     keep_freed_memory()
-    path, dtype = find_model(options.model), DTYPES[options.precision]
+    path, precision = find_model(options.model), resolve_precision(options.precision, options.device)
     print(f"model: {path}")
     said = open_model(path).metadata
     words = taught_words(said)
@@ -85,18 +102,21 @@ def main(options: argparse.Namespace) -> None:
     init_image = load_image(options.init_image) if options.init_image else None
     config = to_plain(load_config([options.config])) if options.config else None
     loras = [weighted(word) for word in options.lora]
-    added = {"loras": loras, "embeddings": options.embedding}
-    draw = Text2Image.from_file(path, config=config, device=options.device, dtype=dtype, **added)
+    base = find_model(options.guidance_base) if options.guidance_base else None
+    added = {"loras": loras, "embeddings": options.embedding, "guidance_base": base}
+    place = {"device": options.device, "dtype": DTYPES[precision]}
+    draw = Text2Image.from_file(path, config=config, **place, **added)
     settings = {name: getattr(options, name) for name in SETTINGS}
     settings |= {name: usual for name, usual in usual_drawing(said).items() if settings[name] is None}
     settings |= {side: draw.default_size for side in ("height", "width") if settings[side] is None}
-    model = path.resolve().parent.name if path.stem == "model" else path.stem
-    about = settings | {"model": model, "model_hash": draw.model_hash, "precision": options.precision}
+    about = settings | {"model": name_of(path), "model_hash": draw.model_hash, "precision": precision}
     if init_image:
         settings["strength"] = options.strength
         about |= {"strength": options.strength, "init_image": options.init_image.name}
     settings |= {"init_image": init_image, "long_prompts": options.long_prompts}
     about |= {"lora": options.lora} if loras else {}
+    if base:
+        about |= {"guidance_base": name_of(base), "guidance_base_hash": draw.guidance_base.model_hash}
     about |= {"embedding": [file.name for file in options.embedding]} if options.embedding else {}
     how = {"batched_guidance": not options.low_memory, "batch_size": options.batch_size}
     out = options.out or path.parent / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")

@@ -25,7 +25,7 @@ from ldm.errors import UserError
 from ldm.evaluation import study_page
 from ldm.files import atomic_write
 from ldm.training.job import run_job
-from ldm.training.study import Job, Study, jobs_of, part_of, read_study, same_but_for_study
+from ldm.training.study import Job, Study, jobs_of, part_of, read_study, rows_of, same_but_for_study
 
 
 def metrics_of(job: Job) -> dict | None:
@@ -74,12 +74,18 @@ def share_out(path: str, processes: int) -> None:
 def publish(study: Study, jobs: Sequence[Job], folder: Path) -> list[Path]:
     """Writes the CSV, the plots and the page of a study whose runs are all finished."""
     found = [metrics_of(job) for job in jobs]
-    named = [{"variant": job.variant, "subject": job.subject, "seed": job.seed} for job in jobs]
-    pairs = list(zip(named, found, strict=True))
-    rows = [row | {figure: metrics[figure] for figure in study.figures} for row, metrics in pairs]
+    rows = [
+        {"variant": name, "subject": job.subject, "seed": job.seed} | {f: own[f] for f in study.figures}
+        for job, metrics in zip(jobs, found, strict=True)
+        for name, own in rows_of(job.variant, metrics).items()
+    ]
+    rows.sort(key=lambda row: list(dict.fromkeys(r["variant"] for r in rows)).index(row["variant"]))
     seconds = {
-        variant: mean(m["seconds"]["training"] for row, m in pairs if row["variant"] == variant)
-        for variant in study.variants
+        name: mean(
+            m["seconds"]["training"] for j, m in zip(jobs, found, strict=True) if j.variant == job.variant
+        )
+        for job, metrics in zip(jobs, found, strict=True)
+        for name in rows_of(job.variant, metrics)
     }
     texts = {f"{study.name}.csv": study_page.to_csv(rows)}
     plots = {f"{study.name}.svg": study_page.panels(rows, study.figures)}

@@ -1,4 +1,6 @@
-"""The benchmark's two sides do the same work, and its floor counts it right."""
+"""The benchmark's sides do the same work, and its floor counts it right."""
+
+import re
 
 import pytest
 import torch
@@ -6,8 +8,10 @@ import torch.nn.functional as F
 
 from benchmarks import ours, peer
 from benchmarks.cases import Case, cases
-from benchmarks.measure import ADAMW_BYTES, WINDOWS, Side, interleaved, work
+from benchmarks.measure import ADAMW_BYTES, LEAST_STEPS, SIDES, WINDOWS, Side, interleaved, machine, work
+from benchmarks.pages import PEERS, speed_table
 from benchmarks.plot import plot
+from benchmarks.side import open_side
 
 TRAIN = Case("storybook", "train", 2, text=True)
 
@@ -19,9 +23,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
     return path
 
 
-def test_both_sides_start_from_the_same_networks(folder):
-    mine = ours.Training(TRAIN, device="cpu", compiled=False)
-    theirs = peer.Training(TRAIN, folder, device="cpu", compiled=False)
+def test_the_sides_start_from_the_same_networks(folder):
+    mine = ours.Training.of_case(TRAIN, device="cpu")
+    theirs = peer.Training(TRAIN, folder, device="cpu", best=False)
     counts = [sum(p.numel() for p in side.learning) for side in (mine, theirs)]
     assert counts[0] == counts[1] > 1e7
     x, t = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
@@ -33,14 +37,51 @@ def test_both_sides_start_from_the_same_networks(folder):
 
 
 @pytest.mark.parametrize("case", cases("cpu", quick=True), ids=lambda case: case.name)
-def test_both_sides_step(case: Case, folder):
-    for module in (ours, peer):
-        kind = module.Training if case.kind == "train" else module.Sampling
-        side = kind(case, *([folder] if module is peer else []), device="cpu", compiled=False)
-        before = [p.detach().clone() for p in side.learning[:5]] if case.kind == "train" else []
+@pytest.mark.parametrize("name", SIDES)
+def test_every_side_steps(name: str, case: Case, folder):
+    side, answers = open_side(name, case, folder, device="cpu", compiled=False), []
+    before = [p.detach().clone() for p in side.learning[:5]] if case.kind == "train" else []
+    side.serve(iter([1, 2]), answers.append)
+    assert len(answers) == 2 and min(answers) > 0
+    if before:
+        assert not all(torch.equal(a, b) for a, b in zip(before, side.learning, strict=False))
+
+
+def test_our_steps_are_as_many_as_asked_for_and_take_a_batch_each():
+    side = ours.Training.of_case(TRAIN, device="cpu")
+    step, seen = side.module.training_step, []
+
+    def training_step(batch: dict, batch_idx: int) -> torch.Tensor:
+        seen.append(batch["item"].tolist())
+        return step(batch, batch_idx)
+
+    side.module.training_step = training_step
+    side.serve(iter([1, 2]), lambda seconds: None)
+    assert seen == [[0, 0], [1, 1], [2, 2]]
+
+
+@pytest.mark.parametrize("name", ["script", "best"])
+def test_the_peer_computes_again_where_we_do(name: str, folder):
+    lean = Case("storybook", "train", 2, text=True, lean=True)
+    side = peer.Training(lean, folder, device="cpu", best=name == "best")
+    usual = peer.Training(TRAIN, folder, device="cpu", best=name == "best")
+    assert side.unet.is_gradient_checkpointing and side.text.is_gradient_checkpointing
+    assert not usual.unet.is_gradient_checkpointing and not usual.text.is_gradient_checkpointing
+
+
+def test_the_peer_at_its_best_does_the_same_work_from_cached_latents(folder):
+    script, best = (peer.Training(TRAIN, folder, device="cpu", best=best) for best in (False, True))
+    assert not hasattr(best, "vae")
+    assert best.optimizer.defaults["fused"] and not script.optimizer.defaults["fused"]
+    assert best.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    best.posterior = script.vae.encode(script.pixels).latent_dist  # of the same images
+    gradients = []
+    for side in (script, best):
+        side.optimizer.zero_grad = lambda set_to_none: None
+        torch.manual_seed(0)
         side.step()
-        if before:
-            assert not all(torch.equal(a, b) for a, b in zip(before, side.learning, strict=False))
+        gradients.append(torch.cat([p.grad.flatten() for p in side.learning]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
 
 
 def test_a_side_runs_in_a_process_of_its_own(folder):
@@ -51,20 +92,49 @@ def test_a_side_runs_in_a_process_of_its_own(folder):
         times = interleaved({"one": side, "other": side}, seconds=0.0)
         assert {len(found) for found in times.values()} == {WINDOWS} and min(times["one"]) > 0
     with pytest.raises(RuntimeError, match="status 1"):
-        Side("diffusers", case, folder / "absent", device="cpu", compiled=False)
+        Side("best", case, folder / "absent", device="cpu", compiled=False)
+
+
+def test_a_window_holds_as_many_steps_as_it_must():
+    class Counted:
+        def __init__(self):
+            self.asked = []
+
+        def seconds(self, steps: int) -> float:
+            self.asked.append(steps)
+            return steps
+
+    side = Counted()
+    interleaved({"one": side}, seconds=1.0, least=LEAST_STEPS)
+    assert side.asked == [1, 1, *[LEAST_STEPS] * (1 + WINDOWS)]
+
+
+def test_what_the_machine_does_at_best():
+    flops, bandwidth = machine("cpu")
+    assert 1e9 < flops < 1e14 and 1e8 < bandwidth < 1e13
 
 
 def test_the_floor_counts_what_learns_and_grows_with_the_batch():
     flops, traffic = work(Case("storybook", "train", 2, text=True))
-    assert traffic == ADAMW_BYTES * sum(
-        p.numel() for p in ours.Training(TRAIN, device="cpu", compiled=False).learning
-    )
+    learning = ours.Training.of_case(TRAIN, device="cpu").learning
+    assert traffic == ADAMW_BYTES * sum(p.numel() for p in learning)
     twice, _ = work(Case("storybook", "train", 4, text=True))
     assert twice == pytest.approx(2 * flops, rel=0.1)
     lean = work(Case("storybook", "train", 2, lora=True))
     assert lean[0] < flops and lean[1] < traffic / 10
 
 
-def test_the_plot_holds_every_case():
-    drawn = plot([{"case": "a <b>", "speed_ratio": 1.5}, {"case": "c", "speed_ratio": 0.5}], "Speed")
-    assert "a &lt;b&gt;" in drawn and "1.50" in drawn and "0.50" in drawn
+def test_the_plot_holds_every_case_and_series():
+    drawn = plot({"a <b>": {"x": 1.5, "y": 3.0}, "c": {"x": 0.5}}, "Speed", line=1.0)
+    assert "a &lt;b&gt;" in drawn and all(number in drawn for number in ("1.50", "3.00", "0.50"))
+    widths = re.findall(r'width="([0-9.]+)" height="18"', drawn)
+    assert [float(width) for width in widths] == pytest.approx([210, 420, 70])
+
+
+def test_the_table_has_both_peers():
+    side = {"ms": 10.0, "images_per_second": 5.0, "share_of_floor": 0.5}
+    row = {"case": "c", "ours": side, "script": side | {"images_per_second": 2.5}, "best": side}
+    for what in ("speed", "memory"):
+        row |= {f"{what}_ratio_{name}": value for name, value in zip(PEERS, (2.0, 1.25), strict=True)}
+    about = {"cores": 2, "device": "x", "precision": "fp32", "versions": {"torch": "2"}}
+    assert "| c | 2.00, 1.25 | 2.00, 1.25 | 10 | 5, 2.5, 5 | 0.50 |" in speed_table(about, [row])

@@ -15,8 +15,10 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MAIN = CONFIGS / "dreambooth.yaml"
 BASE = CONFIGS / "storybook/base.yaml"
 PRESETS = sorted([*(CONFIGS / "presets").glob("*.yaml"), *(CONFIGS / "studies/common").glob("*.yaml")])
-ALONE = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS / "storybook").glob("*.yaml")])
+BASE_PRESETS = [CONFIGS / "storybook/base-gpu.yaml"]
+ALONE = sorted({*CONFIGS.glob("*.yaml"), *(CONFIGS / "storybook").glob("*.yaml")} - set(BASE_PRESETS))
 MERGES = [[path] for path in ALONE] + [[MAIN, preset] for preset in PRESETS]
+MERGES += [[BASE, preset] for preset in BASE_PRESETS]
 
 
 def label(paths: list[Path]) -> str:

@@ -5,7 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from ldm.contact_sheet import contact_sheet, save_picture
+from ldm.contact_sheet import A1111_SAMPLERS, contact_sheet, parameters_line, save_picture
+from ldm.diffusion.samplers import SAMPLERS
 
 RED, BLUE = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
 SETTINGS = {
@@ -57,6 +58,11 @@ def test_a_picture_carries_its_settings(tmp_path):
         "Steps: 50, Sampler: DDIM, CFG scale: 7.5, Seed: 3, Size: 64x48, Model hash: 0123456789"
     )
     assert [p.name for p in tmp_path.iterdir()] == ["0.png"]
+
+
+def test_every_sampler_has_the_name_that_others_know():
+    assert list(A1111_SAMPLERS) == list(SAMPLERS)
+    assert "Sampler: DPM++ 2M, " in parameters_line(SETTINGS | {"sampler": "dpm++2m"})
 
 
 def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):

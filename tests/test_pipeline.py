@@ -41,7 +41,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, module: nn.Module, method: str 
     return sizes
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0)])
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("dpm++2m", 0.0)])
 def test_a_picture_is_the_same_in_any_batch(pipeline, sampler, eta):
     options = {"seeds": SEEDS, "sampler": sampler, "eta": eta, "negative_prompt": "blur", **SMALL}
     together = pipeline(PROMPTS, batch_size=4, **options)
@@ -169,10 +169,11 @@ def test_impossible_requests_are_refused_before_any_work(pipeline, monkeypatch):
     predicted = count_calls(monkeypatch, pipeline.unet)
     for options, error, match in [
         ({"seeds": [0, 1]}, ValueError, "1 prompts.*2 seeds"),
-        ({"seeds": [0], "sampler": "dpm"}, UserError, "ddim or plms"),
+        ({"seeds": [0], "sampler": "dpm"}, UserError, r"ddim, plms or dpm\+\+2m"),
         ({"seeds": [0], "steps": 0}, UserError, "1 to 1000"),
         ({"seeds": [0], "batch_size": 0}, UserError, "batch_size"),
         ({"seeds": [0], "sampler": "plms", "eta": 0.5}, UserError, "eta"),
+        ({"seeds": [0], "sampler": "dpm++2m", "eta": 0.5}, UserError, "eta"),
     ]:
         with pytest.raises(error, match=match):
             pipeline(["a dog"], **options)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ldm.checkpoints import folder, geometry, layout
+from ldm.checkpoints.shards import INDEX, read_shards, shard_files
 from ldm.checkpoints.tensors import read_tensors
 from ldm.errors import UserError
 from ldm.files import file_sha256
@@ -67,7 +68,7 @@ class Model:
 
 
 def open_model(path: str | Path, *, ema: bool = False) -> Model:
-    """A Stable Diffusion file, or a folder as diffusers saves it; no tensor is read yet.
+    """A Stable Diffusion file, the index of its shards, or a diffusers folder; no tensor is read yet.
 
     `ema` takes the averaged weights of the UNet, from a file that holds both.
     """
@@ -101,7 +102,8 @@ def _open(path: Path, *, ema: bool) -> Model:
 
 def read_checkpoint(path: str | Path, *, ema: bool = False) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Tensors of a Stable Diffusion file under its own names (see `layout.split`), and its text metadata."""
-    tensors, metadata = read_tensors(path)
+    path = Path(path)
+    tensors, metadata = read_shards(path) if path.name.endswith(INDEX) else read_tensors(path)
     what = layout.describe(tensors)
     if what is not None:
         remedy = f"Names should begin with {', '.join(layout.PREFIXES.values())}; here is {min(tensors)}."
@@ -149,11 +151,14 @@ def load_parts(
 
 
 def file_hash(path: str | Path) -> str:
-    """sha256 of a file's bytes, in hex; of a folder, that of its files' names and hashes."""
+    """sha256 of a file's bytes, in hex; of a folder or an index, that of its files' names and hashes."""
     path = Path(path)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin", ".json"))
-        lines = [f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
+    if path.is_dir() or path.name.endswith(INDEX):
+        folder, files = path, sorted(path.rglob("*"))
+        if path.is_file():
+            folder, files = path.parent, [path, *sorted(set(shard_files(path).values()))]
+        files = [p for p in files if p.suffix in (".safetensors", ".bin", ".json")]
+        lines = [f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
     return file_sha256(path)
 

@@ -18,7 +18,7 @@ PREDICTION_TYPES = {"eps": "epsilon", "v": "v"}
 IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"  # whose tensor names the file has
 CLIP_VOCABULARY = 49408
 PRIVATE = ("_root", "folder", "cache", "base_checkpoint", "base_parts")  # ends of keys with paths
-DRAWING = {"steps": 50, "guidance_scale": 7.5}  # Stable Diffusion's usual ones
+DRAWING = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5}  # Stable Diffusion's usual ones
 SAID = "_config"  # end of the keys of networks, which `ldm.config` holds
 
 
@@ -72,8 +72,8 @@ def taught_words(metadata: Mapping[str, str]) -> dict[str, str | None]:
     }
 
 
-def usual_drawing(metadata: Mapping[str, str]) -> dict[str, int | float]:
-    """Sampling steps and guidance scale that suit a file: those of its run's samples, else `DRAWING`."""
+def usual_drawing(metadata: Mapping[str, str]) -> dict[str, str | int | float]:
+    """Sampler, steps and guidance scale that suit a file: those of its run's samples, else `DRAWING`."""
     samples = json.loads(metadata.get("ldm.training", "{}")).get("samples") or {}
     return {name: samples.get(name, value) for name, value in DRAWING.items()}
 

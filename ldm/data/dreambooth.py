@@ -224,7 +224,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     @cached_property
     def prior_photos(self) -> tuple[Photo, ...]:
-        """The pictures of the class: the user's own, those that the base model drew, or the subject's photos."""
+        """Images of the class, the user's own or drawn by the base model, or else the subject's photos."""
         if self.priors_show_subject:
             return tuple(replace(photo, caption=self.prior_prompt) for photo in self.subject_photos)
         if self.prior_root is not None:
@@ -307,7 +307,9 @@ class DreamBoothDataModule(pl.LightningDataModule):
             raise UserError("There is nothing to draw online", where="online_priors", remedy=remedy)
         for name in ("caption_dropout", "prior_caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{getattr(self, name)} is no share", where=name, remedy="Choose from 0 to 1.")
+                raise UserError(
+                    f"{getattr(self, name)} is no share", where=name, remedy="Choose from 0 to 1."
+                )
         if self.prior_caption_dropout and not self.prior_batch_size:
             remedy = "Raise prior_batch_size, or set prior_caption_dropout to 0."
             raise UserError("There are no prior items to hold", where="prior_caption_dropout", remedy=remedy)

@@ -40,12 +40,16 @@ class PriorSpec:
     size: int  # pixels a side
     seed: int
     eta: float = 0.0
+    precision: str = "fp32"  # of the networks: see `ldm.precision`
 
     @property
     def hash(self) -> str:
-        """12 hex digits of the canonical JSON; 7 and 7.0 are the same scale."""
+        """12 hex digits of the canonical JSON; 7 and 7.0 are the same scale, and fp32 is not said."""
         numbers = {"guidance_scale": float(self.guidance_scale), "eta": float(self.eta)}
-        text = json.dumps(asdict(self) | numbers, sort_keys=True, separators=(",", ":"))
+        said = asdict(self) | numbers
+        if self.precision == "fp32":
+            del said["precision"]
+        text = json.dumps(said, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

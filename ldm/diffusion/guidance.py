@@ -16,19 +16,23 @@ def classifier_free_guidance(
     guidance_scale: float,
     *,
     batched: bool = True,
+    base: ConditionalPredict | None = None,
 ) -> Predict:
     """eps_uncond + guidance_scale * (eps_cond - eps_uncond), in the parametrisation of Stable Diffusion.
 
     prompts, unconditional: of B items each. Scale 1 is the conditional prediction alone. `batched` asks for
     x with [unconditional, prompts] at once, 2 B predictions of B latents; otherwise two passes, half the
-    memory.
+    memory. Given a `base`, eps_uncond is its prediction, for the numbers that it knows the unconditional
+    prompts by: a fine-tuned model's own may have moved with what it learned (Phunyaphibarn et al. 2025).
     """
     if guidance_scale == 1:
         return lambda x, t: predict(x, t, prompts)
     both = [*unconditional, *prompts]
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
-        if batched:
+        if base is not None:
+            eps_uncond, eps_cond = base(x, t, unconditional), predict(x, t, prompts)
+        elif batched:
             eps_uncond, eps_cond = predict(x, t, both).chunk(2)
         else:
             eps_uncond, eps_cond = predict(x, t, unconditional), predict(x, t, prompts)

@@ -47,6 +47,32 @@ def diversity(features: Tensor) -> float:
     return float(torch.pdist(features.float()).mean())
 
 
+def total_variation(one: Reading, other: Reading) -> dict[str, float]:
+    """Half the summed difference of the shares of each value, by attribute: 0 alike, 1 nothing in common."""
+    distances = {}
+    for name in one:
+        values = 1 + int(torch.cat([one[name], other[name]]).max())
+        shares = [torch.bincount(seen[name], minlength=values) / len(seen[name]) for seen in (one, other)]
+        distances[name] = float((shares[0] - shares[1]).abs().sum() / 2)
+    return distances
+
+
+def frechet_distance(one: Tensor, other: Tensor) -> float:
+    """Fréchet distance of two sets of features, taken as Gaussians (Heusel et al. 2017, eq. 6).
+
+    one: [N, D], other: [M, D], N, M >= 2. The trace of the square root of the covariances' product is the
+    nuclear norm of the product of the centred features, which needs no matrix root.
+    """
+    means = [features.double().mean(0) for features in (one, other)]
+    centred = [
+        (features.double() - mean) / (len(features) - 1) ** 0.5
+        for features, mean in zip((one, other), means, strict=True)
+    ]
+    spread = sum(rows.square().sum() for rows in centred)
+    overlap = torch.linalg.matrix_norm(centred[0] @ centred[1].T, ord="nuc")
+    return max(0.0, float((means[0] - means[1]).square().sum() + spread - 2 * overlap))
+
+
 def bootstrap(
     samples: Tensor, statistic: Callable[[Tensor], float], *, resamples: int = 1000, seed: int = 0
 ) -> Interval:

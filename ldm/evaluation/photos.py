@@ -3,10 +3,12 @@
 DINO and CLIP-I: mean cosine over all pairs of a drawn picture and a photo of the subject. CLIP-T: mean cosine
 of a picture and its prompt, without the identifier. PRES: DINO between drawings of the class and the photos
 of the subject; it rises where the class turns into the subject. DIV: mean LPIPS of two pictures of a prompt.
+Beyond the paper: `class_shift_frechet`, the Fréchet distance of DINO's features between the base's images of
+the class and the model's, at the guidance scale and without guidance.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import torch
@@ -14,12 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.prompts import read_prompts
+from ldm.diffusion.samplers import SamplerName
 from ldm.errors import UserError
 from ldm.evaluation.features import CLIP, DINO, Clip, Dino, Lpips
-from ldm.evaluation.metrics import bootstrap
+from ldm.evaluation.metrics import bootstrap, frechet_distance
 from ldm.evaluation.pictures import by_prompt
-from ldm.evaluation.protocol import Figures, Picture, Prompts
+from ldm.evaluation.protocol import OTHER_SEEDS, Figures, Picture, Prompts
 from ldm.pipeline import Text2Image
+from ldm.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,31 @@ class Measured:
     clip_t: Tensor | None  # [S, P] cosine with the prompt
     pres: Tensor | None  # [N] of pictures of the class
     div: Tensor | None  # [prompts] mean distance of two pictures
+    of_class: Mapping[str, Tensor] = field(default_factory=dict)  # by sampling, [N, D]: DINO's features
+    other_seeds: Mapping[str, Tensor] = field(default_factory=dict)  # the base's, for the noise floor
 
     def values(self) -> dict[str, Tensor]:
-        """What was measured, by the name of its figure."""
-        return {name: rows for name, rows in vars(self).items() if rows is not None}
+        """What was measured, by the name of its metric."""
+        names = ("dino", "clip_i", "clip_t", "pres", "div")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {name: round(_mean(rows), 4) for name, rows in self.values().items()}
+
+    def shift(self, base: "Measured") -> dict[str, float]:
+        """How far the images of the class are from the base's."""
+        return _shifts(self.of_class, base.of_class)
+
+    def noise_floor(self) -> dict[str, float]:
+        """The same between two sets of one model's images, of other seeds."""
+        return _shifts(self.other_seeds, self.of_class)
+
+
+def _shifts(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:
+    return {
+        f"class_shift_frechet{sampling}": round(frechet_distance(features, other[sampling]), 4)
+        for sampling, features in one.items()
+    }
 
 
 class PhotoEvaluation:
@@ -55,7 +77,9 @@ class PhotoEvaluation:
         prompts: a list in configs/prompts, or a file of one's own.
         seeds: pictures of each prompt.
         class_samples: pictures of the class without the identifier; 0 leaves PRES out.
+        guidance_base: whether the base predicts for the empty prompt, in the trained model's place.
         seed: of the first picture.
+        precision: of the networks that draw; "auto" is bf16 on a CUDA device and fp32 elsewhere.
         size: pixels a side; None is the model's own.
         dino, clip: folders of the networks in transformers' format, or names on the hub.
         diversity: measures DIV, which needs the extra `lpips`.
@@ -68,11 +92,13 @@ class PhotoEvaluation:
         prompts: str = "dreambooth-object",
         seeds: int = 4,
         class_samples: int = 100,
-        sampler: str = "ddim",
+        sampler: SamplerName = "ddim",
         steps: int = 50,
         guidance_scale: float = 7.5,
+        guidance_base: bool = False,
         seed: int = 1000,
         batch_size: int = 4,
+        precision: Precision = "auto",
         size: int | None = None,
         dino: str = DINO,
         clip: str = CLIP,
@@ -89,9 +115,11 @@ class PhotoEvaluation:
             "steps": steps,
             "guidance_scale": guidance_scale,
             "batch_size": batch_size,
+            "precision": precision,
             "height": size,
             "width": size,
         }
+        self.guidance_base = guidance_base
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.dino, self.clip = Dino(dino, device=place), Clip(clip, device=place)
         self.lpips = Lpips(device=place) if diversity else None
@@ -99,32 +127,54 @@ class PhotoEvaluation:
     def subject(self, photos: Sequence[Image.Image]) -> Subject:
         return Subject(self.dino.pictures(photos), self.clip.pictures(photos))
 
-    def measure(self, draw: Text2Image, *, subject: Subject, prompts: Prompts) -> Measured:
-        """Draws every prompt of the list with every seed, and the class."""
+    def measure(
+        self, draw: Text2Image, *, subject: Subject, prompts: Prompts, is_base: bool = False
+    ) -> Measured:
+        """Draws every prompt of the list with every seed, and the class, of the base with other seeds too."""
         texts = read_prompts(self.prompts, **prompts.words)
         jobs = [(self.seed + s, text) for s in range(self.seeds) for text in texts]
         pictures = self._draw(draw, [text for _, text in jobs], [seed for seed, _ in jobs])
-        count = self.class_samples
-        of_class = self._draw(draw, [prompts.of_class] * count, range(self.seed, self.seed + count))
-        return self._measured(
-            pictures, of_class=of_class, subject=subject, identifier=prompts.identifier, rows=self.seeds
+        of_class = self._of_class(draw, prompts, first_seed=self.seed)
+        measured = self._measured(
+            pictures, of_class=of_class[""], subject=subject, identifier=prompts.identifier, rows=self.seeds
         )
+        if self.class_samples < 2:  # no covariance
+            return measured
+        other = self._of_class(draw, prompts, first_seed=self.seed + OTHER_SEEDS) if is_base else {}
+        return replace(measured, of_class=self._features(of_class), other_seeds=self._features(other))
+
+    def _of_class(self, draw: Text2Image, prompts: Prompts, *, first_seed: int) -> dict[str, list[Picture]]:
+        """Images of the class with guidance, and without."""
+        seeds = range(first_seed, first_seed + self.class_samples)
+        samplings = {"": {}, "_unguided": {"guidance_scale": 1.0}}
+        return {
+            name: self._draw(draw, [prompts.of_class] * len(seeds), seeds, **how)
+            for name, how in samplings.items()
+        }
+
+    def _features(self, images: Mapping[str, Sequence[Picture]]) -> dict[str, Tensor]:
+        return {name: self.dino.pictures([p.image for p in drawn]) for name, drawn in images.items()}
 
     def summary(self, after: Measured, base: Measured, subject: Subject) -> Figures:
         """What `metrics.json` holds: the model's figures, with the untouched base's and the photos'."""
         own = {"dino": subject.dino, "clip_i": subject.clip}
         return {
-            **after.figures(),
+            **after.metrics(),
+            **after.shift(base),
             "intervals": _intervals(after),
-            "base": base.figures(),
+            "base": base.metrics(),
+            "noise_floor": base.noise_floor(),
             "ceiling": {k: round(mean_of_pairs(rows), 4) for k, rows in own.items() if len(rows) > 1},
         }
 
     def score(self, figures: Mapping[str, float]) -> float:
-        """DINO x CLIP-T, in shares of the base's CLIP-T, minus the rise of PRES over the base's."""
-        base = figures["base"]
+        """DINO x CLIP-T, in shares of the base's CLIP-T, minus what the class has lost.
+
+        That is the rise of PRES over the base's, or the shift of the class in any direction if that is more.
+        """
+        base, shift = figures["base"], figures.get("class_shift_frechet", 0.0)
         drift = figures.get("pres", 0.0) - base.get("pres", 0.0)
-        return figures["dino"] * figures["clip_t"] / base["clip_t"] - max(0.0, drift)
+        return figures["dino"] * figures["clip_t"] / base["clip_t"] - max(0.0, drift, shift)
 
     def plain(
         self, pictures: Sequence[Picture], *, subject: Subject, prompts: Prompts, of_class: Sequence[Picture]
@@ -137,7 +187,7 @@ class PhotoEvaluation:
             identifier=prompts.identifier,
             rows=len(pictures),
         )
-        return {**measured.figures(), "intervals": _intervals(measured)}
+        return {**measured.metrics(), "intervals": _intervals(measured)}
 
     def _measured(
         self,
@@ -168,8 +218,10 @@ class PhotoEvaluation:
             div=div,
         )
 
-    def _draw(self, draw: Text2Image, prompts: Sequence[str], seeds: Sequence[int]) -> list[Picture]:
-        samples = draw(prompts, seeds=seeds, **self.drawing, progress=True) if prompts else []
+    def _draw(
+        self, draw: Text2Image, prompts: Sequence[str], seeds: Sequence[int], **how: float
+    ) -> list[Picture]:
+        samples = draw(prompts, seeds=seeds, **self.drawing | how, progress=True) if prompts else []
         return [Picture(sample.image, sample.prompt) for sample in samples]
 
 

@@ -5,8 +5,8 @@ from html import escape
 from typing import Any
 
 WIDTH, LEFT, RIGHT, ROW = 640, 190, 70, 34
-KINDS = {"base": "#c76b29", "ceiling": "#5d6d7e"}
-NAMES = {"base": "untouched base", "ceiling": "photos"}
+KINDS = {"base": "#c76b29", "ceiling": "#5d6d7e", "noise_floor": "#9b59b6"}
+NAMES = {"base": "untouched base", "ceiling": "photos", "noise_floor": "noise floor"}
 
 
 def figures_plot(figures: Mapping[str, Any]) -> str:
@@ -41,7 +41,7 @@ def figures_plot(figures: Mapping[str, Any]) -> str:
         KINDS[kind]: NAMES[kind] for kind in KINDS if beside[kind]
     }
     for k, (color, name) in enumerate(key.items()):
-        parts.append(_text(LEFT + 170 * k, height - 10, f"■ {name}", color=color))
+        parts.append(_text(20 + 160 * k + 50 * (k > 0), height - 10, f"■ {name}", color=color))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
         f'font-family="sans-serif" font-size="13"><rect width="{WIDTH}" height="{height}" fill="white"/>'

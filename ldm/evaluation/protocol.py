@@ -8,6 +8,7 @@ from PIL import Image
 from ldm.pipeline import Text2Image
 
 Figures = dict[str, Any]
+OTHER_SEEDS = 100_000  # from the first seed of a measure to the first of its noise floor
 
 
 class Prompts(NamedTuple):
@@ -33,14 +34,16 @@ class Picture(NamedTuple):
 class Evaluation(Protocol):
     """`subject`, then `measure` of the base and of the trained model, then `summary`; or `plain` alone."""
 
+    guidance_base: bool  # whether `measure` wants a model whose unconditional prediction is the base's
+
     def subject(self, photos: Sequence[Image.Image]) -> Any:
         """Who is on the photos, as `measure` and `plain` take it."""
 
-    def measure(self, draw: Text2Image, *, subject: Any, prompts: Prompts) -> Any:
-        """What one model draws."""
+    def measure(self, draw: Text2Image, *, subject: Any, prompts: Prompts, is_base: bool = False) -> Any:
+        """What one model draws; of the base also what the noise floor of the class's shift needs."""
 
     def summary(self, after: Any, base: Any, subject: Any) -> Figures:
-        """The model's figures by name, and "intervals", "base", "ceiling": mappings with the same names."""
+        """The model's metrics by name, and mappings of such: intervals, base, ceiling, noise_floor."""
 
     def score(self, figures: Mapping[str, Any]) -> float:
         """One number of a `summary`, by which checkpoints compete; higher is better."""

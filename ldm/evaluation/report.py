@@ -46,6 +46,7 @@ class Report:
     config: str  # YAML
     previews: Sequence[tuple[int, Image.Image]] = field(default_factory=list)  # (optimizer step, sheet)
     measured: Measured = Measured()
+    also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the metrics under other sampling
 
 
 class Card(NamedTuple):
@@ -61,12 +62,17 @@ CARDS = {
     "prompt_fidelity": Card("Prompt fidelity", "pictures in the place asked for", (0, 1)),
     "class_drift": Card("Class drift", "pictures of the class that became the subject; 0 is best", (-0.2, 1)),
     "diversity_ratio": Card("Diversity", "of the class, relative to the base's", (0, 1.2)),
+    "class_shift": Card(
+        "Class shift", "how far the class has moved in any direction; chance is best", (0, 1)
+    ),
+    "class_shift_frechet": Card("Class shift, Fréchet", "of the judge's features; chance is best", (0, 1)),
 }
 MEASURED = {
     "subject_fidelity": "Subject",
     "prompt_fidelity": "Prompt",
     "class_drift": "Class drift",
     "diversity_ratio": "Diversity",
+    "class_shift": "Class shift",
     "score": "Score",
 }
 CURVES = {
@@ -84,6 +90,7 @@ def write_report(path: Path, report: Report) -> Path:
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     sections = [
         ("", cards(report.figures)),
+        ("With other sampling", other_sampling(report.figures, report.also)),
         ("The subject's photos", row(report.subject)),
         ("Before and after", "".join(before_and_after(r) for r in report.rows)),
         ("While it learned", learning(report.measured, report.previews)),
@@ -112,16 +119,33 @@ def cards(figures: Mapping[str, Any]) -> str:
 def card(key: str, figures: Mapping[str, Any]) -> str:
     """A figure, its gauge, and what stands beside it."""
     about, value = CARDS[key], figures[key]
-    base, ceiling = (figures.get(name, {}).get(key) for name in ("base", "ceiling"))
+    base, ceiling, chance = (figures.get(name, {}).get(key) for name in ("base", "ceiling", "noise_floor"))
+    if chance is not None:
+        base = None  # a shift is relative to the base
     interval = figures.get("intervals", {}).get(key)
     beside = [f"{interval[0]:.2f} to {interval[1]:.2f}"] if interval else []
-    known = {"base": base, "photos": ceiling}
+    known = {"base": base, "photos": ceiling, "chance": chance}
+    unguided = figures.get(f"{key}_unguided")
+    beside += [] if unguided is None else [f"without guidance {unguided:.2f}"]
     beside += [f"{name} {number:.2f}" for name, number in known.items() if number is not None]
     return (
         f'<div class="card"><div class="name">{about.name}</div><div class="value">{value:.2f}</div>'
-        f"{gauge(value, base, scale=about.scale)}"
+        f"{gauge(value, chance if base is None else base, scale=about.scale)}"
         f'<div class="beside">{" · ".join(beside)}</div><div class="beside">{about.meaning}</div></div>'
     )
+
+
+def other_sampling(figures: Mapping[str, Any], also: Mapping[str, Mapping[str, Any]]) -> str:
+    """The headline metrics once more, a row for each way of sampling."""
+    if not also:
+        return ""
+    shown = [key for key in CARDS if key in figures]
+    head = "".join(f"<th>{CARDS[key].name}</th>" for key in shown)
+    rows = [
+        f"<tr><td>{escape(name)}</td>" + "".join(f'<td class="number">{f[key]:.2f}</td>' for key in shown)
+        for name, f in {"as configured": figures, **also}.items()
+    ]
+    return f"<table><tr><th></th>{head}</tr>{'</tr>'.join(rows)}</tr></table>"
 
 
 def gauge(value: float, base: float | None, *, scale: tuple[float, float]) -> str:

@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +29,15 @@ class Factors(nn.Module):
     """What one layer learns: a hook adds it to the layer's output, so the layer keeps its place and its name.
 
     down: [rank, in, ...] of the layer's own kernel, up: [out, rank, ...], 0 at the start. Both are float32;
-    they compute in the dtype of the layer's input.
+    they compute in the dtype of the layer's input. `enabled` False leaves the layer's output as it is.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, *, rank: int, alpha: float):
         super().__init__()
         outside, inside, *kernel = layer.weight.shape
-        self.rank, self.alpha = rank, alpha
+        self.rank = rank
+        self.alpha = alpha
+        self.enabled = True
         self.down = nn.Parameter(torch.empty(rank, inside, *kernel))
         self.up = nn.Parameter(torch.zeros(outside, rank, *[1] * len(kernel)))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as Linear and Conv2d begin
@@ -51,7 +54,7 @@ class Factors(nn.Module):
         return thin * (self.alpha / self.rank)
 
     def add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + self(inputs[0])
+        return output + self(inputs[0]) if self.enabled else output
 
 
 class LoRA(nn.Module):
@@ -88,6 +91,26 @@ class LoRA(nn.Module):
             for layer_name, layer in _chosen(network, KINDS[name], self.kinds[name] if learns else ()):
                 _put(self.parts[name], layer_name, Factors(layer, rank=self.rank, alpha=self.alpha))
 
+    @classmethod
+    def of_file(
+        cls,
+        networks: Mapping[str, nn.Module],
+        layers: Mapping[str, Mapping[str, tuple[Tensor, Tensor, float]]],
+        *,
+        weight: float = 1.0,
+    ) -> Self:
+        """`weight` times the factors that `ldm.checkpoints.lora.read_lora` read, beside their layers."""
+        lora = cls()
+        for part, inner in layers.items():
+            for name, (down, up, alpha) in inner.items():
+                layer = networks[part].get_submodule(name)
+                factors = Factors(layer, rank=len(down), alpha=weight * alpha).to(layer.weight.device)
+                with torch.no_grad():
+                    factors.down.copy_(down.reshape(factors.down.shape))
+                    factors.up.copy_(up.reshape(factors.up.shape))
+                _put(lora.parts[part], name, factors.requires_grad_(False))
+        return lora
+
     def factors(self) -> dict[str, dict[str, tuple[Tensor, Tensor, float]]]:
         """Network -> layer -> (down, up, alpha), as `ldm.checkpoints.lora` takes them."""
         return {
@@ -98,6 +121,20 @@ class LoRA(nn.Module):
             }
             for part, tree in self.parts.items()
         }
+
+
+@contextmanager
+def factors_off(*loras: LoRA) -> Iterator[None]:
+    """Inside, the networks beside which these LoRAs stand compute as the base, to the bit."""
+    every = [module for lora in loras for module in lora.modules() if isinstance(module, Factors)]
+    before = [factors.enabled for factors in every]
+    try:
+        for factors in every:
+            factors.enabled = False
+        yield
+    finally:
+        for factors, enabled in zip(every, before, strict=True):
+            factors.enabled = enabled
 
 
 def _chosen(

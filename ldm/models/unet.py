@@ -123,7 +123,10 @@ class UNetModel(nn.Module):
         num_groups: int = 32,
     ):
         super().__init__()
-        self.model_channels, self.use_checkpoint = model_channels, use_checkpoint
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        self.context_dim = context_dim
+        self.use_checkpoint = use_checkpoint
         self.factor = 2 ** (len(channel_mult) - 1)
         emb = 4 * model_channels
         res_block = partial(ResBlock, emb_channels=emb, num_groups=num_groups)

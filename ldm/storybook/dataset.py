@@ -2,19 +2,12 @@
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 from ldm.data.images import to_tensor
-from ldm.data.latents import Encode
-from ldm.randomness import generator
 from ldm.storybook.world import caption, draw, full_caption, sample_scene
 
 BOOK = 1_000_000_000  # drawings of one seed; seeds never share a drawing
@@ -44,32 +37,6 @@ class StorybookDataset(Dataset):
         return item | {"full_caption": full_caption(scene)}
 
 
-class StorybookLatents(Dataset):
-    """Item k: the drawing k modulo `length`, encoded before, under a new caption at each reading.
-
-    {"moments" [2C, h, w] float16, "caption" str, "item" k, "is_prior" False}; one caption in
-    1 / `caption_dropout` is empty, which teaches the unconditional prediction of guidance.
-    """
-
-    def __init__(self, drawings: StorybookDataset, moments: Tensor, *, caption_dropout: float):
-        self.drawings, self.moments, self.caption_dropout = drawings, moments, caption_dropout
-
-    def __getitem__(self, k: int) -> dict[str, Tensor | str | int]:
-        page, seed = k % len(self.moments), self.drawings.seed
-        text = caption(
-            sample_scene(seed * BOOK + page),
-            seed=seed * BOOK + k,
-            rare_word_share=self.drawings.rare_word_share,
-        )
-        dropped = torch.rand((), generator=generator(seed, k, "caption dropout")) < self.caption_dropout
-        return {
-            "moments": self.moments[page],
-            "caption": "" if dropped else text,
-            "item": k,
-            "is_prior": False,
-        }
-
-
 class StorybookDataModule(pl.LightningDataModule):
     """Endless batches of fresh drawings, and a fixed set of unseen ones for validation.
 
@@ -79,10 +46,6 @@ class StorybookDataModule(pl.LightningDataModule):
         seed: of the book; validation reads the book of `seed + 1`.
         rare_word_share: share of captions that name the individual by a meaningless word.
         pictures: False gives the captions alone.
-        encoded_length: number of different drawings, encoded once by the VAE that `attach` hands over;
-            None draws endlessly and gives pictures.
-        caption_dropout: share of encoded items with an empty caption.
-        cache: file that keeps the encoded drawings.
         validation_items: number of drawings in the validation set.
         num_workers: processes that draw.
     """
@@ -95,49 +58,16 @@ class StorybookDataModule(pl.LightningDataModule):
         seed: int = 0,
         rare_word_share: float = 0.15,
         pictures: bool = True,
-        encoded_length: int | None = None,
-        caption_dropout: float = 0.1,
-        cache: str | None = None,
         validation_items: int = 256,
         num_workers: int = 0,
     ):
         super().__init__()
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.encoded_length, self.validation_items = encoded_length, validation_items
-        self.caption_dropout, self.cache = caption_dropout, cache and Path(cache)
+        self.validation_items = validation_items
         drawings = {"size": size, "rare_word_share": rare_word_share, "pictures": pictures}
         self.train_set: Dataset = StorybookDataset(seed=seed, **drawings)
         self.validation_set = StorybookDataset(seed=seed + 1, **drawings)
         self.start_step = 0  # optimizer steps already done: set it before training to resume
-        self.attach()
-
-    def attach(self, *, encode: Encode | None = None, vae_hash: str = "") -> None:
-        """Hands over the VAE (images -> moments) and the hash that names it."""
-        self.encode, self.vae_hash = encode, vae_hash
-
-    def setup(self, stage: str | None = None) -> None:
-        if self.encoded_length and isinstance(self.train_set, StorybookDataset):
-            moments = self._read_cache()
-            if moments is None:
-                moments = self._encode()
-                if self.cache:
-                    self.cache.parent.mkdir(parents=True, exist_ok=True)
-                    save_file({"moments": moments}, self.cache, metadata={"vae": self.vae_hash})
-            self.train_set = StorybookLatents(self.train_set, moments, caption_dropout=self.caption_dropout)
-
-    def _read_cache(self) -> Tensor | None:
-        """[encoded_length, 2C, h, w], if the file holds as many drawings of this VAE."""
-        if self.cache is None or not self.cache.exists():
-            return None
-        with safe_open(self.cache, "pt") as file:
-            moments = file.get_tensor("moments")
-            right = (file.metadata() or {}).get("vae") == self.vae_hash
-        return moments if right and len(moments) == self.encoded_length else None
-
-    def _encode(self) -> Tensor:
-        batches = DataLoader(self.train_set, batch_size=64, sampler=range(self.encoded_length))
-        progress = tqdm(batches, desc="Encoding the storybook", unit="batch", mininterval=5)
-        return torch.cat([self.encode(batch["image"]).half().cpu() for batch in progress])
 
     def train_dataloader(self) -> DataLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -13,7 +13,9 @@ from ldm.data.priors import PriorSet
 from ldm.data.prompts import fill
 from ldm.errors import UserError
 from ldm.evaluation.curves import read_curves
+from ldm.evaluation.memo import ImageMemo
 from ldm.evaluation.report import Measured, Report, Row, write_report
+from ldm.pipeline import Text2Image
 from ldm.training import ranks, run
 from ldm.training.callbacks import AutoencoderAside, FirstStep, Previews, Speed
 from ldm.training.device import peak_memory_mib
@@ -22,6 +24,7 @@ from ldm.training.measures import Measures, Measuring, best_of
 from ldm.training.sampling import (
     PriorDrawing,
     SampleDrawing,
+    base_denoiser,
     draw_priors,
     draw_samples,
     drawing_of,
@@ -29,7 +32,7 @@ from ldm.training.sampling import (
     prior_set,
     text2image,
 )
-from ldm.training.score import Score
+from ldm.training.score import Score, with_params
 
 SHOWN_PRIORS = 32  # on the report's page
 
@@ -61,12 +64,15 @@ class DreamBoothRun:
         self.base_hash, self.watch = base_hash, run.Stopwatch()
         self.draw = text2image(module, size=data.size)
         self.draw.latent_shape()  # the size suits the networks
+        self._guided: Text2Image | None = None
         evaluation, measuring = plain.get("evaluation"), Measuring(**plain.get("measures", {}))
-        self.score, self.measures = Score(evaluation, self.draw, data, base_hash=base_hash), None
+        self.score, self.measures = self._score(evaluation), None
+        also = plain.get("evaluate_also") or {}
+        self.also = {name: self._score(evaluation, params) for name, params in also.items()}
         if measuring.every_steps:
-            smaller = {**evaluation, "params": {**evaluation.get("params", {}), **measuring.params}}
-            self.measures = Measures(Score(smaller, self.draw, data, base_hash=base_hash), measuring)
+            self.measures = Measures(self._score(evaluation, measuring.params), measuring)
         self.samples = SampleDrawing(**plain.get("samples", {}))
+        self.pipeline = self._pipeline(self.samples.guidance_base)  # of samples and previews
         self.prompts = [fill(prompt, **data.words) for prompt in self.samples.prompts]
 
     def __call__(self) -> list[Path]:
@@ -91,10 +97,24 @@ class DreamBoothRun:
             )
         return self._leave(before) if ranks.rank() == 0 else []
 
+    def _score(self, evaluation: dict | None, params: Mapping[str, Any] | None = None) -> Score:
+        """The evaluation, with params of its own where some are given."""
+        node = with_params(evaluation, params or {}) if evaluation else None
+        return Score(node, self._pipeline, self.data, base_hash=self.base_hash)
+
+    def _pipeline(self, guidance_base: bool) -> Text2Image:
+        """How the run draws; on demand with the base as it is now for the unconditional prediction."""
+        if not guidance_base:
+            return self.draw
+        if self._guided is None:
+            base = base_denoiser(self.module)
+            self._guided = text2image(self.module, size=self.data.size, guidance_base=base)
+        return self._guided
+
     def _priors(self) -> PriorSet:
         """The prior images, drawn as far as they are missing."""
         drawing = PriorDrawing(**self.plain.get("priors", {}))
-        priors = prior_set(self.data, drawing, base_sha256=self.base_hash)
+        priors = prior_set(self.data, drawing, base_sha256=self.base_hash, device=self.module.device)
         draw_priors(self.draw, priors, self.data.num_priors, batch_size=drawing.batch_size)
         return priors
 
@@ -106,10 +126,11 @@ class DreamBoothRun:
         with self.watch("samples_before"):
             rows = run.load_rows(kept, self.prompts, self.samples.n, settings)
             if rows is None:
-                rows = draw_samples(self.draw, self.samples, self.prompts, progress=True)
+                rows = draw_samples(self.pipeline, self.samples, self.prompts, progress=True)
                 run.save_rows(kept, rows, settings)
         with self.watch("figures_before"):
-            self.score.before()
+            for score in (self.score, *self.also.values()):
+                score.before()
             if self.measures is not None:
                 self.measures.score.before()
         return rows
@@ -119,7 +140,7 @@ class DreamBoothRun:
         if self.data.cache_latents and not self.data.online_priors:
             callbacks.append(AutoencoderAside())
         if self.samples.every_steps:
-            callbacks.append(Previews(self.draw, self.samples, self.prompts, self.folder / "samples"))
+            callbacks.append(Previews(self.pipeline, self.samples, self.prompts, self.folder / "samples"))
         return callbacks
 
     def _leave(self, before: run.Rows) -> list[Path]:
@@ -132,15 +153,18 @@ class DreamBoothRun:
             self.module, self.plain, self.folder, words=self.data.words, base_hash=self.base_hash
         )
         with self.watch("samples_after"):
-            after = draw_samples(self.draw, self.samples, self.prompts, progress=True)
+            after = draw_samples(self.pipeline, self.samples, self.prompts, progress=True)
         with self.watch("figures_after"):
-            figures = self.score.after()
+            memo = ImageMemo()
+            figures = self.score.after(memo)
+            also = {name: score.after(memo) for name, score in self.also.items()}
         sheet = run.leave_pictures(self.folder / "samples", before, after)
         on_the_way = {"measures": measured, "best_step": best} if measured else {}
         if self.measures is not None:
             on_the_way["measures_seconds"] = round(self.measures.seconds, 2)  # of "training"
         metrics = {
             **figures,
+            **({"evaluate_also": also} if also else {}),
             **on_the_way,
             "seconds": self.watch.seconds,
             "peak_memory_mib": max(self.watch.peak_mib.values(), default=round(peak_memory_mib(), 1)),
@@ -167,5 +191,6 @@ class DreamBoothRun:
             config=(self.folder / "config.yaml").read_text(encoding="utf-8"),
             previews=[(int(path.stem.split("-")[1]), load_image(path)) for path in previews],
             measured=Measured(metrics.get("measures", []), metrics.get("best_step")),
+            also=metrics.get("evaluate_also", {}),
         )
         return write_report(self.folder / "report.html", report)

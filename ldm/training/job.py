@@ -18,6 +18,7 @@ from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.measures import check_measuring
 from ldm.training.memory import encoding, estimate, report
 from ldm.training.recompute import with_checkpointing_chosen
+from ldm.training.score import check_evaluations
 from ldm.training.sharding import check_sharding
 
 
@@ -36,6 +37,7 @@ def run_job(
         plain = with_checkpointing_chosen(plain, device_of(plain["trainer"]))
     run.base_files(plain)
     check_saving(plain)
+    check_evaluations(plain)
     check_measuring(plain)
     check_sharding(plain)
     pl.seed_everything(plain["seed"], verbose=False)

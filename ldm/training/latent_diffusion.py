@@ -50,8 +50,7 @@ class LatentDiffusion(pl.LightningModule):
             brightness is learnt too (Guttenberg 2023); 0.1 is usual.
         l2_pull: weight of the squared distance of the weights to the base's, which can stand in for prior
             images (`num_priors` 0); logged as `train/l2_distance`.
-        prior_target: of the prior items: the "noise", as of the subject's, or what the frozen base predicts,
-            "teacher".
+        prior_target: of the prior items: "noise", as of the subject's, or "teacher": the base's prediction.
         train_unet, train_text_encoder: which networks learn.
         text_encoder_steps: optimizer steps after which the text encoder stays as it is; None: it learns on.
         new_word: node of a `NewWord`: vectors for the identifier, learned with the networks or, where both
@@ -60,7 +59,7 @@ class LatentDiffusion(pl.LightningModule):
         optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
             bfloat16 and rounds their updates stochastically.
         step_in_backward: each weight learns as soon as its gradient is there, which is then freed.
-        lr_schedule: after `warmup_steps` optimizer steps constant, or half a cosine down to 0.
+        lr_schedule: after `warmup_steps` optimizer steps constant, a cosine to 0, or "wsd" (`lr_factor`).
         lora: node of a `LoRA`: what learns are factors beside the layers of UNet and text encoder.
         compile: mode in which torch.compile translates the UNet's training graph, at the first step.
         seed: of the run; all draws follow from it and the item's number.
@@ -182,7 +181,8 @@ class LatentDiffusion(pl.LightningModule):
         if self.l2_pull and stage == "fit":
             self._pull = Pull(self.parameters())
         if self.prior_target == "teacher" and stage == "fit":
-            self._teacher = Teacher(self.model["diffusion_model"], self.cond_stage_model)
+            how = {"lora": self.lora, "precision": getattr(self._trainer, "precision", "32-true")}
+            self._teacher = Teacher(self.model["diffusion_model"], self.cond_stage_model, **how)
 
     def configure_model(self) -> None:
         """Splits the networks over the processes, where the Trainer asks for that."""

@@ -30,7 +30,7 @@ class Measures(pl.Callback):
     """Measures the weights that would be kept, the averaged ones where there are any, after validation.
 
     `rows` are the figures so far, {"step", "score", ...}; they are part of a checkpoint. The score is
-    subject fidelity x prompt fidelity, minus the drift of the class.
+    the evaluation's.
     """
 
     def __init__(self, score: Score, measuring: Measuring):
@@ -55,8 +55,9 @@ class Measures(pl.Callback):
         if trainer.is_global_zero:
             with placed(self.score.draw.first_stage, module.device):
                 figures = self.score.after()
+            score = round(self.score.evaluation.score(figures), 4)
             figures = {name: value for name, value in figures.items() if isinstance(value, float)}
-            figures["score"] = round(self.score.evaluation.score(figures), 4)
+            figures["score"] = score
         figures = trainer.strategy.broadcast(figures)
         self.seconds += time.perf_counter() - since
         self.rows.append({"step": step, **figures})

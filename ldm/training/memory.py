@@ -22,6 +22,7 @@ from ldm.training.low_memory import held_gradients
 from ldm.training.peak import PeakBytes
 from ldm.training.ranks import device_count
 from ldm.training.sharding import FSDP
+from ldm.training.techniques import AUTOCAST, cast_by_autocast
 
 MIB = 2**20
 BLOCK, SMALL = 256, 4096  # bitsandbytes: weights per scale; smaller tensors keep float32 states
@@ -70,7 +71,7 @@ def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]
         del needs["first_stage"]
     if average.total:
         needs["average"] = average
-    if copies := _copies_of_base(module, data):
+    if copies := _copies_of_base(module, data, precision=str(trainer.get("precision", "32-true"))):
         needs["copies of the base"] = Need(weights=copies)
     return needs, disk
 
@@ -101,11 +102,15 @@ def _average(config: Mapping[str, Any], module: LatentDiffusion, needs: Mapping[
     return Need(weights=0 if apart else _float_size(learning), activations=max(0, copied - free_then))
 
 
-def _copies_of_base(module: LatentDiffusion, data: Mapping[str, Any]) -> int:
+def _copies_of_base(module: LatentDiffusion, data: Mapping[str, Any], *, precision: str) -> int:
     """Bytes of what techniques keep of the untouched base: whole networks, or the weights that learn."""
     networks = [module.networks[name] for name in ("unet", "cond_stage")]
     whole = sum(_size(network.parameters()) for network in networks)
-    copies = whole * ((module.prior_target == "teacher") + bool(data.get("online_priors")))
+    copies = whole * bool(data.get("online_priors"))
+    if module.prior_target == "teacher" and module.lora is None:
+        layers = [layer for network in networks for layer in cast_by_autocast(network)]
+        halved = _size(p for layer in layers for p in layer.parameters() if p.dtype == torch.float32) // 2
+        copies += whole - (halved if precision in AUTOCAST else 0)
     return copies + (_size(_learning(module)) if module.l2_pull else 0)
 
 

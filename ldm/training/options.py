@@ -31,6 +31,7 @@ SECTIONS = {
     "logger": dict | None,
     "samples": SampleDrawing,
     "evaluation": dict | None,
+    "evaluate_also": dict | None,  # name -> params of `evaluation` that differ: the same metrics once more
     "measures": Measuring,
     "export": Export,
 }

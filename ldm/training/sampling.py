@@ -5,13 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.priors import Draw, PriorSet, PriorSpec
+from ldm.denoiser import Denoiser
+from ldm.diffusion.samplers import SamplerName
 from ldm.pipeline import Text2Image
+from ldm.precision import Precision, resolve_precision
 from ldm.training import ranks
 from ldm.training.device import placed
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -19,45 +23,75 @@ from ldm.training.latent_diffusion import LatentDiffusion
 
 @dataclass(frozen=True)
 class PriorDrawing:
-    """How the base model draws prior images, and the folder that keeps the sets."""
+    """How the base model draws prior images, and the folder that keeps the sets.
+
+    precision: of the networks; "auto" is bf16 on a CUDA device and fp32 elsewhere.
+    """
 
     folder: str = "priors"
-    sampler: str = "ddim"
+    sampler: SamplerName = "ddim"
     steps: int = 50
     guidance_scale: float = 7.5
     negative_prompt: str = ""
     seed: int = 0
     batch_size: int = 16
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
 class SampleDrawing:
-    """What a run draws to be looked at: `n` pictures of each prompt, with {identifier} and {class_word}."""
+    """What a run draws to be looked at: `n` pictures of each prompt, with {identifier} and {class_word}.
+
+    precision: as that of prior images.
+    """
 
     prompts: Sequence[str] = field(default_factory=list)
     n: int = 4
-    sampler: str = "ddim"
+    sampler: SamplerName = "ddim"
     steps: int = 50
     guidance_scale: float = 7.5
     negative_prompt: str = ""
+    guidance_base: bool = False  # whether the base predicts for the negative prompt, not the trained model
     seed: int = 23
     batch_size: int = 16
+    precision: Precision = "auto"
     every_steps: int = 0  # optimizer steps between previews; 0 draws none
     preview_n: int = 2  # pictures of each prompt in a preview
 
 
-def text2image(module: LatentDiffusion, *, size: int) -> Text2Image:
+def text2image(module: LatentDiffusion, *, size: int, guidance_base: Denoiser | None = None) -> Text2Image:
     """The sampling path over the live networks of a run."""
     return Text2Image(
         **module.networks,
         alphas_cumprod=module.alphas_cumprod,
         parameterization=module.parameterization,
         default_size=size,
+        guidance_base=guidance_base,
     )
 
 
-def prior_set(data: DreamBoothDataModule, drawing: PriorDrawing, *, base_sha256: str) -> PriorSet:
-    """The set that these settings and this base name; other settings are another set."""
+def base_denoiser(module: LatentDiffusion) -> Denoiser:
+    """The base that a run sets out from, whatever it learns later; to be made before it trains.
+
+    Where a LoRA learns, these are the live networks without its factors; else copies of them.
+    """
+    unet, cond_stage = module.networks["unet"], module.networks["cond_stage"]
+    without = [] if module.lora is None else [module.lora]
+    if module.lora is None:
+        unet, cond_stage = (copy.deepcopy(n).eval().requires_grad_(False) for n in (unet, cond_stage))
+    return Denoiser(
+        unet,
+        cond_stage,
+        alphas_cumprod=module.alphas_cumprod.clone(),
+        parameterization=module.parameterization,
+        without=without,
+    )
+
+
+def prior_set(
+    data: DreamBoothDataModule, drawing: PriorDrawing, *, base_sha256: str, device: torch.device
+) -> PriorSet:
+    """The set that these settings, this base and the precision of the device name; others are another set."""
     spec = PriorSpec(
         prompt=data.prior_prompt,
         base_sha256=base_sha256,
@@ -67,6 +101,7 @@ def prior_set(data: DreamBoothDataModule, drawing: PriorDrawing, *, base_sha256:
         negative_prompt=drawing.negative_prompt,
         size=data.size,
         seed=drawing.seed,
+        precision=resolve_precision(drawing.precision, device),
     )
     return PriorSet(Path(drawing.folder), spec)
 
@@ -84,6 +119,7 @@ def drawing_of(spec: PriorSpec, draw: Text2Image, *, batch_size: int) -> Draw:
                 guidance_scale=spec.guidance_scale,
                 negative_prompt=spec.negative_prompt,
                 batch_size=batch_size,
+                precision=spec.precision,
             )
         return [(sample.image, sample.latents) for sample in samples]
 
@@ -138,6 +174,7 @@ def draw_samples(
         guidance_scale=drawing.guidance_scale,
         negative_prompt=drawing.negative_prompt,
         batch_size=drawing.batch_size,
+        precision=drawing.precision,
         progress=progress,
     )
     images = [sample.image for sample in samples]

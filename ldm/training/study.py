@@ -19,6 +19,12 @@ from ldm.training.options import parse
 FIGURES = ("subject_fidelity", "prompt_fidelity", "class_drift", "diversity_ratio")
 
 
+def rows_of(variant: str, metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The metrics of a run by the name of their rows: its variant's, and one for each of `evaluate_also`."""
+    also = metrics.get("evaluate_also", {})
+    return {variant: metrics, **{f"{variant}, {sampling}": found for sampling, found in also.items()}}
+
+
 class Subject(TypedDict, total=False):
     """`class_word`, and either the folder `photos` or the `seed` of a subject that the storybook draws."""
 

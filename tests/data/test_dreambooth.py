@@ -106,6 +106,31 @@ def test_what_a_batch_holds(folders):
     assert batch["image"].shape == (4, 3, SIZE, SIZE) and "moments" not in batch
 
 
+def test_prior_items_hold_the_empty_prompt_in_an_even_share(folders):
+    data = ready(**folders, prior_caption_dropout=0.25, batch_size=4)
+    batches = islice(data.loader(), 10)
+    for batch in batches:
+        assert batch["caption"] == ["a photo of sks dog"] * 4 + ["a photo of a dog"] * 3 + [""]
+    captions = [ready(**folders, prior_caption_dropout=0.3).dataset.parts[True].caption(k) for k in range(70)]
+    assert [captions[k : k + 10].count("") for k in range(0, 70, 10)] == [3] * 7
+    plain, held = ready(**folders), ready(**folders, prior_caption_dropout=1.0)
+    for k in range(5):  # the images are those of a run that does not hold it
+        assert plain.dataset.parts[True].view(k) == held.dataset.parts[True].view(k)
+        assert plain.dataset.parts[False].caption(k) == held.dataset.parts[False].caption(k) != ""
+
+
+def test_without_prior_images_the_subjects_photos_hold_the_empty_prompt(folders):
+    folders = folders | {"prior_root": None, "num_priors": 0}
+    data = ready(**folders, prior_caption_dropout=0.5, batch_size=2, hold_out=True)
+    assert not data.draws_priors and data.priors_show_subject
+    batch = next(iter(data.loader()))
+    assert batch["caption"] == ["a photo of sks dog"] * 2 + ["a photo of a dog", ""]
+    subject, prior = data.dataset.parts[False], data.dataset.parts[True]
+    assert {p.path for p in prior.photos} == {p.path for p in subject.photos}  # the held-out one is not there
+    assert [prior.view(k).flip for k in range(20)] != [subject.view(k).flip for k in range(20)]
+    assert ready(**folders).prior_batch_size == 0
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_an_item_is_a_function_of_seed_and_number(folders, seed):
     data, again = (ready(**folders, seed=seed).dataset for _ in range(2))
@@ -311,6 +336,8 @@ def test_captions_beside_the_photos(folders):
         ({"num_workers": -1}, "num_workers is -1"),
         ({"crop": "random", "crop_variants": 0}, "crop_variants"),
         ({"caption_dropout": 1.5}, "caption_dropout"),
+        ({"prior_caption_dropout": -0.1}, "prior_caption_dropout"),
+        ({"prior_caption_dropout": 0.5, "prior_batch_size": 0}, "prior_caption_dropout"),
         ({"prior_root": None, "num_priors": 0, "prior_batch_size": 1}, "prior_batch_size.*Raise num_priors"),
     ],
 )

@@ -92,6 +92,7 @@ CHANGES = {
     "size": 16,
     "seed": 101,
     "eta": 1.0,
+    "precision": "bf16",
 }
 
 
@@ -105,6 +106,11 @@ def test_whatever_decides_the_pictures_makes_a_new_set(tmp_path, name):
 def test_equal_specs_are_one_set():
     whole, real = (dataclasses.replace(SPEC, guidance_scale=scale) for scale in (7, 7.0))
     assert whole.hash == real.hash != SPEC.hash
+
+
+def test_a_set_in_fp32_keeps_its_name():
+    """Sets were drawn before their precision was said."""
+    assert SPEC.hash == "455115ff226c"
 
 
 def test_images_of_another_set_do_not_count(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from ldm.errors import UserError
 from ldm.storybook.subjects import new_subject, write_subject
 from ldm.storybook.world import CONTEXTS, draw, same_subject
+from ldm.training.run import find_file
 from scripts import evaluate
 
 CAT = new_subject("cat", seed=51)
@@ -58,3 +59,23 @@ def test_mistakes_get_one_sentence(folders, monkeypatch, words, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=message):
         run(monkeypatch, *words)
+
+
+def test_a_model_is_measured_under_the_guidance_of_its_base(folders, monkeypatch, capsys):
+    """The base under its own guidance is the base."""
+    words = [
+        "--model",
+        find_file(evaluate.BASE),
+        *PHOTOS,
+        "--seeds",
+        "1",
+        "--class_samples",
+        "3",
+        "--steps",
+        "2",
+    ]
+    run(monkeypatch, *words, "--guidance_base", "--out", "measured")
+    figures = json.loads(Path("measured/metrics.json").read_text())
+    assert figures["class_shift"] == figures["class_drift"] == 0 and figures["diversity_ratio"] == 1
+    assert figures["noise_floor"]["class_shift"] > 0
+    assert "noise" in capsys.readouterr().out

@@ -107,6 +107,7 @@ def test_a_run_leaves_its_results_and_a_resumed_one_the_same_weights(job: list[s
 def test_online_priors_a_teacher_and_a_new_word(job: list[str]):
     """All through one job, stopped and taken up; its pictures need the word that stands beside the model."""
     words = ["data.params.online_priors=true", "model.params.prior_target=teacher"]
+    words += ["data.params.prior_caption_dropout=0.5"]
     words += ["data.params.identifier=<my-disc>", "model.params.new_word.params.word=<my-disc>"]
     words += ["model.params.new_word.target=ldm.training.techniques.NewWord"]
     words += ["model.params.new_word.params.init=disc"]
@@ -135,16 +136,20 @@ def test_figures_on_the_way_choose_the_weights(job: list[str]):
     words = ["evaluation.target=ldm.evaluation.storybook.StorybookEvaluation"]
     words += [f"evaluation.params.{key}" for key in ("seeds=1", "class_samples=2", "steps=2")]
     words += ["measures.every_steps=1", "measures.params.steps=1", "export.weights=best"]
+    words += ["evaluate_also={no guidance: {guidance_scale: 1.0}, the base's: {guidance_base: true}}"]
+    words += ["samples.guidance_base=true"]
     run_job(parse([*job, *words]))
     folder = Path("logs/tiny")
     metrics = json.loads((folder / "metrics.json").read_text())
     rows = metrics["measures"]
     assert [row["step"] for row in rows] == [1, 2, 3]
     for row in rows:
-        drift = max(0.0, row["class_drift"])
-        assert row["score"] == pytest.approx(
-            row["subject_fidelity"] * row["prompt_fidelity"] - drift, abs=1e-3
-        )
+        lost = max(0.0, row["class_drift"], row["class_shift"])
+        wanted = row["subject_fidelity"] * row["prompt_fidelity"] - lost
+        assert row["score"] == pytest.approx(wanted, abs=1e-3)
+    unmoved = metrics["evaluate_also"]["no guidance"]
+    assert unmoved["class_shift"] == unmoved["class_shift_unguided"] == metrics["class_shift_unguided"]
+    assert set(metrics["evaluate_also"]["the base's"]["noise_floor"]) == set(metrics["noise_floor"])
     best = max(rows, key=lambda row: row["score"])["step"]
     assert metrics["best_step"] == best and metrics["measures_seconds"] > 0
     model = load_file(folder / "model.safetensors")
@@ -153,6 +158,7 @@ def test_figures_on_the_way_choose_the_weights(job: list[str]):
     assert {"measure/score", "measure/subject_fidelity"} <= scalars(folder)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert f"The score was best after step {best}" in page
+    assert "With other sampling" in page and "no guidance" in page
 
 
 @pytest.mark.parametrize(
@@ -166,6 +172,15 @@ def test_figures_on_the_way_choose_the_weights(job: list[str]):
         (["--frobnicate"], "--frobnicate"),
         (["data.params.size=18"], "18"),
         (["measures.every_steps=1"], "no `evaluation`"),
+        (["evaluate_also={g: {guidance_scale: 4.0}}"], "no `evaluation`"),
+        (
+            [
+                "evaluation.target=ldm.evaluation.storybook.StorybookEvaluation",
+                "evaluate_also={g: {scale: 4}}",
+            ],
+            "`scale` is not a parameter",
+        ),
+        (["data.params.num_priors=0", "data.params.prior_caption_dropout=0.5"], "prior_target=teacher"),
         (["data.params.online_priors=true", "data.params.num_priors=0"], "online_priors"),
     ],
 )

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from ldm.checkpoints.load import file_hash
 from ldm.checkpoints.save import save_model
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "sample.py"
@@ -105,17 +107,19 @@ def test_named_prompts_take_the_words_that_the_model_was_taught(
     assert Path("given/000-sks-cat-23.png").exists()
 
 
-def test_a_run_s_own_steps_and_guidance_are_the_defaults(workdir, tiny_networks, tiny_config, monkeypatch):
+def test_a_run_s_own_sampler_steps_and_guidance_are_the_defaults(
+    workdir, tiny_networks, tiny_config, monkeypatch
+):
     metadata = {
         "ldm.config": json.dumps(tiny_config),
-        "ldm.training": json.dumps({"samples": {"steps": 2, "guidance_scale": 1.5}}),
+        "ldm.training": json.dumps({"samples": {"sampler": "dpm++2m", "steps": 2, "guidance_scale": 1.5}}),
     }
     parts = {part: network.state_dict() for part, network in tiny_networks.items()}
     path = save_model("taught.safetensors", parts, alphas_cumprod=None, metadata=metadata)
     sample(monkeypatch, "--prompt", "a dog", "--n", 1, "--model", path, "--out", "own", *QUICK[2:])
     with Image.open("own/000-a-dog-23.png") as picture:
         about = json.loads(picture.text["dreambooth"])
-    assert (about["steps"], about["guidance_scale"]) == (2, 1.5)
+    assert (about["sampler"], about["steps"], about["guidance_scale"]) == ("dpm++2m", 2, 1.5)
 
 
 def test_a_picture_is_drawn_over(workdir, tiny_model_file, monkeypatch):
@@ -127,6 +131,33 @@ def test_a_picture_is_drawn_over(workdir, tiny_model_file, monkeypatch):
     with Image.open("over/000-a-dog-23.png") as picture:
         assert picture.size == (16, 16) and "Denoising strength: 0.5" in picture.text["parameters"]
         assert json.loads(picture.text["dreambooth"])["init_image"] == "photo.png"
+
+
+def test_the_base_guides_and_is_named(
+    workdir, tiny_networks, tiny_config, tiny_model_file, monkeypatch, capsys
+):
+    """A run's model beside the base that it was tuned from; in a base of another schedule it has none."""
+    with torch.no_grad():
+        for parameter in tiny_networks["unet"].parameters():
+            parameter *= 1.1
+    parts = {part: network.state_dict() for part, network in tiny_networks.items()}
+    Path("logs/tuned").mkdir(parents=True)
+    for path, config in (("logs/tuned/model", tiny_config), ("other", tiny_config | {"linear_end": 0.02})):
+        metadata = {"ldm.config": json.dumps(config)}
+        save_model(f"{path}.safetensors", parts, alphas_cumprod=None, metadata=metadata)
+    options = ["--prompt", "a dog", "--n", 1, "--model", "logs/tuned", *QUICK]
+    sample(monkeypatch, *options, "--out", "plain")
+    sample(monkeypatch, *options, "--out", "guided", "--guidance_base", tiny_model_file)
+    assert pixels(Path("plain/000-a-dog-23.png")) != pixels(Path("guided/000-a-dog-23.png"))
+    with Image.open("guided/000-a-dog-23.png") as picture:
+        about = json.loads(picture.text["dreambooth"])
+    assert (about["model"], about["guidance_base"]) == ("tuned", "tiny")
+    assert about["guidance_base_hash"] == file_hash(tiny_model_file)
+    with pytest.raises(SystemExit):
+        sample(monkeypatch, *options, "--guidance_base", "other.safetensors")
+    assert (
+        "The guidance base does not fit the model, it has another noise schedule" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,8 +25,12 @@ class Drawer:
 
     def __init__(self, scene: Callable[[str, int], Scene]):
         self.scene, self.asked = scene, []
+        self.scales: dict[str, set[float]] = {"sks": set(), "class": set()}
 
-    def __call__(self, prompts: Sequence[str], *, seeds: Sequence[int], **settings: object) -> list[Sample]:
+    def __call__(
+        self, prompts: Sequence[str], *, seeds: Sequence[int], guidance_scale: float = 4.0, **settings: object
+    ) -> list[Sample]:
+        self.scales["sks" if "sks" in prompts[0] else "class"].add(guidance_scale)
         self.asked += zip(prompts, seeds, strict=True)
         return [
             Sample(draw(self.scene(prompt, seed)), torch.zeros(4, 16, 16), prompt, seed)
@@ -71,7 +76,7 @@ def figures(evaluation: StorybookEvaluation) -> Callable[[Callable], dict]:
         draw(same_subject(DOG, context=c, seed=k), size=256) for k, c in enumerate(("grass", "city", "moon"))
     ]
     subject = evaluation.subject(photos)
-    base = evaluation.measure(Drawer(ignorant), subject=subject, prompts=PROMPTS)
+    base = evaluation.measure(Drawer(ignorant), subject=subject, prompts=PROMPTS, is_base=True)
 
     def of(scene: Callable[[str, int], Scene]) -> dict:
         after = evaluation.measure(Drawer(scene), subject=subject, prompts=PROMPTS)
@@ -102,6 +107,29 @@ def test_the_base_stands_beside(figures):
     assert base["subject_fidelity"] < 0.5
     assert base["prompt_fidelity"] > 0.97
     assert (base["class_drift"], base["diversity_ratio"]) == (0, 1)
+    assert base["class_shift"] == base["class_shift_unguided"] == 0
+    assert base["class_shift_frechet"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_class_that_flees_the_subject_has_not_drifted_but_shifted(figures, evaluation: StorybookEvaluation):
+    def fleeing(prompt: str, seed: int) -> Scene:
+        """Beside an orange subject every other dog is blue."""
+        scene = perfect(prompt, seed)
+        return scene if "sks" in prompt else replace(scene, color="blue")
+
+    kept, fled = figures(perfect), figures(fleeing)
+    assert fled["class_drift"] <= 0
+    assert kept["class_shift"] == 0 and fled["class_shift"] > 0.08
+    assert kept["class_shift_frechet"] == pytest.approx(0, abs=1e-4) and fled["class_shift_frechet"] > 0.05
+    assert evaluation.score(fled) < evaluation.score(kept)
+
+
+def test_the_noise_floor_is_the_base_against_itself(figures):
+    floor = figures(perfect)["noise_floor"]
+    assert set(floor) == {
+        f"class_shift{metric}{sampling}" for metric in ("", "_frechet") for sampling in ("", "_unguided")
+    }
+    assert all(0.01 < value < 0.5 for value in floor.values())
 
 
 def test_a_model_that_forgot_the_class(figures):
@@ -123,7 +151,16 @@ def test_every_context_is_asked_with_every_seed(evaluation: StorybookEvaluation)
     evaluation.measure(drawer, subject=evaluation.subject([draw(DOG)]), prompts=PROMPTS)
     wanted = {(f"a photo of sks dog {c}", 1000 + s) for s in range(2) for c in CONTEXTS.values()}
     assert {job for job in drawer.asked if "sks" in job[0]} == wanted
-    assert [seed for prompt, seed in drawer.asked if "sks" not in prompt] == list(range(1000, 1024))
+    seeds = [seed for prompt, seed in drawer.asked if "sks" not in prompt]
+    assert seeds == 2 * list(range(1000, 1024))  # with guidance and without
+    assert drawer.scales == {"sks": {4.0}, "class": {4.0, 1.0}}
+
+
+def test_the_base_is_drawn_with_other_seeds_too(evaluation: StorybookEvaluation):
+    drawer = Drawer(perfect)
+    evaluation.measure(drawer, subject=evaluation.subject([draw(DOG)]), prompts=PROMPTS, is_base=True)
+    seeds = [seed for prompt, seed in drawer.asked if "sks" not in prompt]
+    assert len(seeds) == 4 * 24 and len(set(seeds)) == 2 * 24
 
 
 def test_plain_pictures_get_the_figures_of_the_model_that_drew_them(evaluation, figures):
@@ -143,9 +180,10 @@ def test_plain_pictures_get_the_figures_of_the_model_that_drew_them(evaluation, 
 
 
 def test_the_score_is_the_stated_one(evaluation):
-    seen = {"subject_fidelity": 0.8, "prompt_fidelity": 0.5, "class_drift": 0.1}
+    seen = {"subject_fidelity": 0.8, "prompt_fidelity": 0.5, "class_drift": 0.1, "class_shift": 0.05}
     assert evaluation.score(seen) == pytest.approx(0.3)
-    assert evaluation.score(seen | {"class_drift": -0.2}) == pytest.approx(0.4)
+    assert evaluation.score(seen | {"class_drift": -0.2}) == pytest.approx(0.35)
+    assert evaluation.score(seen | {"class_drift": -0.2, "class_shift": 0}) == pytest.approx(0.4)
 
 
 def test_examining_a_base_that_draws_what_captions_say(evaluation: StorybookEvaluation):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
 from ldm.diffusion.guidance import classifier_free_guidance
-from ldm.diffusion.samplers import SPACINGS, ddim, plms, sampling_timesteps
+from ldm.diffusion.samplers import SPACINGS, ddim, dpm_solver_pp_2m, plms, sampling_timesteps
 from ldm.diffusion.schedule import ends_in_noise, make_alphas_cumprod, to_eps
 from ldm.models.attention import repeat_rows
 
@@ -89,6 +89,47 @@ def test_plms(steps):
     assert error(ours, theirs) <= TOLERANCE
 
 
+def dpm_scheduler(steps: int, spacing: str = "leading", **options) -> DPMSolverMultistepScheduler:
+    """Of order two in the midpoint form, at our timesteps; its own leading ones differ from DDIM's."""
+    betas = {name: SD[name] for name in ("beta_schedule", "beta_start", "beta_end", "steps_offset")}
+    scheduler = DPMSolverMultistepScheduler(
+        **betas, euler_at_final=True, final_sigmas_type="sigma_min", **options
+    )
+    timesteps = sampling_timesteps(steps, spacing=spacing).tolist()
+    scheduler.set_timesteps = lambda steps: DPMSolverMultistepScheduler.set_timesteps(
+        scheduler, timesteps=timesteps
+    )
+    return scheduler
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 14, 15, 50])
+@pytest.mark.parametrize("parameterization, name", [("eps", "epsilon"), ("v", "v_prediction")])
+def test_dpm_solver_pp_2m(parameterization, name, steps, spacing):
+    scheduler = dpm_scheduler(steps, spacing, prediction_type=name)
+    alphas, timesteps = scheduler.alphas_cumprod, sampling_timesteps(steps, spacing=spacing)
+
+    def eps(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return to_eps(parameterization, predict(x, t), x, t, alphas)
+
+    theirs = run(scheduler, steps)
+    assert error(dpm_solver_pp_2m(eps, X_T, timesteps, alphas), theirs) <= TOLERANCE
+    if steps > 2:  # the order would be seen
+        assert error(ddim(eps, X_T, timesteps, alphas), theirs) > 10 * TOLERANCE
+
+
+def test_dpm_solver_pp_2m_over_a_picture():
+    """The last six of fifteen steps, from a level of noise between."""
+    scheduler = dpm_scheduler(15)
+    scheduler.set_timesteps(15)
+    timesteps = sampling_timesteps(15)[-6:]
+    scheduler.set_begin_index(9)
+    x = X_T
+    for t in scheduler.timesteps[9:]:
+        x = scheduler.step(predict(x, t.expand(len(x))), t, x).prev_sample
+    assert error(dpm_solver_pp_2m(predict, X_T, timesteps, scheduler.alphas_cumprod), x) <= TOLERANCE
+
+
 @pytest.mark.parametrize("parameterization, name", [("v", "v_prediction"), ("x0", "sample")])
 def test_other_parameterizations(parameterization, name):
     scheduler = ddim_scheduler(prediction_type=name)
@@ -137,3 +178,5 @@ def test_zero_terminal_snr(parameterization, name):
     timesteps = sampling_timesteps(25, spacing="trailing")
     assert int(timesteps[0]) == 999
     assert error(ddim(eps, X_T, timesteps, alphas), run(theirs, 25)) <= 2e-3
+    theirs = dpm_scheduler(25, "trailing", prediction_type=name, rescale_betas_zero_snr=True)
+    assert error(dpm_solver_pp_2m(eps, X_T, timesteps, alphas), run(theirs, 25)) <= 2e-3

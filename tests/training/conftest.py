@@ -1,7 +1,7 @@
 """Short trainings of tiny networks, each begun as a new process would begin it, and how to stop them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Job:
     batch_size: int = 2
     steps: int = 4
     identifier: str = "sks"
+    data: dict = field(default_factory=dict)  # more params of the data module
 
     def __call__(
         self,
@@ -72,6 +73,7 @@ class Job:
             seed=7,
             accumulate=self.accumulate,
             validation_batches=1,
+            **self.data,
         )
         data.attach(encode=module.encode_images, vae_hash="tiny")
         trainer = {

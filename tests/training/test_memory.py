@@ -194,5 +194,8 @@ def test_copies_of_the_base_are_counted(tiny_config: dict, params: dict, online:
     config["data"]["params"]["online_priors"] = online
     needs, _ = estimate(config)
     counted = needs["copies of the base"].weights if copies else 0
+    lora = {"lora": {"target": "ldm.models.lora.LoRA", "params": {}}}
+    beside, _ = estimate(config_of(tiny_config, **params, **lora))
+    assert "copies of the base" not in beside  # its factors are switched off instead
     learns = needs["unet"].gradients + needs["cond_stage"].gradients  # float32, as large as the weights
     assert counted == copies * learns and ("copies of the base" in needs) == (copies > 0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 from ldm.training import adamw_bf16, low_memory
 from ldm.training.adamw_bf16 import AdamWBF16, Rounding, buckets, stochastically_rounded_
-from ldm.training.optimizers import adamw, check_optimizer
+from ldm.training.optimizers import adamw, check_optimizer, lr_factor
 
 
 def network(layout: torch.memory_format = torch.channels_last) -> nn.Module:
@@ -266,3 +266,17 @@ def test_what_needs_all_gradients_at_once_is_refused(change: dict, key: str):
 def test_8_bit_without_bitsandbytes_says_how_to_get_it():
     with pytest.raises(UserError, match=r"bitsandbytes.*\[8bit\]"):
         check_optimizer(**{**GOOD, "name": "adamw_8bit"}, step_in_backward=False)
+
+
+def test_wsd_is_constant_and_then_linear_to_zero_over_the_last_fifth():
+    factor = lr_factor("wsd", warmup_steps=10, max_steps=1000)
+    assert [factor(step) for step in (4, 9, 10, 500, 800)] == [0.5, 1.0, 1.0, 1.0, 1.0]
+    assert [factor(step) for step in (850, 900, 1000)] == [0.75, 0.5, 0.0]
+    longer = lr_factor("wsd", warmup_steps=10, max_steps=2000)
+    assert all(longer(step) == factor(step) for step in range(801))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_schedule_that_ends_with_the_run_needs_its_length(schedule: str):
+    with pytest.raises(UserError, match=f"{schedule} ends with the run"):
+        lr_factor(schedule, warmup_steps=0, max_steps=-1)

@@ -40,6 +40,7 @@ if ranks.rank() == 1:
 def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Path):
     (workdir / "worker.py").write_text(WORKER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [*words, "data.params.prior_caption_dropout=0.5"]
     two = ["name=two", "data.params.batch_size=1", "priors.folder=shared"]
     command = [*torchrun, "worker.py", str(ROOT), *words, *two]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

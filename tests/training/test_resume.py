@@ -54,6 +54,26 @@ def test_killed_in_any_micro_batch_it_is_the_run_that_never_stopped(
     assert curves_of(tmp_path / "again") == curves
 
 
+def test_a_held_empty_prompt_resumes_and_accumulates_as_ever(job: Job, tmp_path: Path):
+    """The subject's photos under the empty caption and the class's, the teacher's prediction as target."""
+    held, params = replace(job, data={"prior_caption_dropout": 0.5}), {"prior_target": "teacher"}
+    whole = held(tmp_path / "whole", params=params)
+    for micro_batch in (1, 2):
+        with pytest.raises(Killed):
+            held(tmp_path / "again", callbacks=[At(micro_batch, kill)], params=params)
+    again = held(tmp_path / "again", params=params)
+    assert differences(whole.state_dict(), again.state_dict()) == []
+    curves = curves_of(tmp_path / "whole")
+    assert curves_of(tmp_path / "again") == curves
+    assert all(loss > 0 for _, loss in curves["train/prior_loss"][1:])
+    split = replace(held, batch_size=1, accumulate=2)(tmp_path / "split", params=params)
+    base = {f"model.diffusion_model.{name}": value for name, value in job.weights["unet"].items()}
+    ends = {name: value for name, value in whole.state_dict().items() if name in base}
+    learned = torch.cat([(ends[name] - base[name]).flatten() for name in ends]).norm()
+    apart = torch.cat([(ends[name] - split.state_dict()[name]).flatten() for name in ends]).norm()
+    assert apart < 0.01 * learned  # one item a micro-batch: AdamW makes steps of the sums' rounding
+
+
 def test_the_comparison_can_fail(job: Job, tmp_path: Path):
     job(tmp_path / "one", checkpoint_every=4)
     job(tmp_path / "other", checkpoint_every=4, params={"seed": 8})

@@ -11,6 +11,7 @@ from ldm.checkpoints.embedding import read_embedding
 from ldm.checkpoints.load import read_checkpoint
 from ldm.errors import UserError
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.techniques import Teacher
 from tests.training.conftest import state_of
 
 
@@ -51,6 +52,31 @@ def noise_of(config: dict, batch: dict, **settings: object) -> Tensor:
     return module.noise
 
 
+def test_a_loras_teacher_is_the_network_without_its_factors(tiny_config, tiny_networks, batch):
+    lora = {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}
+    taught = build(tiny_config, tiny_networks, prior_target="teacher", lora=lora)
+    copied = Teacher(taught.networks["unet"], taught.networks["cond_stage"])
+    taught.setup("fit")
+    for factors in taught.lora.parameters():
+        torch.nn.init.normal_(factors, std=0.1, generator=torch.Generator().manual_seed(0))
+    x, t, prompts = batch["moments"][:, :4], torch.tensor([5, 300, 600, 900]), batch["caption"]
+    prediction = taught._teacher.predict(x, t, prompts)
+    assert torch.equal(prediction, copied.predict(x, t, prompts))
+    with torch.no_grad():
+        moved = taught.apply_model(x, t, *taught.encode_prompts(prompts))
+    assert (moved - prediction).abs().max() > 0.01
+
+
+def test_in_mixed_precision_the_teacher_keeps_what_autocast_makes_of_its_weights(tiny_networks, batch):
+    networks = tiny_networks["unet"], tiny_networks["cond_stage"]
+    full, half = Teacher(*networks), Teacher(*networks, precision="bf16-mixed")
+    x, t, prompts = batch["moments"][:, :4], torch.tensor([5, 300, 600, 900]), batch["caption"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(full.predict(x, t, prompts), half.predict(x, t, prompts))
+    assert half.unet.time_embed[0].weight.dtype == torch.bfloat16
+    assert half.unet.out[0].weight.dtype == torch.float32  # autocast computes norms in float32
+
+
 def test_offset_noise_moves_whole_channels_of_an_item(tiny_config, batch):
     plain, moved = noise_of(tiny_config, batch), noise_of(tiny_config, batch, offset_noise=0.5)
     offset = moved - plain
@@ -88,6 +114,7 @@ def test_a_teacher_is_the_base_itself(tiny_config, tiny_networks, batch):
     plain = build(tiny_config, tiny_networks)
     taught = build(tiny_config, tiny_networks, prior_target="teacher")
     taught.setup("fit")
+    batch["caption"][3] = ""  # the empty prompt is held as the class is
     with torch.no_grad():
         losses, expected = taught.loss_per_item(batch), plain.loss_per_item(batch)
         assert torch.equal(losses[:2], expected[:2]) and expected[2:].min() > 0.1

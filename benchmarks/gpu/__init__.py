@@ -1,0 +1,1 @@
+"""Checks and figures that need a GPU, each part a process: `bash benchmarks/gpu/check.sh SECONDS PART...`."""

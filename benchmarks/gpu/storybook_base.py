@@ -1,0 +1,118 @@
+"""Part `storybook_base`: images per second of drawing and of training apart; the base within a time limit.
+
+    python -m benchmarks.gpu.check storybook_base [--seconds 240] [key.sub=value ...]
+
+Without --seconds it only measures. Else it trains for as many steps as fit, with the real command, and leaves
+the weights in files of 16 MiB at most in $OUT, which `base_parts.unet` takes up again by their index.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+
+from benchmarks.gpu.record import CUDA, DEVICE, OUT, ROOT, attempt, memory, say
+from benchmarks.gpu.runs import run
+from benchmarks.timing import timed_by_callback
+from ldm.config import instantiate, to_plain
+from ldm.training.device import set_matmul_precision
+from ldm.training.options import parse
+from ldm.training.run import base_files, load_base
+
+CONFIGS = [str(ROOT / f"configs/storybook/{name}.yaml") for name in ("base", "base-gpu")]
+ON_A_CPU = """
+trainer.accelerator=cpu trainer.precision=32-true data.params.batch_size=16 data.params.validation_items=16
+""".split()
+WARM, STEPS = (10, 50) if CUDA else (1, 2)
+ROUNDS = 12  # batches that each process draws while it is timed
+START_AND_END = 45  # seconds of a run that are not training: imports, workers, kernels, the export
+SPARED = 0.95  # of the steps that fit: validation and checkpoints take some
+
+
+def storybook_base() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--seconds", type=float, help="train the base, all in all within so many seconds")
+    options, words = parser.parse_known_args(sys.argv[2:])
+    began = time.perf_counter()
+    words = [*([] if CUDA else ON_A_CPU), *words]
+    config = parse(["--base", *CONFIGS, *words])
+    set_matmul_precision("high")
+    cores = len(os.sched_getaffinity(0))
+    with attempt("drawing"):
+        for workers in sorted({1, 2, cores - 1 or 1}):
+            _draw(config, workers)
+    rate = None
+    with attempt("training"):
+        rate = _train(config)
+    if options.seconds is not None and rate is not None:
+        left = options.seconds - (time.perf_counter() - began) - START_AND_END
+        _base(words, steps=int(SPARED * left * rate / config.data.params.batch_size))
+
+
+def _draw(config: DictConfig, workers: int) -> None:
+    """Batches as the training gets them, token ids and noise included, from so many processes."""
+    plain = to_plain(config)
+    module = instantiate(plain["model"])
+    data = instantiate(plain["data"] | {"params": plain["data"]["params"] | {"num_workers": workers}})
+    data.set_prepare(module.prepare)
+    batches = iter(data.train_dataloader())
+    for _ in range(workers):  # until all are at work
+        next(batches)
+    start = time.perf_counter()
+    items = sum(len(batch["item"]) for batch in itertools.islice(batches, ROUNDS * workers))
+    rate = items / (time.perf_counter() - start)
+    images = rate / data.train_set.captions_per_image
+    say(f"drawing, processes: {workers}", items_per_s=rate, images_per_s=images)
+
+
+def _train(config: DictConfig) -> float:
+    """Items per second of training alone: the Trainer of the config on a batch that is always there."""
+    plain = to_plain(config)
+    module = instantiate(plain["model"])
+    load_base(module.networks, base_files(plain))
+    module.to(DEVICE)
+    data = instantiate(plain["data"] | {"params": plain["data"]["params"] | {"num_workers": 0}})
+    data.attach(encode=module.encode_images)
+    data.set_prepare(module.prepare)
+    batch, seconds = data.train_set[0], []
+    if CUDA:
+        batch = {key: value.pin_memory() for key, value in batch.items()}
+
+    data.train_dataloader = lambda: itertools.repeat(batch)
+    kept = ("accelerator", "devices", "precision", "gradient_clip_val")
+    trainer = pl.Trainer(
+        **{key: plain["trainer"][key] for key in kept},
+        max_steps=plain["trainer"]["max_steps"],
+        callbacks=[timed_by_callback(iter([WARM, STEPS]), seconds.append, device=DEVICE)],
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=data)
+    rate = STEPS * len(batch["item"]) / seconds[1]
+    ms = 1000 * seconds[1] / STEPS
+    say("training, its images ready", items_per_s=rate, ms=ms, batch=len(batch["item"]), **memory())
+    return rate
+
+
+def _base(words: list[str], *, steps: int) -> None:
+    """The base itself: main.py, then its weights in small files."""
+    folder = Path(tempfile.mkdtemp())
+    with attempt("the base"):
+        if steps < 1:
+            raise RuntimeError("no time is left for a step")
+        job = ["--base", *CONFIGS, *words, "name=base", f"trainer.max_steps={steps}"]
+        seconds = run(folder, "main.py", *job)
+        model, index = folder / "logs/base/model.safetensors", OUT / "base.safetensors.index.json"
+        run(folder, "scripts/convert.py", str(model), str(index))
+        sizes = [path.stat().st_size / 2**20 for path in OUT.glob("base*")]
+        say("the base", steps=steps, seconds=seconds, files=len(sizes), largest_mib=max(sizes))

@@ -1,0 +1,181 @@
+"""Parts `train`, `compiled`, `caps` and `optimizer`: steps of training in Lightning's own loop."""
+
+import contextlib
+import io
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.cases import TEXT, Case, model_params, pixels
+from benchmarks.gpu.record import (
+    CUDA,
+    DEVICE,
+    ROOT,
+    SIZE,
+    STEPS,
+    WARM,
+    attempt,
+    forget_peak,
+    memory,
+    milliseconds,
+    profiled,
+    say,
+)
+from benchmarks.ours import Sampling, Training, build, case_params
+from benchmarks.timing import synchronize
+from ldm.config import load_config, to_plain
+from ldm.data.latents import cached_moments
+from ldm.training.device import set_matmul_precision
+from ldm.training.optimizers import adamw
+
+FULL = Case(SIZE, "train", 2, text=True)
+CONFIG = "dreambooth-sd1.yaml" if SIZE == "sd1" else "dreambooth.yaml"
+PRESETS = ("24gb", "12gb", "8gb-lora")
+CARDS = {"24gb": 22.5, "12gb": 10.5, "8gb-lora": 6.7}  # GiB, less the CUDA context and a display
+
+
+def preset(*names: str, **changed: object) -> Training:
+    """The shipped config with presets, as main.py reads it, at a batch of 1 + 1."""
+    plain = to_plain(load_config([ROOT / "configs" / CONFIG, *(_preset_file(name) for name in names)]))
+    params: dict[str, Any] = plain["model"]["params"] | {"compile": None} | changed
+    if SIZE == "sd1":  # with a vocabulary that is in the repository
+        node = params["cond_stage_config"]
+        params["cond_stage_config"] = node | {"params": node.get("params", {}) | TEXT}
+    trainer = plain["trainer"]
+    precision = trainer.get("precision", "32-true")
+    clip = trainer.get("gradient_clip_val")
+    return Training(params, size=SIZE, batch=2, device=DEVICE, precision=precision, clip=clip)
+
+
+def _preset_file(name: str) -> str:
+    return str(ROOT / f"configs/presets/{name}.yaml")
+
+
+def measure(what: str, training: Training, *, steps: int = STEPS, profile: bool = False) -> None:
+    """Says ms of a step and the peaks of memory."""
+    figures: dict[str, float] = {}
+    seconds: list[float] = []
+
+    def counts() -> Iterator[int]:
+        yield WARM
+        forget_peak()
+        yield steps
+        figures.update(memory())
+        if profile:
+            with profiled(what, WARM):
+                yield WARM
+
+    training.serve(counts(), seconds.append)
+    say(what, ms=1000 * seconds[1] / steps, batch=len(training.batches.moments), **figures)
+
+
+def train() -> None:
+    """Steps in eager mode: the shipped config, the presets, a larger batch; where their time goes."""
+    set_matmul_precision("high")
+    plain = case_params(FULL)
+
+    def made(batch: int = 2, **more: Any) -> Training:
+        return Training(plain | {"compile": None}, size=SIZE, batch=batch, device=DEVICE, **more)
+
+    def to_bf16(module: nn.Module) -> None:
+        for part in ("unet", "cond_stage"):
+            module.networks[part].to(torch.bfloat16)
+
+    cases: dict[str, Callable[[], Training]] = {
+        "1+1, full": made,
+        "1+1, full, cudnn.benchmark": made,
+        "1+1, LoRA": lambda: Training.of_case(Case(SIZE, "train", 2, lora=True), device=DEVICE),
+        "1+1, shipped config": preset,
+        **{f"1+1, preset {name}": lambda name=name: preset(name) for name in PRESETS},
+        "1+1, lean": lambda: Training.of_case(Case(SIZE, "train", 2, text=True, lean=True), device=DEVICE),
+        "4+4, full": lambda: made(8),
+        "1+1, bf16 weights": lambda: made(precision="32-true", prepare=to_bf16),
+    }
+    for name, make in cases.items():
+        with attempt(name):
+            torch.backends.cudnn.benchmark = "benchmark" in name
+            steps = max(STEPS // 4, 1) if "12gb" in name else STEPS
+            measure(name, make(), steps=steps, profile=name.endswith("full"))
+
+
+def compiled() -> None:
+    """The UNet compiled: the same loss, how long the first step takes, and then."""
+    set_matmul_precision("high")
+    for mode in ("default", "reduce-overhead") if CUDA else ("default",):
+        with attempt(f"compiled {mode}"):
+            training = Training.of_case(FULL, device=DEVICE, compiled=mode)
+            module = training.module
+            batch = module.transfer_batch_to_device(
+                module.on_before_batch_transfer(training.batches[0], 0), torch.device(DEVICE), 0
+            )
+
+            def loss(module: nn.Module = module, batch: dict = batch) -> float:
+                with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA, cache_enabled=False):
+                    return float(module.loss_per_item(batch).mean())
+
+            with torch.compiler.set_stance("force_eager"):
+                eager = loss()
+            first = milliseconds(lambda: loss(), 1, 0)[0] / 1000  # noqa: B023
+            say(f"compiled {mode}", first_forward_s=first, eager_loss=eager, compiled_loss=loss())
+            measure(f"compiled {mode}, 1+1, full", training, profile=True)
+    if CUDA:
+        with attempt("compiled sampling"):
+            sampling = Sampling(Case(SIZE, "sample", 1, steps=50), device=DEVICE, compiled="reduce-overhead")
+            first = milliseconds(sampling.step, 1, 0)[0] / 1000
+            say("compiled sampling, batch 1", first_s=first, ms=milliseconds(sampling.step, 2, 1)[0])
+
+
+def caps() -> None:
+    """Do the presets fit the cards that they are named after? The allocator is held to so much."""
+    total = torch.cuda.get_device_properties(0).total_memory if CUDA else 0
+    for name, gib in CARDS.items():
+        if CUDA:
+            torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
+        about = {"card_gib": gib, "forecast_gib": _forecast(name)}
+        with attempt(f"preset {name}: training"):
+            training = preset(name)
+            forget_peak()
+            training.serve(iter([WARM]), lambda seconds: synchronize(DEVICE))
+            say(f"preset {name}: training", fits=True, **memory(), **about)
+            del training
+        with attempt(f"preset {name}: encoding 8 images"):
+            module = preset(name).module
+            forget_peak()
+            views = {str(k): lambda: torch.rand(3, pixels(SIZE), pixels(SIZE)) for k in range(8)}
+            cached_moments(views, module.encode_images, vae_hash="")
+            say(f"preset {name}: encoding 8 images", fits=True, **memory(), **about)
+            del module
+
+
+def _forecast(name: str) -> float | None:
+    """GiB of the device, by `main.py --dry_run`."""
+    import main  # the command itself
+
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        main.main(["--base", str(ROOT / "configs" / CONFIG), _preset_file(name), "--dry_run"])
+    found = re.findall(r"([0-9.]+) GiB", said.getvalue())
+    return float(found[0]) if found else None
+
+
+def optimizer() -> None:
+    """AdamW's ways over the weights of UNet and text encoder."""
+    module = build(model_params(SIZE), device="meta")
+    shapes = [p.shape for name in ("unet", "cond_stage") for p in module.networks[name].parameters()]
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for name, dtype, fused in (("adamw", fp32, True), ("adamw", fp32, False), ("adamw_bf16", bf16, True)):
+        with attempt(f"{name}, fused {fused}"):
+            holder = nn.ParameterList([torch.zeros(shape, device=DEVICE, dtype=dtype) for shape in shapes])
+            stepper = adamw({"all": (holder, 1e-6)}, name=name, fused=fused)
+            for parameter in holder:
+                parameter.grad = torch.randn_like(parameter) * 1e-3
+            ms, host = milliseconds(stepper.step, min(5, STEPS), 1)
+            weights = sum(parameter.numel() for parameter in holder)
+            say(f"{name}, fused {fused}", ms=ms, host_ms=host, weights=weights)
+            if fused and name == "adamw":
+                learning = list(holder)
+                ms, host = milliseconds(lambda p=learning: nn.utils.clip_grad_norm_(p, 1.0), min(5, STEPS), 1)
+                say("clipping by the norm, a pass of its own", ms=ms, host_ms=host)
+            del holder, stepper

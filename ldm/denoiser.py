@@ -1,0 +1,144 @@
+"""The denoiser: UNet and text encoder together, which predict the noise in latents from prompts."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from ldm.diffusion.guidance import ConditionalPredict
+from ldm.diffusion.schedule import check_parameterization, to_eps
+from ldm.errors import UserError
+from ldm.models.attention import repeat_rows
+from ldm.models.lora import LoRA, factors_off
+from ldm.models.text_encoder import CLIPTextEncoder
+from ldm.models.unet import UNetModel
+
+log = logging.getLogger(__name__)
+
+
+class Denoiser:
+    """Prompts -> contexts -> predictions of eps, by networks as they are, each in its device and dtype.
+
+    alphas_cumprod: [T]. parameterization: what the UNet predicts. model_hash: sha256 of the file that the
+    weights came from, if they came from one. without: LoRAs beside the layers of these networks, off in all
+    that the denoiser computes: it is the base of what they changed, without a copy.
+    """
+
+    def __init__(
+        self,
+        unet: UNetModel,
+        cond_stage: CLIPTextEncoder,
+        *,
+        alphas_cumprod: Tensor,
+        parameterization: str = "eps",
+        model_hash: str | None = None,
+        without: Sequence[LoRA] = (),
+    ):
+        check_parameterization(parameterization)
+        self.unet = unet
+        self.cond_stage = cond_stage
+        self.alphas_cumprod = alphas_cumprod
+        self.parameterization = parameterization
+        self.model_hash = model_hash
+        self.without = tuple(without)
+        self._warned: set[str] = set()  # overlong prompts
+
+    @property
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        return self.unet, self.cond_stage
+
+    def encode(self, texts: Sequence[str], batch_size: int, *, chunked: bool) -> dict[str, Tensor]:
+        """Each different text once -> its context [N M, D], where and as the UNet wants it.
+
+        N is 1, or as many chunks as the text has where it is `chunked`; otherwise what does not fit is cut
+        off, with a warning.
+        """
+        unique, tower = list(dict.fromkeys(texts)), self.cond_stage
+        for text in [] if chunked else unique:
+            cut = None if text in self._warned else tower.overlong(text)
+            if cut is not None:
+                self._warned.add(text)
+                log.warning("Only %d tokens fit: %r of %r is cut off", tower.max_length, cut, text)
+        ids = [tower.tokenize_chunks(text) if chunked else tower.tokenize([text]) for text in unique]
+        batches = torch.cat(ids).to(placement(tower)[0]).split(batch_size)
+        with factors_off(*self.without):
+            rows = torch.cat([tower(batch).to(*placement(self.unet)) for batch in batches])
+        chunks = rows.split([len(own) for own in ids])
+        return {text: own.flatten(0, 1) for text, own in zip(unique, chunks, strict=True)}
+
+    def conditioned(self, contexts: Sequence[Tensor]) -> tuple[ConditionalPredict, list[int]]:
+        """B contexts [M, D] -> eps by the numbers of the different ones, and the B numbers of these.
+
+        A tensor that is there several times goes through the network once.
+        """
+        unique = list({id(context): context for context in contexts}.values())
+        number = {id(context): i for i, context in enumerate(unique)}
+        predict = partial(self._predict_eps, torch.stack(unique), self.alphas_cumprod.to(unique[0].device))
+        return predict, [number[id(context)] for context in contexts]
+
+    def _predict_eps(
+        self, contexts: Tensor, alphas_cumprod: Tensor, x: Tensor, t: Tensor, rows: Sequence[int]
+    ) -> Tensor:
+        """The network in its own precision, everything around it in float32."""
+        with factors_off(*self.without):
+            prediction = self.unet.predict(x, t, contexts, rows).float()
+        x, t = repeat_rows(x, len(rows)), repeat_rows(t, len(rows))
+        return to_eps(self.parameterization, prediction, x, t, alphas_cumprod)
+
+
+def require_same_kind(model: Denoiser, base: Denoiser) -> None:
+    """Refuses a base whose unconditional predictions cannot be mixed with those of the model."""
+
+    def kind(denoiser: Denoiser) -> dict[str, object]:
+        unet = denoiser.unet
+        return {
+            "latent channels": unet.in_channels,
+            "channels at the first level": unet.model_channels,
+            "context width": unet.context_dim,
+            "prediction type": denoiser.parameterization,
+            "timesteps": len(denoiser.alphas_cumprod),
+        }
+
+    ours, theirs = kind(model), kind(base)
+    other = [f"its {name}: {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]]
+    if not other and not torch.allclose(base.alphas_cumprod.cpu(), model.alphas_cumprod.cpu(), atol=0):
+        other = ["it has another noise schedule"]
+    if other:
+        what = f"The guidance base does not fit the model, {'; '.join(other)}"
+        raise UserError(what, where="guidance_base", remedy="Name the model that this one was tuned from.")
+
+
+def filler(contexts: Mapping[str, Tensor]) -> Callable[[str, int], Tensor]:
+    """The context of a text at a length in tokens [n, D]; empty chunks fill it up, as AUTOMATIC1111 does.
+
+    contexts: as `Denoiser.encode` gave them, "" among them.
+    """
+
+    @cache
+    def filled(text: str, length: int) -> Tensor:
+        missing = (length - len(contexts[text])) // len(contexts[""])
+        return torch.cat([contexts[text], *[contexts[""]] * missing])
+
+    return filled
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Networks in eval mode; afterwards every module is in its own mode again."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def placement(network: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a network's weights lie, and in which dtype."""
+    parameter = next(network.parameters())
+    return parameter.device, parameter.dtype

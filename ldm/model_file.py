@@ -1,0 +1,111 @@
+"""The networks of a model file or folder: built without weights, so that much can be checked, then filled."""
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints.embedding import EMBEDDING, read_embedding
+from ldm.checkpoints.layout import PREFIXES
+from ldm.checkpoints.load import file_hash, load_parts, open_model, unfilled
+from ldm.checkpoints.lora import merge_lora, read_lora
+from ldm.config import instantiate
+from ldm.denoiser import Denoiser
+from ldm.diffusion.schedule import make_alphas_cumprod
+from ldm.errors import UserError
+from ldm.models.lora import LoRA
+
+SCHEDULE = ("beta_schedule", "linear_start", "linear_end", "timesteps", "zero_terminal_snr")
+
+
+class ModelFile:
+    """A Stable Diffusion file, or a folder as diffusers saves it, and its networks in eval mode.
+
+    config: with a `model` section, or the params of one; None takes what the file says of itself.
+    parts: the networks that are wanted, of {"unet", "first_stage", "cond_stage"}.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        config: Mapping[str, Any] | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        parts: Collection[str] = tuple(PREFIXES),
+    ):
+        _check_device(device)
+        self.path = Path(path)
+        self.device = device
+        self.model = open_model(path)
+        params = self.model.config if config is None else _model_params(config, where=path)
+        self.parameterization: str = params.get("parameterization", "eps")
+        with unfilled():
+            self.networks = {part: instantiate(params[f"{part}_config"]).to(dtype) for part in parts}
+        if self.model.tokenizer is not None and config is None:
+            self.networks["cond_stage"].tokenizer_name = str(self.model.tokenizer)
+        self.alphas_cumprod: Tensor = make_alphas_cumprod(
+            **{key: params[key] for key in SCHEDULE if key in params}
+        )
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of what the weights come from."""
+        return file_hash(self.path)
+
+    def fill(self, *, loras: Sequence[tuple[Path, float]] = (), embeddings: Sequence[Path] = ()) -> None:
+        """Reads the weights; each LoRA file is merged into them at its weight.
+
+        embeddings: textual-inversion files, whose words prompts may hold; that of a run is beside its model.
+        """
+        parts = self.model.parts
+        for file, weight in loras:
+            parts = merge_lora(parts, read_lora(file, parts), weight=weight)
+        load_parts(self.networks, parts, where=self.path, device=self.device)
+        for file in [*_own_embedding(self.path), *embeddings]:
+            for word, vectors in read_embedding(file).items():
+                self.networks["cond_stage"].add_word(word, vectors)
+        for network in self.networks.values():
+            network.eval().to(self.device).requires_grad_(False)
+
+    def attach(self, loras: Sequence[tuple[Path, float]]) -> list[LoRA]:
+        """The LoRA files beside the filled networks, at their weights: not merged, they can be off."""
+        parts = self.model.parts
+        return [LoRA.of_file(self.networks, read_lora(file, parts), weight=weight) for file, weight in loras]
+
+    def denoiser(self, *, model_hash: str | None = None, without: Sequence[LoRA] = ()) -> Denoiser:
+        """UNet and text encoder of the file, filled or not yet."""
+        return Denoiser(
+            self.networks["unet"],
+            self.networks["cond_stage"],
+            alphas_cumprod=self.alphas_cumprod,
+            parameterization=self.parameterization,
+            model_hash=model_hash,
+            without=without,
+        )
+
+
+def _own_embedding(path: Path) -> list[Path]:
+    """The words that a run learned, beside its model file."""
+    file = path.with_name(EMBEDDING)
+    return [file] if path.name == "model.safetensors" and file.is_file() else []
+
+
+def _model_params(config: Mapping[str, Any], *, where: object) -> Mapping[str, Any]:
+    """Params of a config's model section, which must describe the networks."""
+    params = config["model"].get("params", {}) if "model" in config else config
+    missing = [key for key in (f"{part}_config" for part in PREFIXES) if key not in params]
+    if missing:
+        raise UserError(f"The model section of the config lacks {', '.join(missing)}", where=where)
+    return params
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown, not built in, or not there
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The device {device} cannot be used: {reason}", remedy="Try cpu.") from error

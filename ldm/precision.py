@@ -1,0 +1,29 @@
+"""The precision that networks draw in: that of their weights, or a lower one under autocast."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(precision: Precision, device: str | torch.device) -> str:
+    """ "auto" -> "bf16" on a CUDA device, "fp32" elsewhere; others as they are."""
+    if precision != "auto":
+        return precision
+    return "bf16" if str(device).startswith("cuda") else "fp32"
+
+
+def autocast_for(precision: Precision, *networks: nn.Module) -> torch.autocast:
+    """Mixed precision by autocast, for as long as these networks draw; "fp32" undoes that of a training run.
+
+    Weights stay as they are, and are cast wherever they are used, as inference mode keeps no casts. Networks
+    that all lie in a lower dtype compute in that.
+    """
+    weights = [next(network.parameters()) for network in networks]
+    device = weights[0].device
+    dtype = LOWER.get(resolve_precision(precision, device))
+    lowers = dtype is not None and any(weight.dtype == torch.float32 for weight in weights)
+    return torch.autocast(device.type, dtype=dtype, enabled=lowers)

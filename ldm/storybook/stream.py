@@ -1,0 +1,164 @@
+"""The storybook as an endless stream of captioned images for the base model, drawn ahead by all cores.
+
+Batch n is a function of (seed, n): worker processes only decide who draws it. Images travel as uint8 and are
+converted and encoded by the VAE on the device, once for all their captions.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ldm.data.latents import Encode
+from ldm.errors import UserError
+from ldm.randomness import generator
+from ldm.storybook.dataset import BOOK
+from ldm.storybook.world import caption, draw, sample_scene
+
+Prepare = Callable[[dict], dict]  # what a worker adds to a batch: token ids, noise, timesteps
+PREFETCHED = 4  # batches that each worker draws ahead
+
+
+class StorybookBatches(Dataset):
+    """Batch n: images n * P ... of the book, P = batch_size / captions_per_image, and their items.
+
+    {"image" [P, 3, 64, 64] uint8, "caption" B strings, "item" [B] int64, "is_prior" [B] all False}. Item k
+    shows image k // captions_per_image under a caption of its own; the share `caption_dropout` of them is
+    empty, which teaches the unconditional prediction of classifier-free guidance (Ho and Salimans 2022).
+    `prepare` runs in the worker.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        captions_per_image: int = 1,
+        caption_dropout: float = 0.1,
+        prepare: Prepare | None = None,
+    ):
+        if batch_size % captions_per_image:
+            what = f"A batch of {batch_size} items cannot hold {captions_per_image} captions of each image"
+            remedy = "Make data.params.batch_size a multiple of data.params.captions_per_image."
+            raise UserError(what, where="data.params.batch_size", remedy=remedy)
+        self.images = batch_size // captions_per_image
+        self.seed = seed
+        self.captions_per_image = captions_per_image
+        self.caption_dropout = caption_dropout
+        self.prepare = prepare
+
+    def __getitem__(self, n: int) -> dict:
+        first = n * self.images
+        images = torch.stack([self.image(k) for k in range(first, first + self.images)])
+        items = torch.arange(first * self.captions_per_image, (first + self.images) * self.captions_per_image)
+        batch = {
+            "image": images,
+            "caption": [self.caption(k) for k in items.tolist()],
+            "item": items,
+            "is_prior": torch.zeros(len(items), dtype=torch.bool),
+        }
+        return self.prepare(batch) if self.prepare else batch
+
+    def image(self, k: int) -> Tensor:
+        """[3, 64, 64] uint8."""
+        return torch.from_numpy(np.array(draw(sample_scene(self.seed * BOOK + k)))).permute(2, 0, 1)
+
+    def caption(self, item: int) -> str:
+        dropped = torch.rand((), generator=generator(self.seed, item, "caption dropout"))
+        scene = sample_scene(self.seed * BOOK + item // self.captions_per_image)
+        return "" if dropped < self.caption_dropout else caption(scene, seed=self.seed * BOOK + item)
+
+
+class StorybookStream(pl.LightningDataModule):
+    """Endless training batches of images never seen before, and a fixed set of validation batches.
+
+    Args:
+        batch_size: items per step and device.
+        seed: of the book; validation reads the book of `seed + 1`.
+        captions_per_image: items that share an image, each with its own caption, noise and timestep.
+        caption_dropout: share of items with an empty caption.
+        validation_items: number of items in the validation set.
+        num_workers: processes that draw ahead; None is one for each core, 0 draws in the training process.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 16,
+        seed: int = 0,
+        captions_per_image: int = 1,
+        caption_dropout: float = 0.1,
+        validation_items: int = 256,
+        num_workers: int | None = None,
+    ):
+        super().__init__()
+        self.num_workers = _cores() if num_workers is None else num_workers
+        self.validation_batches = max(1, validation_items // batch_size)
+        items = {"batch_size": batch_size, "caption_dropout": caption_dropout}
+        self.train_set = StorybookBatches(seed=seed, captions_per_image=captions_per_image, **items)
+        self.validation_set = StorybookBatches(seed=seed + 1, **items)
+        self.start_step = 0  # optimizer steps already done: set it before training to resume
+        self.attach()
+
+    def attach(self, *, encode: Encode | None = None, vae_hash: str = "") -> None:
+        """Hands over the VAE (images -> moments). Nothing is kept under the hash."""
+        self.encode = encode
+
+    def set_prepare(self, prepare: Prepare) -> None:
+        """Hands over what workers add to every batch."""
+        self.train_set.prepare = prepare
+        self.validation_set.prepare = prepare
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return self._loader(self.train_set, _Numbers(self.start_step, rank=rank, world_size=world_size))
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self.validation_set, range(self.validation_batches))
+
+    def _loader(self, batches: StorybookBatches, numbers: Sampler[int] | range) -> DataLoader:
+        training = batches is self.train_set
+        workers = self.num_workers if training else min(self.num_workers, 1)
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            prefetch_factor=PREFETCHED if workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        """Images -> "moments" [B, 2C, h, w], on the device, where images are many and the copy was small."""
+        if self.encode is None:
+            return batch
+        moments = self.encode(to_float(batch["image"]))
+        rest = {key: value for key, value in batch.items() if key != "image"}
+        return rest | {"moments": moments.repeat_interleave(len(batch["item"]) // len(moments), 0)}
+
+
+def to_float(images: Tensor) -> Tensor:
+    """[..., H, W] uint8 -> float32 in [-1, 1], as `ldm.data.images.to_tensor` has it."""
+    return images.float() / 127.5 - 1
+
+
+class _Numbers(Sampler[int]):
+    """Batch numbers of one rank from optimizer step `start_step` on, without end."""
+
+    def __init__(self, start_step: int, *, rank: int, world_size: int):
+        self.first = start_step * world_size + rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.first, self.world_size)
+
+
+def _cores() -> int:
+    """Cores that this process may use, one left for the process that trains."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, found - 1)

@@ -1,0 +1,64 @@
+"""Training of the storybook's base: the UNet of a small Stable Diffusion, from endless captioned images."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ldm import randomness
+from ldm.diffusion.loss import mse_per_item
+from ldm.diffusion.schedule import add_noise, training_target
+from ldm.errors import UserError
+from ldm.models.autoencoder import DiagonalGaussian
+from ldm.training.latent_diffusion import LatentDiffusion
+
+
+class StorybookBase(LatentDiffusion):
+    """`LatentDiffusion` with a frozen text encoder; token ids and random draws come from worker processes.
+
+    The loss is the same. A GPU takes thousands of such small items a second, more than one process
+    can draw numbers for and tokenize. Its data is a `StorybookStream`.
+    """
+
+    def check(self, trainer: Mapping[str, Any]) -> None:
+        """Refuses what this shorter step leaves out."""
+        super().check(trainer)
+        left_out = {
+            "train_text_encoder": self._text_learns,
+            "new_word": self.new_word is not None,
+            "offset_noise": bool(self.offset_noise),
+            "prior_target": self.prior_target != "noise",
+        }
+        for key in (key for key, present in left_out.items() if present):
+            what = f"The storybook's base is trained without {key}"
+            raise UserError(what, where=f"model.params.{key}", remedy="Take it off.")
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.trainer.datamodule.set_prepare(self.prepare)
+
+    def prepare(self, batch: dict) -> dict:
+        """Adds "ids" [B, M] and the items' draws to a batch, on the CPU; captions stay behind."""
+        factor, channels = self.first_stage_model.factor, self.first_stage_model.embed_dim
+        shape = (channels, batch["image"].shape[-2] // factor, batch["image"].shape[-1] // factor)
+        which = {"seed": self.seed, "items": batch["item"].tolist()}
+        rest = {key: value for key, value in batch.items() if key != "caption"}
+        return rest | {
+            "ids": self.cond_stage_model.tokenize(batch["caption"]),
+            "posterior": randomness.randn(shape, purpose="subject/posterior", **which),
+            "noise": randomness.randn(shape, purpose="subject/noise", **which),
+            "timestep": randomness.randint(len(self.alphas_cumprod), purpose="subject/timestep", **which),
+        }
+
+    def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        """The draws are in the batch already: no item numbers are needed."""
+        return batch
+
+    def loss_per_item(self, batch: dict) -> Tensor:
+        """Weighted denoising loss of each item -> [B] float32 (Ho et al. 2020, eq. 14)."""
+        posterior = DiagonalGaussian.from_moments(batch["moments"].float())
+        x0, noise, timesteps = posterior.sample(batch["posterior"]), batch["noise"], batch["timestep"]
+        noisy = add_noise(x0, noise, timesteps, self.alphas_cumprod)
+        prediction = self.apply_model(noisy, timesteps, self.cond_stage_model(batch["ids"]))
+        target = training_target(self.parameterization, x0, noise, timesteps, self.alphas_cumprod)
+        return mse_per_item(prediction, target) * self.loss_weights(timesteps)

@@ -1,0 +1,68 @@
+"""Where nothing holds the empty prompt it moves to the subject, and under guidance the class flees."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.evaluation.storybook import ClassImages, StorybookEvaluation
+from ldm.pipeline import Text2Image
+from ldm.training.job import run_job
+from ldm.training.options import parse
+from ldm.training.study import jobs_of, read_study
+from tests.end_to_end.test_prior_preservation import BASE, SHORT
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDY = ROOT / "configs/studies/planned/guidance.yaml"
+SHORTER = [*SHORT, "trainer.max_steps=60", "data.params.num_priors=16", "priors.steps=8", "evaluation=null"]
+
+
+def trained(variant: str) -> Path:
+    """A variant of the study on the shipped dog, in a quarter of its steps -> its model."""
+    study = read_study(STUDY)
+    words = [f"name={variant}", f"data.params.subject_root={ROOT / study.subjects['dog']['photos']}"]
+    short = [*SHORTER, "evaluate_also=null"]
+    bases = [str(ROOT / path) for path in study.base]
+    run_job(parse(["--base", *bases, *words, *study.variants[variant], *short]))
+    return Path("logs", variant, "model.safetensors")
+
+
+def moved(model: Text2Image, base: Text2Image, *, guidance_scale: float) -> float:
+    """How far the guided prediction for the class is from the base's, relative to it, at high noise."""
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(8, *base.latent_shape(), generator=generator), torch.linspace(600, 990, 8).long()
+    guided = []
+    for draw in (model, base):
+        contexts = draw.cond_stage(draw.cond_stage.tokenize(["", "a photo of a dog"]))
+        empty, of_class = (draw.unet.predict(x, t, contexts, [row] * len(x)) for row in (0, 1))
+        guided.append(empty + guidance_scale * (of_class - empty))
+    return float((guided[0] - guided[1]).norm() / guided[1].norm())
+
+
+def dogs(draw: Text2Image, evaluation: StorybookEvaluation) -> ClassImages:
+    """What the judge sees in images of the class at guidance 4."""
+    how = {"sampler": "dpm++2m", "steps": 8, "guidance_scale": 4.0, "batch_size": 24}
+    samples = draw(["a photo of a dog"] * 24, seeds=range(24), **how)
+    images = [sample.image for sample in samples]
+    return ClassImages(evaluation.read(images), evaluation.judge.features(evaluation._pixels(images)))
+
+
+@pytest.mark.skipif(not BASE.exists(), reason="the storybook's base is not in this checkout")
+def test_a_held_empty_prompt_keeps_the_class_under_guidance(workdir: Path):
+    files = {"loose": trained("teacher"), "held": trained("teacher, held")}
+    base, evaluation = Text2Image.from_file(BASE), StorybookEvaluation()
+    models = {name: Text2Image.from_file(file) for name, file in files.items()}
+    with torch.no_grad():
+        distance = {name: moved(model, base, guidance_scale=4.0) for name, model in models.items()}
+    assert distance["held"] < 0.8 * distance["loose"]
+    reference = dogs(base, evaluation)
+    shift = {name: dogs(model, evaluation).shift(reference) for name, model in models.items()}
+    assert shift["held"]["class_shift_frechet"] < 0.8 * shift["loose"]["class_shift_frechet"]
+
+
+def test_the_study_has_the_arms_that_its_page_tells_of(workdir: Path):
+    (workdir / "configs").symlink_to(ROOT / "configs")
+    jobs = jobs_of(read_study(STUDY))
+    assert len(jobs) == 4 * 6 * 2 and len({job.subject.split()[0] for job in jobs}) == 6
+    scales = {name: params.guidance_scale for name, params in jobs[0].config.evaluate_also.items()}
+    assert sorted(scales.values()) == [1.0, 2.0, 4.0, 4.0]
