@@ -50,9 +50,9 @@ def build(params: Mapping[str, Any], *, device: str = "cpu") -> LatentDiffusion:
     return module
 
 
-def export(case: Case, folder: Path) -> Path:
+def export(case: Case, folder: Path, *, device: str = "cpu") -> Path:
     """The same networks as a diffusers folder, which the peer opens."""
-    module = build(case_params(Case(case.size, case.kind, case.batch)))
+    module = build(case_params(Case(case.size, case.kind, case.batch)), device=device)
     parts = {name: network.state_dict() for name, network in module.networks.items()}
     config = model_config(parts, model_params(case.size))
     tokenizer = load_tokenizer(config["text_encoder"]["params"]["tokenizer"]).name_or_path

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from ldm.diffusion.guidance import ConditionalPredict
 from ldm.diffusion.schedule import check_parameterization, to_eps
 from ldm.errors import UserError
-from ldm.models.attention import repeat_batch
 from ldm.models.lora import LoRA, lora_off
 from ldm.models.text_encoder import CLIPTextEncoder
-from ldm.models.unet import UNetModel
+from ldm.models.unet import Prepared, UNetModel
 
 log = logging.getLogger(__name__)
 
@@ -72,24 +71,29 @@ class Denoiser:
         chunks = rows.split([len(own) for own in ids])
         return {text: own.flatten(0, 1) for text, own in zip(unique, chunks, strict=True)}
 
-    def conditioned(self, contexts: Sequence[Tensor]) -> tuple[ConditionalPredict, list[int]]:
+    def conditioned(
+        self, contexts: Sequence[Tensor], timesteps: Tensor
+    ) -> tuple[ConditionalPredict, list[int]]:
         """B contexts [M, D] -> eps by the numbers of the different ones, and the B numbers of these.
 
-        A tensor that is there several times goes through the network once.
+        A tensor that is there several times goes through the network once. timesteps: [S] on the CPU, at
+        which eps will be asked for; all that depends on them and the contexts alone is computed here.
         """
         unique = list({id(context): context for context in contexts}.values())
         number = {id(context): i for i, context in enumerate(unique)}
-        predict = partial(self._predict_eps, torch.stack(unique), self.alphas_cumprod.to(unique[0].device))
+        with lora_off(*self.without):
+            prepared = self.unet.prepare(torch.stack(unique), timesteps)
+        predict = partial(self._predict_eps, prepared, self.alphas_cumprod.to(unique[0].device))
         return predict, [number[id(context)] for context in contexts]
 
     def _predict_eps(
-        self, contexts: Tensor, alphas_cumprod: Tensor, x: Tensor, t: Tensor, rows: Sequence[int]
+        self, contexts: Tensor | Prepared, alphas_cumprod: Tensor, x: Tensor, t: Tensor, rows: Sequence[int]
     ) -> Tensor:
         """The network in its own precision, everything around it in float32."""
         with lora_off(*self.without):
             prediction = self.unet.predict(x, t, contexts, rows).float()
-        x, t = repeat_batch(x, len(rows)), repeat_batch(t, len(rows))
-        return to_eps(self.parameterization, prediction, x, t, alphas_cumprod)
+        runs = prediction.unflatten(0, (-1, len(x)))  # [B / b, b, C, h, w]
+        return to_eps(self.parameterization, runs, x, t, alphas_cumprod).flatten(0, 1)
 
 
 def require_same_kind(model: Denoiser, base: Denoiser) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ldm.denoiser import Denoiser, evaluating, filler, placement, require_same_kind
 from ldm.diffusion.guidance import Predict, classifier_free_guidance
-from ldm.diffusion.samplers import DEFAULT_SPACING, SAMPLERS, SamplerName, sampling_timesteps
+from ldm.diffusion.samplers import DEFAULT_SPACING, SAMPLERS, Callback, SamplerName, sampling_timesteps
 from ldm.diffusion.schedule import add_noise, has_zero_terminal_snr
 from ldm.errors import UserError
 from ldm.model_file import ModelFile
@@ -144,16 +144,16 @@ class Text2Image:
         _check(prompts, seeds, sampler=sampler, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
         timesteps = self._timesteps(sampler, steps, None if init_image is None else strength)
-        with self._eval(precision), _heard(progress, total=len(prompts) * len(timesteps)) as more:
-            how = {"eta": eta, "callback": lambda i, x: more(len(x)), "alphas_cumprod": self.alphas_cumprod}
+        with self._eval(precision), _heard(progress, total=len(prompts) * len(timesteps)) as tell:
+            how = {"eta": eta, "alphas_cumprod": self.alphas_cumprod, "callback": tell}
             negative = None if guidance_scale == 1 else negative_prompt
             pairs = self._contexts(prompts, negative, batch_size, chunked=long_prompts)
             initial = None if init_image is None else self._posterior(init_image, shape)
             for batch in _batches([len(context) for context, _ in pairs], batch_size):
-                predict = self._guided([pairs[i] for i in batch], guidance_scale, batched=batched_guidance)
+                predict = self._guided([pairs[i] for i in batch], timesteps, guidance_scale, batched_guidance)
                 noise = partial(self._noise, shape, [seeds[i] for i in batch])
-                start = self._start(noise, initial, timesteps)
-                x = SAMPLERS[sampler](predict, start, timesteps, noise=noise, **how)
+                x = self._start(noise, initial, timesteps)
+                x = SAMPLERS[sampler](predict, x, timesteps, noise=noise, **how)
                 samples |= zip(batch, zip(self._decode(x), _outside(x), strict=True), strict=True)
         return [Sample(*samples[i], prompts[i], seeds[i]) for i in range(len(prompts))]
 
@@ -204,19 +204,23 @@ class Text2Image:
         ]
 
     def _guided(
-        self, pairs: Sequence[tuple[Tensor, Tensor | None]], guidance_scale: float, *, batched: bool
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor | None]],
+        timesteps: Tensor,
+        guidance_scale: float,
+        batched: bool,
     ) -> Predict:
-        """B pairs of contexts [M, D] -> eps of B latents."""
+        """B pairs of contexts [M, D] -> eps of B latents at these timesteps."""
         prompts, negative = map(list, zip(*pairs, strict=True))
         guide = partial(classifier_free_guidance, guidance_scale=guidance_scale, batched=batched)
         if negative[0] is None:
-            predict, numbers = self.denoiser.conditioned(prompts)
+            predict, numbers = self.denoiser.conditioned(prompts, timesteps)
             return guide(predict, numbers, [])
         if self.guidance_base is None:
-            predict, numbers = self.denoiser.conditioned([*negative, *prompts])
+            predict, numbers = self.denoiser.conditioned([*negative, *prompts], timesteps)
             return guide(predict, numbers[len(pairs) :], numbers[: len(pairs)])
-        base, unconditional = self.guidance_base.conditioned(negative)
-        predict, numbers = self.denoiser.conditioned(prompts)
+        base, unconditional = self.guidance_base.conditioned(negative, timesteps)
+        predict, numbers = self.denoiser.conditioned(prompts, timesteps)
         return guide(predict, numbers, unconditional, base=base)
 
     def _posterior(self, image: Image.Image, shape: Sequence[int]) -> DiagonalGaussian:
@@ -284,10 +288,11 @@ def _check(prompts: Sequence[str], seeds: Sequence[int], *, sampler: str, batch_
 
 
 @contextmanager
-def _heard(progress: bool | Callable[[int], object], *, total: int) -> Iterator[Callable[[int], object]]:
-    """What hears of n more steps: the callable, or a bar of so many in all."""
+def _heard(progress: bool | Callable[[int], object], *, total: int) -> Iterator[Callback]:
+    """What a sampler tells of its steps is heard by the callable, or by a bar of so many in all."""
     with tqdm(total=total, disable=progress is not True) as bar:
-        yield progress if callable(progress) else bar.update
+        more = progress if callable(progress) else bar.update
+        yield lambda i, x: more(len(x))
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     add("--quick", action="store_true", help="one small case of each kind, short windows")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compile", action="store_true", help="compile the UNet on both sides")
-    add("--only", default="", metavar="TEXT", help="cases whose name holds this")
+    add("--only", nargs="+", default=[], metavar="TEXT", help="cases whose name holds one of these")
     add("--seconds", type=float, default=3.0, help="of a window of the slower side (3)")
     add("--out", type=Path, default=Path("benchmarks"), help="folder of the JSON file and the plot")
     return parser.parse_args()
@@ -58,9 +58,11 @@ def row(metrics: Mapping) -> str:
 def main(options: argparse.Namespace) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     seconds = 0.2 if options.quick else options.seconds
-    chosen = [case for case in cases(options.device, quick=options.quick) if options.only in case.name]
+    chosen = cases(options.device, quick=options.quick)
+    if options.only:
+        chosen = [case for case in chosen if any(text in case.name for text in options.only)]
     if not chosen:
-        raise UserError(f"No case holds {options.only!r}", remedy="Try --only train.")
+        raise UserError(f"No case holds {' or '.join(options.only)}", remedy="Try --only train.")
     best, results = machine(options.device), []
     print(f"At best {best[0] / 1e9:,.0f} GFLOP/s and {best[1] / 1e9:,.1f} GB/s.")
     print("Ratios: diffusers' time over ours, our memory over diffusers'; its script, its networks at best.")
@@ -69,7 +71,7 @@ def main(options: argparse.Namespace) -> None:
         for case in chosen:
             folder = Path(temporary, case.size)
             if not folder.exists():
-                export(case, folder)
+                export(case, folder, device=options.device)
             how = {"device": options.device, "compiled": options.compile, "seconds": seconds, "best": best}
             results.append(compare(case, folder, **how))
             print(row(results[-1]), flush=True)

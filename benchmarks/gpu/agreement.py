@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.gpu.record import CUDA, DEVICE, SIZE, attempt, memory, milliseconds, profiled, say
+from benchmarks.gpu.record import CUDA, DEVICE, SIZE, attempt, chosen, memory, milliseconds, profiled, say
 from benchmarks.ours import Batches, Training, build, case_params
 from benchmarks.timing import synchronize
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -15,7 +15,7 @@ from ldm.training.latent_diffusion import LatentDiffusion
 SMALL = Case("storybook", "train", 4, text=True)
 
 
-def agree() -> None:
+def agree(*words: str) -> None:
     """The same losses and gradients on the CPU and here; equal steps twice; lean steps; adamw_bf16."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -26,10 +26,14 @@ def agree() -> None:
         "bf16 weights": {"autocast": False, "optimizer": "adamw_bf16"},
     }
     for name, way in ways.items():
+        if not chosen(name, words):
+            continue
         with attempt(f"the CPU's loss and gradient, {name}"):
             here, there = _graded(DEVICE, **way)
             apart = {"loss": _relative(here, loss), "gradient": _relative(there, gradient)}
             say(f"the CPU's loss and gradient, {name}", **apart)
+    if not chosen("four steps", words):
+        return
     with attempt("four steps"):
         plain = _trained()
         _compare("four steps, twice", plain, _trained())

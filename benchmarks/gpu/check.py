@@ -1,6 +1,8 @@
-"""One part of the check: `python -m benchmarks.gpu.check PART`, see check.sh for all of them.
+"""One part of the check: `python -m benchmarks.gpu.check PART [WORD...]`, see check.sh for all of them.
 
 A result is a line of $OUT/results.jsonl. CHECK_DEVICE=cpu CHECK_SIZE=storybook runs the same code on a CPU.
+Words choose among the cases of `train`, `agree`, `caps`, `compiled`, `sample`, `syncs` and `peer` those whose
+names hold one of them; those of `whole` and `storybook_base` go on to main.py.
 """
 
 import importlib
@@ -27,14 +29,15 @@ PARTS = {  # part -> module of this package
 }
 
 
-def main(part: str) -> int:
+def main(part: str, *words: str) -> int:
     """Runs a part -> the exit status."""
     if part not in PARTS:
         print(f"error: there is no part {part!r}. Known: {', '.join(PARTS)}.", file=sys.stderr)
         return 2
-    from benchmarks.gpu.record import CUDA, say  # not before: a wrong word need not wait for torch
+    from benchmarks.gpu import record  # not before: a wrong word need not wait for torch
 
-    if CUDA:
+    record.PART = part
+    if record.CUDA:
         import torch
 
         if not torch.cuda.is_available():
@@ -45,11 +48,11 @@ def main(part: str) -> int:
     module = importlib.import_module(f"benchmarks.gpu.{PARTS[part]}")
     began = time.perf_counter()
     try:
-        getattr(module, part)()
+        getattr(module, part)(*words)
     finally:
-        say("all of the part", seconds=time.perf_counter() - began)
+        record.say("all of the part", seconds=time.perf_counter() - began)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "env"))
+    sys.exit(main(*(sys.argv[1:] or ["env"])))

@@ -22,6 +22,7 @@ limits+=" caps:70 compiled:170 resume:80 whole:120 storybook_base:280"
 [ $# -gt 0 ] && wanted=" $* " || wanted=""
 for item in $limits; do
     part=${item%:*} limit=${item#*:}
+    [ "$CHECK_DEVICE" = cpu ] && limit=$((10 * limit))
     [ -n "$wanted" ] && [[ $wanted != *" $part "* ]] && continue
     [ -z "$wanted" ] && [ "$part" = storybook_base ] && continue # the base is trained when it is asked for
     left=$((total - SECONDS))

@@ -13,6 +13,7 @@ from benchmarks.gpu.record import (
     SAMPLING_STEPS,
     SIZE,
     attempt,
+    chosen,
     forget_peak,
     memory,
     milliseconds,
@@ -27,9 +28,11 @@ BATCHES = (1, 8, 16) if CUDA else (1, 2)
 PRIORS, AT_A_TIME = (32, 16) if CUDA else (4, 2)
 
 
-def sample() -> None:
+def sample(*words: str) -> None:
     set_matmul_precision("high")
     for batch in BATCHES:
+        if not chosen(f"batch {batch}", words):
+            continue
         with attempt(f"sampling, batch {batch}"):
             sampling = Sampling(Case(SIZE, "sample", batch, steps=SAMPLING_STEPS), device=DEVICE)
             forget_peak()
@@ -42,6 +45,8 @@ def sample() -> None:
             if batch == BATCHES[1]:
                 _decoding(sampling, batch)
             del sampling
+    if not chosen("prior images", words):
+        return
     with attempt("prior images"):
         _priors()
 

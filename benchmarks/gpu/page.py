@@ -115,10 +115,12 @@ def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_shown(inner)}" for key, inner in value.items()) or "none"
-    if isinstance(value, list):
-        return ", ".join(_shown(inner) for inner in value)
-    return str(value).replace("|", "/").replace("\n", " ")
+        text = ", ".join(f"{key}: {_shown(inner)}" for key, inner in value.items()) or "none"
+    elif isinstance(value, list):
+        text = ", ".join(_shown(inner) for inner in value)
+    else:
+        text = str(value)
+    return text.replace("|", "/").replace("\n", " ")
 
 
 def picture(results: Sequence[Mapping]) -> str:

@@ -5,10 +5,9 @@ import gc
 import json
 import os
 import re
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +23,7 @@ OUT = Path(os.environ.get("OUT", ROOT / "logs/gpu-check")).absolute()
 CUDA = DEVICE == "cuda"
 HALF = torch.bfloat16 if CUDA else torch.float32
 WARM, STEPS, SAMPLING_STEPS = (3, 20, 50) if CUDA else (1, 1, 2)
-PART = sys.argv[1] if len(sys.argv) > 1 else "env"
+PART = ""  # that runs
 CATEGORIES = {  # of kernels, by their names; the first that fits
     "attention": r"flash|fmha|sdpa|cudnn_generated.*attn|softmax",
     "convolution": r"conv|wgrad|dgrad|fprop|implicit|xmma.*nhwc|cutlass.*(fprop|dgrad|wgrad)",
@@ -44,6 +43,11 @@ def say(what: str, **figures: object) -> None:
     with (OUT / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     print(line, flush=True)
+
+
+def chosen(name: str, words: Sequence[str]) -> bool:
+    """Whether a case is asked for: all are, if there are no words."""
+    return not words or any(word in name for word in words)
 
 
 @contextmanager

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.cases import TEXT, model_params
-from benchmarks.gpu.record import CUDA, DEVICE, ROOT, SIZE, attempt, say
+from benchmarks.gpu.record import CUDA, DEVICE, ROOT, SIZE, attempt, chosen, say
 from benchmarks.ours import build
 from benchmarks.timing import synchronize
 from ldm.checkpoints.save import save_model
 
 SUBJECT = ROOT / "ldm/storybook/assets/subjects/dog"
 SHORT = f"""
-data.params.num_priors=8 priors.steps=4 samples.n=1 samples.steps=4 samples.every_steps=0 evaluation=null
+data.params.num_priors=4 priors.steps=2 samples.n=1 samples.steps=2 samples.every_steps=0 evaluation=null
 online_eval.every_steps=0 trainer.enable_progress_bar=false trainer.val_check_interval=1000
 data.params.subject_root={SUBJECT}
 """.split()
@@ -62,21 +62,21 @@ def job_words(folder: Path) -> list[str]:
     return [*job, "--class_word", "dog", "--actual_resume", str(file), *text]
 
 
-def peer() -> None:
+def peer(*words: str) -> None:
     """diffusers' script and its networks at their best beside ours: scripts/benchmark.py."""
     out = Path(tempfile.mkdtemp())
-    only = ["full training of UNet and text", "DDIM steps with CFG, batch 1"] if CUDA else [""]
+    usual = ["full training of UNet and text", "DDIM steps with CFG, batch 1"] if CUDA else []
+    only = ["--only", *(words or usual)] if words or usual else []
     how = ["--device", DEVICE, "--out", str(out), *(["--seconds", "0.4"] if CUDA else ["--quick"])]
-    for case in only:
-        with attempt(f"beside diffusers: {case}"):
-            seconds = run(out, "scripts/benchmark.py", *how, "--only", case)
-            found = json.loads(next(out.glob("*.json")).read_text(encoding="utf-8"))
-            for row in found["results"]:
-                sides = {f"{side}_ms": row[side]["ms"] for side in ("ours", "script", "best")}
-                sides |= {f"{side}_mib": row[side]["peak_mib"] for side in ("ours", "script", "best")}
-                ratios = {key: value for key, value in row.items() if "_ratio_" in key}
-                say(row["case"], **sides, **ratios, floor_ms=row["floor_ms"])
-            say(f"the comparison of {case or 'all'}", seconds=seconds)
+    with attempt("beside diffusers"):
+        seconds = run(out, "scripts/benchmark.py", *how, *only)
+        found = json.loads(next(out.glob("*.json")).read_text(encoding="utf-8"))
+        for row in found["results"]:
+            sides = {f"{side}_ms": row[side]["ms"] for side in ("ours", "script", "best")}
+            sides |= {f"{side}_mib": row[side]["peak_mib"] for side in ("ours", "script", "best")}
+            ratios = {key: value for key, value in row.items() if "_ratio_" in key}
+            say(row["case"], **sides, **ratios, floor_ms=row["floor_ms"])
+        say("the comparison", seconds=seconds)
 
 
 def resume() -> None:
@@ -130,7 +130,7 @@ class _Watch(pl.Callback):
         self.sites[" < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(stack[-3:]))] += 1
 
 
-def syncs() -> None:
+def syncs(*words: str) -> None:
     """Where a step of the whole program waits for the device, and how long the storybook's steps take."""
     import ldm.training.options  # noqa: F401  (it takes the Trainer's signature, and must find its own)
     import main  # the command itself, whose Trainer gets a callback more
@@ -140,6 +140,8 @@ def syncs() -> None:
     place = [] if CUDA else ["trainer.accelerator=cpu"]
     steps = f"trainer.max_steps={WATCHED.stop + 10 if CUDA else WATCHED.stop}"
     for name, more in (("without EMA", ["ema_decay=null"]), ("with EMA", [])):
+        if not chosen(name, words):
+            continue
         watch = _Watch(name)
 
         class Watched(original):
@@ -158,13 +160,13 @@ def syncs() -> None:
             say(f"waits for the device, {name}", **figures, sites=dict(watch.sites.most_common(12)))
 
 
-def whole() -> None:
+def whole(*overrides: str) -> None:
     """main.py on a file of SD 1.5's size (or on the storybook's base): seconds of each phase."""
     folder = Path(tempfile.mkdtemp())
     with attempt("main.py as a whole"):
         steps = 60 if CUDA else 4
         words = [*job_words(folder), "name=whole", f"trainer.max_steps={steps}", "data.params.num_priors=4"]
-        words += [f"trainer.val_check_interval={steps // 2}", "samples.n=1", *sys.argv[2:]]
+        words += [f"trainer.val_check_interval={steps // 2}", "samples.n=1", *overrides]
         seconds = run(folder, "main.py", *words)
         metrics = json.loads((folder / "logs/whole/metrics.json").read_text(encoding="utf-8"))
         figures = {"steps": steps, "priors": 4, "seconds": seconds, "peak_mib": metrics["peak_memory_mib"]}

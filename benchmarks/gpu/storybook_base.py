@@ -9,7 +9,6 @@ the weights in files of 16 MiB at most in $OUT, which `base_parts.unet` takes up
 import argparse
 import itertools
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,49 +26,52 @@ from ldm.training.run import base_files, load_base
 
 CONFIGS = [str(ROOT / f"configs/storybook/{name}.yaml") for name in ("base", "base-gpu")]
 ON_A_CPU = """
-trainer.accelerator=cpu trainer.precision=32-true data.params.batch_size=16 data.params.validation_items=16
+trainer.accelerator=cpu trainer.precision=32-true data.params.batch_size=8 data.params.validation_items=8
 """.split()
 WARM, STEPS = (10, 50) if CUDA else (1, 2)
-ROUNDS = 12  # batches that each process draws while it is timed
+ROUNDS = 16  # batches that each process draws while it is timed
 START_AND_END = 45  # seconds of a run that are not training: imports, workers, kernels, the export
 SPARED = 0.95  # of the steps that fit: validation and checkpoints take some
 
 
-def storybook_base() -> None:
+def storybook_base(*words: str) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--seconds", type=float, help="train the base, all in all within so many seconds")
-    options, words = parser.parse_known_args(sys.argv[2:])
+    options, overrides = parser.parse_known_args(words)
     began = time.perf_counter()
-    words = [*([] if CUDA else ON_A_CPU), *words]
-    config = parse(["--base", *CONFIGS, *words])
+    overrides = [*([] if CUDA else ON_A_CPU), *overrides]
+    config = parse(["--base", *CONFIGS, *overrides])
     set_matmul_precision("high")
     cores = len(os.sched_getaffinity(0))
-    with attempt("drawing"):
-        for workers in sorted({1, 2, cores - 1 or 1}):
-            _draw(config, workers)
-    rate = None
-    with attempt("training"):
-        rate = _train(config)
-    if options.seconds is not None and rate is not None:
-        left = options.seconds - (time.perf_counter() - began) - START_AND_END
-        _base(words, steps=int(SPARED * left * rate / config.data.params.batch_size))
+    with attempt("the base"):
+        drawn = max(_draw(config, workers) for workers in sorted({1, 2, cores - 1 or 1}))
+        trained = _train(config)
+        if options.seconds is not None:
+            left = options.seconds - (time.perf_counter() - began) - START_AND_END
+            items = SPARED * left * min(drawn, trained)
+            _base(overrides, steps=int(items / config.data.params.batch_size))
 
 
-def _draw(config: DictConfig, workers: int) -> None:
-    """Batches as the training gets them, token ids and noise included, from so many processes."""
+def _draw(config: DictConfig, workers: int) -> float:
+    """Items per second of batches as the training gets them, ids and noise included, by so many processes."""
     plain = to_plain(config)
     module = instantiate(plain["model"])
     data = instantiate(plain["data"] | {"params": plain["data"]["params"] | {"num_workers": workers}})
     data.set_prepare(module.prepare)
-    batches = iter(data.train_dataloader())
-    for _ in range(workers):  # until all are at work
-        next(batches)
-    start = time.perf_counter()
-    items = sum(len(batch["item"]) for batch in itertools.islice(batches, ROUNDS * workers))
+    start, used = time.perf_counter(), _cpu_seconds_of_children()
+    items = sum(len(batch["item"]) for batch in data.loader(data.train_set, range(ROUNDS * workers)))
     rate = items / (time.perf_counter() - start)
     images = rate / data.train_set.captions_per_image
-    say(f"drawing, processes: {workers}", items_per_s=rate, images_per_s=images)
+    cpu = 1000 * (_cpu_seconds_of_children() - used) / items
+    say(f"drawing, processes: {workers}", items_per_s=rate, images_per_s=images, cpu_ms_per_item=cpu)
+    return rate
+
+
+def _cpu_seconds_of_children() -> float:
+    """Of those that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _train(config: DictConfig) -> float:
@@ -104,15 +106,13 @@ def _train(config: DictConfig) -> float:
     return rate
 
 
-def _base(words: list[str], *, steps: int) -> None:
+def _base(overrides: list[str], *, steps: int) -> None:
     """The base itself: main.py, then its weights in small files."""
-    folder = Path(tempfile.mkdtemp())
-    with attempt("the base"):
-        if steps < 1:
-            raise RuntimeError("no time is left for a step")
-        job = ["--base", *CONFIGS, *words, "name=base", f"trainer.max_steps={steps}"]
-        seconds = run(folder, "main.py", *job)
-        model, index = folder / "logs/base/model.safetensors", OUT / "base.safetensors.index.json"
-        run(folder, "scripts/convert.py", str(model), str(index))
-        sizes = [path.stat().st_size / 2**20 for path in OUT.glob("base*")]
-        say("the base", steps=steps, seconds=seconds, files=len(sizes), largest_mib=max(sizes))
+    if steps < 1:
+        raise RuntimeError("no time is left for a step")
+    folder, index = Path(tempfile.mkdtemp()), OUT / "base.safetensors.index.json"
+    job = ["--base", *CONFIGS, *overrides, "name=base", f"trainer.max_steps={steps}"]
+    seconds = run(folder, "main.py", *job)
+    run(folder, "scripts/convert.py", str(folder / "logs/base/model.safetensors"), str(index))
+    sizes = [path.stat().st_size / 2**20 for path in OUT.glob("base*")]
+    say("the base", steps=steps, seconds=seconds, files=len(sizes), largest_mib=max(sizes))

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from benchmarks.gpu.record import (
     STEPS,
     WARM,
     attempt,
+    chosen,
     forget_peak,
     memory,
     milliseconds,
@@ -34,6 +34,9 @@ from ldm.training.optimizers import adamw
 FULL = Case(SIZE, "train", 2, text=True)
 CONFIG = "dreambooth-sd1.yaml" if SIZE == "sd1" else "dreambooth.yaml"
 PRESETS = ("24gb", "12gb", "8gb-lora")
+ASSETS = ROOT / "ldm/storybook/assets"
+NAMED = [f"--data_root={ASSETS / 'subjects/dog'}", "--class_word=dog"]  # any photos will do
+NAMED += [f"--actual_resume={ASSETS / 'base.safetensors'}"]
 CARDS = {"24gb": 22.5, "12gb": 10.5, "8gb-lora": 6.7}  # GiB, less the CUDA context and a display
 
 
@@ -72,7 +75,7 @@ def measure(what: str, training: Training, *, steps: int = STEPS, profile: bool 
     say(what, ms=1000 * seconds[1] / steps, batch=len(training.batches.moments), **figures)
 
 
-def train() -> None:
+def train(*words: str) -> None:
     """Steps in eager mode: the shipped config, the presets, a larger batch; where their time goes."""
     set_matmul_precision("high")
     plain = case_params(FULL)
@@ -92,19 +95,23 @@ def train() -> None:
         **{f"1+1, preset {name}": lambda name=name: preset(name) for name in PRESETS},
         "1+1, lean": lambda: Training.of_case(Case(SIZE, "train", 2, text=True, lean=True), device=DEVICE),
         "4+4, full": lambda: made(8),
-        "1+1, bf16 weights": lambda: made(precision="32-true", prepare=to_bf16),
+        "1+1, bf16 weights, no clipping": lambda: made(precision="32-true", clip=None, prepare=to_bf16),
     }
     for name, make in cases.items():
+        if not chosen(name, words):
+            continue
         with attempt(name):
             torch.backends.cudnn.benchmark = "benchmark" in name
             steps = max(STEPS // 4, 1) if "12gb" in name else STEPS
             measure(name, make(), steps=steps, profile=name.endswith("full"))
 
 
-def compiled() -> None:
+def compiled(*words: str) -> None:
     """The UNet compiled: the same loss, how long the first step takes, and then."""
     set_matmul_precision("high")
     for mode in ("default", "reduce-overhead") if CUDA else ("default",):
+        if not chosen(mode, words):
+            continue
         with attempt(f"compiled {mode}"):
             training = Training.of_case(FULL, device=DEVICE, compiled=mode)
             module = training.module
@@ -121,17 +128,19 @@ def compiled() -> None:
             first = milliseconds(lambda: loss(), 1, 0)[0] / 1000  # noqa: B023
             say(f"compiled {mode}", first_forward_s=first, eager_loss=eager, compiled_loss=loss())
             measure(f"compiled {mode}, 1+1, full", training, profile=True)
-    if CUDA:
+    if CUDA and chosen("sampling", words):
         with attempt("compiled sampling"):
             sampling = Sampling(Case(SIZE, "sample", 1, steps=50), device=DEVICE, compiled="reduce-overhead")
             first = milliseconds(sampling.step, 1, 0)[0] / 1000
             say("compiled sampling, batch 1", first_s=first, ms=milliseconds(sampling.step, 2, 1)[0])
 
 
-def caps() -> None:
+def caps(*words: str) -> None:
     """Do the presets fit the cards that they are named after? The allocator is held to so much."""
     total = torch.cuda.get_device_properties(0).total_memory if CUDA else 0
     for name, gib in CARDS.items():
+        if not chosen(name, words):
+            continue
         if CUDA:
             torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
         about = {"card_gib": gib, "forecast_gib": _forecast(name)}
@@ -154,10 +163,11 @@ def _forecast(name: str) -> float | None:
     """GiB of the device, by `main.py --dry_run`."""
     import main  # the command itself
 
+    words = ["--base", str(ROOT / "configs" / CONFIG), _preset_file(name), *NAMED, "--dry_run"]
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        main.main(["--base", str(ROOT / "configs" / CONFIG), _preset_file(name), "--dry_run"])
-    found = re.findall(r"([0-9.]+) GiB", said.getvalue())
-    return float(found[0]) if found else None
+        main.main(words)
+    sums = [line.split()[-1] for line in said.getvalue().splitlines() if line.startswith("sum ")]
+    return float(sums[0].replace(",", "")) / 1024 if sums else None
 
 
 def optimizer() -> None:

@@ -1,12 +1,11 @@
 """Self-attention over latent cells, cross-attention to the prompt (Rombach et al. 2022, sec. 3.3)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -36,22 +35,29 @@ def repeat_batch(x: Tensor, size: int) -> Tensor:
 class Conditioning(NamedTuple):
     """Text conditioning of B items: P contexts [P, M, D], and index [B] int64, which of them each item has.
 
-    index None: the items lie in P runs of B / P items, the first run for the first context, and so on.
+    index None: the items lie in P runs of B / P, one for each context in its order. kept: keys and values of
+    these contexts for each layer, if they were computed before (`CrossAttention.keys_values`).
     """
 
     context: Tensor
     items: int
     index: Tensor | None = None
+    kept: "Mapping[CrossAttention, tuple[Tensor, Tensor]] | None" = None
 
     @classmethod
-    def of(cls, context: Tensor, prompt_index: Sequence[int] | None = None) -> Self:
-        """prompt_index: [B], the number of each item's context; None: one item per context, in order."""
+    def of(
+        cls,
+        context: Tensor,
+        prompt_index: Sequence[int] | None = None,
+        kept: "Mapping[CrossAttention, tuple[Tensor, Tensor]] | None" = None,
+    ) -> Self:
+        """prompt_index: [B], the number of each item's context; None: as many items as contexts."""
         if prompt_index is None:
-            return cls(context, len(context))
+            return cls(context, len(context), None, kept)
         run = len(prompt_index) // len(context)
         if list(prompt_index) == [i for i in range(len(context)) for _ in range(run)]:
-            return cls(context, len(prompt_index))
-        return cls(context, len(prompt_index), index_tensor(prompt_index, context.device))
+            return cls(context, len(prompt_index), None, kept)
+        return cls(context, len(prompt_index), index_tensor(prompt_index, context.device), kept)
 
 
 def index_tensor(prompt_index: Sequence[int], device: torch.device) -> Tensor:
@@ -83,16 +89,23 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """[P, M, D] -> keys and values, both [P, heads, M, c]."""
+        return self._heads(self.to_k(context)), self._heads(self.to_v(context))
+
     def forward(self, x: Tensor, conditioning: Conditioning | None = None) -> Tensor:
-        """conditioning None: self-attention. Items with the same prompt share its keys and values."""
-        context, _, index = Conditioning.of(x) if conditioning is None else conditioning
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        """Without prompts, x attends to itself. Items of one prompt share its keys and values."""
+        context, _, index, kept = Conditioning.of(x) if conditioning is None else conditioning
+        k, v = self.keys_values(context) if kept is None else kept[self]
         if index is not None:
-            k, v = k.index_select(0, index), v.index_select(0, index)  # faster backward than k[index]
-        q = q.reshape(len(k), -1, q.shape[2])  # the items of a run are joined to one long sequence
-        q, k, v = (rearrange(t, "b n (heads c) -> b heads n c", heads=self.num_heads) for t in (q, k, v))
-        attended = rearrange(attend(q, k, v), "b heads n c -> b n (heads c)")
-        return self.to_out(attended.reshape(x.shape))
+            k, v = k.index_select(0, index), v.index_select(0, index)  # quicker back through than k[index]
+        q = self.to_q(x)
+        q = self._heads(q.reshape(len(k), -1, q.shape[2]))  # a run of items is one long item
+        return self.to_out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, N, heads c] -> [B, heads, N, c]."""
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 class GEGLU(nn.Module):
@@ -171,14 +184,23 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         h = self.norm(x)
-        if self.use_linear:
-            h = self.proj_in(rearrange(h, "b c h w -> b (h w) c"))
-        else:
-            h = rearrange(self.proj_in(h), "b c h w -> b (h w) c")
+        h = self.proj_in(_cells(h)) if self.use_linear else _cells(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, conditioning)
-        if self.use_linear:
-            h = rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])
-        else:
-            h = self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]))
+        prompt_index = x.shape[2]
+        h = (
+            _feature_map(self.proj_out(h), prompt_index)
+            if self.use_linear
+            else self.proj_out(_feature_map(h, prompt_index))
+        )
         return repeat_batch(x, len(h)) + h
+
+
+def _cells(x: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, h w, C]; a view, if x is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _feature_map(x: Tensor, prompt_index: int) -> Tensor:
+    """[B, h w, C] of h rows -> [B, C, h, w], a channels_last view."""
+    return x.unflatten(1, (prompt_index, -1)).permute(0, 3, 1, 2)

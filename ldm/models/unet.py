@@ -1,8 +1,9 @@
 """The denoising UNet of Stable Diffusion 1.x and 2.x (Rombach et al. 2022), in its released names."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UserError
 from ldm.models.attention import (
+    BasicTransformerBlock,
     Conditioning,
+    CrossAttention,
     GroupNorm,
     SpatialTransformer,
     index_tensor,
@@ -35,11 +38,12 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 class ResBlock(nn.Module):
     """Residual block of two 3x3 convolutions, the timestep embedding added between them.
 
-    x: [B, in_channels, h, w], emb: [B, emb_channels] -> [B, out_channels, h, w]
+    x: [B, in_channels, h, w], shift: [B, out_channels], of the timestep -> [B, out_channels, h, w]
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, emb_channels: int, num_groups: int):
         super().__init__()
+        self.out_channels = out_channels
         self.in_layers = nn.Sequential(
             GroupNorm(num_groups, in_channels), nn.SiLU(), conv3x3(in_channels, out_channels)
         )
@@ -55,9 +59,22 @@ class ResBlock(nn.Module):
         else:
             self.skip_connection = nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        h = self.in_layers(x) + shift[:, :, None, None]
         return self.skip_connection(x) + self.out_layers(h)
+
+
+class TimeEmbedding(NamedTuple):
+    """The timesteps of b latents as blocks take them: emb [b, E], or what each block makes of it, kept."""
+
+    emb: Tensor
+    kept: Mapping[ResBlock, Tensor] | None = None  # [b, out_channels] each
+
+    def shift(self, block: ResBlock, rows: int) -> Tensor:
+        """-> [rows, out_channels], over and over the same b."""
+        if self.kept is not None:
+            return repeat_batch(self.kept[block], rows)
+        return block.emb_layers(repeat_batch(self.emb, rows))
 
 
 class Downsample(nn.Module):
@@ -85,16 +102,36 @@ class Upsample(nn.Module):
 class Stage(nn.Sequential):
     """Sequential layers: residual blocks also get the timestep embedding, transformers the conditioning."""
 
-    def forward(self, x: Tensor, emb: Tensor, conditioning: Conditioning) -> Tensor:
+    def forward(self, x: Tensor, time: TimeEmbedding, conditioning: Conditioning) -> Tensor:
         for layer in self:
             match layer:
                 case ResBlock():
-                    x = layer(x, repeat_batch(emb, len(x)))
+                    x = layer(x, time.shift(layer, len(x)))
                 case SpatialTransformer():
                     x = layer(x, conditioning)
                 case _:
                     x = layer(x)
         return x
+
+
+class Prepared(NamedTuple):
+    """What the steps of one sampling share: P contexts [P, M, D], S timesteps, and what layers make of them.
+
+    keys_values: of each layer that attends to the contexts. shifts: [S, sum of out_channels], each residual
+    block's in its columns. row: [T], that of a timestep in `shifts`; S where it is none of these.
+    """
+
+    contexts: Tensor
+    keys_values: Mapping[CrossAttention, tuple[Tensor, Tensor]]
+    shifts: Tensor
+    row: Tensor
+    blocks: Sequence[ResBlock]
+
+    def time_embedding(self, timesteps: Tensor) -> TimeEmbedding:
+        """timesteps: [b], of those prepared for."""
+        shifts = self.shifts.index_select(0, self.row.index_select(0, timesteps))
+        widths = [block.out_channels for block in self.blocks]
+        return TimeEmbedding(shifts, dict(zip(self.blocks, shifts.split(widths, dim=1), strict=True)))
 
 
 class UNetModel(nn.Module):
@@ -176,18 +213,51 @@ class UNetModel(nn.Module):
         )
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
+    def prepare(self, contexts: Tensor, timesteps: Tensor) -> Prepared | Tensor:
+        """contexts: [P, M, D], timesteps: [S] on the CPU -> what `predict` takes in the contexts' place.
+
+        What depends on them alone is then computed once for all steps of a sampling. Where the network is
+        compiled, it takes the contexts as they are.
+        """
+        if self.fixed_shapes:
+            return contexts
+        device, dtype = contexts.device, self.time_embed[0].weight.dtype
+        contexts = contexts.to(dtype)
+        layers = [layer.attn2 for layer in self.modules() if isinstance(layer, BasicTransformerBlock)]
+        blocks = [layer for layer in self.modules() if isinstance(layer, ResBlock)]
+        emb = self._time_embedding(timesteps.to(device), dtype).emb
+        row = timesteps.new_full((int(timesteps.max()) + 1,), len(timesteps))
+        row[timesteps] = torch.arange(len(timesteps))
+        return Prepared(
+            contexts,
+            keys_values={layer: layer.keys_values(contexts) for layer in layers},
+            shifts=torch.cat([block.emb_layers(emb) for block in blocks], dim=1),
+            row=row.to(device),
+            blocks=blocks,
+        )
+
     def predict(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, prompt_index: Sequence[int] | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | Prepared,
+        prompt_index: Sequence[int] | None = None,
     ) -> Tensor:
-        """`forward` with x and context cast to the dtype of the network."""
+        """`forward` in the network's own precision, whatever that of x and of the context is."""
+        dtype = self.time_embed[0].weight.dtype
+        if isinstance(context, Prepared):
+            return self(x.to(dtype), timesteps, context, prompt_index)
         if self.fixed_shapes and prompt_index is not None:
             x, timesteps = repeat_batch(x, len(prompt_index)), repeat_batch(timesteps, len(prompt_index))
             context, prompt_index = context.index_select(0, index_tensor(prompt_index, context.device)), None
-        dtype = self.time_embed[0].weight.dtype
         return self(x.to(dtype), timesteps, context.to(dtype), prompt_index)
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, prompt_index: Sequence[int] | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | Prepared,
+        prompt_index: Sequence[int] | None = None,
     ) -> Tensor:
         """x: [b, C, h, w], timesteps: [b] in [0, T), context: [P, M, D] -> [B, C, h, w].
 
@@ -195,31 +265,42 @@ class UNetModel(nn.Module):
         is for guidance: x is repeated for each of the B / b runs of prompt_index, but only at the first
         cross-attention, so the layers before it run once.
         """
-        conditioning = Conditioning.of(context, prompt_index)
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise UserError(
                 f"Latents of {x.shape[2]} x {x.shape[3]} cells do not fit the UNet",
                 remedy=f"Height and width must be multiples of {self.factor} cells.",
             )
         x = x.contiguous(memory_format=torch.channels_last)  # as the weights are
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
+        if isinstance(context, Prepared):
+            conditioning = Conditioning.of(context.contexts, prompt_index, context.keys_values)
+            time = context.time_embedding(timesteps)
+        else:
+            conditioning, time = (
+                Conditioning.of(context, prompt_index),
+                self._time_embedding(timesteps, x.dtype),
+            )
         skips = []
         h, height = x, x.shape[2]
         for stage in self.input_blocks:
-            h = self._run(stage, h, emb, conditioning, height // h.shape[2])
+            h = self._run(stage, h, time, conditioning, height // h.shape[2])
             skips.append(h)
-        h = self._run(self.middle_block, h, emb, conditioning, height // h.shape[2])
+        h = self._run(self.middle_block, h, time, conditioning, height // h.shape[2])
         for stage in self.output_blocks:
             h = torch.cat([h, repeat_batch(skips.pop(), len(h))], dim=1)
-            h = self._run(stage, h, emb, conditioning, height // h.shape[2])
+            h = self._run(stage, h, time, conditioning, height // h.shape[2])
         return self.out(h)
+
+    def _time_embedding(self, timesteps: Tensor, dtype: torch.dtype) -> TimeEmbedding:
+        return TimeEmbedding(self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype)))
 
     def recomputes(self, factor: int) -> bool:
         """Whether the stages at this downsampling factor use gradient checkpointing."""
         chosen = self.use_checkpoint
         return chosen if isinstance(chosen, bool) else factor in (chosen or ())
 
-    def _run(self, stage: Stage, x: Tensor, emb: Tensor, conditioning: Conditioning, factor: int) -> Tensor:
+    def _run(
+        self, stage: Stage, x: Tensor, time: TimeEmbedding, conditioning: Conditioning, factor: int
+    ) -> Tensor:
         if self.recomputes(factor) and torch.is_grad_enabled():
-            return checkpoint(stage, x, emb, conditioning, use_reentrant=False, preserve_rng_state=False)
-        return stage(x, emb, conditioning)
+            return checkpoint(stage, x, time, conditioning, use_reentrant=False, preserve_rng_state=False)
+        return stage(x, time, conditioning)

@@ -120,14 +120,14 @@ class StorybookStream(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return self._loader(self.train_set, _Numbers(self.start_step, rank=rank, world_size=world_size))
+        return self.loader(self.train_set, _Numbers(self.start_step, rank=rank, world_size=world_size))
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.validation_set, range(self.validation_batches))
+        return self.loader(self.validation_set, range(self.validation_batches))
 
-    def _loader(self, batches: StorybookBatches, numbers: Sampler[int] | range) -> DataLoader:
-        training = batches is self.train_set
-        workers = self.num_workers if training else min(self.num_workers, 1)
+    def loader(self, batches: StorybookBatches, numbers: Sampler[int] | range) -> DataLoader:
+        """Batches of these numbers in their order, drawn ahead by the workers."""
+        workers = self.num_workers if batches is self.train_set else min(self.num_workers, 1)
         return DataLoader(
             batches,
             batch_size=None,

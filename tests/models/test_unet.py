@@ -73,7 +73,7 @@ def test_a_fresh_network_predicts_zero_and_its_blocks_are_the_identity():
     assert not unet(*inputs()).any()
     block = ResBlock(16, 16, emb_channels=8, num_groups=8)
     x = torch.randn(2, 16, 4, 4)
-    assert torch.equal(block(x, torch.randn(2, 8)), x)
+    assert torch.equal(block(x, torch.randn(2, 16)), x)
 
 
 def test_weights_are_channels_last_and_either_layout_loads():
@@ -200,3 +200,38 @@ def test_half_precision_and_autocast_follow_float32():
 def test_latents_that_cannot_be_halved_are_refused():
     with pytest.raises(UserError, match="7 x 6 cells .*multiples of 2"):
         build()(torch.randn(1, 4, 7, 6), torch.tensor([0]), torch.randn(1, 7, 12))
+
+
+@pytest.mark.parametrize("use_linear", [False, True])
+@pytest.mark.parametrize("rows", [None, [0, 0, 1, 1], [1, 1, 0, 1]], ids=["own", "runs", "mixed"])
+@torch.no_grad()
+def test_prepared_contexts_and_timesteps_predict_the_same(rows, use_linear):
+    """To rounding, as embeddings of all timesteps are one product; keys and values are computed once."""
+    unet = build(use_linear_in_transformer=use_linear, attention_resolutions=(1, 2)).double()
+    x, _, contexts = inputs(torch.float64)
+    counted = []
+    for name, layer in unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v", "emb_layers.1", "time_embed.2")):
+            layer.register_forward_hook(lambda *_, name=name: counted.append(name))
+    expected = [unet.predict(x, torch.tensor([t, t]), contexts, rows) for t in (901, 3, 444)]
+    each = len(counted) // 3
+    counted.clear()
+    prepared = unet.prepare(contexts, torch.tensor([901, 444, 3]))
+    assert len(counted) == len(set(counted)) == each
+    for t, wanted in zip((901, 3, 444), expected, strict=True):
+        found = unet.predict(x, torch.tensor([t, t]), prepared, rows)
+        assert (found - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+    assert len(counted) == each
+    both = unet.predict(x, torch.tensor([901, 3]), prepared, rows)
+    wanted = unet.predict(x, torch.tensor([901, 3]), contexts, rows)
+    assert (both - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+    for unknown in (445, 902):
+        with pytest.raises((IndexError, RuntimeError)):
+            unet.predict(x, torch.tensor([unknown, unknown]), prepared, rows)
+
+
+def test_a_compiled_network_takes_contexts_as_they_are():
+    unet = build()
+    unet.fixed_shapes = True
+    contexts = inputs()[2]
+    assert unet.prepare(contexts, torch.tensor([3])) is contexts
