@@ -114,7 +114,7 @@ def test_a_failure_is_a_result(check: ModuleType, tmp_path: Path, monkeypatch: p
 def test_the_page_in_the_repository_is_made_of_what_is_kept():
     results = page.read(page.KEPT)
     assert (ROOT / "benchmarks/gpu.md").read_text(encoding="utf-8") == page.page(results)
-    assert (ROOT / "benchmarks/gpu.svg").read_text(encoding="utf-8") == page.image_path(results)
+    assert (ROOT / "benchmarks/gpu.svg").read_text(encoding="utf-8") == page.picture(results)
 
 
 def test_the_page_tells_a_gpu_s_figures_from_a_cpu_s(tmp_path: Path):
@@ -132,7 +132,7 @@ def test_the_page_tells_a_gpu_s_figures_from_a_cpu_s(tmp_path: Path):
     assert "| ≤ 1.85 s | none | 1.7 s |" in text and "preset 12gb: training: fails" in text
     assert "a.py:1 / b: 3" in text and "OutOfMemoryError" in text
     assert "not yet" in page.page(rows) and "41.3 ms |" not in page.page(rows)
-    drawn = page.image_path(gpu + rows)
+    drawn = page.picture(gpu + rows)
     assert "1+1, full" in drawn and "sampling, batch 8, an image" in drawn
     (tmp_path / "results.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     page.main(tmp_path / "results.jsonl", tmp_path)

@@ -72,7 +72,7 @@ def measure(what: str, training: Training, *, steps: int = STEPS, profile: bool 
                 yield WARM
 
     training.serve(counts(), seconds.append)
-    say(what, ms=1000 * seconds[1] / steps, batch=len(training.batches.moments), **figures)
+    say(what, ms=1000 * seconds[1] / steps, batch=len(training.batches.latent_stats), **figures)
 
 
 def train(*words: str) -> None:
