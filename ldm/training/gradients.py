@@ -72,7 +72,7 @@ class FreeGradients(pl.Callback):
 def _divides(optimizer: Optimizer) -> bool:
     """Whether it divides gradients by its `grad_scale`: torch's fused ones do, but not under FSDP."""
     able = isinstance(optimizer, AdamWBF16) or getattr(optimizer, "_step_supports_amp_scaling", False)
-    return able and not any(isinstance(p, DTensor) for p in _parameters(optimizer))
+    return able and not isinstance(_parameters(optimizer)[0], DTensor)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -23,6 +23,7 @@ from ldm.training.conditioning import Conditioner
 from ldm.training.gradients import clip
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
 from ldm.training.sharding import Sharded, shard
+from ldm.training.step_log import is_logged
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
 from ldm.training.techniques import L2SP, LearnedToken, Reference
 
@@ -230,16 +231,14 @@ class LatentDiffusion(pl.LightningModule):
         per_item = self.loss_per_item(batch)
         self.item_losses = per_item.detach()
         loss = dreambooth_loss(per_item, batch["is_prior"], self.prior_loss_weight)
-        self.log_dict(
-            {
-                f"{stage}/loss": loss.total,
-                f"{stage}/subject_loss": loss.subject,
-                f"{stage}/prior_loss": loss.prior,
-            },
-            prog_bar=True,
-            batch_size=len(per_item),
-            sync_dist=True,  # the mean over processes
-        )
+        if stage == "val" or is_logged(self):
+            names = (f"{stage}/{name}" for name in ("loss", "subject_loss", "prior_loss"))
+            self.log_dict(
+                dict(zip(names, loss, strict=True)),
+                prog_bar=True,
+                batch_size=len(per_item),
+                sync_dist=True,  # the mean over processes
+            )
         return loss
 
     def loss_per_item(self, batch: dict) -> Tensor:

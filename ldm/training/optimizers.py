@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.errors import UserError
 from ldm.training.adamw_bf16 import AdamWBF16
+from ldm.training.fused_adamw import FusedAdamW
 from ldm.training.fused_backward import FusedBackward
 
 LRSchedule = Literal["constant", "cosine", "wsd"]
@@ -44,7 +45,7 @@ def adamw(
             import bitsandbytes  # an optional dependency
 
             return bitsandbytes.optim.AdamW8bit(groups, **options)
-        return AdamW(groups, **options, fused=fused)
+        return FusedAdamW(groups, **options) if fused else AdamW(groups, **options)
 
     groups = [
         {"name": group_name, "lr": lr, "params": [p for p in module.parameters() if p.requires_grad]}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 from ldm.training import adamw_bf16, fused_backward
 from ldm.training.adamw_bf16 import AdamWBF16, Rounding, buckets, stochastically_rounded_
+from ldm.training.fused_adamw import FusedAdamW
 from ldm.training.optimizers import adamw, check_optimizer, lr_factor
 
 
@@ -222,6 +223,38 @@ def test_a_gpu_rounds_as_a_cpu_does():
     exact = torch.randn(1000)
     on_gpu = stochastically_rounded_(exact.cuda(), there)
     assert torch.equal(stochastically_rounded_(exact.clone(), here), on_gpu.cpu())
+
+
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_the_fused_optimizer_is_torchs_to_the_bit_without_its_copies(scale: float | None):
+    """In channels-last; torch's clones each gradient of a convolution, to no end."""
+    nets, copies = [network(), network()], []
+    groups = [[{"params": list(net.parameters()), "lr": 1e-2}] for net in nets]
+    optimizers = [FusedAdamW(groups[0]), torch.optim.AdamW(groups[1], fused=True)]
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        optimizer.grad_scale = None if scale is None else torch.tensor(scale)
+        train(net, optimizer, steps=range(3))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            optimizer.step()
+        copies.append(sum(event.count for event in profile.key_averages() if event.key == "aten::clone"))
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+    assert copies == [0, 2]
+
+
+def test_the_fused_optimizer_takes_gradients_of_any_strides():
+    """torch's would pair each weight with the gradient of another one."""
+    nets = [network(), network()]
+    optimizers = [
+        adamw({"net": (net, 1e-2)}, fused=fused) for net, fused in zip(nets, (True, False), strict=True)
+    ]
+    for step in range(3):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            for k, p in enumerate(net.parameters()):
+                draws = torch.Generator().manual_seed(100 * step + k)
+                p.grad = torch.randn(p.shape, generator=draws)
+            optimizer.step()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_bf16_states_take_6_bytes_a_weight():
