@@ -17,7 +17,6 @@ from ldm.models.attention import (
     CrossAttention,
     GroupNorm,
     SpatialTransformer,
-    index_tensor,
     repeat_batch,
     zero_init,
 )
@@ -142,12 +141,7 @@ class UNetModel(nn.Module):
     num_head_channels: width of a head (SD 2.x); where given, it replaces `num_heads` (SD 1.x).
     use_checkpoint: gradient checkpointing of every stage, or of those at the listed downsampling factors,
         such as [1, 2]. None: a training run chooses; else none.
-
-    `fixed_shapes` is for a compiled network: every item then has its own latents and context, whatever
-    prompts they share, since torch.compile compiles anew for each combination of shapes.
     """
-
-    fixed_shapes = False
 
     def __init__(
         self,
@@ -213,14 +207,11 @@ class UNetModel(nn.Module):
         )
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
-    def prepare(self, contexts: Tensor, timesteps: Tensor) -> Prepared | Tensor:
+    def prepare(self, contexts: Tensor, timesteps: Tensor) -> Prepared:
         """contexts: [P, M, D], timesteps: [S] on the CPU -> what `predict` takes in the contexts' place.
 
-        What depends on them alone is then computed once for all steps of a sampling. Where the network is
-        compiled, it takes the contexts as they are.
+        What depends on them alone is then computed once for all steps of a sampling.
         """
-        if self.fixed_shapes:
-            return contexts
         device, dtype = contexts.device, self.time_embed[0].weight.dtype
         contexts = contexts.to(dtype)
         layers = [layer.attn2 for layer in self.modules() if isinstance(layer, BasicTransformerBlock)]
@@ -247,9 +238,6 @@ class UNetModel(nn.Module):
         dtype = self.time_embed[0].weight.dtype
         if isinstance(context, Prepared):
             return self(x.to(dtype), timesteps, context, prompt_index)
-        if self.fixed_shapes and prompt_index is not None:
-            x, timesteps = repeat_batch(x, len(prompt_index)), repeat_batch(timesteps, len(prompt_index))
-            context, prompt_index = context.index_select(0, index_tensor(prompt_index, context.device)), None
         return self(x.to(dtype), timesteps, context.to(dtype), prompt_index)
 
     def forward(

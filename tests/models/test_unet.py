@@ -151,19 +151,18 @@ def shared(unet: UNetModel, rows: list[int]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("use_checkpoint", [False, True])
 @pytest.mark.parametrize("rows", [[0, 0, 1, 1], [1, 1, 0, 1]], ids=["runs", "mixed"])
 def test_items_share_prompts_and_what_comes_before_them(resolutions, use_checkpoint, rows):
-    """As if each item had latents and a context of its own, which is what `fixed_shapes` makes of it."""
+    """As if each item had latents and a context of its own."""
     options = {"attention_resolutions": resolutions, "use_checkpoint": use_checkpoint}
-    unet, plain, fixed = (build(**options).double() for _ in range(3))
-    fixed.fixed_shapes = True
+    unet, plain = (build(**options).double() for _ in range(2))
     x, timesteps, context = inputs(torch.float64)
     context.requires_grad_()
     expected = plain(torch.cat([x, x]), torch.cat([timesteps, timesteps]), context[rows])
     expected.square().sum().backward()
-    for found in (shared(unet, rows), shared(fixed, rows)):
-        assert found[0].shape == (4, 4, 8, 6)
-        references = [expected.detach(), context.grad, *(p.grad for p in plain.parameters())]
-        for one, other in zip(found, references, strict=True):
-            assert (one - other).abs().max() <= 1e-10 * other.abs().max()
+    found = shared(unet, rows)
+    assert found[0].shape == (4, 4, 8, 6)
+    references = [expected.detach(), context.grad, *(p.grad for p in plain.parameters())]
+    for one, other in zip(found, references, strict=True):
+        assert (one - other).abs().max() <= 1e-10 * other.abs().max()
 
 
 @torch.no_grad()
@@ -228,10 +227,3 @@ def test_prepared_contexts_and_timesteps_predict_the_same(rows, use_linear):
     for unknown in (445, 902):
         with pytest.raises((IndexError, RuntimeError)):
             unet.predict(x, torch.tensor([unknown, unknown]), prepared, rows)
-
-
-def test_a_compiled_network_takes_contexts_as_they_are():
-    unet = build()
-    unet.fixed_shapes = True
-    contexts = inputs()[2]
-    assert unet.prepare(contexts, torch.tensor([3])) is contexts
