@@ -138,9 +138,8 @@ class Text2Image:
     ) -> list[Sample]:
         """One sample for each prompt and its seed, `batch_size` at a time.
 
-        With `init_image`, cropped, the last `strength` of the steps are run on it (img2img). `long_prompts`
-        are encoded in chunks. `precision`: of the networks. `progress`: True is a bar; a callable gets the
-        number of further steps.
+        `init_image`: of img2img, cropped, for the last `strength` of the steps. `long_prompts`: encode them
+        in chunks. `precision`: of the networks. `progress`: a bar, or a callable that gets numbers of steps.
         """
         _check(prompts, seeds, sampler=sampler, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}

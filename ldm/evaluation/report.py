@@ -186,7 +186,7 @@ def learning(eval_history: EvalHistory, previews: Sequence[tuple[int, Image.Imag
     curves = {label: curve for label, curve in curves.items() if curve}
     plot = ""
     if curves:
-        said = f"The score, of few samples, was best after step {eval_history.best_step}: see the previews."
+        said = f"The score was best after step {eval_history.best_step}, on few samples: see the previews."
         drawn = together(curves, mark=eval_history.best_step, label="Metrics at each evaluated step")
         plot = f'<figure class="half"><figcaption>{said}</figcaption>{drawn}</figure>'
     metrics = {row["step"]: row for row in eval_history.rows}

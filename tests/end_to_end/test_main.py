@@ -171,8 +171,8 @@ def test_figures_on_the_way_choose_the_weights(job: list[str]):
         (["trainer.max_steps=soon"], "max_steps"),
         (["--frobnicate"], "--frobnicate"),
         (["data.params.size=18"], "18"),
-        (["online_eval.every_steps=1"], "no `evaluation`"),
-        (["evaluate_also={g: {guidance_scale: 4.0}}"], "no `evaluation`"),
+        (["online_eval.every_steps=1"], "needs an `evaluation`"),
+        (["evaluate_also={g: {guidance_scale: 4.0}}"], "needs an `evaluation`"),
         (
             [
                 "evaluation.target=ldm.evaluation.storybook.StorybookEvaluation",
