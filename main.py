@@ -1,4 +1,4 @@
-"""The whole job from one config: prior images, training, samples, figures, model file.
+"""The whole job from one config: prior images, training, samples, metrics, model file.
 
     python main.py --base configs/dreambooth.yaml [more.yaml ...] [key.sub=value ...]
 
@@ -14,7 +14,7 @@ from ldm.training.command import Command, read_command
 
 
 def main(argv: Sequence[str]) -> int:
-    """Does what the command line asks for -> the exit status."""
+    """Runs a command line -> the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
         work(read_command(argv, description=__doc__))

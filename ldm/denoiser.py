@@ -1,4 +1,4 @@
-"""The denoiser: UNet and text encoder together, which predict the noise in latents from prompts."""
+"""Denoiser: UNet and text encoder, which predict the noise in latents, given prompts."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 class Denoiser:
-    """Prompts -> contexts -> predictions of eps, by networks as they are, each in its device and dtype.
+    """Prompts -> contexts -> predictions of eps; the networks keep their device and dtype.
 
-    alphas_cumprod: [T]. parameterization: what the UNet predicts. model_hash: sha256 of the file that the
-    weights came from, if they came from one. without: LoRAs beside the layers of these networks, off in all
-    that the denoiser computes: it is the base of what they changed, without a copy.
+    alphas_cumprod: [T]. parameterization: what the UNet predicts. model_hash: sha256 of the
+    weights' file, if there is one. without: LoRAs of these networks that are off in all predictions, which
+    are then those of the base, without a copy.
     """
 
     def __init__(
@@ -43,17 +43,17 @@ class Denoiser:
         self.parameterization = parameterization
         self.model_hash = model_hash
         self.without = tuple(without)
-        self._warned: set[str] = set()  # overlong prompts
+        self._warned: set[str] = set()  # prompts that were truncated
 
     @property
     def networks(self) -> tuple[nn.Module, nn.Module]:
         return self.unet, self.text_encoder
 
     def encode(self, texts: Sequence[str], batch_size: int, *, chunked: bool) -> dict[str, Tensor]:
-        """Each different text once -> its context [N M, D], where and as the UNet wants it.
+        """Encodes each distinct text once -> its context [N M, D], in the UNet's device and dtype.
 
-        N is 1, or as many chunks as the text has where it is `chunked`; otherwise what does not fit is cut
-        off, with a warning.
+        N is 1, or, if `chunked`, the number of the text's chunks; otherwise long texts are truncated, with a
+        warning.
         """
         unique, text_encoder = list(dict.fromkeys(texts)), self.text_encoder
         for text in [] if chunked else unique:
@@ -74,10 +74,10 @@ class Denoiser:
     def conditioned(
         self, contexts: Sequence[Tensor], timesteps: Tensor
     ) -> tuple[ConditionalPredict, list[int]]:
-        """B contexts [M, D] -> eps by the numbers of the different ones, and the B numbers of these.
+        """B contexts [M, D] -> a prediction of eps by indices of the distinct ones, and the B indices.
 
-        A tensor that is there several times goes through the network once. timesteps: [S] on the CPU, at
-        which eps will be asked for; all that depends on them and the contexts alone is computed here.
+        Contexts are distinct if they are different tensors. timesteps: [S] on the CPU, of all predictions;
+        what depends only on them and on the contexts is computed here, once.
         """
         unique = list({id(context): context for context in contexts}.values())
         number = {id(context): i for i, context in enumerate(unique)}
@@ -89,7 +89,7 @@ class Denoiser:
     def _predict_eps(
         self, contexts: Tensor | Prepared, alphas_cumprod: Tensor, x: Tensor, t: Tensor, rows: Sequence[int]
     ) -> Tensor:
-        """The network in its own precision, everything around it in float32."""
+        """The UNet computes in its own precision, the conversion to eps in float32."""
         with lora_off(*self.without):
             prediction = self.unet.predict(x, t, contexts, rows).float()
         runs = prediction.unflatten(0, (-1, len(x)))  # [B / b, b, C, h, w]
@@ -97,7 +97,7 @@ class Denoiser:
 
 
 def require_same_kind(model: Denoiser, base: Denoiser) -> None:
-    """Refuses a base whose unconditional predictions cannot be mixed with those of the model."""
+    """Refuses a guidance base whose predictions cannot be combined with those of the model."""
 
     def kind(denoiser: Denoiser) -> dict[str, object]:
         unet = denoiser.unet
@@ -119,9 +119,9 @@ def require_same_kind(model: Denoiser, base: Denoiser) -> None:
 
 
 def filler(contexts: Mapping[str, Tensor]) -> Callable[[str, int], Tensor]:
-    """The context of a text at a length in tokens [n, D]; empty chunks fill it up, as AUTOMATIC1111 does.
+    """-> a function: text, length in tokens -> context [n, D], padded by empty chunks, as by AUTOMATIC1111.
 
-    contexts: as `Denoiser.encode` gave them, "" among them.
+    contexts: those of `Denoiser.encode`, including "".
     """
 
     @cache
@@ -134,7 +134,7 @@ def filler(contexts: Mapping[str, Tensor]) -> Callable[[str, int], Tensor]:
 
 @contextmanager
 def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Networks in eval mode; afterwards every module is in its own mode again."""
+    """Networks in eval mode; afterwards every module has its own mode again."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     try:
         for network in networks:
@@ -146,6 +146,6 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
 
 
 def placement(network: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a network's weights lie, and in which dtype."""
+    """Device and dtype of a network's weights."""
     parameter = next(network.parameters())
     return parameter.device, parameter.dtype

@@ -1,4 +1,4 @@
-"""The networks of a model file or folder: built without weights, so that much can be checked, then filled."""
+"""The networks of a model file or folder: built on the meta device, checked, then filled with weights."""
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -24,7 +24,7 @@ SCHEDULE = ("beta_schedule", "linear_start", "linear_end", "timesteps", "zero_te
 class ModelFile:
     """A Stable Diffusion file, or a folder as diffusers saves it, and its networks in eval mode.
 
-    config: with a `model` section, or the params of one; None takes what the file says of itself.
+    config: with a `model` section, or the params of one; None takes what its metadata or layout says.
     names: the networks that are wanted, of {"unet", "vae", "text_encoder"}.
     """
 
@@ -53,13 +53,13 @@ class ModelFile:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of what the weights come from."""
+        """sha256 of the file or folder."""
         return file_hash(self.path)
 
     def fill(self, *, loras: Sequence[tuple[Path, float]] = (), embeddings: Sequence[Path] = ()) -> None:
         """Reads the weights; each LoRA file is merged into them at its weight.
 
-        embeddings: textual-inversion files, whose words prompts may hold; that of a run is beside its model.
+        embeddings: textual-inversion files, whose tokens prompts may contain; a run's own is read too.
         """
         state_dicts = self.model.state_dicts
         for file, weight in loras:
@@ -72,7 +72,7 @@ class ModelFile:
             network.eval().to(self.device).requires_grad_(False)
 
     def attach(self, loras: Sequence[tuple[Path, float]]) -> list[LoRA]:
-        """The LoRA files beside the filled networks, at their weights: not merged, they can be off."""
+        """Attaches LoRA files to the filled networks at their weights: not merged, they can be off."""
         state_dicts = self.model.state_dicts
         return [
             LoRA.of_file(self.networks, read_lora(file, state_dicts), weight=weight) for file, weight in loras
@@ -91,7 +91,7 @@ class ModelFile:
 
 
 def _own_embedding(path: Path) -> list[Path]:
-    """The words that a run learned, beside its model file."""
+    """The learned token of a run, in a file beside its model."""
     file = path.with_name(EMBEDDING)
     return [file] if path.name == "model.safetensors" and file.is_file() else []
 
@@ -108,6 +108,6 @@ def _model_params(config: Mapping[str, Any], *, where: object) -> Mapping[str, A
 def _check_device(device: str | torch.device) -> None:
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # unknown, not built in, or not there
+    except (RuntimeError, AssertionError) as error:  # unknown, not compiled in, or absent
         reason = str(error).splitlines()[0]
         raise UserError(f"The device {device} cannot be used: {reason}", remedy="Try cpu.") from error

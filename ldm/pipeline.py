@@ -1,6 +1,6 @@
-"""Text2Image: prompts and seeds -> pictures. The one sampling path: previews, priors, scripts, evaluation.
+"""Text2Image: prompts and seeds -> samples. The one sampling path: previews, priors, scripts, evaluation.
 
-A picture is a function of its own seed and prompt, whatever else is in the call and however it is batched.
+A sample is a function of its own seed and prompt, independent of the rest of the call and of its batch.
 """
 
 import logging
@@ -41,11 +41,11 @@ class Sample(NamedTuple):
 
 
 class Text2Image:
-    """Draws with networks as they are: each keeps its device and dtype, and may be in training meanwhile.
+    """Sampling pipeline. The networks keep their device and dtype, and may be in training meanwhile.
 
-    alphas_cumprod: [T]. default_size: pixels a side of pictures whose height or width isn't given.
-    model_hash: sha256 of the file the weights came from, if they came from one. guidance_base: predicts for
-    the negative prompt in the networks' place (Phunyaphibarn et al. 2025); a UserError if it cannot.
+    alphas_cumprod: [T]. default_size: pixels a side of images whose height or width isn't given.
+    model_hash: sha256 of the weights' file, if there is one. guidance_base: predicts for the negative prompt
+    in place of the networks (Phunyaphibarn et al. 2025). Raises UserError if it does not fit them.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Text2Image:
     ) -> "Text2Image":
         """From a Stable Diffusion file, or a folder as diffusers saves it.
 
-        config: with a `model` section, or the params of one; None takes what the file says of itself.
+        config: with a `model` section, or the params of one; None takes what its metadata or layout says.
         loras: files, each with the weight at which it is merged into the networks.
-        embeddings: textual-inversion files, whose words prompts may hold; that of a run is beside its model.
-        guidance_base: file or folder of the model whose prediction stands for the negative prompt. Where it
-        is this very model, it is not loaded twice: the LoRAs are not merged, and off in that prediction.
+        embeddings: textual-inversion files, whose tokens prompts may contain; a run's own is read too.
+        guidance_base: file or folder of the model that predicts for the negative prompt. If it is the same
+        file, it is not loaded twice: the LoRAs are attached instead of merged, and off in that prediction.
         """
         how = {"config": config, "device": device, "dtype": dtype}
         file, base, beside = ModelFile(path, **how), None, []
@@ -136,10 +136,10 @@ class Text2Image:
         precision: Precision = "auto",
         progress: bool | Callable[[int], object] = False,
     ) -> list[Sample]:
-        """One picture for each prompt and its seed, `batch_size` at a time.
+        """One sample for each prompt and its seed, `batch_size` at a time.
 
-        The last `strength` of the steps draw over `init_image`, cropped. `long_prompts` are encoded whole, in
-        chunks. `precision`: of the networks. `progress` True: a bar; a callable hears of n more steps.
+        `init_image`: of img2img, cropped, for the last `strength` of the steps. `long_prompts`: encode them
+        in chunks. `precision`: of the networks. `progress`: a bar, or a callable that gets numbers of steps.
         """
         _check(prompts, seeds, sampler=sampler, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
@@ -158,7 +158,7 @@ class Text2Image:
         return [Sample(*samples[i], prompts[i], seeds[i]) for i in range(len(prompts))]
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(C, h, w) for pixels; both networks must be able to halve them as often as they do."""
+        """(C, h, w) of the latents. Raises UserError for sides that the networks cannot downsample."""
         pixels = {"height": height, "width": width}
         pixels = {side: self.default_size if n is None else n for side, n in pixels.items()}
         unit = self.vae.factor * self.unet.factor
@@ -166,18 +166,18 @@ class Text2Image:
             if n % unit or n < unit:
                 below, above = n // unit * unit, (n // unit + 1) * unit
                 valid = f"{below} or {above}" if below > 0 else above
-                raise UserError(f"{side} {n} is no multiple of {unit} pixels", remedy=f"Use {valid}.")
+                raise UserError(f"{side} {n} is not a multiple of {unit} pixels", remedy=f"Use {valid}.")
         return self.vae.embed_dim, *(n // self.vae.factor for n in pixels.values())
 
     def _timesteps(self, sampler: SamplerName, steps: int, strength: float | None) -> Tensor:
-        """Descending [S]; given a strength, the last that share of them, as many whole ones as that is."""
+        """Descending [S]; given a strength, the last floor(steps * strength) of them."""
         spacing = "trailing" if has_zero_terminal_snr(self.alphas_cumprod) else DEFAULT_SPACING[sampler]
         timesteps = sampling_timesteps(steps, T=len(self.alphas_cumprod), spacing=spacing)
         if strength is None:
             return timesteps
         kept = int(steps * strength) if 0 <= strength <= 1 else 0
         if kept == 0:
-            what = f"strength {strength} leaves no step of {steps} to draw"
+            what = f"strength {strength} leaves no step of {steps}"
             raise UserError(what, remedy=f"Choose from {1 / steps:.2g} to 1.")
         return timesteps[-kept:]
 
@@ -224,7 +224,7 @@ class Text2Image:
         return guide(predict, numbers, unconditional, base=base)
 
     def _posterior(self, image: Image.Image, shape: Sequence[int]) -> DiagonalGaussian:
-        """The latents of a picture, cropped and scaled to those of `shape`: mean and std [1, C, h, w]."""
+        """The latents of an image, cropped and scaled to those of `shape`: mean and std [1, C, h, w]."""
         factor = self.vae.factor
         image = ImageOps.fit(image.convert("RGB"), (shape[2] * factor, shape[1] * factor), Image.LANCZOS)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0) / 127.5 - 1
@@ -234,7 +234,7 @@ class Text2Image:
     def _start(
         self, noise: Callable[[str], Tensor], initial: DiagonalGaussian | None, timesteps: Tensor
     ) -> Tensor:
-        """Where the sampler sets out: noise, or a draw of the initial latents with that noise added."""
+        """The sampler's start: noise, or a sample of the initial latents with that noise added."""
         x_T = noise("x_T")
         if initial is None:
             return x_T
@@ -242,23 +242,23 @@ class Text2Image:
         return add_noise(initial.sample(noise("init")), x_T, t, self.alphas_cumprod.to(x_T.device))
 
     def _noise(self, shape: Sequence[int], seeds: Sequence[int], purpose: str | int) -> Tensor:
-        """ "x_T", "init" or a step's number -> [B, C, h, w] float32; every picture has its own seed."""
+        """ "x_T", "init" or a step's number -> [B, C, h, w] float32; every sample has its own seed."""
         purpose = f"step/{purpose}" if isinstance(purpose, int) else purpose
-        draws = [randn(shape, seed=seed, items=[0], purpose=f"sample/{purpose}") for seed in seeds]
-        return torch.cat(draws).to(placement(self.unet)[0])
+        noise = [randn(shape, seed=seed, items=[0], purpose=f"sample/{purpose}") for seed in seeds]
+        return torch.cat(noise).to(placement(self.unet)[0])
 
     def _decode(self, latents: Tensor) -> list[Image.Image]:
-        """[B, C, h, w] -> B pictures, one at a time: more at once take more memory and no less time."""
+        """[B, C, h, w] -> B images, decoded one by one: batches take more memory and no less time."""
         place = placement(self.vae)
         pixels = torch.cat([self.vae.decode(one.to(*place)).float() for one in latents.split(1)])
         if not pixels.isfinite().all():
-            log.warning("A picture has values that are not finite: try fp32 or bf16")
+            log.warning("An image has values that are not finite: try fp32 or bf16")
         levels = ((pixels.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return [Image.fromarray(picture.numpy()) for picture in rearrange(levels, "b c h w -> b h w c").cpu()]
+        return [Image.fromarray(image.numpy()) for image in rearrange(levels, "b c h w -> b h w c").cpu()]
 
     @contextmanager
     def _eval(self, precision: Precision) -> Iterator[None]:
-        """Networks in eval mode, nothing recorded; afterwards every module is in its mode again."""
+        """Eval mode and inference mode; afterwards every module has its own mode again."""
         networks = (self.vae, *self.denoiser.networks)
         base = self.guidance_base.networks if self.guidance_base else ()
         lower = autocast_for(precision, *networks, *base)
@@ -289,14 +289,14 @@ def _check(prompts: Sequence[str], seeds: Sequence[int], *, sampler: str, batch_
 
 @contextmanager
 def _heard(progress: bool | Callable[[int], object], *, total: int) -> Iterator[Callback]:
-    """What a sampler tells of its steps is heard by the callable, or by a bar of so many in all."""
+    """A sampler's callback that reports its steps to the callable, or to a bar of `total` steps."""
     with tqdm(total=total, disable=progress is not True) as bar:
         more = progress if callable(progress) else bar.update
         yield lambda i, x: more(len(x))
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Numbers of pictures, in batches of contexts of one length: so each is as it would be alone."""
+    """Indices of samples, in batches of contexts of equal length, so that no context needs padding."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     groups = [list(group) for _, group in groupby(order, key=lengths.__getitem__)]
     return [
@@ -305,6 +305,6 @@ def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def _outside(x: Tensor) -> list[Tensor]:
-    """B latents on the CPU, each in memory of its own; training may not use what inference mode made."""
+    """B latents on the CPU, each with its own memory, as normal tensors, which training may use."""
     with torch.inference_mode(False):
         return [latents.clone() for latents in x.cpu()]

@@ -1,4 +1,4 @@
-"""The precision that networks draw in: that of their weights, or a lower one under autocast."""
+"""Precision of the networks while sampling: that of their weights, or a lower one under autocast."""
 
 from typing import Literal
 
@@ -17,10 +17,10 @@ def resolve_precision(precision: Precision, device: str | torch.device) -> str:
 
 
 def autocast_for(precision: Precision, *networks: nn.Module) -> torch.autocast:
-    """Mixed precision by autocast, for as long as these networks draw; "fp32" undoes that of a training run.
+    """Mixed precision by autocast, while these networks sample; "fp32" disables that of a training run.
 
-    Weights stay as they are, and are cast wherever they are used, as inference mode keeps no casts. Networks
-    that all lie in a lower dtype compute in that.
+    Weights keep their dtype and are cast at each use, as inference mode caches no casts. Networks whose
+    weights all have a lower dtype compute in it.
     """
     weights = [next(network.parameters()) for network in networks]
     device = weights[0].device

@@ -40,7 +40,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="of the weights; default: as they are")
     add("--ema", action="store_true", help="take the averaged weights of the UNet, from a file that has both")
     add("--lora", type=Path, metavar="FILE", help="a LoRA to merge into the weights")
-    add("--lora_weight", type=float, default=1.0, help="how much of it (1)")
+    add("--lora_weight", type=float, default=1.0, help="its weight (1)")
     add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
     add("--tokenizer", metavar="FOLDER", help="with vocab.json and merges.txt; default: the model's own")
     return parser.parse_args(words)

@@ -1,13 +1,12 @@
-"""Measure what a model learned and what it forgot, or the pictures that any tool drew.
+"""Evaluate a model against its untouched base, or folders of images of any tool.
 
     python scripts/evaluate.py                                  the newest run under logs/
     python scripts/evaluate.py --model FILE --data_root PHOTOS --class_word dog
-    python scripts/evaluate.py --pictures DRAWN --class_pictures DOGS --data_root PHOTOS --class_word dog
-    python scripts/evaluate.py --model FILE --captions 512      a base: does it draw what captions say?
+    python scripts/evaluate.py --pictures SAMPLES --class_pictures DOGS --data_root PHOTOS --class_word dog
+    python scripts/evaluate.py --model FILE --captions 512      a base, on full captions
 
-On the storybook its judge reads the pictures; --metrics photos measures real ones by DINO, CLIP and LPIPS, as
-the DreamBooth paper does. The untouched base stands beside a model. Writes metrics.json and figures.svg, and
-prints a table.
+On the storybook its judge reads the images; --metrics photos measures photographs by DINO, CLIP and LPIPS, as
+the DreamBooth paper does. Writes metrics.json and figures.svg, and prints a table.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from ldm.training.device import keep_freed_memory
 from ldm.training.run import find_file, write_json
 
 BASE = "ldm/storybook/assets/base.safetensors"
-EXAM_GUIDANCE = 4.0
+BASE_GUIDANCE = 4.0
 METRICS = {
     "storybook": "ldm.evaluation.storybook.StorybookEvaluation",
     "photos": "ldm.evaluation.photos.PhotoEvaluation",
@@ -45,22 +44,24 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, help="model file or run folder (the newest run under logs/)")
-    add("--pictures", type=Path, help="a folder of pictures of the subject instead, of one size")
-    add("--class_pictures", type=Path, help="and one of pictures of the class, drawn without the identifier")
+    add("--pictures", type=Path, help="a folder of images of the subject instead, of one size")
+    add(
+        "--class_pictures", type=Path, help="and one of images of the class, generated without the identifier"
+    )
     add("--base", help="the untouched base (the run's own, else the storybook's)")
     add("--data_root", help="photos of the subject (the run's own)")
     add("--class_word", help="what the subject is (the run's own)")
     add("--identifier", help="the rare word that names it (the run's own, else sks)")
-    add("--metrics", choices=METRICS, help="who looks at the pictures (the run's own, else storybook)")
+    add("--metrics", choices=METRICS, help="judge or published networks (the run's own, else storybook)")
     add("--dino", help="folder of DINO's ViT-S/16 (facebook/dino-vits16 of the hub)")
     add("--clip", help="folder of CLIP's ViT-B/32 (openai/clip-vit-base-patch32 of the hub)")
     add("--no_diversity", action="store_true", help="leave LPIPS out")
     add("--prompts", help="list of prompts for photos (dreambooth-object)")
-    add("--captions", type=int, metavar="N", help="examine a base on N captions of unseen scenes instead")
-    add("--seeds", type=int, help="pictures of each prompt (storybook 16 in each of 8 places, photos 4)")
-    add("--class_samples", type=int, help="pictures of the class (storybook 128, photos 100)")
+    add("--captions", type=int, metavar="N", help="evaluate a base on N captions of unseen scenes instead")
+    add("--seeds", type=int, help="samples of each prompt (storybook 16 in each of 8 places, photos 4)")
+    add("--class_samples", type=int, help="samples of the class (storybook 128, photos 100)")
     add("--steps", type=int, help="sampling steps (the run's own)")
-    add("--guidance_scale", type=float, help="weight of the prompt (the run's own)")
+    add("--guidance_scale", type=float, help="guidance scale (the run's own)")
     add("--guidance_base", action="store_true", help="the base predicts for the empty prompt (the run's own)")
     add("--out", type=Path, help="folder of metrics.json (`evaluation` in the run's folder)")
     return parser.parse_args()
@@ -91,7 +92,7 @@ def evaluation_of(options: argparse.Namespace, config: Mapping[str, Any]) -> Eva
 
 
 def photos_of(options: argparse.Namespace, config: Mapping[str, Any]) -> DreamBoothDataModule:
-    """The photos and what is on them, by the options, else by the run's config."""
+    """The photos and the names of their subject, from the options, else from the run's config."""
     params = dict(config.get("data", {}).get("params", {}))
     given = {"subject_root": options.data_root, "class_word": options.class_word}
     given["identifier"] = options.identifier
@@ -99,14 +100,14 @@ def photos_of(options: argparse.Namespace, config: Mapping[str, Any]) -> DreamBo
     lacking = [flag for flag in ("subject_root", "class_word") if flag not in params]
     if lacking:
         remedy = "Give --data_root and --class_word, or a folder of a run."
-        raise UserError(f"Nothing says the {lacking[0]}", where="evaluate.py", remedy=remedy)
+        raise UserError(f"The {lacking[0]} is missing", where="evaluate.py", remedy=remedy)
     data = DreamBoothDataModule(**{"size": 64} | params)
     data.check()
     return data
 
 
 def evaluate(options: argparse.Namespace, model: Path | None) -> Mapping[str, Any]:
-    """The figures of a model beside its base's, or of folders of pictures."""
+    """The metrics of a model with its base's, or of folders of images."""
     config = run_config(model)
     data = photos_of(options, config)
     samples = read_image_folder(options.pictures) if options.pictures else []
@@ -117,19 +118,19 @@ def evaluate(options: argparse.Namespace, model: Path | None) -> Mapping[str, An
     if model is None:
         return evaluation.measure_images(samples, subject=subject, prompts=prompts, of_class=of_class)
     base = find_file(options.base or config.get("base_checkpoint") or BASE)
-    draws = {
+    pipelines = {
         "before": Text2Image.from_file(base),
         "after": Text2Image.from_file(model, guidance_base=base if evaluation.guidance_base else None),
     }
     before, after = (
         evaluation.measure(pipeline, subject=subject, prompts=prompts, is_base=when == "before")
-        for when, pipeline in draws.items()
+        for when, pipeline in pipelines.items()
     )
     return evaluation.summary(after, before, subject)
 
 
 def table(metrics: Mapping[str, Any]) -> str:
-    """Metrics in rows, with what there is of interval, base, photos and noise floor."""
+    """A row per metric: value, interval, base, photos and noise floor, where there are any."""
     rows = [("", "measured", "95 %", "base", "photos", "noise")]
     for name, value in metrics.items():
         if isinstance(value, float):
@@ -144,10 +145,10 @@ def main(options: argparse.Namespace) -> None:
     keep_freed_memory()
     given = find_file(BASE) if options.captions and options.model is None else options.model
     model = None if options.pictures else find_model(given)
-    print(f"pictures: {options.pictures}" if model is None else f"model: {model}")
+    print(f"images: {options.pictures}" if model is None else f"model: {model}")
     if options.captions:
         evaluation = StorybookEvaluation(
-            steps=options.steps or 25, guidance_scale=options.guidance_scale or EXAM_GUIDANCE
+            steps=options.steps or 25, guidance_scale=options.guidance_scale or BASE_GUIDANCE
         )
         metrics = evaluation.examine(Text2Image.from_file(model), samples=options.captions)
     else:

@@ -1,8 +1,8 @@
-"""Draw the class-prior images that a config needs, and nothing else: the same set that main.py would use.
+"""Generate the prior images of a config, and nothing else: the same set that main.py would use.
 
     python scripts/generate_priors.py --base configs/dreambooth.yaml [key.sub=value ...]
 
-Under torchrun, or with `trainer.devices=N`, the images are shared among the processes.
+Under torchrun, or with `trainer.devices=N`, the images are divided among the processes.
 """
 
 import logging
@@ -23,14 +23,14 @@ from ldm.training.signals import stop_at_once
 
 
 def main(config: DictConfig) -> Path:
-    """Draws what is missing -> the folder of the set."""
+    """Generates the missing images -> the folder of the set."""
     keep_freed_memory()
     plain = to_plain(config)
     plain["trainer"] = distributed.join(plain["trainer"])
     data = instantiate(plain["data"])
     data.check()
     if not data.generates_priors:
-        raise UserError("This config draws no prior images", where="data.params.num_priors")
+        raise UserError("This config has no prior images to generate", where="data.params.num_priors")
     module = instantiate(plain["model"])
     base_hash = load_base(module.networks, base_files(plain), parameterization=module.parameterization)
     set_matmul_precision(plain.get("matmul_precision", "high"))
@@ -38,9 +38,9 @@ def main(config: DictConfig) -> Path:
     sampling = PriorsConfig(**plain.get("priors", {}))
     priors = prior_set(data, sampling, base_sha256=base_hash, device=module.device)
     pipeline = text2image(module, size=data.size)
-    drawn = generate_priors(pipeline, priors, data.num_priors, batch_size=sampling.batch_size)
+    missing = generate_priors(pipeline, priors, data.num_priors, batch_size=sampling.batch_size)
     if distributed.rank() == 0:
-        print(f"{drawn} drawn, {data.num_priors - drawn} were there")
+        print(f"{missing} generated, {data.num_priors - missing} were there")
     return priors.folder
 
 

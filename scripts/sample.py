@@ -1,4 +1,4 @@
-"""Draw pictures with a trained model: python scripts/sample.py --prompt "a photo of a sks dog in snow"."""
+"""Generate images with a trained model: python scripts/sample.py --prompt "a photo of a sks dog in snow"."""
 
 import argparse
 import logging
@@ -34,23 +34,28 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--prompt", nargs="+", default=[], metavar="TEXT", help="one or several, each in quotes")
     add("--prompts", metavar="FILE", help="more, one a line; or dreambooth-live, dreambooth-object")
-    add("--identifier", metavar="WORD", help="for {identifier} in them; None: as the model was taught")
-    add("--class_word", metavar="WORD", help="for {class_word} in them; None: as the model was taught")
+    add("--identifier", metavar="WORD", help="for {identifier} in them; None: that of training")
+    add("--class_word", metavar="WORD", help="for {class_word} in them; None: that of training")
     add("--model", type=Path, help="model file or run folder; None: the newest run under logs/")
     add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
-    add("--lora", nargs="+", default=[], metavar="FILE[:WEIGHT]", help="LoRA files to draw with; weight 1")
-    add("--guidance_base", type=Path, metavar="FILE", help="model or run that predicts for no prompt instead")
+    add("--lora", nargs="+", default=[], metavar="FILE[:WEIGHT]", help="LoRA files to merge; weight 1")
+    add(
+        "--guidance_base",
+        type=Path,
+        metavar="FILE",
+        help="model or run that gives the unconditional prediction",
+    )
     add("--embedding", nargs="+", default=[], type=Path, metavar="FILE", help="textual-inversion files")
-    add("--n", type=int, default=4, help="pictures of each prompt")
-    add("--seed", type=int, default=23, help="picture i of a prompt is drawn from seed + i")
-    add("--negative_prompt", default="", metavar="TEXT", help="what pictures should not show")
-    add("--steps", type=int, help="sampling steps; None: as the model's run drew its samples, else 50")
+    add("--n", type=int, default=4, help="images of each prompt")
+    add("--seed", type=int, default=23, help="image i of a prompt has the seed + i")
+    add("--negative_prompt", default="", metavar="TEXT", help="what the images should not show")
+    add("--steps", type=int, help="sampling steps; None: as for the samples of the model's run, else 50")
     add(
         "--guidance_scale",
         type=float,
-        help="weight of the prompt, 1: none; None: as its run, else 7.5",
+        help="1: no guidance; None: as for the samples of the model's run, else 7.5",
     )
-    add("--sampler", choices=SAMPLERS, help="None: as the model's run drew its samples, else ddim")
+    add("--sampler", choices=SAMPLERS, help="None: as for the samples of the model's run, else ddim")
     add(
         "--eta",
         type=float,
@@ -59,10 +64,10 @@ def parse() -> argparse.Namespace:
     )
     add("--height", type=int, help="pixels; None: as in training")
     add("--width", type=int, help="pixels; None: as in training")
-    add("--init_image", type=Path, help="picture to begin from instead of noise, cropped to the size")
-    add("--strength", type=float, default=0.75, help="share of the steps that draw over it, to 1")
+    add("--init_image", type=Path, help="image to start from instead of noise, cropped to the size")
+    add("--strength", type=float, default=0.75, help="share of the steps that change it, up to 1")
     add("--long_prompts", action="store_true", help="encode all of a long prompt, in chunks of 75 tokens")
-    add("--batch_size", type=int, default=8, help="pictures at a time; no effect on what they show")
+    add("--batch_size", type=int, default=8, help="images at a time; no effect on the images")
     add("--low_memory", action="store_true", help="guidance in two passes instead of a doubled batch")
     add("--device", default=DEVICE, help="where to compute")
     add(
@@ -85,13 +90,13 @@ def weighted(word: str) -> tuple[Path, float]:
 
 
 def name_of(path: Path) -> str:
-    """Of a model: its file's, or that of the run whose model it is."""
+    """Name of a model: its file's, or its run's."""
     return path.resolve().parent.name if path.stem == "model" else path.stem
 
 
 def main(options: argparse.Namespace) -> None:
     if not (options.prompt or options.prompts) or options.n < 1:
-        raise UserError("There is nothing to draw", remedy="Give --prompt or --prompts, and --n from 1.")
+        raise UserError("There is nothing to generate", remedy="Give --prompt or --prompts, and --n from 1.")
     keep_freed_memory()
     path, precision = find_model(options.model), resolve_precision(options.precision, options.device)
     print(f"model: {path}")

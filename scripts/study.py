@@ -4,7 +4,7 @@
     python scripts/study.py --base configs/studies/*.yaml --part 1/3      on the first of three machines
 
 Every config is checked before the first run. Finished runs are kept and found again, in other studies too;
-stopped ones are taken up. When all are there, writes studies/NAME.csv, .md and .svg.
+interrupted ones are resumed. When all are there, writes studies/NAME.csv, .md and .svg.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from ldm.training.sweep import Job, Sweep, jobs_of, read_sweep, rows_of, same_ru
 
 
 def metrics_of(job: Job) -> dict | None:
-    """Figures of a finished run. Raises UserError if they are another config's."""
+    """Metrics of a finished run. Raises UserError if they are of another config."""
     path = job.folder / "metrics.json"
     if not path.exists():
         return None
@@ -40,7 +40,7 @@ def metrics_of(job: Job) -> dict | None:
 
 
 def find_identical_run(job: Job) -> Path | None:
-    """The folder of the same run where another study has finished it."""
+    """The folder of an identical run that another study has finished."""
     folders = (path.parent for path in sorted(Path("logs").glob("study-*/*/metrics.json")))
     return next((f for f in folders if same_run(load_config([f / "config.yaml"]), job.config)), None)
 
@@ -62,11 +62,11 @@ def work(sweep: Sweep, jobs: Sequence[Job]) -> None:
 
 
 def run_in_processes(path: str, processes: int) -> None:
-    """Runs all of a study in processes of their own."""
+    """Runs the jobs of a study in several processes."""
     command = [sys.executable, __file__, "--base", path, "--part"]
     shares = [subprocess.Popen([*command, f"{k}/{processes}"]) for k in range(1, processes + 1)]
     if any([share.wait() for share in shares]):
-        raise UserError("A part of the study failed", where=path, remedy="Its message stands above.")
+        raise UserError("A part of the study failed", where=path, remedy="See its message above.")
 
 
 def publish(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:

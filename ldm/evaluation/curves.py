@@ -1,4 +1,4 @@
-"""Curves of a run: read from TensorBoard's files, drawn as SVG."""
+"""Curves of a run: read from TensorBoard's event files, plotted as SVG."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 190, 52, 8, 10, 24
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """The scalars of a TensorBoard folder, by name; where a resumed run wrote a step again, the later one."""
+    """The scalars of a TensorBoard folder, by name; if a resumed run logged a step again, the later value."""
     curves: dict[str, dict[int, float]] = {}
     for file in sorted(folder.glob("events.*"), key=lambda file: file.stat().st_mtime):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
@@ -23,7 +23,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 
 def smooth(curve: Curve, *, window: int) -> Curve:
-    """The mean of each point and its neighbours within half a window."""
+    """Centred running mean: of each point and its neighbours within half a window."""
     half = window // 2
     spans = [(max(0, i - half), i + half + 1) for i in range(len(curve))]
     values = [value for _, value in curve]
@@ -43,7 +43,7 @@ def chart(curve: Curve, *, label: str) -> str:
 
 
 def together(curves: Mapping[str, Curve], *, mark: int | None, label: str) -> str:
-    """Several curves in one <svg>, each with its name at its end; a line at the step `mark`."""
+    """Several curves in one <svg>, each labelled at its end, with a vertical line at the step `mark`."""
     axes, parts = _Axes(list(curves.values()), right=112), []
     if mark is not None:
         parts.append(f'<line class="mark" x1="{axes.x(mark):.1f}" x2="{axes.x(mark):.1f}" {axes.height}/>')
@@ -96,7 +96,7 @@ class _Axes:
 
 
 def _apart(heights: Mapping[str, float], *, gap: float = 13) -> dict[str, float]:
-    """The same heights, moved down where two names would lie on each other."""
+    """The same heights, moved down where two labels would overlap."""
     placed: dict[str, float] = {}
     for name, height in sorted(heights.items(), key=lambda item: item[1]):
         placed[name] = max([height, *(other + gap for other in placed.values())])

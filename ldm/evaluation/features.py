@@ -1,4 +1,4 @@
-"""Photographs as published networks see them: DINO's and CLIP's embeddings, LPIPS' distances.
+"""Features of photographs by published networks: embeddings of DINO and CLIP, distances of LPIPS.
 
 The networks are folders in transformers' format, or names on the Hugging Face hub.
 """
@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPTokenizer, PreTrainedModel, ViTModel
 from ldm.errors import UserError
 
 DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-base-patch32"
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of R, G, B in [0, 1]
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of R, G, B in [0, 1]
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 Images = Sequence[Image.Image]
 
@@ -25,8 +25,8 @@ Images = Sequence[Image.Image]
 class Dino:
     """The [CLS] token of DINO's ViT-S/16 (Caron et al. 2021).
 
-    Pictures are prepared as DINO's authors do: the shorter side 256 pixels, the middle 224 of them. The hub's
-    own preprocessor squeezes pictures to 224 x 224 instead, and does not give the paper's numbers.
+    Images are preprocessed as by DINO's authors: the shorter side to 256 pixels, then a center crop of 224.
+    The hub's preprocessor squeezes images to 224 x 224 instead, and does not give the paper's numbers.
     """
 
     def __init__(self, name: str = DINO, *, device: str | torch.device = "cpu", batch_size: int = 32):
@@ -35,7 +35,7 @@ class Dino:
 
     @torch.inference_mode()
     def embed_images(self, images: Images) -> Tensor:
-        """N pictures -> [N, D] float32 of unit norm, on the CPU."""
+        """N images -> [N, D] float32 of unit norm, on the CPU."""
         side = self.network.config.image_size
 
         def embed(batch: Images) -> Tensor:
@@ -46,7 +46,7 @@ class Dino:
 
 
 class Clip:
-    """Pictures and texts in CLIP's common space (Radford et al. 2021), ViT-B/32 by default."""
+    """Embeddings of images and texts in CLIP's common space (Radford et al. 2021), ViT-B/32 by default."""
 
     def __init__(self, name: str = CLIP, *, device: str | torch.device = "cpu", batch_size: int = 32):
         self.network = _load(CLIPModel.from_pretrained, name).to(device)
@@ -55,7 +55,7 @@ class Clip:
 
     @torch.inference_mode()
     def embed_images(self, images: Images) -> Tensor:
-        """N pictures -> [N, D] float32 of unit norm, on the CPU."""
+        """N images -> [N, D] float32 of unit norm, on the CPU."""
         side = self.network.config.vision_config.image_size
 
         def embed(batch: Images) -> Tensor:
@@ -66,7 +66,7 @@ class Clip:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """M texts -> [M, D] float32 of unit norm, on the CPU; what is too long is cut off."""
+        """M texts -> [M, D] float32 of unit norm, on the CPU; texts that are too long are truncated."""
         length = self.network.config.text_config.max_position_embeddings
 
         def embed(batch: Sequence[str]) -> Tensor:
@@ -90,13 +90,13 @@ class Lpips:
             remedy = 'Install it with `pip install -e ".[lpips]"`, or set diversity=false.'
             raise UserError(f"LPIPS needs {error.name or 'torchvision'}", remedy=remedy) from error
         except OSError as error:
-            remedy = "Fetch it where there is a network (into TORCH_HOME), or set diversity=false."
-            raise UserError(f"AlexNet's weights cannot be had: {error}", remedy=remedy) from error
+            remedy = "Download them where there is a network (into TORCH_HOME), or set diversity=false."
+            raise UserError(f"AlexNet's weights cannot be loaded: {error}", remedy=remedy) from error
         self.device, self.batch_size = device, batch_size
 
     @torch.inference_mode()
     def __call__(self, pairs: Sequence[tuple[Image.Image, Image.Image]]) -> Tensor:
-        """N pairs of pictures of one size -> distances [N] float32, on the CPU; 0 for equal ones."""
+        """N pairs of images of one size -> distances [N] float32, on the CPU; 0 for equal ones."""
 
         def distance(batch: Sequence[tuple[Image.Image, Image.Image]]) -> Tensor:
             one, other = (
@@ -111,7 +111,7 @@ class Lpips:
 def prepare(
     images: Images, *, resize: int, crop: int, normal: tuple[Sequence[float], Sequence[float]]
 ) -> Tensor:
-    """Pictures -> [N, 3, crop, crop]: the shorter side `resize` pixels (bicubic), the middle, normalised."""
+    """Images -> [N, 3, crop, crop]: shorter side to `resize` pixels (bicubic), center crop, normalised."""
     pixels = torch.stack([_pixels(_middle(image.convert("RGB"), resize, crop)) for image in images])
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in normal)
     return (pixels - mean) / deviation
@@ -132,13 +132,13 @@ def _pixels(image: Image.Image) -> Tensor:
 
 
 def _load(read: Callable[..., Any], name: str) -> PreTrainedModel:
-    """A network with all of its weights: transformers would fill in what a file lacks with random ones."""
+    """A network with all of its weights: transformers would initialise missing ones at random."""
     try:
         network, info = read(name, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise _absent(name) from error
     if lacking := sorted(info["missing_keys"]) + sorted(info["mismatched_keys"]):
-        what = f"The model is another one: it lacks {len(lacking)} weights, such as {lacking[0]}"
+        what = f"The file is of another model: {len(lacking)} weights are missing, such as {lacking[0]}"
         raise UserError(what, where=name, remedy=f"DINO is {DINO}, CLIP is {CLIP}.")
     return network.eval().requires_grad_(False)
 
@@ -154,7 +154,7 @@ def _absent(name: str) -> UserError:
     remedy = (
         f"Where there is a network, run `hf download {DINO if 'dino' in name else CLIP} --local-dir FOLDER`."
     )
-    what = "The model is neither a folder of transformers nor to be had from the Hugging Face hub"
+    what = "The model is neither a transformers folder nor available from the Hugging Face hub"
     return UserError(what, where=name, remedy=f"{remedy} Then give that folder.")
 
 

@@ -1,4 +1,4 @@
-"""Folders of plain pictures, whatever tool drew them, with the prompt of each where it can be known."""
+"""Folders of generated images, of any tool, with the prompt of each where it is known."""
 
 import json
 from collections.abc import Sequence
@@ -12,27 +12,27 @@ from ldm.evaluation.protocol import GeneratedImage
 
 
 def read_image_folder(folder: str | Path, *, at_least: int = 1) -> list[GeneratedImage]:
-    """The drawn pictures in `folder`, by name; sheets of several are left out.
+    """The generated images in `folder`, in the order of their names, without contact sheets.
 
-    A picture's prompt is the .txt file beside it, or what this project wrote into the PNG. Either all
-    pictures have one or none has. They must be of one size.
+    An image's prompt is in the .txt file beside it, or in the PNG's metadata from this project. Either all
+    images have one or none has. They must be of one size. Raises UserError otherwise.
     """
-    found = [(path, _said(path)) for path in list_images(folder)]
-    kept = {path: said.get("prompt") for path, said in found if "prompts" not in said}
+    found = [(path, _settings(path)) for path in list_images(folder)]
+    kept = {path: settings.get("prompt") for path, settings in found if "prompts" not in settings}
     if len(kept) < at_least:
-        what = f"{len(kept)} drawn pictures are too few, {at_least} are needed"
-        raise UserError(what, where=folder, remedy="Draw more of them.")
+        what = f"{len(kept)} generated images are too few, {at_least} are needed"
+        raise UserError(what, where=folder, remedy="Generate more of them.")
     bare = [path.name for path, prompt in kept.items() if prompt is None]
     if bare and len(bare) < len(kept):
         remedy = "Write a .txt file of that name beside it, or remove the others' prompts."
-        raise UserError(f"Only some pictures have a prompt, {bare[0]} has none", where=folder, remedy=remedy)
+        raise UserError(f"Only some images have a prompt, {bare[0]} has none", where=folder, remedy=remedy)
     samples = {path: GeneratedImage(load_image(path), prompt) for path, prompt in kept.items()}
     _require_one_size(samples, folder)
     return list(samples.values())
 
 
 def by_prompt(samples: Sequence[GeneratedImage]) -> dict[str, list[Image.Image]]:
-    """Prompt -> its pictures, of those whose prompt is known."""
+    """Prompt -> its images, for those whose prompt is known."""
     groups: dict[str, list[Image.Image]] = {}
     for image, prompt in samples:
         if prompt is not None:
@@ -40,15 +40,15 @@ def by_prompt(samples: Sequence[GeneratedImage]) -> dict[str, list[Image.Image]]
     return groups
 
 
-def _said(path: Path) -> dict[str, str]:
-    """What is known of a picture's making."""
+def _settings(path: Path) -> dict[str, str]:
+    """The settings that an image was generated with, as far as they are known."""
     text = path.with_suffix(".txt")
     if text.exists():
         return {"prompt": " ".join(text.read_text(encoding="utf-8-sig").split())}
     with Image.open(path) as image:
-        settings = image.info.get("dreambooth", "{}")
+        encoded = image.info.get("dreambooth", "{}")
     try:
-        return dict(json.loads(settings))
+        return dict(json.loads(encoded))
     except (ValueError, TypeError):
         return {}
 
@@ -57,7 +57,5 @@ def _require_one_size(samples: dict[Path, GeneratedImage], folder: str | Path) -
     sizes = {sample.image.size: path.name for path, sample in samples.items()}
     if len(sizes) > 1:
         (one, first), (other, second) = list(sizes.items())[:2]
-        what = (
-            f"The pictures differ in size: {first} is {one[0]} x {one[1]}, {second} {other[0]} x {other[1]}"
-        )
+        what = f"The images differ in size: {first} is {one[0]} x {one[1]}, {second} {other[0]} x {other[1]}"
         raise UserError(what, where=folder, remedy="Bring them to one size.")

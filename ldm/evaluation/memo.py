@@ -1,4 +1,4 @@
-"""Images that several evaluations of one model ask for are drawn once."""
+"""Memo of generated images: what several evaluations of one model need is generated once."""
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -13,7 +13,7 @@ BUDGET = 128 * 2**20  # bytes of pixels that one model's images may take
 
 
 class ImageMemo:
-    """Images of one model by prompt, seed and settings; beyond the budget the oldest are forgotten."""
+    """Images of one model by prompt, seed and settings; beyond the budget the oldest are dropped."""
 
     def __init__(self, budget: int = BUDGET):
         self.images: OrderedDict[Hashable, Image.Image] = OrderedDict()
@@ -31,7 +31,7 @@ class ImageMemo:
 
 
 class MemoPipeline:
-    """A pipeline that asks `pipeline` only for images that the memo lacks."""
+    """A pipeline that generates only images that are not in the memo."""
 
     def __init__(self, pipeline: Text2Image, memo: ImageMemo):
         self.pipeline = pipeline
@@ -52,14 +52,14 @@ class MemoPipeline:
         found = {key: self.memo.images[key] for key in keys if key in self.memo.images}
         new = list(dict.fromkeys(key for key in keys if key not in found))
         if new:
-            drawn = self.pipeline(
+            generated = self.pipeline(
                 [prompt for prompt, _, _ in new],
                 seeds=[seed for _, seed, _ in new],
                 batch_size=batch_size,
                 progress=progress,
                 **how,
             )
-            found |= {key: sample.image for key, sample in zip(new, drawn, strict=True)}
+            found |= {key: sample.image for key, sample in zip(new, generated, strict=True)}
         for key in new:
             self.memo.keep(key, found[key])
         return [GeneratedImage(found[key], key[0]) for key in keys]

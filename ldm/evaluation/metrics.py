@@ -1,6 +1,6 @@
-"""What a model learned and what it forgot, as numbers from the judge's readings.
+"""Metrics of a model's samples, from the judge's readings: fidelity, class drift, diversity, class shift.
 
-A reading is {attribute: index of the value the judge saw [N]}, as `Judge.read` gives it.
+A reading is {attribute: index of the predicted value [N]}, as `Judge.read` returns it.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,37 +18,37 @@ class Interval(NamedTuple):
 
 
 def majority(reading: Reading) -> dict[str, int]:
-    """The value most photos show, by attribute: who the subject is."""
+    """The most frequent value of each attribute, which identifies the subject."""
     return {name: int(values.mode().values) for name, values in reading.items()}
 
 
 def matches(reading: Reading, wanted: Mapping[str, int]) -> Tensor:
-    """Whether each picture shows each wanted value -> [N, number of wanted attributes] bool."""
+    """Whether each image shows each wanted value -> [N, number of wanted attributes] bool."""
     return torch.stack([reading[name] == value for name, value in wanted.items()], dim=1)
 
 
 def subject_fidelity(reading: Reading, subject: Mapping[str, int]) -> Tensor:
-    """Share of the subject's attributes that each picture shows -> [N] float32. Higher is better."""
+    """Share of the subject's attributes that each image shows -> [N] float32. Higher is better."""
     return matches(reading, subject).float().mean(1)
 
 
 def carries_subject(reading: Reading, subject: Mapping[str, int]) -> Tensor:
-    """1 where a picture shows all of the subject's attributes, else 0 -> [N] float32.
+    """1 where an image shows all of the subject's attributes, else 0 -> [N] float32.
 
-    Among pictures of the class, the rise of its mean over the base's is the class drift.
+    Among images of the class, the rise of its mean over the base's is the class drift.
     """
     return matches(reading, subject).all(1).float()
 
 
 def diversity(features: Tensor) -> float:
-    """Mean Euclidean distance between two pictures' features. features: [N, D] with N >= 2."""
+    """Mean Euclidean distance between the features of two images. features: [N, D] with N >= 2."""
     if len(features) < 2:
-        raise ValueError("diversity needs two pictures or more")
+        raise ValueError("diversity needs two images or more")
     return float(torch.pdist(features.float()).mean())
 
 
 def total_variation(one: Reading, other: Reading) -> dict[str, float]:
-    """Half the summed difference of the shares of each value, by attribute: 0 alike, 1 nothing in common."""
+    """Total variation distance of the value distributions, by attribute: 0 for equal, 1 for disjoint ones."""
     distances = {}
     for name in one:
         values = 1 + int(torch.cat([one[name], other[name]]).max())

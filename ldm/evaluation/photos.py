@@ -1,8 +1,8 @@
-"""A model on photographs, measured as the paper does (Ruiz et al. 2023, sections 4.1 and 4.3).
+"""Evaluation on photographs, with the paper's metrics (Ruiz et al. 2023, sections 4.1 and 4.3).
 
-DINO and CLIP-I: mean cosine over all pairs of a drawn picture and a photo of the subject. CLIP-T: mean cosine
-of a picture and its prompt, without the identifier. PRES: DINO between drawings of the class and the photos
-of the subject; it rises where the class turns into the subject. DIV: mean LPIPS of two pictures of a prompt.
+DINO and CLIP-I: mean cosine over all pairs of a sample and a photo of the subject. CLIP-T: mean cosine of a
+sample and its prompt, without the identifier. PRES: DINO between samples of the class and the photos of the
+subject; it rises where the class turns into the subject. DIV: mean LPIPS of two samples of a prompt.
 Beyond the paper: `class_shift_frechet`, the Fréchet distance of DINO's features between the base's images of
 the class and the model's, at the guidance scale and without guidance.
 """
@@ -36,13 +36,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model's pictures: S independent rows of P; a row is a seed with its prompts, or one picture."""
+    """Of one model's samples: S independent rows of P; a row is a seed with its prompts, or one image."""
 
     dino: Tensor  # [S, P] mean cosine with the photos
     clip_i: Tensor  # [S, P]
     clip_t: Tensor | None  # [S, P] cosine with the prompt
-    pres: Tensor | None  # [N] of pictures of the class
-    div: Tensor | None  # [prompts] mean distance of two pictures
+    pres: Tensor | None  # [N] of samples of the class
+    div: Tensor | None  # [prompts] mean distance of two samples
     of_class: Mapping[str, Tensor] = field(default_factory=dict)  # by sampling, [N, D]: DINO's features
     other_seeds: Mapping[str, Tensor] = field(default_factory=dict)  # the base's, for the noise floor
 
@@ -59,7 +59,7 @@ class Measurement:
         return _shifts(self.of_class, base.of_class)
 
     def noise_floor(self) -> dict[str, float]:
-        """The same between two sets of one model's images, of other seeds."""
+        """The shift between two sets of the base's images, which differ in their seeds."""
         return _shifts(self.other_seeds, self.of_class)
 
 
@@ -71,15 +71,15 @@ def _shifts(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str,
 
 
 class PhotoEvaluation:
-    """How a model of photographs is measured; by default the paper's protocol: 25 prompts, 4 pictures each.
+    """Evaluation of a model of photographs; by default the paper's protocol: 25 prompts, 4 samples each.
 
     Args:
         prompts: a list in configs/prompts, or a file of one's own.
-        seeds: pictures of each prompt.
-        class_samples: pictures of the class without the identifier; 0 leaves PRES out.
-        guidance_base: whether the base predicts for the empty prompt, in the trained model's place.
-        seed: of the first picture.
-        precision: of the networks that draw; "auto" is bf16 on a CUDA device and fp32 elsewhere.
+        seeds: samples of each prompt.
+        class_samples: samples of the class, without the identifier; 0 leaves PRES out.
+        guidance_base: the base, not the trained model, predicts for the empty prompt.
+        seed: of the first sample.
+        precision: of the networks while sampling; "auto" is bf16 on a CUDA device and fp32 elsewhere.
         size: pixels a side; None is the model's own.
         dino, clip: folders of the networks in transformers' format, or names on the hub.
         diversity: measures DIV, which needs the extra `lpips`.
@@ -109,7 +109,7 @@ class PhotoEvaluation:
             remedy = "Take 1 of `seeds` or more, 2 or more for the diversity, and no negative number."
             raise UserError("There is nothing to measure", where="evaluation", remedy=remedy)
         self.prompts, self.seeds, self.class_samples, self.seed = prompts, seeds, class_samples, seed
-        read_prompts(prompts, identifier="sks", class_word="dog")  # a file that is missing is named at once
+        read_prompts(prompts, identifier="sks", class_word="dog")  # reports a missing file at once
         self.sampling = {
             "sampler": sampler,
             "steps": steps,
@@ -130,7 +130,7 @@ class PhotoEvaluation:
     def measure(
         self, pipeline: Text2Image, *, subject: Subject, prompts: SubjectPrompts, is_base: bool = False
     ) -> Measurement:
-        """Draws every prompt of the list with every seed, and the class, of the base with other seeds too."""
+        """Samples every prompt with every seed, and the class; of the base also with other seeds."""
         texts = read_prompts(self.prompts, **prompts.words)
         jobs = [(self.seed + s, text) for s in range(self.seeds) for text in texts]
         samples = self._generate(pipeline, [text for _, text in jobs], [seed for seed, _ in jobs])
@@ -155,10 +155,10 @@ class PhotoEvaluation:
         }
 
     def _features(self, images: Mapping[str, Sequence[GeneratedImage]]) -> dict[str, Tensor]:
-        return {name: self.dino.embed_images([p.image for p in drawn]) for name, drawn in images.items()}
+        return {name: self.dino.embed_images([p.image for p in group]) for name, group in images.items()}
 
     def summary(self, after: Measurement, base: Measurement, subject: Subject) -> Metrics:
-        """What `metrics.json` holds: the model's figures, with the untouched base's and the photos'."""
+        """What `metrics.json` holds: the model's metrics, with the untouched base's and the photos'."""
         own = {"dino": subject.dino, "clip_i": subject.clip}
         return {
             **after.metrics(),
@@ -186,7 +186,7 @@ class PhotoEvaluation:
         prompts: SubjectPrompts,
         of_class: Sequence[GeneratedImage],
     ) -> Metrics:
-        """Figures of pictures that any tool drew: CLIP-T and DIV where their prompts are known."""
+        """Metrics of images of any tool: CLIP-T and DIV where their prompts are known."""
         measured = self._measure_samples(
             samples,
             of_class=of_class,
@@ -239,14 +239,14 @@ def mean_of_pairs(rows: Tensor) -> float:
 
 
 def diversity(groups: Mapping[str, Sequence[Image.Image]], distance: Lpips) -> Tensor:
-    """Mean distance of two pictures, for each prompt that has two -> [prompts]."""
+    """Mean distance of two images, for each prompt that has two -> [prompts]."""
     pairs = [list(combinations(images, 2)) for images in groups.values() if len(images) > 1]
     distances = distance([pair for group in pairs for pair in group])
     return torch.stack([part.mean() for part in distances.split([len(group) for group in pairs])])
 
 
 def without(prompt: str, identifier: str) -> str:
-    """The prompt without the identifier, which CLIP knows nothing of: "a sks dog" -> "a dog"."""
+    """The prompt without the identifier, which CLIP does not know: "a sks dog" -> "a dog"."""
     return " ".join(word for word in prompt.split() if word.lower() != identifier.lower())
 
 

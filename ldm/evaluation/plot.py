@@ -1,4 +1,4 @@
-"""The figures of one evaluation as an SVG: a row each, with its interval, the base's and the photos'."""
+"""The metrics of one evaluation as an SVG: a row each, with its interval, the base's and the photos'."""
 
 from collections.abc import Mapping
 from html import escape
@@ -10,7 +10,7 @@ NAMES = {"base": "untouched base", "ceiling": "photos", "noise_floor": "noise fl
 
 
 def metrics_plot(metrics: Mapping[str, Any]) -> str:
-    """`metrics.json` of an evaluation -> SVG; all figures share one axis, which holds 0 and 1."""
+    """`metrics.json` of an evaluation -> SVG; all metrics share one axis, which includes 0 and 1."""
     rows = {name: value for name, value in metrics.items() if isinstance(value, float)}
     intervals = metrics.get("intervals", {})
     beside = {kind: metrics.get(kind, {}) for kind in KINDS}

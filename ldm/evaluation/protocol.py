@@ -1,4 +1,4 @@
-"""What `evaluation` in a config stands for: a way to measure what a model draws of its subject."""
+"""Protocol of an `evaluation` in a config: metrics of the samples that a model generates of its subject."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -8,11 +8,11 @@ from PIL import Image
 from ldm.pipeline import Text2Image
 
 Metrics = dict[str, Any]
-OTHER_SEEDS = 100_000  # from the first seed of a measure to the first of its noise floor
+OTHER_SEEDS = 100_000  # offset of the seeds of the noise floor
 
 
 class SubjectPrompts(NamedTuple):
-    """What a subject is called."""
+    """Prompts of a subject and of its class, and the words in them."""
 
     subject: str  # "a photo of sks dog"
     of_class: str  # "a photo of a dog"
@@ -25,30 +25,30 @@ class SubjectPrompts(NamedTuple):
 
 
 class GeneratedImage(NamedTuple):
-    """A picture and the prompt that it was drawn for, if that is known."""
+    """An image and the prompt that it was generated for, if that is known."""
 
     image: Image.Image
     prompt: str | None
 
 
 class Evaluation(Protocol):
-    """`subject`, then `measure` of the base and of the trained model, then `summary`; or `plain` alone."""
+    """`subject`, `measure` of the base and the trained model, then `summary`; or `measure_images` alone."""
 
-    guidance_base: bool  # whether `measure` wants a model whose unconditional prediction is the base's
+    guidance_base: bool  # `measure` needs the base's unconditional prediction
 
     def subject(self, photos: Sequence[Image.Image]) -> Any:
-        """Who is on the photos, as `measure` and `plain` take it."""
+        """What identifies the subject on the photos, as the other methods take it."""
 
     def measure(
         self, pipeline: Text2Image, *, subject: Any, prompts: SubjectPrompts, is_base: bool = False
     ) -> Any:
-        """What one model draws; of the base also what the noise floor of the class's shift needs."""
+        """Measurements of one model's samples; for the base also of other seeds, for the noise floor."""
 
     def summary(self, after: Any, base: Any, subject: Any) -> Metrics:
-        """The model's metrics by name, and mappings of such: intervals, base, ceiling, noise_floor."""
+        """The model's metrics by name, and mappings of metrics: intervals, base, ceiling, noise_floor."""
 
     def score(self, metrics: Mapping[str, Any]) -> float:
-        """One number of a `summary`, by which checkpoints compete; higher is better."""
+        """One number of a `summary`, by which checkpoints are ranked; higher is better."""
 
     def measure_images(
         self,
@@ -58,4 +58,4 @@ class Evaluation(Protocol):
         prompts: SubjectPrompts,
         of_class: Sequence[GeneratedImage],
     ) -> Metrics:
-        """Figures and "intervals" of pictures that any tool drew; those of the class may be none."""
+        """Metrics and "intervals" of images of any tool; there may be no images of the class."""

@@ -1,4 +1,4 @@
-"""What a run did, on one page: a self-contained HTML file with its pictures, figures and curves."""
+"""Report of a run: a self-contained HTML file with its images, metrics and curves."""
 
 import base64
 import io
@@ -14,11 +14,11 @@ from ldm.evaluation.curves import Curve, chart, together
 from ldm.files import atomic_write
 
 Images = Sequence[Image.Image]
-PIXEL_ART = 128  # pixels a side up to which a picture is shown with its pixels
+PIXEL_ART = 128  # pixels a side up to which an image is shown without smoothing
 
 
 class Row(NamedTuple):
-    """One prompt: its pictures before and after training."""
+    """One prompt: its samples before and after training."""
 
     prompt: str
     before: Images
@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 
 class EvalHistory(NamedTuple):
-    """Figures of steps on the way, {"step", "score", ...}, and the step of the best score."""
+    """Metrics of the evaluated steps, {"step", "score", ...}, and the step of the best score."""
 
     rows: Sequence[Mapping[str, float]] = ()
     best_step: int | None = None
@@ -44,13 +44,13 @@ class Report:
     seconds: Mapping[str, float]
     curves: Mapping[str, Curve]
     config: str  # YAML
-    previews: Sequence[tuple[int, Image.Image]] = field(default_factory=list)  # (optimizer step, sheet)
+    previews: Sequence[tuple[int, Image.Image]] = field(default_factory=list)  # (optimizer step, grid)
     eval_history: EvalHistory = EvalHistory()
     also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the metrics under other sampling
 
 
 class Card(NamedTuple):
-    """How a headline figure is told."""
+    """How a headline metric is shown."""
 
     name: str
     meaning: str
@@ -58,9 +58,9 @@ class Card(NamedTuple):
 
 
 CARDS = {
-    "subject_fidelity": Card("Subject fidelity", "share of the subject's traits that show", (0, 1)),
-    "prompt_fidelity": Card("Prompt fidelity", "pictures in the place asked for", (0, 1)),
-    "class_drift": Card("Class drift", "pictures of the class that became the subject; 0 is best", (-0.2, 1)),
+    "subject_fidelity": Card("Subject fidelity", "share of the subject's attributes that show", (0, 1)),
+    "prompt_fidelity": Card("Prompt fidelity", "samples in the place that the prompt names", (0, 1)),
+    "class_drift": Card("Class drift", "samples of the class that show the subject; 0 is best", (-0.2, 1)),
     "diversity_ratio": Card("Diversity", "of the class, relative to the base's", (0, 1.2)),
     "class_shift": Card(
         "Class shift", "how far the class has moved in any direction; chance is best", (0, 1)
@@ -93,7 +93,7 @@ def write_report(path: Path, report: Report) -> Path:
         ("With other sampling", other_sampling(report.metrics, report.also)),
         ("The subject's photos", row(report.subject)),
         ("Before and after", "".join(before_and_after(r) for r in report.rows)),
-        ("While it learned", learning(report.eval_history, report.previews)),
+        ("During training", learning(report.eval_history, report.previews)),
         ("Prior images", row(report.priors, kind="small")),
         ("Curves", charts(report.curves)),
         ("Time", times(report.seconds)),
@@ -117,7 +117,7 @@ def cards(metrics: Mapping[str, Any]) -> str:
 
 
 def card(key: str, metrics: Mapping[str, Any]) -> str:
-    """A figure, its gauge, and what stands beside it."""
+    """A metric: its value, its gauge, and the values to compare it with."""
     about, value = CARDS[key], metrics[key]
     base, ceiling, chance = (metrics.get(name, {}).get(key) for name in ("base", "ceiling", "noise_floor"))
     if chance is not None:
@@ -136,7 +136,7 @@ def card(key: str, metrics: Mapping[str, Any]) -> str:
 
 
 def other_sampling(metrics: Mapping[str, Any], also: Mapping[str, Mapping[str, Any]]) -> str:
-    """The headline metrics once more, a row for each way of sampling."""
+    """The headline metrics, a row for each way of sampling."""
     if not also:
         return ""
     shown = [key for key in CARDS if key in metrics]
@@ -149,7 +149,7 @@ def other_sampling(metrics: Mapping[str, Any], also: Mapping[str, Mapping[str, A
 
 
 def gauge(value: float, base: float | None, *, scale: tuple[float, float]) -> str:
-    """A bar from 0 to the value, and a tick where the base stands."""
+    """A bar from 0 to the value, and a tick at the base's."""
     low, high = scale
 
     def at(number: float) -> float:
@@ -178,7 +178,7 @@ def before_and_after(shown: Row) -> str:
 
 
 def learning(eval_history: EvalHistory, previews: Sequence[tuple[int, Image.Image]]) -> str:
-    """The figures of every measured step as curves, then what was drawn at each step, with its figures."""
+    """The metrics of every evaluated step as curves, then the previews of each step, with its metrics."""
     curves = {
         label: [(row["step"], row[name]) for row in eval_history.rows if name in row]
         for name, label in EVAL_LABELS.items()
@@ -186,10 +186,8 @@ def learning(eval_history: EvalHistory, previews: Sequence[tuple[int, Image.Imag
     curves = {label: curve for label, curve in curves.items() if curve}
     plot = ""
     if curves:
-        said = (
-            f"The score was best after step {eval_history.best_step}: few pictures, so look at them as well."
-        )
-        drawn = together(curves, mark=eval_history.best_step, label="Figures at each measured step")
+        said = f"The score was best after step {eval_history.best_step}, on few samples: see the previews."
+        drawn = together(curves, mark=eval_history.best_step, label="Metrics at each evaluated step")
         plot = f'<figure class="half"><figcaption>{said}</figcaption>{drawn}</figure>'
     metrics = {row["step"]: row for row in eval_history.rows}
     return plot + "".join(preview(step, grid, metrics.get(step, {})) for step, grid in previews)
@@ -219,7 +217,7 @@ def times(seconds: Mapping[str, float]) -> str:
 
 
 def img_tag(image: Image.Image) -> str:
-    """An <img> that holds its data: PNG where pixels count, else JPEG."""
+    """An <img> with embedded data: PNG for small images, otherwise JPEG."""
     small = max(image.size) <= PIXEL_ART
     data = io.BytesIO()
     image.convert("RGB").save(data, format="PNG" if small else "JPEG", **({} if small else {"quality": 88}))

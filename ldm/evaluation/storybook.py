@@ -1,4 +1,4 @@
-"""A model on the storybook, scored by the judge: the subject, the prompt, the class, all in seconds."""
+"""Evaluation on the storybook, by the judge: fidelity to subject and prompt, drift and shift of the class."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ from ldm.storybook.dataset import SCENES_PER_SEED
 from ldm.storybook.judge import SHIPPED, SIZE, Judge
 from ldm.storybook.world import CONTEXTS, SUBJECT_ATTRIBUTES, Scene, full_caption, sample_scene
 
-HELD_OUT_SEED = 999  # the book whose captions a base is examined on; no training reads it
+HELD_OUT_SEED = 999  # of the scenes that a base is evaluated on; no training uses them
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The individual on the photos: its attributes, and the share of them that the judge reads per photo."""
+    """The subject of the photos: its attributes, and the share of them that the judge reads per photo."""
 
     attributes: Mapping[str, int]
     ceiling: float
@@ -42,13 +42,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class ClassImages:
-    """What the judge saw in N images of the class."""
+    """The judge's readings and features of N samples of the class."""
 
     reading: Reading  # attribute -> [N]
     features: Tensor  # [N, D] of unit norm
 
     def shift(self, other: "ClassImages", *, suffix: str = "") -> dict[str, float]:
-        """How far the two are apart: in the mean over the judge's attributes, and in its features."""
+        """Class shift: mean total variation of the attributes, and Fréchet distance of the features."""
         return {
             f"class_shift{suffix}": mean(total_variation(self.reading, other.reading).values()),
             f"class_shift_frechet{suffix}": frechet_distance(self.features, other.features),
@@ -57,11 +57,11 @@ class ClassImages:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the judge saw in one model's images; S seeds, C contexts, N images of the class."""
+    """The judge's readings of one model's samples: S seeds, C contexts, N samples of the class."""
 
     fidelity: Tensor  # [S, C] share of the subject's attributes
-    context: Tensor  # [S, C] 1 where the place is the one asked for
-    carries: Tensor  # [N] 1 where an image of the class is the subject itself
+    context: Tensor  # [S, C] 1 where the context is that of the prompt
+    carries: Tensor  # [N] 1 where a sample of the class shows the subject
     of_class: Mapping[str, ClassImages]  # by sampling: "" with guidance, "_unguided" without
     other_seeds: Mapping[str, ClassImages] | None = None  # the base's, for the noise floor of the shift
 
@@ -77,16 +77,16 @@ class Measurement:
         return {name: round(float(value), 4) for name, value in metrics.items()}
 
     def noise_floor(self) -> dict[str, float]:
-        """`class_shift` between two sets of the same model's images, of other seeds: what chance does."""
+        """`class_shift` between two sets of the same model's samples, which differ in their seeds alone."""
         if self.other_seeds is None:
             return {}
         floors = _shifts(self.other_seeds, self.of_class)
         return {name: round(value, 4) for name, value in floors.items()}
 
     def intervals(self, base: "Measurement") -> dict[str, Interval]:
-        """95 % intervals over seeds; the class's images of both models share theirs, so they are paired.
+        """95 % intervals over seeds; both models' samples of the class have the same seeds: they are paired.
 
-        None is given of diversity and shift: a resample repeats images, which biases distances.
+        Diversity and shift have none: a resample repeats samples, which biases distances.
         """
 
         def mean(rows: Tensor) -> float:
@@ -106,14 +106,14 @@ def _shifts(one: Mapping[str, ClassImages], other: Mapping[str, ClassImages]) ->
 
 
 class StorybookEvaluation:
-    """How a model is measured: which pictures are drawn, and who reads them.
+    """Evaluation of a storybook model: which samples are generated, and which judge reads them.
 
     Args:
-        seeds: pictures of the subject in each of the 8 contexts.
-        class_samples: pictures of the class without the identifier.
-        guidance_base: whether the base predicts for the empty prompt, in the trained model's place.
-        seed: of the first picture.
-        precision: of the networks that draw; "auto" is bf16 on a CUDA device and fp32 elsewhere.
+        seeds: samples of the subject in each of the 8 contexts.
+        class_samples: samples of the class, without the identifier.
+        guidance_base: the base, not the trained model, predicts for the empty prompt.
+        seed: of the first sample.
+        precision: of the networks while sampling; "auto" is bf16 on a CUDA device and fp32 elsewhere.
         judge: its weights; None takes the shipped ones.
     """
 
@@ -149,7 +149,7 @@ class StorybookEvaluation:
         return self.judge.read(self._pixels(images))
 
     def subject(self, photos: Sequence[Image.Image]) -> Subject:
-        """Who is on the photos, by what most of them show."""
+        """The subject of the photos, by the majority of their readings."""
         reading = self.read(photos)
         wanted = {name: value for name, value in majority(reading).items() if name in SUBJECT_ATTRIBUTES}
         return Subject(wanted, ceiling=round(float(subject_fidelity(reading, wanted).mean()), 4))
@@ -157,10 +157,10 @@ class StorybookEvaluation:
     def measure(
         self, pipeline: Text2Image, *, subject: Subject, prompts: SubjectPrompts, is_base: bool = False
     ) -> Measurement:
-        """Draws the subject in every context and the class, and has the judge read them.
+        """Samples the subject in every context and the class, and has the judge read them.
 
-        The class is drawn at the guidance scale and at 1, where the empty prompt plays no part. Of the base
-        it is drawn once more, with other seeds.
+        The class is sampled at the guidance scale and at 1, where the empty prompt has no effect. Of the base
+        it is sampled once more, with other seeds.
         """
         jobs = [(self.seed + s, context) for s in range(self.seeds) for context in CONTEXTS]
         samples = self._generate(
@@ -190,7 +190,7 @@ class StorybookEvaluation:
         return found
 
     def summary(self, after: Measurement, base: Measurement, subject: Subject) -> Metrics:
-        """What `metrics.json` holds: the model's figures, with the untouched base's and the photos'."""
+        """What `metrics.json` holds: the model's metrics, with the untouched base's and the photos'."""
         return {
             **after.metrics(base),
             "intervals": after.intervals(base),
@@ -216,7 +216,7 @@ class StorybookEvaluation:
         prompts: SubjectPrompts,
         of_class: Sequence[GeneratedImage],
     ) -> Metrics:
-        """Figures of pictures that any tool drew; prompt fidelity of those whose prompt names a place."""
+        """Metrics of images of any tool; prompt fidelity of those whose prompt names a context."""
         reading = self.read([sample.image for sample in samples])
         values = {"subject_fidelity": subject_fidelity(reading, subject.attributes)}
         asked = [context_of(sample.prompt) for sample in samples]
@@ -234,7 +234,7 @@ class StorybookEvaluation:
         return {**metrics, "intervals": intervals, "ceiling": {"subject_fidelity": subject.ceiling}}
 
     def examine(self, pipeline: Text2Image, *, samples: int) -> dict[str, float]:
-        """A base's own quality: full captions of unseen scenes -> share drawn right, by attribute."""
+        """Quality of a base: samples of full captions of unseen scenes -> accuracy, by attribute."""
         scenes = [sample_scene(HELD_OUT_SEED * SCENES_PER_SEED + k) for k in range(samples)]
         seeds = [self.seed + k for k in range(samples)]
         reading = self.read(self._generate(pipeline, [full_caption(scene) for scene in scenes], seeds))

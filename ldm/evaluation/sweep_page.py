@@ -1,4 +1,4 @@
-"""What a study found: a CSV with a row per run, plots with intervals, and a page."""
+"""Results of a study: a CSV with a row per run, plots with intervals, and a page."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ import torch
 from ldm.evaluation.curves import ticks
 from ldm.evaluation.metrics import Interval, bootstrap
 
-Row = Mapping[str, Any]  # variant, subject, seed, then one number per figure
+Row = Mapping[str, Any]  # variant, subject, seed, then one number per metric
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 270, 56, 14, 34, 74
 COLORS = ("#3b7dd8", "#d8663b", "#3ba56b", "#9b59b6", "#c9a227", "#5d6d7e", "#c0392b", "#16a085")
@@ -39,7 +39,7 @@ def mean_of(rows: Sequence[Row], variant: str, metric: str) -> Mean:
 
 
 def table(rows: Sequence[Row], metrics: Sequence[str], seconds: Mapping[str, float]) -> str:
-    """Markdown: a line per variant, mean and interval of each figure, mean seconds of training."""
+    """Markdown: a line per variant, mean and interval of each metric, mean seconds of training."""
     lines = [f"| variant | {' | '.join(map(spoken, metrics))} | training, s |"]
     lines.append("|---" * (len(metrics) + 2) + "|")
     for variant in variants_of(rows):
@@ -78,7 +78,7 @@ def page(
 
 
 def panels(rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    """An SVG with a panel per figure: a faint dot per run, the variants' means with their intervals."""
+    """An SVG with a panel per metric: a faint dot per run, the variants' means with their intervals."""
     drawn = [
         f'<g transform="translate({WIDTH * (k % 2)} {HEIGHT * (k // 2)})">{_panel(rows, metric)}</g>'
         for k, metric in enumerate(metrics)
@@ -87,7 +87,7 @@ def panels(rows: Sequence[Row], metrics: Sequence[str]) -> str:
 
 
 def frontier(rows: Sequence[Row], across: str, up: str) -> str:
-    """An SVG of one figure against another: the variants' means, with crosses of intervals."""
+    """An SVG of one metric against another: the variants' means, with crosses of intervals."""
     x = _Axis([row[across] for row in rows], LEFT, WIDTH - RIGHT)
     y = _Axis([row[up] for row in rows], HEIGHT - BOTTOM, TOP)
     parts = [_text(WIDTH / 2, 18, f"{spoken(up)} against {spoken(across)}", bold=True), _y_ticks(y)]

@@ -1,4 +1,4 @@
-"""The storybook as training data: drawing k of a seeded, endless book."""
+"""The storybook as training data: image k of an endless data set, a function of (seed, k)."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ldm.data.images import to_tensor
 from ldm.storybook.world import caption, draw, full_caption, sample_scene
 
-SCENES_PER_SEED = 1_000_000_000  # drawings of one seed; seeds never share a drawing
+SCENES_PER_SEED = 1_000_000_000  # images of one seed; no two seeds share an image
 
 
 class StorybookDataset(Dataset):
-    """Drawing k: {"image" [3, size, size] in [-1, 1], "caption", "labels" {attribute: index}, "item" k}.
+    """Item k: {"image" [3, size, size] in [-1, 1], "caption", "labels" {attribute: index}, "item" k}.
 
-    Without `pictures` only what is said of it: "full_caption" in place of "image".
+    Without `pictures` it has a "full_caption", which names every attribute, in place of the image.
     """
 
     def __init__(
@@ -38,16 +38,16 @@ class StorybookDataset(Dataset):
 
 
 class StorybookDataModule(pl.LightningDataModule):
-    """Endless batches of fresh drawings, and a fixed set of unseen ones for validation.
+    """Endless batches of new images, and a fixed validation set of other images.
 
     Args:
         size: pixels a side.
-        batch_size: drawings per step and device.
-        seed: of the book; validation reads the book of `seed + 1`.
-        rare_word_share: share of captions that name the individual by a meaningless word.
-        pictures: False gives the captions alone.
-        validation_items: number of drawings in the validation set.
-        num_workers: processes that draw.
+        batch_size: items per step and device.
+        seed: of the images; validation has those of `seed + 1`.
+        rare_word_share: share of captions that name the subject by a rare word.
+        pictures: False yields captions without images.
+        validation_items: number of items in the validation set.
+        num_workers: worker processes of the data loader.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""The storybook as an endless stream of captioned images for the base model, drawn ahead by all cores.
+"""The storybook as an endless stream of captioned images for the base model, from worker processes.
 
-Batch n is a function of (seed, n): worker processes only decide who draws it. Images travel as uint8 and are
+Batch n is a function of (seed, n), whichever worker makes it. Images are transferred as uint8 and are
 converted and encoded by the VAE on the device, once for all their captions.
 """
 
@@ -21,14 +21,14 @@ from ldm.storybook.dataset import SCENES_PER_SEED
 from ldm.storybook.world import caption, draw, sample_scene
 
 Prepare = Callable[[dict], dict]  # what a worker adds to a batch: token ids, noise, timesteps
-PREFETCHED = 4  # batches that each worker draws ahead
+PREFETCHED = 4  # batches that each worker prepares ahead
 
 
 class StorybookBatches(Dataset):
-    """Batch n: images n * P ... of the book, P = batch_size / captions_per_image, and their items.
+    """Batch n: images n * P ... of a seed, P = batch_size / captions_per_image, and their items.
 
     {"image" [P, 3, 64, 64] uint8, "caption" B strings, "item" [B] int64, "is_prior" [B] all False}. Item k
-    shows image k // captions_per_image under a caption of its own; the share `caption_dropout` of them is
+    has image k // captions_per_image with its own caption; the share `caption_dropout` of them is
     empty, which teaches the unconditional prediction of classifier-free guidance (Ho and Salimans 2022).
     `prepare` runs in the worker.
     """
@@ -79,15 +79,15 @@ class StorybookBatches(Dataset):
 
 
 class StorybookStream(pl.LightningDataModule):
-    """Endless training batches of images never seen before, and a fixed set of validation batches.
+    """Endless training batches of new images, and a fixed set of validation batches.
 
     Args:
         batch_size: items per step and device.
-        seed: of the book; validation reads the book of `seed + 1`.
+        seed: of the images; validation has those of `seed + 1`.
         captions_per_image: items that share an image, each with its own caption, noise and timestep.
         caption_dropout: share of items with an empty caption.
         validation_items: number of items in the validation set.
-        num_workers: processes that draw ahead; None is one for each core, 0 draws in the training process.
+        num_workers: of the data loader; None is one for each core but one, 0 is none.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class StorybookStream(pl.LightningDataModule):
         self.attach()
 
     def attach(self, *, encode: Encode | None = None, vae_hash: str = "") -> None:
-        """Hands over the VAE (images -> latent stats). Nothing is kept under the hash."""
+        """Sets the VAE's encoder (images -> latent stats); latents are not cached, so no hash is used."""
         self.encode = encode
 
     def set_prepare(self, prepare: Prepare) -> None:
-        """Hands over what workers add to every batch."""
+        """Sets what the workers add to every batch."""
         self.train_set.prepare = prepare
         self.validation_set.prepare = prepare
 
@@ -149,7 +149,7 @@ class StorybookStream(pl.LightningDataModule):
 
 
 def to_float(images: Tensor) -> Tensor:
-    """[..., H, W] uint8 -> float32 in [-1, 1], as `ldm.data.images.to_tensor` has it."""
+    """[..., H, W] uint8 -> float32 in [-1, 1], as by `ldm.data.images.to_tensor`."""
     return images.float() / 127.5 - 1
 
 
@@ -165,6 +165,6 @@ class _Numbers(Sampler[int]):
 
 
 def _cores() -> int:
-    """Cores that this process may use, one left for the process that trains."""
+    """Cores that this process may use, but one, which is left to training."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, found - 1)

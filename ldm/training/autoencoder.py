@@ -19,9 +19,9 @@ from ldm.training.optimizers import adamw, with_schedule
 
 
 class AutoencoderTask(pl.LightningModule):
-    """Trains `vae` to redraw pictures: L1 + squared error + a light pull to N(0, 1).
+    """Trains `vae` to reconstruct images: L1 + squared error + a small KL term to N(0, 1).
 
-    Drawings are flat and inked, so these pixel losses suffice; no adversary, no perceptual network.
+    The images are flat and inked, so these losses suffice, without adversarial or perceptual ones.
 
     Args:
         vae: the `AutoencoderKL` node.
@@ -29,7 +29,7 @@ class AutoencoderTask(pl.LightningModule):
         kl_weight: of the KL divergence per pixel value.
         square_weight: of the squared error, which is what PSNR measures, beside L1.
         net2wider: file of an autoencoder with a fraction of the width (Net2Net): training starts from its
-            function, and its encoder stays as it is, so that models of its latents stay valid.
+            function, and its encoder is frozen, so that models of its latents stay valid.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class AutoencoderTask(pl.LightningModule):
         return {"vae": self.vae}
 
     def setup(self, stage: str) -> None:
-        """Takes the narrow autoencoder over, before a checkpoint replaces it."""
+        """Loads the widened autoencoder, before a checkpoint replaces it."""
         if self.net2wider is not None:
             narrow = split(read_checkpoint(self.net2wider)[0])["vae"]
             state_dicts = {"vae": net2wider_state(narrow, self.vae)}
@@ -77,8 +77,8 @@ class AutoencoderTask(pl.LightningModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         posterior = self.vae.encode(batch["image"])
-        redrawn = self.vae.decode(posterior.mean).clamp(-1, 1)
-        mse = F.mse_loss(redrawn, batch["image"])
+        reconstruction = self.vae.decode(posterior.mean).clamp(-1, 1)
+        mse = F.mse_loss(reconstruction, batch["image"])
         self.log_dict({"val/mse": mse, "val/latent_square": posterior.mean.square().mean()}, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
@@ -88,8 +88,8 @@ class AutoencoderTask(pl.LightningModule):
     configure_gradient_clipping = clip
 
     def configure_optimizers(self) -> dict:
-        state_dicts = {"vae": (self.vae, self.learning_rate)}
-        optimizer = adamw(state_dicts, fused=self.trainer.precision != "16-mixed")  # its scaler comes first
+        groups = {"vae": (self.vae, self.learning_rate)}
+        optimizer = adamw(groups, fused=self.trainer.precision != "16-mixed")  # its scaler comes first
         return with_schedule(
             optimizer, "cosine", warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
         )
@@ -103,8 +103,8 @@ class AutoencoderTask(pl.LightningModule):
 def net2wider_state(narrow: Mapping[str, Tensor], model: AutoencoderKL) -> dict[str, Tensor]:
     """The state of `model`, with k times the channels, that computes what `narrow` does (Chen et al. 2016).
 
-    Each channel is repeated k times beside itself, within its group of the norms, and what reads it takes the
-    mean; in the decoder one with random weights, which sum to 1, so that the copies part in training.
+    Each channel is repeated k times, within its group of the norms, and layers that read it take the mean of
+    the copies; in the decoder one with random weights, which sum to 1, so that training can tell them apart.
     """
     state = {}
     for name, like in model.state_dict().items():

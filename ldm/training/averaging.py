@@ -1,4 +1,4 @@
-"""Exponential moving average (EMA) of the weights that learn: what is validated, previewed and exported."""
+"""Exponential moving average (EMA) of the trainable weights, which is validated, previewed and exported."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,14 +40,14 @@ class WeightAverage(pl.Callback):
         self.latest_step = 0  # optimizer steps taken when the average was last updated
         self.averages: dict[str, Tensor] = {}  # parameter name -> float32
         self._parameters: list[nn.Parameter] = []
-        self._live: list[Tensor] | None = None  # the weights being trained, while the averages stand in
+        self._live: list[Tensor] | None = None  # the trained weights, while the module holds the averages
         self._host_copy: list[Tensor] = []  # pinned, where the average is on another device
         self._copied: torch.cuda.Event | None = None
         self._pending: Future[None] | None = None
         self._worker: ThreadPoolExecutor | None = None
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """Before a checkpoint is loaded: the average of no step yet is the weights."""
+        """Starts the average as a copy of the weights, before a checkpoint is loaded."""
         if stage != "fit":
             return
         learning = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -56,7 +56,7 @@ class WeightAverage(pl.Callback):
         self.averages = {name: _float_copy(p, place) for name, p in learning.items()}
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The weights have reached their device."""
+        """Moves the average to the device of the weights, or allocates the copy on the host."""
         if self.device is None:
             self.averages = {name: average.to(module.device) for name, average in self.averages.items()}
         elif self._is_apart:
@@ -67,7 +67,7 @@ class WeightAverage(pl.Callback):
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="weight-average")
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
-        """No weight changes (an optimizer may step in the backward pass) before it is copied."""
+        """Waits until the weights are copied: an optimizer may step in the backward pass."""
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
             self._copied = None
@@ -93,7 +93,7 @@ class WeightAverage(pl.Callback):
             self._take_out()
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The averages are what the training leaves."""
+        """Copies the averages into the weights: they are the result of training."""
         self._settle()
         with torch.no_grad():
             for parameter, average in zip(self._parameters, self.averages.values(), strict=True):
@@ -113,7 +113,7 @@ class WeightAverage(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """What is frozen is the same tensor in both states, which is then written once."""
+        """Saves both states; a frozen tensor is the same object in both and written once."""
         self._settle()
         checkpoint["current_model_state"] = checkpoint["state_dict"]
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **self.averages}
@@ -121,7 +121,7 @@ class WeightAverage(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """The module holds `state_dict` already; of a run without an average that is where one begins."""
+        """Loads the average from `state_dict`; that of a run without an average holds its weights."""
         for name, average in self.averages.items():
             average.copy_(checkpoint["state_dict"][name])
         if "current_model_state" in checkpoint:
@@ -138,7 +138,7 @@ class WeightAverage(pl.Callback):
         if self.updates == 0:
             torch._foreach_copy_(averages, weights)
         else:
-            weights = [weight.float() for weight in weights]  # themselves, where they are float32
+            weights = [weight.float() for weight in weights]  # no copies where they are float32
             torch._foreach_lerp_(averages, weights, 1 - self.decay**self.every)
         self.updates += 1
 
@@ -163,13 +163,13 @@ class WeightAverage(pl.Callback):
         self._pending = self._worker.submit(fold)
 
     def _settle(self) -> None:
-        """Until the average holds all that it was given; an error in the thread is raised here."""
+        """Waits for the pending update of the average; an error in the thread is raised here."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
     def _put_in(self) -> None:
-        """The parameters hold the averages: the same memory, where device and dtype are the same."""
+        """Puts the averages into the parameters, without a copy where device and dtype are equal."""
         self._settle()
         self._live = [p.data for p in self._parameters]
         with torch.inference_mode(False):
@@ -183,7 +183,7 @@ class WeightAverage(pl.Callback):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the module holds the averages; nothing may train there."""
+        """Inside, the module holds the averages; do not train there."""
         self._put_in()
         try:
             yield
@@ -194,12 +194,12 @@ class WeightAverage(pl.Callback):
 def averaging(
     decay: float | None, *, device: Literal["cpu"] | None = None, every: int = 1
 ) -> list[WeightAverage]:
-    """The callback that these settings ask for; none without a decay."""
+    """The callback of these settings; none without a decay."""
     return [] if decay is None else [WeightAverage(decay=decay, device=device, every=every)]
 
 
 def evaluated_weights(trainer: pl.Trainer) -> Any:
-    """Context in which the module holds the weights that are looked at: the averages, if there are any."""
+    """Context in which the module holds the weights to evaluate: the averages, if there are any."""
     averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAverage)]
     return averages[0].applied() if averages else nullcontext()
 

@@ -1,4 +1,4 @@
-"""A run's figures: the live networks measured before and after training."""
+"""Metrics of a run: the live networks are evaluated before and after training."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from ldm.pipeline import Text2Image
 
 
 def with_params(evaluation: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    """The node of an evaluation with other params."""
+    """The node of an evaluation, with some params replaced."""
     return {**evaluation, "params": {**(evaluation.get("params") or {}), **params}}
 
 
@@ -23,22 +23,22 @@ def check_evaluations(plain: Mapping[str, Any]) -> None:
     asked = {f"evaluate_also.{name}": params for name, params in (plain.get("evaluate_also") or {}).items()}
     if asked and not evaluation:
         remedy = "Add one, or leave `evaluate_also` out."
-        raise UserError("There is no `evaluation` to repeat", where="evaluate_also", remedy=remedy)
+        raise UserError("`evaluate_also` needs an `evaluation`", where="evaluate_also", remedy=remedy)
     asked["online_eval"] = plain.get("online_eval", {}).get("params", {})
     for where, params in asked.items():
         if not isinstance(params, Mapping):
             remedy = "Write, for example, {guidance_scale: 4.0}."
-            raise UserError(f"{params!r} are no params of an evaluation", where=where, remedy=remedy)
+            raise UserError(f"{params!r} is not a mapping of params", where=where, remedy=remedy)
         if params and evaluation:
             check({where: with_params(evaluation, params)}, {where: dict})
 
 
 class BeforeAfterEvaluation:
-    """Measures what a run draws, by the config's `evaluation`; without one there are no figures.
+    """Evaluates the images of a run by the config's `evaluation`; without one there are no metrics.
 
-    pipeline: whether the base gives the unconditional prediction -> how images are drawn. Making a score
-    reads the judge and the photos, so that whatever they lack is said before long work. Images of a base with
-    a hash are drawn once in a process, which spares a study much time.
+    pipeline: whether the base gives the unconditional prediction -> the pipeline. The constructor reads the
+    judge and the photos, so errors in them are raised before long work. Images of a base with a hash are
+    generated once in a process, which saves a study much time.
     """
 
     _of_bases: ClassVar[dict[str, ImageMemo]] = {}
@@ -55,20 +55,20 @@ class BeforeAfterEvaluation:
         if self.evaluation is None:
             return
         self.pipeline = pipeline(self.evaluation.guidance_base)
-        self.base_pipeline = pipeline(False)  # the base's own unconditional prediction is the base's anyway
+        self.base_pipeline = pipeline(False)  # of the base, both predictions are the base's anyway
         self.base_memo = self._of_bases.setdefault(base_hash, ImageMemo()) if base_hash else ImageMemo()
         self.prompts = SubjectPrompts(data.subject_prompt, data.prior_prompt, **data.words)
         self.subject = self.evaluation.subject([load_image(photo.path) for photo in data.subject_photos])
 
     def before(self) -> None:
-        """Measures the untouched base."""
+        """Evaluates the untouched base."""
         if self.evaluation is not None:
             self.base = self._measure(MemoPipeline(self.base_pipeline, self.base_memo), is_base=True)
 
     def after(self, memo: ImageMemo | None = None) -> Mapping[str, Any]:
-        """The figures of `metrics.json`, the base's beside them; call `before` first.
+        """The metrics of `metrics.json`, with those of the base; call `before` first.
 
-        Scores of the same weights may share a memo: images that both ask for are then drawn once.
+        Evaluations of the same weights may share a memo: images that both need are generated once.
         """
         if self.evaluation is None:
             return {}

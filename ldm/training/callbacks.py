@@ -1,4 +1,4 @@
-"""What a run does beside learning: previews, speed, memory and gradient norm."""
+"""Callbacks of a run: previews, offloading of the autoencoder, throughput and gradient norm."""
 
 import logging
 import time
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Previews(pl.Callback):
-    """Every `config.every_steps` optimizer steps: the same prompts from the same seeds, on one sheet."""
+    """Saves a grid of samples every `config.every_steps` optimizer steps, with the same prompts and seeds."""
 
     def __init__(self, pipeline: Text2Image, config: SamplesConfig, prompts: Sequence[str], folder: Path):
         self.pipeline, self.prompts, self.folder = pipeline, prompts, folder
@@ -44,7 +44,7 @@ class Previews(pl.Callback):
 
 
 class OffloadVAE(pl.Callback):
-    """Where training needs cached latents alone, the autoencoder gives its place on the device up."""
+    """Moves the autoencoder to the CPU, for training that uses only cached latents."""
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         module.networks["vae"].cpu()
@@ -53,7 +53,7 @@ class OffloadVAE(pl.Callback):
 
 
 class LogFirstStepTime(pl.Callback):
-    """Says how long the first step took, which holds the compilation where the UNet is compiled."""
+    """Logs how long the first step took, including compilation if the UNet is compiled."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.said = False
@@ -74,7 +74,7 @@ class LogFirstStepTime(pl.Callback):
 
 
 class ThroughputLogger(pl.Callback):
-    """Logs images/s, peak memory (MiB) and the norm of the gradient before clipping, every few steps."""
+    """Logs images/s, peak memory (MiB) and the gradient norm before clipping, every `log_every_n_steps`."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.since, self.images = time.perf_counter(), 0

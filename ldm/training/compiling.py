@@ -1,4 +1,4 @@
-"""torch.compile for the training step alone: one graph, which nothing else has to wait for."""
+"""torch.compile for the training step alone: one graph, for which nothing else has to wait."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -13,20 +13,20 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotun
 
 
 class TrainingGraph:
-    """A UNet's forward and backward pass, translated at its first call.
+    """A UNet's forward and backward pass, compiled at its first call.
 
-    A translation takes minutes and is of one batch size, with gradients or without: validation, previews,
-    samples and prior images run the network as it is. Each item gets a context of its own, because how many
-    different ones a batch has would be a shape too.
+    Compilation takes minutes and is for one batch size, with gradients or without: validation, previews,
+    samples and prior images run the uncompiled network. Each item gets its own context, because the number
+    of distinct ones in a batch would be part of the shapes too.
 
-    mode: of torch.compile. backend: what translates, or a function of a graph and its inputs.
+    mode: of torch.compile. backend: of torch.compile, or a function of a graph and its inputs.
     """
 
     def __init__(
         self, unet: UNetModel, *, mode: CompileMode | None = None, backend: str | Callable = "inductor"
     ):
         self.unet = unet
-        self.translated = torch.compile(unet, mode=mode, backend=backend, dynamic=False)
+        self.compiled = torch.compile(unet, mode=mode, backend=backend, dynamic=False)
 
     def predict(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """As `UNetModel.predict`, for training."""
@@ -34,4 +34,4 @@ class TrainingGraph:
             x, t = repeat_batch(x, len(rows)), repeat_batch(t, len(rows))
             context = context.index_select(0, index_tensor(rows, context.device))
         dtype = self.unet.time_embed[0].weight.dtype
-        return self.translated(x.to(dtype), t, context.to(dtype), None)
+        return self.compiled(x.to(dtype), t, context.to(dtype), None)

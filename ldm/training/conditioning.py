@@ -1,4 +1,4 @@
-"""Prompts -> contexts in training: nothing is tokenized or encoded twice where its result stays the same."""
+"""Conditioning in training: prompts -> contexts, with caches of token ids and of frozen contexts."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from ldm.data.prompts import distinct
 from ldm.models.text_encoder import CLIPTextEncoder
 
-KEPT_PROMPTS = 1024  # whose ids and contexts are kept at most: 236 KiB each in SD 1.x
+KEPT_PROMPTS = 1024  # at most so many are cached: 236 KiB each in SD 1.x
 
 
 class Conditioner:
-    """The text encoder, with a cache of ids and, for the time that it is frozen, one of contexts."""
+    """The text encoder with a cache of token ids and, while it is frozen, of contexts."""
 
     def __init__(self, text_encoder: CLIPTextEncoder):
         self.text_encoder = text_encoder
@@ -20,9 +20,9 @@ class Conditioner:
         self.contexts: dict[str, Tensor] = {}  # prompt -> [M, D]
 
     def __call__(self, prompts: Sequence[str], *, frozen: bool) -> tuple[Tensor, list[int]]:
-        """B prompts -> the contexts [P, M, D] of the different ones, and which of them each has: [B].
+        """B prompts -> contexts [P, M, D] of the distinct ones, and the index of each prompt's context: [B].
 
-        Equal prompts go through the text encoder once: in a call or, where it is frozen, until `forget`.
+        Equal prompts are encoded once per call or, where the encoder is frozen, once until `forget`.
         """
         unique, rows = distinct(prompts)
         if not frozen:
@@ -31,17 +31,17 @@ class Conditioner:
             self.contexts.clear()
         new = [prompt for prompt in unique if prompt not in self.contexts]
         if new:
-            with torch.inference_mode(False), torch.no_grad():  # validation's are used in training too
+            with torch.inference_mode(False), torch.no_grad():  # validation's serve training too
                 self.contexts |= zip(new, self._encode(new), strict=True)
         return torch.stack([self.contexts[prompt] for prompt in unique]), rows
 
     def forget(self) -> None:
-        """To be called when weights, words or the device have changed by other means than a training step."""
+        """Empties the caches; to be called when weights, tokens or the device change outside a step."""
         self.ids.clear()
         self.contexts.clear()
 
     def _encode(self, prompts: list[str]) -> Tensor:
-        """Different prompts -> contexts [P, M, D]."""
+        """Distinct prompts -> contexts [P, M, D]."""
         if len(prompts) + len(self.ids) > KEPT_PROMPTS:
             self.ids.clear()
         new = [prompt for prompt in prompts if prompt not in self.ids]

@@ -1,4 +1,4 @@
-"""DreamBooth's run: prior images, pictures and figures of the base, training, and the same of the result."""
+"""A DreamBooth run: prior images, samples and metrics of the base, training, samples and metrics after it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -34,21 +34,21 @@ from ldm.training.sampling import (
     text2image,
 )
 
-SHOWN_PRIORS = 32  # on the report's page
+SHOWN_PRIORS = 32  # in the report
 
 
 def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
-    """Refuses to teach the empty prompt the subject: only the base says what it means on the photos."""
+    """Refuses empty captions on the subject's photos without a teacher: they would train the subject."""
     if data.priors_show_subject and module.prior_target != "teacher":
-        what = "Without prior images only the teacher knows what the empty prompt is to keep"
+        what = "Without prior images, the empty prompt needs the teacher's prediction as its target"
         remedy = "Set model.params.prior_target=teacher, or raise data.params.num_priors."
         raise UserError(what, where="prior_caption_dropout", remedy=remedy)
 
 
 class DreamBoothRun:
-    """Teaches networks that hold the base's weights one subject; called once, it does all of the run.
+    """A run on networks with the base's weights; call it once, for all phases.
 
-    Making it finds what does not fit together. plain: the whole config. base_hash: names the base.
+    The constructor raises UserError for settings that do not fit. plain: the whole config. base_hash: sha256.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class DreamBoothRun:
         self.module, self.data, self.plain, self.folder = module, data, plain, folder
         self.base_hash, self.timer = base_hash, run.PhaseTimer()
         self.pipeline = text2image(module, size=data.size)
-        self.pipeline.latent_shape()  # the size suits the networks
+        self.pipeline.latent_shape()  # checks that the size fits the networks
         self._guided: Text2Image | None = None
         evaluation, online = plain.get("evaluation"), OnlineEvalConfig(**plain.get("online_eval", {}))
         self.before_after = self._before_after(evaluation)
@@ -77,7 +77,7 @@ class DreamBoothRun:
         self.prompts = [fill(prompt, **data.words) for prompt in self.samples.prompts]
 
     def __call__(self) -> list[Path]:
-        """-> the paths that rank 0 leaves: contact sheet, model file, report."""
+        """-> the paths that rank 0 writes: contact sheet, model file, report."""
         with self.timer("prior_images"):
             priors = self._priors() if self.data.generates_priors else None
         generate = None
@@ -103,12 +103,12 @@ class DreamBoothRun:
     def _before_after(
         self, evaluation: dict | None, params: Mapping[str, Any] | None = None
     ) -> BeforeAfterEvaluation:
-        """The evaluation, with params of its own where some are given."""
+        """The evaluation, with some params replaced."""
         node = with_params(evaluation, params or {}) if evaluation else None
         return BeforeAfterEvaluation(node, self._pipeline, self.data, base_hash=self.base_hash)
 
     def _pipeline(self, guidance_base: bool) -> Text2Image:
-        """How the run draws; on demand with the base as it is now for the unconditional prediction."""
+        """The sampling pipeline, optionally with the base for the unconditional prediction."""
         if not guidance_base:
             return self.pipeline
         if self._guided is None:
@@ -117,14 +117,14 @@ class DreamBoothRun:
         return self._guided
 
     def _priors(self) -> PriorSet:
-        """The prior images, drawn as far as they are missing."""
+        """The prior images; missing ones are generated."""
         config = PriorsConfig(**self.plain.get("priors", {}))
         priors = prior_set(self.data, config, base_sha256=self.base_hash, device=self.module.device)
         generate_priors(self.pipeline, priors, self.data.num_priors, batch_size=config.batch_size)
         return priors
 
     def _evaluate_base(self) -> run.SampleGrid:
-        """Pictures and figures of the untouched base; a run that is taken up has the pictures already."""
+        """Samples and metrics of the untouched base; a resumed run has the samples already."""
         kept, settings = self.folder / "samples" / "before", asdict(self.samples)
         for other in ("prompts", "n", "every_steps", "preview_n", "batch_size"):
             del settings[other]
@@ -151,7 +151,7 @@ class DreamBoothRun:
         return callbacks
 
     def _finalize(self, before: run.SampleGrid) -> list[Path]:
-        """Model file, pictures, figures and report of the trained networks."""
+        """Model file, samples, metrics and report of the trained networks."""
         history = run.load_eval_history(self.folder)
         best = history[best_of(history)]["step"] if history else None
         if best is not None and run.Export(**self.plain.get("export", {})).weights == "best":
@@ -166,13 +166,13 @@ class DreamBoothRun:
             final = self.before_after.after(memo)
             also = {name: evaluation.after(memo) for name, evaluation in self.also.items()}
         grid = run.save_samples(self.folder / "samples", before, after)
-        on_the_way = {"measures": history, "best_step": best} if history else {}
+        online = {"measures": history, "best_step": best} if history else {}
         if self.online_eval is not None:
-            on_the_way["measures_seconds"] = round(self.online_eval.seconds, 2)  # of "training"
+            online["measures_seconds"] = round(self.online_eval.seconds, 2)  # of "training"
         metrics = {
             **final,
             **({"evaluate_also": also} if also else {}),
-            **on_the_way,
+            **online,
             "seconds": self.timer.seconds,
             "peak_memory_mib": max(self.timer.peak_mib.values(), default=round(peak_memory_mib(), 1)),
             "phase_peak_memory_mib": self.timer.peak_mib,
@@ -182,7 +182,7 @@ class DreamBoothRun:
         return [grid, model, self._report(before, after, metrics)]
 
     def _report(self, before: run.SampleGrid, after: run.SampleGrid, metrics: Mapping[str, Any]) -> Path:
-        """The run on one page -> report.html."""
+        """Writes the report -> report.html."""
         pairs = zip(before, after, strict=True)
         of_class = self.data.prior_batch_size and not self.data.priors_show_subject
         priors = self.data.prior_images[:SHOWN_PRIORS] if of_class else ()

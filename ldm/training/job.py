@@ -1,4 +1,4 @@
-"""The job that a config describes, from the command line to the paths of what it leaves."""
+"""The job of a config: checks, training, and the paths of the results."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,7 +25,7 @@ from ldm.training.sharding import check_sharding
 def run_job(
     config: DictConfig, resume: str | None = None, *, allow_config_change: bool = False
 ) -> list[Path]:
-    """Runs the job that `config` describes, or continues the one in `resume` -> the paths it leaves.
+    """Runs the job of a config, or continues the one in `resume` -> the paths of its results.
 
     "auto" continues the newest unfinished run of the config's name, if there is one.
     """
@@ -58,7 +58,7 @@ def run_job(
 
 
 def _train(module: pl.LightningModule, data: pl.LightningDataModule, plain: dict, folder: Path) -> list[Path]:
-    """Fills the networks from the base, trains, exports -> the paths that rank 0 leaves."""
+    """Loads the base, trains, exports -> the paths that rank 0 writes."""
     files, base_hash = run.base_files(plain), ""
     if files:
         predicts = getattr(module, "parameterization", None)
@@ -74,7 +74,7 @@ def _train(module: pl.LightningModule, data: pl.LightningDataModule, plain: dict
 
 
 def plan(config: DictConfig) -> str:
-    """The config as it stands, and for DreamBooth the memory and disk that it needs."""
+    """The resolved config, and for DreamBooth an estimate of memory and disk."""
     text = OmegaConf.to_yaml(config, resolve=True)
     if config.data.target == "ldm.data.dreambooth.DreamBoothDataModule":
         plain = to_plain(config)

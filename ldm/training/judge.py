@@ -18,12 +18,12 @@ from ldm.training.optimizers import adamw, with_schedule
 
 
 class JudgeTask(pl.LightningModule):
-    """Trains the judge to read drawings that look as if an autoencoder had redrawn them.
+    """Trains the judge on images that are blurred and noisy, like those of an autoencoder.
 
     Args:
         channels, width: of the `Judge`.
         learning_rate: of AdamW, after `warmup_steps` and along a cosine to 0.
-        noise: largest standard deviation of the noise on a picture; each item draws its own.
+        noise: largest standard deviation of the noise on an image; each item has its own.
         seed: of noise and blur.
     """
 
@@ -41,7 +41,7 @@ class JudgeTask(pl.LightningModule):
         self.judge = Judge(channels=tuple(channels), width=width)
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.noise, self.seed = noise, seed
-        self.accuracy: dict[str, float] = {}  # on the validation drawings, as they were drawn
+        self.accuracy: dict[str, float] = {}  # on the validation images, which are not degraded
         self._right: list[Tensor] = []
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
@@ -51,7 +51,7 @@ class JudgeTask(pl.LightningModule):
         return loss
 
     def degrade(self, images: Tensor, items: list[int]) -> Tensor:
-        """[B, 3, H, W] -> the same, each picture blurred and noisy to a degree of its own."""
+        """[B, 3, H, W] -> the same shape, each image blurred and noised to its own degree."""
 
         def degrees(purpose: str) -> Tensor:
             values = randomness.rand(seed=self.seed, items=items, purpose=purpose)
@@ -69,14 +69,14 @@ class JudgeTask(pl.LightningModule):
         shares = torch.cat(self._right).float().mean(0).tolist()
         self._right.clear()
         self.accuracy = {name: round(share, 4) for name, share in zip(ATTRIBUTES, shares, strict=True)}
-        self.print(f"right on unseen drawings: {self.accuracy}")
+        self.print(f"accuracy on unseen images: {self.accuracy}")
         self.log_dict({f"val/{name}": share for name, share in self.accuracy.items()})
 
     configure_gradient_clipping = clip
 
     def configure_optimizers(self) -> dict:
-        parts = {"judge": (self.judge, self.learning_rate)}
-        optimizer = adamw(parts, fused=self.trainer.precision != "16-mixed")  # its scaler comes first
+        groups = {"judge": (self.judge, self.learning_rate)}
+        optimizer = adamw(groups, fused=self.trainer.precision != "16-mixed")  # its scaler comes first
         return with_schedule(
             optimizer, "cosine", warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
         )

@@ -113,8 +113,8 @@ class LatentDiffusion(pl.LightningModule):
         )
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         if zero_terminal_snr and parameterization == "eps":
-            remedy = "Set model.params.parameterization=v for a base that predicts v, or take it off."
-            raise UserError("Noise alone says nothing of eps", where="zero_terminal_snr", remedy=remedy)
+            remedy = "Set model.params.parameterization=v for a base that predicts v, or remove the key."
+            raise UserError("Zero-terminal SNR needs v-prediction", where="zero_terminal_snr", remedy=remedy)
         self.parameterization, self.seed, self.prior_loss_weight = parameterization, seed, prior_loss_weight
         self.min_snr_gamma, self.min_snr_floor = min_snr_gamma, min_snr_floor
         self.offset_noise, self.l2_sp_weight, self.prior_target = offset_noise, l2_sp_weight, prior_target

@@ -1,4 +1,4 @@
-"""Figures while a run learns: how well the subject is drawn by now, and whether the class still is."""
+"""Online evaluation: metrics of the subject and of its class during training."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from ldm.training.device import temporarily_on
 
 @dataclass(frozen=True)
 class OnlineEvalConfig:
-    """When a run is measured on its way.
+    """When a run is evaluated during training.
 
-    every_steps: optimizer steps between two measures, a multiple of the steps between validations; 0: none.
-    params: of the `evaluation`, where they differ from its own: few pictures in few steps cost little.
-    early_stop: measures without a better score after which training ends; 0: it never does.
+    every_steps: optimizer steps between two evaluations, a multiple of the validation interval; 0: none.
+    params: of the `evaluation`, where they differ from its own: few images in few steps cost little.
+    early_stop: evaluations without a better score after which training ends; 0: never.
     """
 
     every_steps: int = 0
@@ -27,16 +27,16 @@ class OnlineEvalConfig:
 
 
 class OnlineEvalCallback(pl.Callback):
-    """Measures the weights that would be kept, the averaged ones where there are any, after validation.
+    """Evaluates the weights that would be exported (the average, if there is one) after validation.
 
-    `rows` are the figures so far, {"step", "score", ...}; they are part of a checkpoint. The score is
+    `rows` are the metrics so far, {"step", "score", ...}; they are part of a checkpoint. The score is
     the evaluation's.
     """
 
     def __init__(self, before_after: BeforeAfterEvaluation, config: OnlineEvalConfig):
         self.before_after, self.config = before_after, config
         self.rows: list[dict[str, float]] = []
-        self.seconds = 0.0  # spent measuring in this process
+        self.seconds = 0.0  # spent on evaluation in this process
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -65,7 +65,7 @@ class OnlineEvalCallback(pl.Callback):
         trainer.should_stop |= self._over()
 
     def latest(self, step: int) -> float | None:
-        """The score at this step, if it was measured."""
+        """The score at this step, if it was evaluated."""
         return self.rows[-1]["score"] if self.rows and self.rows[-1]["step"] == step else None
 
     def _over(self) -> bool:
@@ -73,23 +73,23 @@ class OnlineEvalCallback(pl.Callback):
 
 
 def best_of(rows: Sequence[Mapping[str, float]]) -> int:
-    """Number of the first row with the best score; -1 without rows."""
+    """Index of the first row with the best score; -1 without rows."""
     scores = [row["score"] for row in rows]
     return scores.index(max(scores)) if scores else -1
 
 
 def check_online_eval(plain: Mapping[str, Any]) -> None:
-    """Refuses measures that would never be taken."""
+    """Refuses evaluations that would never happen."""
     config = OnlineEvalConfig(**plain.get("online_eval", {}))
     if config.every_steps == 0:
         return
     if not plain.get("evaluation"):
         remedy = "Add one, or set online_eval.every_steps=0."
-        raise UserError("There is no `evaluation` to measure by", where="online_eval", remedy=remedy)
+        raise UserError("Online evaluation needs an `evaluation`", where="online_eval", remedy=remedy)
     trainer = plain["trainer"]
     batches = trainer.get("val_check_interval")
     steps = batches // trainer.get("accumulate_grad_batches", 1) if isinstance(batches, int) else 0
     if steps < 1 or config.every_steps % steps:
-        what = f"A measure after every {config.every_steps} steps never follows a validation"
+        what = f"An evaluation every {config.every_steps} steps never follows a validation"
         remedy = "Choose a multiple of trainer.val_check_interval, which counts micro-batches."
         raise UserError(what, where="online_eval.every_steps", remedy=remedy)

@@ -1,4 +1,4 @@
-"""The sections of a job's config, and the check of what a command line makes of them."""
+"""The sections of a job's config, and its check."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -39,7 +39,7 @@ REQUIRED = ("name", "seed", "model", "data", "trainer")
 
 
 def config_of(command: Command) -> DictConfig:
-    """The merged and checked config. Raises UserError for a file or key that is wrong."""
+    """The merged and checked config. Raises UserError for a wrong file or key."""
     config = configs.load_config(command.paths, command.dotlist)
     configs.check(config, SECTIONS, required=REQUIRED, paths=command.paths, dotlist=command.dotlist)
     return config

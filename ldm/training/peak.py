@@ -11,11 +11,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 sets the peak of resident memory back
+CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of resident memory
 
 
 def reset_peak_memory() -> bool:
-    """Peak memory begins anew, and caches are handed back; False where the system cannot do that."""
+    """Resets peak memory and frees caches; False where the system cannot do that."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -30,9 +30,9 @@ def reset_peak_memory() -> bool:
 
 
 class PeakBytes(TorchDispatchMode):
-    """While entered, counts the bytes of all tensors made inside that are alive -> `peak`.
+    """While entered, tracks the bytes of the tensors that are created inside and alive -> `peak`.
 
-    Tensors from outside and what kernels use by themselves do not count. Works on tensors without data too.
+    Tensors from outside and workspace of kernels are not counted. Works on tensors without data too.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Gradient checkpointing where a config leaves it to the free memory (Chen et al. 2016).
+"""Gradient checkpointing (Chen et al. 2016), chosen by the free memory where a config leaves it open.
 
-The choice changes no result: what is computed again is the same to the bit (on a GPU, as far as its kernels
-repeat themselves). So a run that is resumed may choose anew.
+The choice changes no result: what is recomputed is equal to the bit (on a GPU, if its kernels are
+deterministic). So a resumed run may choose anew.
 """
 
 import copy
@@ -18,14 +18,14 @@ from ldm.training.memory import estimate
 log = logging.getLogger(__name__)
 
 NETWORKS = ("unet", "text_encoder")
-MARGIN = 1.1  # of what is computed: the allocator's holes and the kernels' work space
+MARGIN = 1.1  # over the estimate: fragmentation and workspace of kernels
 CUDA_CONTEXT = 2**30  # bytes, about
 
 
 def with_checkpointing_chosen(plain: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The config with true or false for every `use_checkpoint: null` of DreamBooth's networks.
 
-    False, which is faster, where the training without it fits into the device's free memory in every process.
+    It is false, which is faster, if training without it fits the device's free memory in every process.
     """
     plain = copy.deepcopy(dict(plain))
     open_ones = [node for node in _params(plain) if node.get("use_checkpoint", False) is None]

@@ -1,4 +1,4 @@
-"""One run: its base weights, training with resume, the model file and the pictures it leaves."""
+"""The parts of a run: base weights, training with resume, model file and samples."""
 
 import hashlib
 import json
@@ -49,16 +49,16 @@ TRAINING = (
 
 @dataclass(frozen=True)
 class Export:
-    """The model file of a run: the precision of its weights; the last ones or, by the measures, the best."""
+    """The model file of a run: dtype of its weights; the last or, by online evaluation, the best ones."""
 
     dtype: str = "fp16"
     weights: Literal["last", "best"] = "last"
 
 
 def base_files(plain: Mapping[str, Any]) -> dict[str, Path]:
-    """Network -> the file or folder that it starts from; "all" stands for `base_checkpoint`, which has all.
+    """Network -> the file or folder of its base weights; "all" is `base_checkpoint`, which has all networks.
 
-    Raises UserError where nothing is there.
+    Raises UserError for a missing file.
     """
     named = plain.get("base_parts") or {"all": plain.get("base_checkpoint")}
     files = {part: find_file(name) for part, name in named.items() if name}
@@ -75,9 +75,9 @@ def load_base(
     *,
     parameterization: str | None = None,
 ) -> str:
-    """Fills networks from base models, by `base_files` -> the sha256 that names these.
+    """Loads networks from base models, by `base_files` -> the sha256 of these.
 
-    A folder's own vocabulary is used, unless the config names one on this machine. Given a
+    A folder's own tokenizer is used, unless the config names one on this machine. Given a
     `parameterization`, a UNet that predicts something else is refused.
     """
     for part, path in files.items():
@@ -142,13 +142,13 @@ def fit(
             enable_model_summary=False,
             **trainer,
         ).fit(learner, data, ckpt_path=last)
-    module.to(place)  # the Trainer leaves it on the CPU
+    module.to(place)  # the Trainer moves it to the CPU
 
 
 def _core_callbacks(
     folder: Path, stop: StopSignals, online_eval: OnlineEvalCallback | None, *, every: int, keep: int
 ) -> list[pl.Callback]:
-    """What measures and logs, what stops at a loss that is not finite, and what saves, in this order."""
+    """Online evaluation, logging, the non-finite guard, checkpoints: in this order."""
     guard = NonFiniteGuard()
     saves = CheckpointCallback(
         folder, every=every, keep=keep, stop=stop, guard=guard, online_eval=online_eval
@@ -157,46 +157,46 @@ def _core_callbacks(
 
 
 def load_eval_history(folder: Path) -> list[dict[str, float]]:
-    """The rows of `OnlineEvalCallback` in a run's newest checkpoint; none where nothing was measured."""
+    """The rows of `OnlineEvalCallback` in a run's newest checkpoint; none without online evaluation."""
     newest = latest_valid_checkpoint(folder / "checkpoints")
     states = unpickle(newest, mapped=True)["callbacks"] if newest else {}
     return states.get("OnlineEvalCallback", {}).get("rows", [])
 
 
 def load_best_weights(module: pl.LightningModule, folder: Path, step: int) -> None:
-    """Gives the module the weights of the checkpoint of a step."""
+    """Loads the weights of the checkpoint of a step into the module."""
     path = folder / "checkpoints" / name_of(step)
     if not path.exists():
         remedy = "Export the last weights: export.weights=last."
-        raise UserError("The best checkpoint is gone", where=path, remedy=remedy)
+        raise UserError("The best checkpoint is missing", where=path, remedy=remedy)
     state = unpickle(path, mapped=True)
     module.load_state_dict(state["state_dict"])
     module.on_load_checkpoint(state)
 
 
 def progress_bar(trainer: Mapping[str, Any]) -> list[pl.Callback]:
-    """Refreshed as rarely as the log: each refresh reads the losses, so waits for the device."""
+    """A bar that is refreshed as often as the log: a refresh reads the losses, so waits for the device."""
     wanted = trainer.get("enable_progress_bar", True)
     return [TQDMProgressBar(refresh_rate=trainer.get("log_every_n_steps", 50))] if wanted else []
 
 
 def resume_from(module: pl.LightningModule, checkpoint: Path, *, max_steps: int) -> int:
-    """Optimizer steps behind a checkpoint; where these are all, the module gets the weights they ended in."""
+    """Optimizer steps of a checkpoint; if they are all steps of the run, its weights are loaded."""
     state = unpickle(checkpoint, mapped=True)
     check_fit(state, module, where=checkpoint)
     step = state["global_step"]
-    log.info("Taken up at step %d: %s", step, checkpoint)
+    log.info("Resumed at step %d: %s", step, checkpoint)
     if 0 <= max_steps < step:
-        remedy = f"Let trainer.max_steps be {step} or more."
-        raise UserError(f"The run has {step} steps behind it already", where=checkpoint, remedy=remedy)
+        remedy = f"Set trainer.max_steps to {step} or more."
+        raise UserError(f"The run has done {step} steps already", where=checkpoint, remedy=remedy)
     if step == max_steps:
-        module.load_state_dict(state["state_dict"])  # the averages, where they are kept
+        module.load_state_dict(state["state_dict"])  # the average, if there is one
         module.on_load_checkpoint(state)
     return step
 
 
 def tensorboard_logger(folder: Path, *, start: int) -> TensorBoardLogger:
-    """TensorBoard's files; what an earlier process logged of steps from `start` on is void."""
+    """TensorBoard's files; steps from `start` on that an earlier process logged are purged."""
     return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=start)
 
 
@@ -213,7 +213,7 @@ def export_of(
     words: Mapping[str, str] | None = None,
     base_hash: str = "",
 ) -> Path:
-    """The model file of a run; `words` are the {identifier} and {class_word} that it was taught."""
+    """The model file of a run; `words` are its {identifier} and {class_word}."""
     return export(
         module,
         folder / "model.safetensors",
@@ -235,7 +235,7 @@ def export(
     trigger_phrase: str | None = None,
     base_sha256: str | None = None,
 ) -> Path:
-    """Writes the model file, which says what it holds, which size it draws and how it was trained."""
+    """Writes the model file; its metadata has the networks' config, image size and training config."""
     params = training["model"]["params"]
     state_dicts = {name: network.state_dict() for name, network in getattr(module, "networks", {}).items()}
     if "unet" in state_dicts:
@@ -257,7 +257,7 @@ SampleGrid = Sequence[tuple[str, Sequence[Image.Image]]]
 
 
 def save_image_grid(folder: Path, rows: SampleGrid, settings: Mapping[str, Any]) -> None:
-    """Every picture as a PNG of its own, with the settings that all share: 00-00.png is row 0, picture 0."""
+    """Writes every image as a PNG, with the settings in its metadata: 00-00.png is row 0, image 0."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, (prompt, images) in enumerate(rows):
         for i, image in enumerate(images):
@@ -285,7 +285,7 @@ def _read_image(path: Path, prompt: str, settings: Mapping[str, Any]) -> Image.I
 
 
 def save_samples(folder: Path, before: SampleGrid, after: SampleGrid) -> Path:
-    """Every sample as a PNG of its own, and a sheet of all prompts before and after training -> the sheet."""
+    """Writes every sample as a PNG, and a contact sheet of before and after training -> its path."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for k, ((prompt, old), (_, new)) in enumerate(zip(before, after, strict=True)):
@@ -304,8 +304,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
 class PhaseTimer:
     """Seconds and peak memory (MiB) of each phase of a run: `with timer("training"): ...`.
 
-    Resident memory of a CPU includes what the C library keeps of earlier phases; where its peak cannot be set
-    back, `peak_mib` stays empty.
+    Resident memory of a CPU includes freed memory of earlier phases that the C library keeps; where its peak
+    cannot be reset, `peak_mib` stays empty.
     """
 
     def __init__(self) -> None:
@@ -314,9 +314,9 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        begins_anew = reset_peak_memory()
+        was_reset = reset_peak_memory()
         start = time.perf_counter()
         yield
         self.seconds[phase] = round(time.perf_counter() - start, 2)
-        if begins_anew:
+        if was_reset:
             self.peak_mib[phase] = round(peak_memory_mib(), 1)

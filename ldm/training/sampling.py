@@ -1,4 +1,4 @@
-"""Pictures drawn by a training run: its prior images, its previews and its final samples."""
+"""Sampling in a training run: its prior images, its previews and its final samples."""
 
 import copy
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from ldm.training.latent_diffusion import LatentDiffusion
 
 @dataclass(frozen=True)
 class PriorsConfig:
-    """How the base model draws prior images, and the folder that keeps the sets.
+    """How the base model generates prior images, and the folder of their sets.
 
     precision: of the networks; "auto" is bf16 on a CUDA device and fp32 elsewhere.
     """
@@ -40,9 +40,9 @@ class PriorsConfig:
 
 @dataclass(frozen=True)
 class SamplesConfig:
-    """What a run draws to be looked at: `n` pictures of each prompt, with {identifier} and {class_word}.
+    """The samples of a run: `n` images of each prompt, which may contain {identifier} and {class_word}.
 
-    precision: as that of prior images.
+    precision: as for prior images.
     """
 
     prompts: Sequence[str] = field(default_factory=list)
@@ -51,16 +51,16 @@ class SamplesConfig:
     steps: int = 50
     guidance_scale: float = 7.5
     negative_prompt: str = ""
-    guidance_base: bool = False  # whether the base predicts for the negative prompt, not the trained model
+    guidance_base: bool = False  # the base, not the trained model, predicts for the negative prompt
     seed: int = 23
     batch_size: int = 16
     precision: Precision = "auto"
-    every_steps: int = 0  # optimizer steps between previews; 0 draws none
-    preview_n: int = 2  # pictures of each prompt in a preview
+    every_steps: int = 0  # optimizer steps between previews; 0: no previews
+    preview_n: int = 2  # images of each prompt in a preview
 
 
 def text2image(module: LatentDiffusion, *, size: int, guidance_base: Denoiser | None = None) -> Text2Image:
-    """The sampling path over the live networks of a run."""
+    """The sampling pipeline over the live networks of a run."""
     return Text2Image(
         **module.networks,
         alphas_cumprod=module.alphas_cumprod,
@@ -71,9 +71,9 @@ def text2image(module: LatentDiffusion, *, size: int, guidance_base: Denoiser | 
 
 
 def base_denoiser(module: LatentDiffusion) -> Denoiser:
-    """The base that a run sets out from, whatever it learns later; to be made before it trains.
+    """The base model of a run, unchanged by training; call this before training starts.
 
-    Where a LoRA learns, these are the live networks without its factors; else copies of them.
+    With LoRA these are the live networks with the LoRA off, otherwise copies of them.
     """
     unet, text_encoder = module.networks["unet"], module.networks["text_encoder"]
     without = [] if module.lora is None else [module.lora]
@@ -91,7 +91,7 @@ def base_denoiser(module: LatentDiffusion) -> Denoiser:
 def prior_set(
     data: DreamBoothDataModule, config: PriorsConfig, *, base_sha256: str, device: torch.device
 ) -> PriorSet:
-    """The set that these settings, this base and the precision of the device name; others are another set."""
+    """The set that is named by these settings, this base and the precision on the device."""
     spec = PriorSpec(
         prompt=data.prior_prompt,
         base_sha256=base_sha256,
@@ -107,7 +107,7 @@ def prior_set(
 
 
 def prior_generator(spec: PriorSpec, pipeline: Text2Image, *, batch_size: int) -> GenerateImages:
-    """How a set's images are drawn, by the networks of `pipeline`."""
+    """-> the function that generates images of a set with the networks of `pipeline`."""
 
     def generate(seeds: Sequence[int]) -> list[tuple[Image.Image, Tensor]]:
         with temporarily_on(pipeline.vae, next(pipeline.unet.parameters()).device):
@@ -127,7 +127,7 @@ def prior_generator(spec: PriorSpec, pipeline: Text2Image, *, batch_size: int) -
 
 
 def frozen(pipeline: Text2Image) -> Text2Image:
-    """The same way to draw, with copies of the UNet and text encoder that training does not change."""
+    """A pipeline with frozen copies of the UNet and text encoder, which training does not change."""
     copies = {name: copy.deepcopy(getattr(pipeline, name)) for name in ("unet", "text_encoder")}
     return Text2Image(
         **{name: network.eval().requires_grad_(False) for name, network in copies.items()},
@@ -139,14 +139,14 @@ def frozen(pipeline: Text2Image) -> Text2Image:
 
 
 def generate_priors(pipeline: Text2Image, priors: PriorSet, count: int, *, batch_size: int) -> int:
-    """Draws the prior images that are missing, shared among the processes, resumable -> how many were."""
+    """Generates the missing prior images, divided among the processes -> how many were missing."""
     missing = len(priors.missing(count))
     distributed.barrier()  # until all have counted
     if missing == 0:
         return 0
     generate = prior_generator(priors.spec, pipeline, batch_size=batch_size)
     rank, world_size = distributed.rank(), distributed.world_size()
-    with tqdm(total=missing, desc="Drawing prior images", unit="image", disable=rank > 0) as bar:
+    with tqdm(total=missing, desc="Generating prior images", unit="image", disable=rank > 0) as bar:
         priors.generate_missing(
             count,
             generate,
@@ -164,7 +164,7 @@ def generate_priors(pipeline: Text2Image, priors: PriorSet, count: int, *, batch
 def generate_samples(
     pipeline: Text2Image, config: SamplesConfig, prompts: Sequence[str], *, progress: bool = False
 ) -> list[tuple[str, list[Image.Image]]]:
-    """`n` pictures of each prompt from seeds that never change -> (prompt, pictures) rows."""
+    """`n` images of each prompt from fixed seeds -> (prompt, images) rows."""
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.n)]
     samples = pipeline(
         [prompt for prompt, _ in jobs],

@@ -1,4 +1,4 @@
-"""Training of the storybook's base: the UNet of a small Stable Diffusion, from endless captioned images."""
+"""Training of the storybook's base: the UNet of a small Stable Diffusion, on a stream of captioned images."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,14 +14,14 @@ from ldm.training.latent_diffusion import LatentDiffusion
 
 
 class StorybookBase(LatentDiffusion):
-    """`LatentDiffusion` with a frozen text encoder; token ids and random draws come from worker processes.
+    """`LatentDiffusion` with a frozen text encoder; token ids and random numbers come from worker processes.
 
     The loss is the same. A GPU takes thousands of such small items a second, more than one process
-    can draw numbers for and tokenize. Its data is a `StorybookStream`.
+    can tokenize and draw random numbers for. Its data is a `StorybookStream`.
     """
 
     def check(self, trainer: Mapping[str, Any]) -> None:
-        """Refuses what this shorter step leaves out."""
+        """Refuses options that this shorter step does not support."""
         super().check(trainer)
         left_out = {
             "train_text_encoder": self._text_learns,
@@ -38,7 +38,7 @@ class StorybookBase(LatentDiffusion):
         self.trainer.datamodule.set_prepare(self.prepare)
 
     def prepare(self, batch: dict) -> dict:
-        """Adds "ids" [B, M] and the items' draws to a batch, on the CPU; captions stay behind."""
+        """Adds "ids" [B, M] and the items' random numbers to a batch, on the CPU; removes the captions."""
         factor, channels = self.first_stage_model.factor, self.first_stage_model.embed_dim
         shape = (channels, batch["image"].shape[-2] // factor, batch["image"].shape[-1] // factor)
         which = {"seed": self.seed, "items": batch["item"].tolist()}
@@ -51,7 +51,7 @@ class StorybookBase(LatentDiffusion):
         }
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
-        """The draws are in the batch already: no item numbers are needed."""
+        """The random numbers are in the batch already."""
         return batch
 
     def loss_per_item(self, batch: dict) -> Tensor:

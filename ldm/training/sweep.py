@@ -26,7 +26,7 @@ def rows_of(variant: str, metrics: Mapping[str, Any]) -> dict[str, Mapping[str, 
 
 
 class Subject(TypedDict, total=False):
-    """`class_word`, and either the folder `photos` or the `seed` of a subject that the storybook draws."""
+    """`class_word`, and either the folder `photos` or the `seed` of a storybook subject."""
 
     class_word: str
     photos: str
@@ -38,9 +38,9 @@ class Sweep:
     """A file in configs/studies.
 
     base: configs to merge; set: overrides of all runs; variants: overrides of each; claim: what the paper or
-    others say; finding: what the figures show; made_at: commit and machine of its runs; figures: columns of
-    the table; frontier: two of them, drawn one against the other; threads: of one run on the CPU, whose sums
-    depend on it.
+    others say; finding: what the metrics show; made_at: commit and machine of its runs; metrics: columns of
+    the table; frontier: two of them, plotted against each other; threads: of a run on the CPU, whose sums
+    depend on their number.
     """
 
     name: str
@@ -80,7 +80,7 @@ def read_sweep(path: str | Path) -> Sweep:
         raise UserError("The study cannot be read", where=path, remedy="Give a YAML file.") from error
     known = {f.name: f.default for f in fields(Sweep) if f.name != "name"}
     if not isinstance(content, dict):
-        raise UserError("This is no study", where=path, remedy=f"It has the keys {', '.join(known)}.")
+        raise UserError("The file is not a study", where=path, remedy=f"It has the keys {', '.join(known)}.")
     for key in content:
         if key not in known:
             raise UserError(f"`{key}` is not a key of a study", where=path, remedy=f"Use {', '.join(known)}.")
@@ -93,7 +93,7 @@ def read_sweep(path: str | Path) -> Sweep:
 
 
 def jobs_of(sweep: Sweep) -> list[Job]:
-    """Every run of the study, its config merged and checked; drawn subjects are drawn."""
+    """Every run of the study with its checked config; writes the photos of storybook subjects."""
     photos = {name: _photos(sweep, name, subject) for name, subject in sweep.subjects.items()}
     found = []
     for variant, subject, seed in product(sweep.variants, sweep.subjects, sweep.seeds):
@@ -113,7 +113,7 @@ def same_run(one: DictConfig, other: DictConfig) -> bool:
     """Whether runs of two studies are the same run: configs that differ in the study's name alone."""
     plain = [to_plain(config) for config in (one, other)]
     for content in plain:
-        sweep = Path(content.pop("name")).parts[0]  # drawn subjects are in its folder
+        sweep = Path(content.pop("name")).parts[0]  # storybook subjects are in its folder
         params = content["data"]["params"]
         params["subject_root"] = str(params["subject_root"]).replace(f"logs/{sweep}/", "logs/")
     return plain[0] == plain[1]
@@ -124,7 +124,7 @@ def shard_jobs(jobs: Sequence[Job], part: str) -> Sequence[Job]:
     numbers = re.fullmatch(r"(\d+)/(\d+)", part)
     k, n = map(int, numbers.groups()) if numbers else (0, 0)
     if not 1 <= k <= n:
-        raise UserError(f"`{part}` is no part", where="--part", remedy="Write 1/2 and 2/2, for example.")
+        raise UserError(f"`{part}` is not a part", where="--part", remedy="Write 1/2 and 2/2, for example.")
     return jobs[k - 1 :: n]
 
 

@@ -1,4 +1,4 @@
-"""Pretraining of the storybook's text encoder: it learns to read captions before anything is drawn."""
+"""Pretraining of the storybook's text encoder: classification of the attributes that captions name."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from ldm.training.optimizers import adamw, with_schedule
 
 
 class TextEncoderTask(pl.LightningModule):
-    """Teaches the text encoder to tell from a caption what its drawing shows.
+    """Trains the text encoder to tell from a caption which attributes its image shows.
 
-    Stable Diffusion's tower comes from CLIP, where it learned what captions say about pictures (Radford et
-    al. 2021), and the UNet is trained on its fixed output. Here linear heads on the mean context of the
-    padding, most of what the UNet attends to, name the drawing's attributes; afterwards they are thrown away.
+    Stable Diffusion's text encoder comes from CLIP, which learned what captions say about images (Radford et
+    al. 2021), and the UNet is trained on its fixed output. Here linear heads classify the attributes from the
+    mean context of the padding, most of what the UNet attends to; afterwards the heads are discarded.
 
     Args:
         text_encoder: node of the text encoder.
@@ -43,7 +43,7 @@ class TextEncoderTask(pl.LightningModule):
         return {name: head(pooled) for name, head in self.heads.items()}
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """What a caption leaves unsaid cannot be learned: its share of the loss is its entropy."""
+        """Attributes that a caption leaves out cannot be learned: their loss is their entropy."""
         logits = self.read(batch["caption"])
         loss = sum(F.cross_entropy(logits[name], batch["labels"][name]) for name in ATTRIBUTES)
         self.log("train/loss", loss, prog_bar=True)
@@ -58,19 +58,19 @@ class TextEncoderTask(pl.LightningModule):
         shares = torch.cat(self._right).float().mean(0).tolist()
         self._right.clear()
         accuracy = {name: round(share, 4) for name, share in zip(ATTRIBUTES, shares, strict=True)}
-        self.print(f"read right off captions that say everything: {accuracy}")
+        self.print(f"accuracy on full captions: {accuracy}")
         self.log_dict({f"val/{name}": share for name, share in accuracy.items()})
 
     configure_gradient_clipping = clip
 
     def configure_optimizers(self) -> dict:
-        state_dicts = {"text_encoder": (self, self.learning_rate)}
-        optimizer = adamw(state_dicts, fused=self.trainer.precision != "16-mixed")  # its scaler comes first
+        groups = {"text_encoder": (self, self.learning_rate)}
+        optimizer = adamw(groups, fused=self.trainer.precision != "16-mixed")  # its scaler comes first
         return with_schedule(
             optimizer, "cosine", warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
         )
 
     def export(self, path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> Path:
-        """Writes the tower under Stable Diffusion's names, without the heads."""
+        """Writes the text encoder under Stable Diffusion's names, without the heads."""
         state_dicts = {"text_encoder": self.text_encoder.state_dict()}
         return save_model(path, state_dicts, alphas_cumprod=None, dtype=dtype, metadata=metadata)

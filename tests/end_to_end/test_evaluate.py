@@ -48,7 +48,7 @@ def test_folders_of_pictures_are_measured(folders, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--pictures", "cats"), "Nothing says the subject_root"),
+        (("--pictures", "cats"), "The subject_root is missing"),
         (("--pictures", "absent", *PHOTOS), "absent"),
         (("--pictures", "drawn", "--class_pictures", "photos/one", *PHOTOS), "photos/one"),
         (("--pictures", "drawn", *PHOTOS, "--metrics", "photos", "--dino", "absent"), "hf download"),

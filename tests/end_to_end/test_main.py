@@ -98,7 +98,7 @@ def test_a_run_leaves_its_results_and_a_resumed_one_the_same_weights(job: list[s
     assert {key.split(".")[0] for key in trained} == {"model", "cond_stage_model"}
 
     drawn = run("scripts/generate_priors.py", *job)
-    assert "0 drawn, 3 were there" in drawn.stdout, drawn.stderr
+    assert "0 generated, 3 were there" in drawn.stdout, drawn.stderr
     sampled = run("scripts/sample.py", "--prompt", "a photo of sks disc", "--n", "1", "--steps", "2")
     assert sampled.returncode == 0, sampled.stderr
     assert Path(sampled.stdout.split()[-1]).name == "contact_sheet.png"
@@ -171,8 +171,8 @@ def test_figures_on_the_way_choose_the_weights(job: list[str]):
         (["trainer.max_steps=soon"], "max_steps"),
         (["--frobnicate"], "--frobnicate"),
         (["data.params.size=18"], "18"),
-        (["online_eval.every_steps=1"], "no `evaluation`"),
-        (["evaluate_also={g: {guidance_scale: 4.0}}"], "no `evaluation`"),
+        (["online_eval.every_steps=1"], "needs an `evaluation`"),
+        (["evaluate_also={g: {guidance_scale: 4.0}}"], "needs an `evaluation`"),
         (
             [
                 "evaluation.target=ldm.evaluation.storybook.StorybookEvaluation",

@@ -164,12 +164,12 @@ def test_the_base_guides_and_is_named(
     "arguments, message",
     [
         (["--prompt", "a dog"], "no finished run under logs/"),
-        (["--model", "MODEL"], "nothing to draw"),
+        (["--model", "MODEL"], "nothing to generate"),
         (["--prompt", "a dog", "--model", "absent.safetensors"], "no such model file"),
         (["--prompts", "absent.txt", "--model", "MODEL"], "absent.txt"),
         (["--prompt", "a dog", "--model", "MODEL", "--height", "17"], "Use 16 or 20"),
         (["--prompt", "a dog", "--model", "MODEL", "--steps", "0"], "1 to 1000"),
-        (["--prompt", "a dog", "--model", "MODEL", "--n", "0"], "nothing to draw"),
+        (["--prompt", "a dog", "--model", "MODEL", "--n", "0"], "nothing to generate"),
         (["--prompt", "a dog", "--model", "MODEL", "--batch_size", "0"], "batch_size 0"),
         (
             ["--prompt", "a dog", "--model", "MODEL", "--config", "empty.yaml"],

@@ -100,7 +100,7 @@ def test_figures_stand_with_what_they_compare_to(tmp_path: Path):
 def test_a_run_without_figures_priors_or_previews(tmp_path: Path):
     page = write_report(tmp_path / "report.html", report(metrics={}, priors=[], previews=[], curves={}))
     text = " ".join(parsed(page).text)
-    assert "Subject fidelity" not in text and "Prior images" not in text and "While it learned" not in text
+    assert "Subject fidelity" not in text and "Prior images" not in text and "During training" not in text
 
 
 def test_text_cannot_become_markup(tmp_path: Path):

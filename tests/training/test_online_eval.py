@@ -95,5 +95,5 @@ def test_measures_that_would_never_be_taken_are_refused(section, trainer, said):
         with pytest.raises(UserError, match=said):
             check_online_eval(plain)
     if section["every_steps"]:
-        with pytest.raises(UserError, match="no `evaluation`"):
+        with pytest.raises(UserError, match="needs an `evaluation`"):
             check_online_eval({**plain, "evaluation": None})

@@ -89,7 +89,7 @@ def test_more_steps_go_on_and_fewer_are_refused(job: Job, tmp_path: Path):
     assert differences(ended.state_dict(), state_of(tmp_path / "again", 2)["state_dict"]) == []
     again = job(tmp_path / "again")
     assert differences(whole.state_dict(), again.state_dict()) == []
-    with pytest.raises(UserError, match="The run has 4 steps behind it already.*4 or more"):
+    with pytest.raises(UserError, match="The run has done 4 steps already.*4 or more"):
         replace(job, steps=3)(tmp_path / "again")
 
 
@@ -105,7 +105,7 @@ def test_a_broken_newest_checkpoint_is_skipped_with_a_word(
     with caplog.at_level(logging.INFO):
         again = job(tmp_path / "again")
     assert "step-00000003.ckpt is skipped: its SHA-256 is not the one in" in caplog.text
-    assert "Taken up at step 2" in caplog.text
+    assert "Resumed at step 2" in caplog.text
     assert newest.with_name(f"{newest.name}.broken").exists()
     assert differences(whole.state_dict(), again.state_dict()) == []
 

@@ -67,7 +67,7 @@ def test_parts_share_all_jobs(workdir: Path):
     parts = [shard_jobs(jobs, f"{k}/3") for k in (1, 2, 3)]
     assert sorted(job.folder for part in parts for job in part) == sorted(job.folder for job in jobs)
     for wrong in ("0/2", "3/2", "one"):
-        with pytest.raises(UserError, match="no part"):
+        with pytest.raises(UserError, match="not a part"):
             shard_jobs(jobs, wrong)
 
 

@@ -185,5 +185,5 @@ def test_a_text_encoder_reads_new_words(tiny_networks):
 
 
 def test_zero_terminal_snr_is_refused_where_it_says_nothing(tiny_config):
-    with pytest.raises(UserError, match="eps"):
+    with pytest.raises(UserError, match="needs v-prediction"):
         LatentDiffusion(**tiny_config | {"parameterization": "eps"}, zero_terminal_snr=True)
