@@ -45,7 +45,7 @@ def test_diversity_is_the_mean_distance_over_pairs():
 
 
 def test_diversity_needs_a_pair():
-    with pytest.raises(ValueError, match="two pictures"):
+    with pytest.raises(ValueError, match="two images"):
         diversity(torch.zeros(1, 3))
 
 
