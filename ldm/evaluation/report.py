@@ -63,9 +63,13 @@ CARDS = {
     "class_drift": Card("Class drift", "samples of the class that show the subject; 0 is best", (-0.2, 1)),
     "diversity_ratio": Card("Diversity", "of the class, relative to the base's", (0, 1.2)),
     "class_shift": Card(
-        "Class shift", "how far the class has moved in any direction; chance is best", (0, 1)
+        "Class shift",
+        "how far the class has moved in any direction; 0 is best, up to chance is noise",
+        (0, 1),
     ),
-    "class_shift_frechet": Card("Class shift, Fréchet", "of the judge's features; chance is best", (0, 1)),
+    "class_shift_frechet": Card(
+        "Class shift, Fréchet", "of the judge's features; 0 is best, up to chance is noise", (0, 1)
+    ),
 }
 EVAL_LABELS = {
     "subject_fidelity": "Subject",
