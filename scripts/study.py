@@ -71,20 +71,14 @@ def run_in_processes(path: str, processes: int) -> None:
 
 def publish(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:
     """Writes the CSV, the plots and the page of a study whose runs are all finished."""
-    found = [metrics_of(job) for job in jobs]
-    rows = [
-        {"variant": name, "subject": job.subject, "seed": job.seed} | {m: own[m] for m in sweep.metrics}
-        for job, metrics in zip(jobs, found, strict=True)
-        for name, own in rows_of(job.variant, metrics).items()
-    ]
-    rows.sort(key=lambda row: list(dict.fromkeys(r["variant"] for r in rows)).index(row["variant"]))
-    seconds = {
-        name: mean(
-            m["seconds"]["training"] for j, m in zip(jobs, found, strict=True) if j.variant == job.variant
-        )
-        for job, metrics in zip(jobs, found, strict=True)
-        for name in rows_of(job.variant, metrics)
-    }
+    grouped: dict[str, list[tuple[dict, float]]] = {}
+    for job, metrics in zip(jobs, map(metrics_of, jobs), strict=True):
+        for name, own in rows_of(job.variant, metrics).items():
+            row = {"variant": name, "subject": job.subject, "seed": job.seed}
+            row |= {metric: own[metric] for metric in sweep.metrics}
+            grouped.setdefault(name, []).append((row, metrics["seconds"]["training"]))
+    rows = [row for group in grouped.values() for row, _ in group]
+    seconds = {name: mean(spent for _, spent in group) for name, group in grouped.items()}
     texts = {f"{sweep.name}.csv": sweep_page.to_csv(rows)}
     plots = {f"{sweep.name}.svg": sweep_page.panels(rows, sweep.metrics)}
     if sweep.frontier:

@@ -2,16 +2,18 @@
 
 import csv
 import io
+import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 import yaml
 
-from ldm.config import to_plain
+from ldm.config import save_config, to_plain
 from ldm.errors import UserError
 from ldm.evaluation import sweep_page
 from ldm.training.sweep import jobs_of, read_sweep, same_run, shard_jobs
+from scripts import study
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs/studies").glob("*.yaml"))
@@ -106,6 +108,27 @@ def test_shipped_studies_are_sound(path: Path, monkeypatch: pytest.MonkeyPatch, 
         ):
             wanted.setdefault(name, []).append((job.subject, str(job.seed)))
     assert found == wanted
+
+
+def test_a_finished_study_is_published_with_a_row_for_each_sampling(workdir: Path):
+    also = "evaluate_also={guidance 4: {guidance_scale: 4.0}}"
+    sweep = read_sweep(write(workdir, set=[*CONTENT["set"], also]))
+    jobs = jobs_of(sweep)
+    for k, job in enumerate(jobs):
+        values = {name: k / 10 for name in sweep.metrics}
+        doubled = {name: 2 * value for name, value in values.items()}
+        seconds = {"training": 10.0 * (job.variant == "weight 1") + k % 4}
+        job.folder.mkdir(parents=True)
+        metrics = {**values, "evaluate_also": {"guidance 4": doubled}, "seconds": seconds}
+        (job.folder / "metrics.json").write_text(json.dumps(metrics))
+        save_config(job.config, job.folder / "config.yaml")
+    paths = study.publish(sweep, jobs, workdir / "studies")
+    rows = list(csv.DictReader(paths[0].open()))
+    names = ["Weight 0", "Weight 0, guidance 4", "weight 1", "weight 1, guidance 4"]
+    assert [row["variant"] for row in rows] == [name for name in names for _ in range(4)]
+    assert [float(row["class_drift"]) for row in rows[:8]] == [0, 0.1, 0.2, 0.3, 0, 0.2, 0.4, 0.6]
+    page = (workdir / "studies/weights.md").read_text()
+    assert "| Weight 0, guidance 4 | 0.300 " in page and page.count("| 2 |") == 2 and "| 12 |" in page
 
 
 ROWS = [
