@@ -56,6 +56,19 @@ def test_a_picture_is_the_same_in_any_batch(pipeline, sampler, eta):
     assert (together[0].latents - together[2].latents).abs().max() > 0.1  # another seed
 
 
+@pytest.mark.parametrize("sampler, first", [("ddim", 501), ("plms", 501), ("dpm++2m", 999)])
+def test_each_sampler_begins_at_its_own_timestep(pipeline, monkeypatch, sampler: str, first: int):
+    seen, predict = [], pipeline.unet.predict
+
+    def recorded(x: torch.Tensor, t: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.append(int(t[0]))
+        return predict(x, t, *rest)
+
+    monkeypatch.setattr(pipeline.unet, "predict", recorded)
+    pipeline(["a"], seeds=[1], sampler=sampler, **SMALL | {"steps": 2})
+    assert seen[0] == first == max(seen)
+
+
 def test_noise_comes_from_the_pictures_own_seed(pipeline, monkeypatch):
     """A network that sees no noise leaves x_T scaled, and the step noise added to it."""
     monkeypatch.setattr(

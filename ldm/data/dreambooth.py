@@ -146,7 +146,10 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
         generate: generates more prior images with the base; `online_priors` need it.
         """
-        self.encode, self.vae_hash, self.priors, self.generate = encode, vae_hash, priors, generate
+        self.encode = encode
+        self.vae_hash = vae_hash
+        self.priors = priors
+        self.generate = generate
         self.dataset: DreamBoothDataset | None = None
 
     @property

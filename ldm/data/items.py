@@ -127,7 +127,9 @@ class DreamBoothDataset(Dataset):
         latent_stats: Mapping[str, Tensor] | None = None,
         online_priors: Callable[[Sequence[int]], Sequence[Tensor]] | None = None,
     ):
-        self.streams, self.latent_stats, self.online_priors = dict(streams), latent_stats, online_priors
+        self.streams = dict(streams)
+        self.latent_stats = latent_stats
+        self.online_priors = online_priors
 
     def __getitems__(self, indices: Sequence[Index]) -> list[Item]:
         """A batch; `online_priors` generates the images of its prior items, except in validation."""

@@ -21,7 +21,7 @@ from ldm.errors import UserError
 from ldm.evaluation.features import CLIP, DINO, Clip, Dino, Lpips
 from ldm.evaluation.image_folder import by_prompt
 from ldm.evaluation.metrics import bootstrap, frechet_distance
-from ldm.evaluation.protocol import OTHER_SEEDS, GeneratedImage, Metrics, SubjectPrompts
+from ldm.evaluation.protocol import CLASS_SAMPLINGS, OTHER_SEEDS, GeneratedImage, Metrics, SubjectPrompts
 from ldm.pipeline import Text2Image
 from ldm.precision import Precision
 
@@ -148,10 +148,9 @@ class PhotoEvaluation:
     ) -> dict[str, list[GeneratedImage]]:
         """Images of the class with guidance, and without."""
         seeds = range(first_seed, first_seed + self.class_samples)
-        samplings = {"": {}, "_unguided": {"guidance_scale": 1.0}}
         return {
             name: self._generate(pipeline, [prompts.of_class] * len(seeds), seeds, **how)
-            for name, how in samplings.items()
+            for name, how in CLASS_SAMPLINGS.items()
         }
 
     def _features(self, images: Mapping[str, Sequence[GeneratedImage]]) -> dict[str, Tensor]:

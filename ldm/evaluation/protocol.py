@@ -9,6 +9,9 @@ from ldm.pipeline import Text2Image
 
 Metrics = dict[str, Any]
 OTHER_SEEDS = 100_000  # offset of the seeds of the noise floor
+# How the class is sampled for its shift, by the suffix of the metric's name. The empty prompt plays no part
+# without guidance.
+CLASS_SAMPLINGS: dict[str, dict[str, float]] = {"": {}, "_unguided": {"guidance_scale": 1.0}}
 
 
 class SubjectPrompts(NamedTuple):

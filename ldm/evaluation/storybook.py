@@ -22,7 +22,7 @@ from ldm.evaluation.metrics import (
     subject_fidelity,
     total_variation,
 )
-from ldm.evaluation.protocol import OTHER_SEEDS, GeneratedImage, Metrics, SubjectPrompts
+from ldm.evaluation.protocol import CLASS_SAMPLINGS, OTHER_SEEDS, GeneratedImage, Metrics, SubjectPrompts
 from ldm.pipeline import Text2Image
 from ldm.precision import Precision
 from ldm.storybook.dataset import SCENES_PER_SEED
@@ -184,7 +184,7 @@ class StorybookEvaluation:
         """Images of the class with guidance, and without."""
         seeds = range(first_seed, first_seed + self.class_samples)
         found = {}
-        for sampling, how in {"": {}, "_unguided": {"guidance_scale": 1.0}}.items():
+        for sampling, how in CLASS_SAMPLINGS.items():
             pixels = self._pixels(self._generate(pipeline, [prompts.of_class] * len(seeds), seeds, **how))
             found[sampling] = ClassImages(self.judge.read(pixels), self.judge.features(pixels))
         return found

@@ -25,7 +25,9 @@ class Previews(pl.Callback):
     """Saves a grid of samples every `config.every_steps` optimizer steps, with the same prompts and seeds."""
 
     def __init__(self, pipeline: Text2Image, config: SamplesConfig, prompts: Sequence[str], folder: Path):
-        self.pipeline, self.prompts, self.folder = pipeline, prompts, folder
+        self.pipeline = pipeline
+        self.prompts = prompts
+        self.folder = folder
         self.config = replace(config, n=min(config.n, config.preview_n))
 
     def on_train_batch_end(

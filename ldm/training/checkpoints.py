@@ -72,7 +72,9 @@ class CheckpointCallback(Checkpoint):
         online_eval: OnlineEvalCallback | None = None,
     ):
         self.folder, self.every, self.keep = folder, every, keep
-        self.stop, self.guard, self.online_eval = stop, guard, online_eval
+        self.stop = stop
+        self.guard = guard
+        self.online_eval = online_eval
         self.saved = -1  # the step last saved
         self.best: dict[str, float] = {}  # "loss" and "step" of the best checkpoint
         self._loss: dict[str, float] = {}  # the same of the last validation

@@ -61,7 +61,8 @@ class DreamBoothRun:
         base_hash: str,
     ):
         self.module, self.data, self.plain, self.folder = module, data, plain, folder
-        self.base_hash, self.timer = base_hash, run.PhaseTimer()
+        self.base_hash = base_hash
+        self.timer = run.PhaseTimer()
         self.pipeline = text2image(module, size=data.size)
         self.pipeline.latent_shape()  # checks that the size fits the networks
         self._guided: Text2Image | None = None

@@ -56,7 +56,8 @@ class FusedBackward(Optimizer):
         self._inner.step()
         for parameter in self._waiting:
             parameter.grad = None
-        self._waiting, self._held = [], 0
+        self._waiting = []
+        self._held = 0
 
 
 def pending_gradient_bytes(parameters: Iterable[Tensor]) -> int:

@@ -117,7 +117,9 @@ class LatentDiffusion(pl.LightningModule):
             raise UserError("Zero-terminal SNR needs v-prediction", where="zero_terminal_snr", remedy=remedy)
         self.parameterization, self.seed, self.prior_loss_weight = parameterization, seed, prior_loss_weight
         self.min_snr_gamma, self.min_snr_floor = min_snr_gamma, min_snr_floor
-        self.offset_noise, self.l2_sp_weight, self.prior_target = offset_noise, l2_sp_weight, prior_target
+        self.offset_noise = offset_noise
+        self.l2_sp_weight = l2_sp_weight
+        self.prior_target = prior_target
         self.text_encoder_steps = text_encoder_steps
         self.learned_token: LearnedToken | None = instantiate(learned_token) if learned_token else None
         text_rate = learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
@@ -129,7 +131,9 @@ class LatentDiffusion(pl.LightningModule):
         self.lora: LoRA | None = instantiate(lora) if lora else None
         if self.lora is not None:
             self.lora.attach({name: networks[name] for name in ("unet", "text_encoder")})
-        self.optimizer, self.fused_backward, self.warmup_steps = optimizer, fused_backward, warmup_steps
+        self.optimizer = optimizer
+        self.fused_backward = fused_backward
+        self.warmup_steps = warmup_steps
         if optimizer == "adamw_bf16":
             networks["unet"].to(torch.bfloat16)
             networks["text_encoder"].to(torch.bfloat16)

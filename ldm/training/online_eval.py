@@ -34,7 +34,8 @@ class OnlineEvalCallback(pl.Callback):
     """
 
     def __init__(self, before_after: BeforeAfterEvaluation, config: OnlineEvalConfig):
-        self.before_after, self.config = before_after, config
+        self.before_after = before_after
+        self.config = config
         self.rows: list[dict[str, float]] = []
         self.seconds = 0.0  # spent on evaluation in this process
 

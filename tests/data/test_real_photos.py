@@ -37,7 +37,7 @@ def test_a_subject_trains_at_512_pixels():
     image = next(iter(data.loader()))["image"]
     assert image.shape == (1, 3, 512, 512)
     assert image.std() > 0.1 and image.abs().max() <= 1
-    assert not torch.equal(image, data.dataset[False, 1]["image"][None])
+    assert not torch.equal(image, data.dataset["subject", 1]["image"][None])
 
 
 @pytest.mark.slow
