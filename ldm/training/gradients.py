@@ -50,7 +50,8 @@ def clip(
     if norm is None:
         return
     if _divides(optimizer):
-        optimizer.grad_scale = ((norm + EPSILON) / gradient_clip_val).clamp(min=1.0)
+        # float32 for bfloat16 gradients too: the kernels take no other
+        optimizer.grad_scale = ((norm.float() + EPSILON) / gradient_clip_val).clamp(min=1.0)
     else:
         clip_grads_with_norm_(_parameters(optimizer), gradient_clip_val, norm)
 

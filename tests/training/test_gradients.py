@@ -67,6 +67,16 @@ def test_the_optimizer_divides_the_gradients(job: Job, tmp_path: Path, optimizer
     assert set(run_with(1e4)) == {1.0}
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_bfloat16_weights_are_clipped(job: Job, tmp_path: Path, algorithm: str):
+    trainer = {"precision": "bf16-true", "gradient_clip_algorithm": algorithm}
+    free = job(tmp_path / "free", callbacks=[], trainer=trainer)
+    clipped = job(tmp_path / "clipped", callbacks=[], trainer=trainer | {"gradient_clip_val": 1e-6})
+    pairs = list(zip(clipped.parameters(), free.parameters(), strict=True))
+    assert all(one.isfinite().all() for one, _ in pairs)
+    assert not all(torch.equal(one, other) for one, other in pairs)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_computes_its_norm_once(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
