@@ -21,11 +21,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 from ldm.config import load_config, save_config
+from ldm.contact_sheet import contact_sheet, save_image
+from ldm.data.images import load_image
 from ldm.errors import UserError
 from ldm.evaluation import sweep_page
 from ldm.files import atomic_write
 from ldm.training.job import run_job
-from ldm.training.sweep import Job, Sweep, jobs_of, read_sweep, rows_of, same_run, shard_jobs
+from ldm.training.sweep import Job, Sweep, baselines_of, jobs_of, read_sweep, rows_of, same_run, shard_jobs
+
+SHOWN = 8  # images of a row of a study's contact sheet
 
 
 def metrics_of(job: Job) -> dict | None:
@@ -81,6 +85,8 @@ def publish(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:
     seconds = {name: mean(spent for _, spent in group) for name, group in grouped.items()}
     texts = {f"{sweep.name}.csv": sweep_page.to_csv(rows)}
     plots = {f"{sweep.name}.svg": sweep_page.panels(rows, sweep.metrics)}
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet = save_pictures(sweep, jobs, folder)
     if sweep.frontier:
         plots[f"{sweep.name}-frontier.svg"] = sweep_page.frontier(rows, *sweep.frontier)
     texts[f"{sweep.name}.md"] = sweep_page.page(
@@ -93,13 +99,28 @@ def publish(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:
         rows=rows,
         metrics=sweep.metrics,
         seconds=seconds,
-        plots=list(plots),
+        baselines=baselines_of(sweep, list(grouped)),
+        pictures=[*plots, *(path.name for path in sheet)],
     )
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in (texts | plots).items():
         with atomic_write(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return [folder / name for name in texts | plots]
+    return [*(folder / name for name in texts | plots), *sheet]
+
+
+def save_pictures(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:
+    """A contact sheet of the samples of one prompt: for each subject the base's, then each variant's."""
+    if not sweep.pictures:
+        return []
+    rows: dict[str, list[Path]] = {}
+    for job in sorted(jobs, key=lambda job: list(sweep.subjects).index(job.subject)):
+        if job.seed == sweep.seeds[0]:
+            files = f"{list(job.config.samples.prompts).index(sweep.pictures):02d}-*.png"
+            rows[f"{job.subject}: base"] = sorted((job.folder / "samples/before").glob(files))
+            rows[f"{job.subject}: {job.variant}"] = sorted((job.folder / "samples").glob(files))
+    shown = [(title, [load_image(path) for path in paths[:SHOWN]]) for title, paths in rows.items()]
+    path = folder / f"{sweep.name}-samples.png"
+    return [save_image(path, contact_sheet(shown, cell=64), {"prompt": sweep.pictures})]
 
 
 def parse() -> argparse.Namespace:

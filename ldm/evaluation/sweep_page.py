@@ -1,27 +1,15 @@
-"""Results of a study: a CSV with a row per run, plots with intervals, and a page."""
+"""Results of a study: a CSV with a row per run, plots with intervals, and a page with paired differences."""
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any, NamedTuple
-
-import torch
 
 from ldm.evaluation.curves import ticks
-from ldm.evaluation.metrics import Interval, bootstrap
-
-Row = Mapping[str, Any]  # variant, subject, seed, then one number per metric
+from ldm.evaluation.statistics import MIN_SUBJECTS, Estimate, Row, mean_of, paired_difference
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 270, 56, 14, 34, 74
 COLORS = ("#3b7dd8", "#d8663b", "#3ba56b", "#9b59b6", "#c9a227", "#5d6d7e", "#c0392b", "#16a085")
-
-
-class Mean(NamedTuple):
-    """Mean over the runs of a variant, with a 95 % bootstrap interval over these runs."""
-
-    mean: float
-    interval: Interval
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -33,19 +21,28 @@ def to_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def mean_of(rows: Sequence[Row], variant: str, metric: str) -> Mean:
-    values = torch.tensor([row[metric] for row in rows if row["variant"] == variant])
-    return Mean(float(values.mean()), bootstrap(values, lambda drawn: float(drawn.mean())))
-
-
 def table(rows: Sequence[Row], metrics: Sequence[str], seconds: Mapping[str, float]) -> str:
-    """Markdown: a line per variant, mean and interval of each metric, mean seconds of training."""
-    lines = [f"| variant | {' | '.join(map(spoken, metrics))} | training, s |"]
-    lines.append("|---" * (len(metrics) + 2) + "|")
+    """Markdown: a line per variant, the mean of each metric over subjects, mean seconds of training."""
+    lines = _head("variant", [*map(spoken, metrics), "training, s"])
     for variant in variants_of(rows):
-        means = [mean_of(rows, variant, metric) for metric in metrics]
-        cells = [f"{m.mean:.3f} ({m.interval.low:.2f} to {m.interval.high:.2f})" for m in means]
+        cells = [_cell(mean_of(rows, variant, metric), ".3f") for metric in metrics]
         lines.append(f"| {variant} | {' | '.join(cells)} | {seconds[variant]:.0f} |")
+    return "\n".join(lines)
+
+
+def differences(rows: Sequence[Row], metrics: Sequence[str], baselines: Mapping[str, str]) -> str:
+    """Markdown: a line per pair of variants, the paired difference of each metric; bold beyond its interval.
+
+    baselines: variant -> the variant that it is compared with.
+    """
+    lines = _head("variant - compared with", list(map(spoken, metrics)))
+    for variant, baseline in baselines.items():
+        found = [paired_difference(rows, variant, baseline, metric) for metric in metrics]
+        cells = [
+            f"**{_cell(difference, '+.3f')}**" if difference.excludes_zero else _cell(difference, "+.3f")
+            for difference in found
+        ]
+        lines.append(f"| {variant} - {baseline} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -60,19 +57,26 @@ def page(
     rows: Sequence[Row],
     metrics: Sequence[str],
     seconds: Mapping[str, float],
-    plots: Sequence[str],
+    baselines: Mapping[str, str],
+    pictures: Sequence[str],
 ) -> str:
-    """The study in Markdown, beside its `name`.csv and its plots."""
+    """The study in Markdown, beside its `name`.csv, its plots and its images."""
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     seeds = list(dict.fromkeys(str(row["seed"]) for row in rows))
+    runs = f"{len(rows)} rows: subjects {', '.join(subjects)}; seeds {', '.join(seeds)}."
+    if len(subjects) >= MIN_SUBJECTS:
+        how = "the 95 % bootstrap interval over subjects; a difference in bold is beyond its interval"
+    else:
+        how = f"the value of each subject, in this order: {len(subjects)} are too few for an interval"
     made = (
-        f"{len(rows)} runs: subjects {', '.join(subjects)}; seeds {', '.join(seeds)}. Mean over the runs of "
-        "a variant, in brackets its 95 % bootstrap interval over these runs. "
+        f"{runs} Means over subjects, in brackets {how}. Differences are paired by subject and seed. "
         f"Every run: [{name}.csv]({name}.csv)."
     )
     parts = [f"# {title}", f"**What is said.** {claim.strip()}"]
     parts += [f"**What we measured.** {finding.strip()}"] if finding.strip() else []
-    parts += [table(rows, metrics, seconds), made, *(f"![]({plot})" for plot in plots)]
+    parts += [table(rows, metrics, seconds)]
+    parts += [differences(rows, metrics, baselines)] if baselines else []
+    parts += [made, *(f"![]({picture})" for picture in pictures)]
     place = f" at {made_at.strip()}" if made_at.strip() else ""
     return "\n\n".join([*parts, f"Made by `{command}`{place}."]) + "\n"
 
@@ -96,8 +100,9 @@ def frontier(rows: Sequence[Row], across: str, up: str) -> str:
     for k, variant in enumerate(variants_of(rows)):
         color = COLORS[k % len(COLORS)]
         a, b = mean_of(rows, variant, across), mean_of(rows, variant, up)
-        parts.append(_line(x(a.interval.low), y(b.mean), x(a.interval.high), y(b.mean), color))
-        parts.append(_line(x(a.mean), y(b.interval.low), x(a.mean), y(b.interval.high), color))
+        if a.interval and b.interval:
+            parts.append(_line(x(a.interval.low), y(b.mean), x(a.interval.high), y(b.mean), color))
+            parts.append(_line(x(a.mean), y(b.interval.low), x(a.mean), y(b.interval.high), color))
         parts.append(f'<circle cx="{x(a.mean):.1f}" cy="{y(b.mean):.1f}" r="4.5" fill="{color}"/>')
         height = TOP + 16 * k + 10
         parts.append(f'<circle cx="{WIDTH + 12}" cy="{height - 4}" r="4.5" fill="{color}"/>')
@@ -113,13 +118,28 @@ def spoken(metric: str) -> str:
     return metric.replace("_", " ")
 
 
+def _head(first: str, columns: Sequence[str]) -> list[str]:
+    return [f"| {first} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+
+
+def _cell(estimate: Estimate, digits: str) -> str:
+    """ "0.717 (0.63 to 0.79)", or the values of the subjects where they are too few for an interval."""
+    short = digits.replace("3", "2")
+    if estimate.interval:
+        inside = f"{estimate.interval.low:{short}} to {estimate.interval.high:{short}}"
+    else:
+        inside = ", ".join(f"{value:{short}}" for value in estimate.by_subject.values())
+    return f"{round(estimate.mean, 3) + 0.0:{digits}} ({inside})"  # no -0.000
+
+
 class _Axis:
     """Values -> pixels, with round numbers at the ends."""
 
     def __init__(self, values: Sequence[float], first: float, last: float):
         low, high = min(values), max(values)
         self.ticks = ticks(low, high) if high > low else ticks(low - 0.5, high + 0.5)
-        self.first, self.last = first, last
+        self.first = first
+        self.last = last
 
     def __call__(self, value: float) -> float:
         share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
@@ -136,7 +156,8 @@ def _panel(rows: Sequence[Row], metric: str) -> str:
         for n, row in enumerate(row for row in rows if row["variant"] == variant):
             aside = x - 9 + 2.5 * (n % 8)
             parts.append(f'<circle cx="{aside:.1f}" cy="{y(row[metric]):.1f}" r="2" fill="#9ab"/>')
-        parts.append(_line(x, y(found.interval.low), x, y(found.interval.high), COLORS[0]))
+        if found.interval:
+            parts.append(_line(x, y(found.interval.low), x, y(found.interval.high), COLORS[0]))
         parts.append(f'<circle cx="{x:.1f}" cy="{y(found.mean):.1f}" r="4.5" fill="{COLORS[0]}"/>')
         turn = f'transform="rotate(-24 {x:.1f} {HEIGHT - BOTTOM + 16})"'
         parts.append(_text(x, HEIGHT - BOTTOM + 16, variant, anchor="end", more=turn))

@@ -39,8 +39,9 @@ class Sweep:
 
     base: configs to merge; set: overrides of all runs; variants: overrides of each; claim: what the paper or
     others say; finding: what the metrics show; made_at: commit and machine of its runs; metrics: columns of
-    the table; frontier: two of them, plotted against each other; threads: of a run on the CPU, whose sums
-    depend on their number.
+    the table; frontier: two of them, plotted against each other; baseline: the variant that the others are
+    compared with, by default the first; pictures: one of the samples' prompts, whose images are shown side by
+    side; threads: of a run on the CPU, whose sums depend on their number.
     """
 
     name: str
@@ -55,7 +56,21 @@ class Sweep:
     set: Sequence[str] = ()
     metrics: Sequence[str] = METRICS
     frontier: Sequence[str] = ()
+    baseline: str = ""
+    pictures: str = ""
     threads: int = 1
+
+
+def baselines_of(sweep: Sweep, rows: Sequence[str]) -> dict[str, str]:
+    """Row of the table -> the baseline's row under the same sampling, for the rows of all other variants."""
+    baseline = sweep.baseline or next(iter(sweep.variants))
+    longest_first = sorted(sweep.variants, key=len, reverse=True)
+    found = {}
+    for row in rows:
+        variant = next(name for name in longest_first if row == name or row.startswith(f"{name}, "))
+        if variant != baseline:
+            found[row] = baseline + row.removeprefix(variant)
+    return found
 
 
 @dataclass(frozen=True)
@@ -149,6 +164,9 @@ def _check(sweep: Sweep, path: str | Path) -> None:
         if "seed" in subject and subject["class_word"] not in CLASSES:
             remedy = f"It draws {', '.join(CLASSES)}."
             raise UserError(f"The storybook has no `{subject['class_word']}`", where=path, remedy=remedy)
+    if sweep.baseline and sweep.baseline not in sweep.variants:
+        remedy = f"Choose one of {', '.join(sweep.variants)}."
+        raise UserError(f"The baseline `{sweep.baseline}` is not a variant", where=path, remedy=remedy)
     for kind in ("variants", "subjects"):
         slugs: dict[str, Any] = {}
         for name in getattr(sweep, kind):

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from ldm.config import save_config, to_plain
 from ldm.errors import UserError
 from ldm.evaluation import sweep_page
-from ldm.training.sweep import jobs_of, read_sweep, same_run, shard_jobs
+from ldm.training.sweep import baselines_of, jobs_of, read_sweep, same_run, shard_jobs
 from scripts import study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,11 +145,7 @@ ROWS = [
 ]
 
 
-def test_means_and_csv():
-    found = sweep_page.mean_of(ROWS, "off", "subject_fidelity")
-    assert found.mean == pytest.approx(0.5) and 0.2 < found.interval.low < 0.5 < found.interval.high < 0.8
-    constant = sweep_page.mean_of(ROWS, "on <1>", "subject_fidelity")
-    assert constant.interval == (0.5, 0.5)
+def test_csv():
     back = list(csv.DictReader(io.StringIO(sweep_page.to_csv(ROWS))))
     assert [float(row["subject_fidelity"]) for row in back] == [row["subject_fidelity"] for row in ROWS]
 
@@ -157,9 +154,58 @@ def test_the_page_holds_every_variant():
     metrics = ("subject_fidelity", "class_drift")
     lines = sweep_page.table(ROWS, metrics, {"off": 10, "on <1>": 20}).splitlines()
     assert (
-        lines[2].startswith("| off | 0.500 (")
-        and lines[3] == "| on <1> | 0.500 (0.50 to 0.50) | 0.250 (0.25 to 0.25) | 20 |"
+        lines[2] == "| off | 0.500 (0.30, 0.70) | 0.250 (0.15, 0.35) | 10 |"
+        and lines[3] == "| on <1> | 0.500 (0.50, 0.50) | 0.250 (0.25, 0.25) | 20 |"
     )
+
+
+def test_differences_are_bold_beyond_their_interval():
+    many = [
+        {
+            "variant": variant,
+            "subject": f"s{k}",
+            "seed": 1,
+            "clear": k + shift,
+            "unclear": k + shift * (-1) ** k,
+        }
+        for variant, shift in (("off", 0.0), ("on", 0.5))
+        for k in range(6)
+    ]
+    line = sweep_page.differences(many, ("clear", "unclear"), {"on": "off"}).splitlines()[-1]
+    assert line.startswith("| on - off | **+0.500 (+0.50 to +0.50)** | +0.000 (-0.")
+    few = sweep_page.differences(ROWS, ("class_drift",), {"on <1>": "off"}).splitlines()[-1]
+    assert few == "| on <1> - off | +0.000 (+0.10, -0.10) |"
+
+
+def test_each_sampling_is_compared_with_the_baselines_own(workdir: Path):
+    variants = {"off": ["model.params.prior_loss_weight=0"], "off, long": ["trainer.max_steps=9"]}
+    rows = ["off", "off, guidance 4", "off, long", "off, long, guidance 4"]
+    sweep = read_sweep(write(workdir, variants=variants))
+    assert baselines_of(sweep, rows) == {"off, long": "off", "off, long, guidance 4": "off, guidance 4"}
+    sweep = read_sweep(write(workdir, variants=variants, baseline="off, long"))
+    assert baselines_of(sweep, rows) == {"off": "off, long", "off, guidance 4": "off, long, guidance 4"}
+    with pytest.raises(UserError, match="`on` is not a variant"):
+        read_sweep(write(workdir, variants=variants, baseline="on"))
+
+
+def test_images_stand_side_by_side(workdir: Path):
+    prompt = "a photo of a {class_word}"
+    words = ["trainer.max_steps=3", f"samples.prompts=['a photo','{prompt}']"]
+    sweep = read_sweep(write(workdir, set=words, pictures=prompt))
+    jobs = jobs_of(sweep)
+    for k, job in enumerate(jobs):
+        for place, level in (("samples/before", 255), ("samples", 20 * k)):
+            (job.folder / place).mkdir(parents=True, exist_ok=True)
+            for row in (0, 1):
+                Image.new("L", (64, 64), level * row).save(job.folder / place / f"{row:02d}-00.png")
+    (path,) = study.save_pictures(sweep, jobs, workdir)
+    sheet = Image.open(path).convert("L")
+    height = sheet.height // 6  # base and two variants of two subjects
+    shown = [sheet.getpixel((30, height * k + height // 2 + 10)) for k in range(6)]
+    by_subject = {
+        s: [20 * k for k, j in enumerate(jobs) if (j.subject, j.seed) == (s, 1)] for s in sweep.subjects
+    }
+    assert shown == [level for levels in by_subject.values() for level in (255, *levels)]
 
 
 @pytest.mark.parametrize(
