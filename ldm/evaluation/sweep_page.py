@@ -35,7 +35,7 @@ def differences(rows: Sequence[Row], metrics: Sequence[str], baselines: Mapping[
 
     baselines: variant -> the variant that it is compared with.
     """
-    lines = _head("variant - compared with", list(map(spoken, metrics)))
+    lines = _head("difference", list(map(spoken, metrics)))
     for variant, baseline in baselines.items():
         found = [paired_difference(rows, variant, baseline, metric) for metric in metrics]
         cells = [
