@@ -62,6 +62,7 @@ class StorybookDataModule(pl.LightningDataModule):
         num_workers: int = 0,
     ):
         super().__init__()
+        self.size = size
         self.batch_size, self.num_workers = batch_size, num_workers
         self.validation_items = validation_items
         drawings = {"size": size, "rare_word_share": rare_word_share, "pictures": pictures}

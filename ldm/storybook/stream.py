@@ -18,6 +18,7 @@ from ldm.data.latents import Encode
 from ldm.errors import UserError
 from ldm.randomness import generator
 from ldm.storybook.dataset import SCENES_PER_SEED
+from ldm.storybook.judge import SIZE
 from ldm.storybook.world import caption, draw, sample_scene
 
 Prepare = Callable[[dict], dict]  # what a worker adds to a batch: token ids, noise, timesteps
@@ -101,6 +102,7 @@ class StorybookStream(pl.LightningDataModule):
         num_workers: int | None = None,
     ):
         super().__init__()
+        self.size = SIZE
         self.num_workers = _cores() if num_workers is None else num_workers
         self.validation_batches = max(1, validation_items // batch_size)
         items = {"batch_size": batch_size, "caption_dropout": caption_dropout}

@@ -1,8 +1,8 @@
 """DreamBooth's training step: `LatentDiffusion` holds the networks under the names of released files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytorch_lightning as pl
 import torch
@@ -22,6 +22,7 @@ from ldm.training.compiling import CompileMode, TrainingGraph
 from ldm.training.conditioning import Conditioner
 from ldm.training.gradients import clip
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
+from ldm.training.schema import TrainerOptions
 from ldm.training.sharding import Sharded, shard
 from ldm.training.step_log import is_logged
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
@@ -284,25 +285,24 @@ class LatentDiffusion(pl.LightningModule):
             parameterization=self.parameterization,
         )
 
-    def check(self, trainer: Mapping[str, Any]) -> None:
-        """Refuses a Trainer, given by its arguments, with which this optimizer cannot work."""
+    def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
+        """Refuses a Trainer, or its options, with which this module cannot learn."""
         check_optimizer(
             name=self.optimizer,
             fused_backward=self.fused_backward,
             compiled=self._graph is not None,
-            accumulate=trainer.get("accumulate_grad_batches", 1),
-            clip=trainer.get("gradient_clip_val"),
-            precision=trainer.get("precision"),
-            processes=trainer.get("world_size", 1),
+            accumulate=trainer.accumulate_grad_batches,
+            clip=trainer.gradient_clip_val,
+            precision=trainer.precision,
+            processes=processes,
         )
-        if self.text_encoder_steps is not None and trainer.get("world_size", 1) > 1:
+        if self.text_encoder_steps is not None and processes > 1:
             remedy = "Train with one device, or take model.params.text_encoder_steps off."
             what = "Several processes need gradients of the text encoder at every step"
             raise UserError(what, remedy=remedy)
 
     def configure_optimizers(self) -> dict:
-        settings = ("accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
-        self.check({name: getattr(self.trainer, name) for name in settings})
+        self.check(self.trainer, processes=self.trainer.world_size)
         rates = self.learning_rates | (
             {"learned_token": self.learned_token.learning_rate} if self.learned_token else {}
         )

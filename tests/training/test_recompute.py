@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from ldm.config import load_config, to_plain
+from ldm.config import load_config, to_container
 from ldm.training import job, recompute
 from ldm.training.device import free_memory, peak_memory_mib
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -78,7 +78,7 @@ def test_the_plan_says_what_would_be_chosen(monkeypatch: pytest.MonkeyPatch):
 
 def test_stable_diffusion_leaves_it_to_the_memory():
     for name in ("sd1", "sd2"):
-        config = to_plain(load_config([f"configs/dreambooth-{name}.yaml"]))
+        config = to_container(load_config([f"configs/dreambooth-{name}.yaml"]))
         assert chosen_in(config) == [None, None]
 
 

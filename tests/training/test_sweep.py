@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ldm.config import save_config, to_plain
+from ldm.config import save_config, to_container
 from ldm.errors import UserError
 from ldm.evaluation import sweep_page
 from ldm.training.sweep import jobs_of, read_sweep, same_run, shard_jobs
@@ -46,7 +46,7 @@ def test_the_grid(workdir: Path):
         ("Weight 0", "car", 1),
     ]
     assert len(jobs) == 8 and len({job.folder for job in jobs}) == 8
-    first, last = to_plain(jobs[0].config), to_plain(jobs[-1].config)
+    first, last = to_container(jobs[0].config), to_container(jobs[-1].config)
     assert jobs[0].folder == Path("logs/study-weights/weight-0--rex--1")
     assert (first["model"]["params"]["prior_loss_weight"], first["trainer"]["max_steps"]) == (0, 3)
     assert (last["model"]["params"]["prior_loss_weight"], last["seed"]) == (1, 2)
