@@ -86,7 +86,8 @@ def test_the_flags_of_the_command_line_reach_their_keys(name):
     flags = ["--actual_resume", "sd.ckpt", "--data_root", "mine", "--class_word", "cat"]
     config = parse(["--base", path, *flags])
     assert config.base_checkpoint == "sd.ckpt"
-    assert (config.data.params.subject_root, config.data.params.class_word) == ("mine", "cat")
+    params = config.data["params"]
+    assert (params["subject_root"], params["class_word"]) == ("mine", "cat")
     with pytest.raises(UserError, match=r"empty \(class_word\)"):
         instantiate(parse(["--base", path]).data).check()
 
