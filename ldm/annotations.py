@@ -85,10 +85,11 @@ def _satisfies(value: Any, bound: Ge | Gt | Le | Lt) -> bool:
 
 
 def named(annotation: Any) -> str:
-    """An annotation in words: "int, at least 1 or None", "one of ddim, plms"."""
+    """An annotation in words: "int (at least 1) or None", "one of ddim, plms"."""
     kind, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if kind is Annotated:
-        return ", ".join([named(inner[0]), *(BOUNDS[type(b)][1](b) for b in _bounds(annotation))])
+        bounds = ", ".join(BOUNDS[type(bound)][1](bound) for bound in _bounds(annotation))
+        return f"{named(inner[0])} ({bounds})" if bounds else named(inner[0])
     if kind in (Union, UnionType):
         return " or ".join(map(named, inner))
     if kind is Literal:

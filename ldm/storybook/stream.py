@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ldm.annotations import NonNegativeInt, PositiveInt, Probability, Seed
 from ldm.data.latents import Encode
 from ldm.errors import UserError
 from ldm.randomness import generator
@@ -94,12 +95,12 @@ class StorybookStream(pl.LightningDataModule):
     def __init__(
         self,
         *,
-        batch_size: int = 16,
-        seed: int = 0,
-        captions_per_image: int = 1,
-        caption_dropout: float = 0.1,
-        validation_items: int = 256,
-        num_workers: int | None = None,
+        batch_size: PositiveInt = 16,
+        seed: Seed = 0,
+        captions_per_image: PositiveInt = 1,
+        caption_dropout: Probability = 0.1,
+        validation_items: PositiveInt = 256,
+        num_workers: NonNegativeInt | None = None,
     ):
         super().__init__()
         self.size = SIZE

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from ldm.annotations import Node
-from ldm.config import check, instantiate, with_params
+from ldm.config import check, get_class, instantiate, with_params
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import load_image
 from ldm.errors import UserError
@@ -26,6 +26,10 @@ def evaluation_nodes(config: RunConfig) -> dict[str, Node]:
     if not config.evaluation:
         return {}
     asked["online_eval"] = config.online_eval.params
+    kind = get_class(config.evaluation["target"])
+    if not all(hasattr(kind, method) for method in ("subject", "measure", "summary", "score")):
+        remedy = "Name one of ldm.evaluation, such as ldm.evaluation.photos.PhotoEvaluation."
+        raise UserError(f"{kind.__name__} is no evaluation", where="evaluation.target", remedy=remedy)
     nodes = {"evaluation": config.evaluation}
     for where, params in asked.items():
         nodes[where] = with_params(config.evaluation, params)

@@ -127,7 +127,7 @@ def state_bytes(parameter: Tensor, optimizer: str) -> int:
 
 
 def checkpoint_bytes(module: nn.Module, *, averaged: bool) -> int:
-    """About how large a checkpoint is: weights, the average of those that learn, and the optimizer's states."""
+    """About how large a checkpoint is: weights, the average of those that learn, optimizer states."""
     learning, optimizer = _learning(module), getattr(module, "optimizer", "adamw")
     states = sum(state_bytes(parameter, optimizer) for parameter in learning)
     return _size(module.state_dict().values()) + states + averaged * _float_size(learning)
