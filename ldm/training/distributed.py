@@ -82,7 +82,8 @@ def join(trainer: TrainerOptions) -> TrainerOptions:
         if device_count(trainer) > 1:
             what = f"trainer.devices is {trainer.devices}, and this is the only process"
             raise UserError(what, where="trainer.devices", remedy="Start it with main.py, torchrun or srun.")
-        return replace(trainer, devices=trainer.devices if isinstance(trainer.devices, list) else 1)
+        is_all = trainer.devices in ("auto", -1, "-1")  # that is one here
+        return replace(trainer, devices=1) if is_all else trainer
     if not dist.is_initialized():
         init_process_group(environment, device_of(trainer))
     given, here = trainer.devices, environment.world_size()
