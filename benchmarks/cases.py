@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ldm.config import load_config, to_plain
+from ldm.config import load_config, to_container
 
 ROOT = Path(__file__).resolve().parents[1]
 SUBJECT, PRIOR = "a photo of sks dog", "a photo of a dog"
@@ -59,7 +59,7 @@ def pixels(size: str) -> int:
 def model_params(size: str) -> dict[str, Any]:
     """The params of a model section: the storybook's own, SD 1.5 at a quarter of its widths, or SD 1.5."""
     if size == "storybook":
-        return to_plain(load_config([ROOT / "configs/dreambooth.yaml"]))["model"]["params"]
+        return to_container(load_config([ROOT / "configs/dreambooth.yaml"]))["model"]["params"]
     unet, vae, text = {}, {}, dict(TEXT)
     if size == "quarter":
         unet = {"model_channels": 80, "context_dim": 192, "num_groups": 16}

@@ -1,25 +1,27 @@
 """Configs: YAML files and `key=value` overrides, their validation, and objects built from them.
 
 Every object is a node `{target: dotted.Class, params: {...}}` (the convention of latent-diffusion), and the
-signature of the class is its schema: `check` compares names and types with it without building anything.
-Targets are limited to ALLOWED, so that a config from somebody else cannot run arbitrary code.
+signature of the class is its schema: `check` compares names, types and ranges with it without building
+anything. Targets are limited to ALLOWED, so that a config from somebody else cannot run arbitrary code;
+`${key}` names another key, and OmegaConf's resolvers (`${oc.env:...}`) are refused for the same reason.
 """
 
 import copy
 import difflib
 import importlib
 import inspect
+import math
+import re
 import typing
-from collections import abc
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.annotations import Node, fits, named, node_kind
 from ldm.errors import UserError
 from ldm.files import atomic_write
 
@@ -37,15 +39,23 @@ RENAMED = {  # keys of latent-diffusion's configs and of earlier versions -> wha
     "measures": "online_eval",
     "widen": "net2wider",
 }
-LISTS = (list, tuple, abc.Sequence, abc.Collection, abc.Iterable)
-DICTS = (dict, abc.Mapping, abc.MutableMapping)
 
 
-def load_config(paths: Sequence[str | Path], dotlist: Sequence[str] = ()) -> DictConfig:
-    """Merges YAML files from left to right, then `a.b=value` overrides (`a.0=x` sets an entry of a list)."""
+def load_config(
+    paths: Sequence[str | Path],
+    dotlist: Sequence[str] = (),
+    *,
+    literals: Mapping[str, str | int] | None = None,
+) -> DictConfig:
+    """Merges YAML files from left to right, then values as they are, then `a.b=value` overrides.
+
+    `a.0=x` sets an entry of a list. literals: dotted key -> a value that is not read as YAML.
+    """
     config = OmegaConf.create({})
     for path in paths:
         config = OmegaConf.merge(config, _read(Path(path)))
+    for key, value in (literals or {}).items():
+        OmegaConf.update(config, key, _escaped(value) if isinstance(value, str) else value)
     for item in dotlist:
         key, equals, value = item.partition("=")
         if not equals or not all(key.strip().split(".")):
@@ -55,7 +65,7 @@ def load_config(paths: Sequence[str | Path], dotlist: Sequence[str] = ()) -> Dic
             OmegaConf.update(config, key.strip(), parsed["value"])
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
             raise UserError(f"The override `{item}` cannot be applied: {_first_line(error)}") from error
-    to_plain(config)  # raises for a missing value or an interpolation that does not resolve
+    to_container(config)  # raises for a missing value or an interpolation that does not resolve
     return config
 
 
@@ -92,14 +102,36 @@ def instantiate(node: DictConfig | Mapping[str, Any], **from_code: Any) -> Any:
 
     Nodes inside params are passed on as dicts, for the class to build.
     """
-    plain = to_plain(node)
-    return get_class(plain.get("target"))(**{**(plain.get("params") or {}), **from_code})
+    own = to_container(node)
+    return get_class(own.get("target"))(**{**(own.get("params") or {}), **from_code})
 
 
-def to_plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+def param_of(node: Node, name: str) -> Any:
+    """The value of a node's parameter: the given one, else the default in the signature of its class."""
+    params = node.get("params") or {}
+    if name in params:
+        return params[name]
+    return inspect.signature(get_class(node["target"])).parameters[name].default
+
+
+def takes(node: Node, name: str) -> bool:
+    """Whether the class of a node has a parameter of this name."""
+    return name in inspect.signature(get_class(node["target"])).parameters
+
+
+def with_params(node: Node, params: Mapping[str, Any]) -> Node:
+    """The node with some params replaced."""
+    return {**node, "params": {**(node.get("params") or {}), **params}}
+
+
+def to_container(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The config as dicts, lists and scalars, with every `${...}` resolved."""
     if not OmegaConf.is_config(config):
         return copy.deepcopy(dict(config))
+    for key, value in _leaves(OmegaConf.to_container(config, resolve=False)):
+        if isinstance(value, str) and _calls_resolver(value):
+            what = f"`{key}` cannot be resolved: {value} calls a resolver, and only `${{key}}` is allowed"
+            raise UserError(what, where=key, remedy="Write the value itself.")
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -121,12 +153,12 @@ def check(
     is not a built-in stands for a mapping of its constructor's parameters. required: keys that must be there.
     from_code: dotted keys that code supplies ("data.params.seed"). paths, dotlist: the sources of the config.
     """
-    plain = to_plain(config)
-    found = [UserError("A section is missing", where=key) for key in required if key not in plain]
-    for key, value in ((str(key), value) for key, value in plain.items()):
+    sections = to_container(config)
+    found = [UserError("A section is missing", where=key) for key in required if key not in sections]
+    for key, value in ((str(key), value) for key, value in sections.items()):
         if key not in schema:
             found.append(UserError(f"`{key}` is not a section", where=key, remedy=_nearest(key, schema)))
-        elif inspect.isclass(schema[key]) and schema[key].__module__ not in ("builtins", "typing"):
+        elif _has_signature(schema[key]):
             found += _check_params(schema[key], value, key)
         else:
             found += _check_value(value, schema[key], key)
@@ -138,7 +170,13 @@ def check(
         raise UserError(earlier + found[-1].what, where=found[-1].where, remedy=found[-1].remedy)
 
 
-def _check_node(node: dict[str, Any], key: str) -> Iterator[UserError]:
+def _has_signature(annotation: Any) -> bool:
+    """Whether a section is a mapping of the parameters of a class."""
+    is_class = inspect.isclass(annotation) and not typing.is_typeddict(annotation)
+    return is_class and annotation.__module__ not in ("builtins", "typing")
+
+
+def _check_node(node: dict[str, Any], key: str, wanted: type = object) -> Iterator[UserError]:
     """Errors in a node `{target, params}`. The `where` of each is its dotted key, here and below."""
     for name in node.keys() - {"target", "params"}:
         yield UserError(f"`{name}` is beside `target`", where=f"{key}.{name}", remedy="Move it to `params`.")
@@ -147,6 +185,9 @@ def _check_node(node: dict[str, Any], key: str) -> Iterator[UserError]:
     except UserError as error:
         yield UserError(error.what, where=f"{key}.target", remedy=error.remedy)
     else:
+        if not issubclass(kind, wanted):
+            what = f"{kind.__name__} is no {wanted.__name__}"
+            yield UserError(what, where=f"{key}.target", remedy=f"Name a {wanted.__name__}.")
         yield from _check_params(kind, node.get("params") or {}, f"{key}.params")
 
 
@@ -158,10 +199,13 @@ def _check_params(kind: type, params: Any, key: str) -> Iterator[UserError]:
     signature, hints = inspect.signature(kind).parameters.values(), _hints(kind)
     known = {p.name: p for p in signature if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in signature)
+    refused: Mapping[str, str] = getattr(kind, "REFUSED", {})  # name -> why it is no parameter here
     for name, value in params.items():
         where = f"{key}.{name}"
         if name in known or takes_any:
             yield from _check_value(value, hints.get(name, Any), where)
+        elif name in refused:
+            yield UserError(f"`{name}` cannot be set: {refused[name]}", where=where, remedy="Take it off.")
         else:
             what = f"`{name}` is not a parameter of {kind.__name__}"
             yield UserError(what, where=where, remedy=_nearest(name, known))
@@ -173,38 +217,53 @@ def _check_params(kind: type, params: Any, key: str) -> Iterator[UserError]:
 def _hints(kind: type) -> dict[str, Any]:
     """Annotations of the constructor; none if they use types that only a type checker imports."""
     try:
-        return typing.get_type_hints(kind.__init__)
+        return typing.get_type_hints(kind.__init__, include_extras=True)
     except NameError:
         return {}
 
 
 def _check_value(value: Any, annotation: Any, key: str) -> Iterator[UserError]:
-    """Errors in a value: its type, and the nodes anywhere inside it."""
-    if not _fits(value, annotation):
-        wanted = annotation.__name__ if type(annotation) is type else str(annotation)
-        yield UserError(f"{value!r} ({type(value).__name__}) should be {wanted}", where=key)
-    if isinstance(value, dict) and "target" in value:
-        yield from _check_node(value, key)
+    """Errors in a value: its type, its range, and the nodes anywhere inside it."""
+    if not fits(value, annotation):
+        yield UserError(f"{value!r} ({type(value).__name__}) should be {named(annotation)}", where=key)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield UserError(f"{value} is no number to compute with", where=key)
+    wanted = node_kind(annotation)
+    if isinstance(value, dict) and ("target" in value or wanted is not None):
+        if "target" in value:
+            yield from _check_node(value, key, wanted or object)
+        else:
+            yield UserError(f"`{key}` has no `target`", where=f"{key}.target", remedy="Name its class there.")
     elif isinstance(value, dict | list):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _check_value(inner, Any, f"{key}.{name}")
 
 
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value fits an annotation: an int fits float, a bool does not fit int."""
-    kind, inner = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
-    if kind in (Union, UnionType):
-        return any(_fits(value, option) for option in inner)
-    if kind is Literal:
-        return any(value == option and type(value) is type(option) for option in inner)
-    if kind is tuple and isinstance(value, list) and inner and inner[-1] is not Ellipsis:
-        return len(value) == len(inner) and all(map(_fits, value, inner))
-    if kind in LISTS and isinstance(value, list):
-        return not inner or all(_fits(item, inner[0]) for item in value)
-    if kind in DICTS and isinstance(value, dict):
-        return not inner or all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
-    exact = {float: (int, float), object: (type(value),)}.get(kind, (kind,))
-    return type(value) in exact or kind is Any or not inspect.isclass(kind)
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in dicts and lists that is neither."""
+    if not isinstance(node, dict | list):
+        yield key, node
+        return
+    for name, inner in node.items() if isinstance(node, dict) else enumerate(node):
+        yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+
+
+def _calls_resolver(text: str) -> bool:
+    """Whether a value calls a resolver of OmegaConf, `${name:...}`, anywhere in its interpolations."""
+    depth = 0
+    for part in re.findall(r"\\*\$\{|\}|:", text):
+        if part.endswith("${"):
+            depth += len(part) % 2 == 0  # after an odd number of backslashes it is text
+        elif part == "}":
+            depth = max(0, depth - 1)
+        elif depth:
+            return True
+    return False
+
+
+def _escaped(text: str) -> str:
+    """A text as OmegaConf takes it to mean just that text: every `${` is preceded by a backslash."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def _read(path: Path) -> DictConfig:

@@ -22,7 +22,7 @@ from ldm.checkpoints.modelspec import file_metadata
 from ldm.checkpoints.save import DTYPES, cast_tensors, save_model
 from ldm.checkpoints.save_folder import check_folder, save_folder
 from ldm.checkpoints.shards import INDEX, write_shards
-from ldm.config import load_config, to_plain
+from ldm.config import load_config, to_container
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
 from ldm.models.text_encoder import load_tokenizer
@@ -53,7 +53,7 @@ def main(options: argparse.Namespace) -> Path:
         check_folder(options.target)
     model = open_model(options.source, ema=options.ema)
     if options.config:
-        model = replace(model, known=to_plain(load_config([options.config]))["model"]["params"])
+        model = replace(model, known=to_container(load_config([options.config]))["model"]["params"])
     dtype = DTYPES[options.dtype] if options.dtype else None
     if options.lora:
         layers = read_lora(options.lora, model.state_dicts)

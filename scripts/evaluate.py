@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-from ldm.config import check, instantiate, load_config, to_plain
+from ldm.annotations import Node
+from ldm.config import check, instantiate
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import load_image
 from ldm.errors import UserError
@@ -29,6 +30,7 @@ from ldm.files import atomic_write
 from ldm.pipeline import Text2Image, find_model
 from ldm.training.device import keep_freed_memory
 from ldm.training.run import find_file, write_json
+from ldm.training.schema import RunConfig
 
 BASE = "ldm/storybook/assets/base.safetensors"
 BASE_GUIDANCE = 4.0
@@ -67,17 +69,17 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_config(model: Path | None) -> dict[str, Any]:
-    """The config of the run that a model file lies in; empty without one."""
+def run_config(model: Path | None) -> RunConfig | None:
+    """The config of the run that a model file lies in; None without one."""
     path = model.with_name("config.yaml") if model else None
-    return to_plain(load_config([path])) if path and path.exists() else {}
+    return RunConfig.read(path) if path and path.exists() else None
 
 
-def evaluation_of(options: argparse.Namespace, config: Mapping[str, Any]) -> Evaluation:
+def evaluation_of(options: argparse.Namespace, config: RunConfig | None) -> Evaluation:
     """The evaluation of the run, in full size, or the one that the options ask for."""
-    own = config.get("evaluation") or {"target": METRICS["storybook"], "params": {}}
+    own = (config and config.evaluation) or {"target": METRICS["storybook"], "params": {}}
     target = METRICS[options.metrics] if options.metrics else own["target"]
-    params = dict(own["params"]) if target == own["target"] else {}
+    params = dict(own.get("params") or {}) if target == own["target"] else {}
     if target == METRICS["storybook"]:
         params |= {"seeds": 16, "class_samples": 128}
     if options.no_diversity:
@@ -87,13 +89,13 @@ def evaluation_of(options: argparse.Namespace, config: Mapping[str, Any]) -> Eva
     if options.guidance_base:
         params["guidance_base"] = True
     node = {"target": target, "params": params}
-    check({"evaluation": node}, {"evaluation": dict})
+    check({"evaluation": node}, {"evaluation": Node})
     return instantiate(node)
 
 
-def photos_of(options: argparse.Namespace, config: Mapping[str, Any]) -> DreamBoothDataModule:
+def photos_of(options: argparse.Namespace, config: RunConfig | None) -> DreamBoothDataModule:
     """The photos and the names of their subject, from the options, else from the run's config."""
-    params = dict(config.get("data", {}).get("params", {}))
+    params = dict(config.data["params"]) if config and config.is_dreambooth else {}
     given = {"subject_root": options.data_root, "class_word": options.class_word}
     given["identifier"] = options.identifier
     params |= {name: value for name, value in given.items() if value is not None}
@@ -117,7 +119,7 @@ def evaluate(options: argparse.Namespace, model: Path | None) -> Mapping[str, An
     subject = evaluation.subject([load_image(photo.path) for photo in data.subject_photos])
     if model is None:
         return evaluation.measure_images(samples, subject=subject, prompts=prompts, of_class=of_class)
-    base = find_file(options.base or config.get("base_checkpoint") or BASE)
+    base = find_file(options.base or (config and config.base_checkpoint) or BASE)
     pipelines = {
         "before": Text2Image.from_file(base),
         "after": Text2Image.from_file(model, guidance_base=base if evaluation.guidance_base else None),

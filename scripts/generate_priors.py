@@ -7,35 +7,35 @@ Under torchrun, or with `trainer.devices=N`, the images are divided among the pr
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-from omegaconf import DictConfig
-
-from ldm.config import instantiate, to_plain
+from ldm.config import instantiate
 from ldm.errors import UserError
 from ldm.training import distributed
 from ldm.training.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.training.options import parse
 from ldm.training.run import base_files, load_base
-from ldm.training.sampling import PriorsConfig, generate_priors, prior_set, text2image
+from ldm.training.sampling import generate_priors, prior_set, text2image
+from ldm.training.schema import RunConfig
 from ldm.training.signals import stop_at_once
+from ldm.training.validate import validate
 
 
-def main(config: DictConfig) -> Path:
+def main(config: RunConfig) -> Path:
     """Generates the missing images -> the folder of the set."""
     keep_freed_memory()
-    plain = to_plain(config)
-    plain["trainer"] = distributed.join(plain["trainer"])
-    data = instantiate(plain["data"])
-    data.check()
-    if not data.generates_priors:
+    trainer = distributed.join(config.trainer)
+    validate(replace(config, trainer=trainer))
+    data = instantiate(config.data)
+    if not config.is_dreambooth or not data.generates_priors:
         raise UserError("This config has no prior images to generate", where="data.params.num_priors")
-    module = instantiate(plain["model"])
-    base_hash = load_base(module.networks, base_files(plain), parameterization=module.parameterization)
-    set_matmul_precision(plain.get("matmul_precision", "high"))
-    module.to(device_of(plain["trainer"]))
-    sampling = PriorsConfig(**plain.get("priors", {}))
+    module = instantiate(config.model)
+    base_hash = load_base(module.networks, base_files(config), parameterization=module.parameterization)
+    set_matmul_precision(config.matmul_precision)
+    module.to(device_of(trainer))
+    sampling = config.priors
     priors = prior_set(data, sampling, base_sha256=base_hash, device=module.device)
     pipeline = text2image(module, size=data.size)
     missing = generate_priors(pipeline, priors, data.num_priors, batch_size=sampling.batch_size)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.modelspec import sampling_defaults, taught_words
 from ldm.checkpoints.save import DTYPES
-from ldm.config import load_config, to_plain
+from ldm.config import load_config, to_container
 from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.images import load_image
 from ldm.data.prompts import read_prompts
@@ -105,7 +105,7 @@ def main(options: argparse.Namespace) -> None:
     words |= {name: getattr(options, name) for name in words if getattr(options, name)}
     prompts = options.prompt + (read_prompts(options.prompts, **words) if options.prompts else [])
     init_image = load_image(options.init_image) if options.init_image else None
-    config = to_plain(load_config([options.config])) if options.config else None
+    config = to_container(load_config([options.config])) if options.config else None
     loras = [weighted(word) for word in options.lora]
     base = find_model(options.guidance_base) if options.guidance_base else None
     added = {"loras": loras, "embeddings": options.embedding, "guidance_base": base}

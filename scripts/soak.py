@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ldm.config import instantiate, to_plain
+from ldm.config import instantiate, param_of
 from ldm.data.images import load_image
 from ldm.evaluation.curves import read_curves
 from ldm.files import write_section
@@ -70,7 +70,7 @@ def attempt(words: list[str]) -> None:
 def make_base(words: list[str]) -> None:
     """The networks of the config as they are before any training."""
     torch.manual_seed(0)
-    module = instantiate(to_plain(parse(words))["model"])
+    module = instantiate(parse(words).model)
     module.export(Path("base.safetensors"), dtype=torch.float32, metadata={})
 
 
@@ -160,8 +160,8 @@ def soak(words: list[str], *, kills: int, moments: random.Random) -> tuple[Count
     def job_of(name: str) -> list[str]:
         return [*words, f"name={name}", f"priors.folder=priors-{name}"]
 
-    plain = to_plain(parse(job_of("whole")))
-    priors, steps = plain["data"]["params"]["num_priors"], plain["trainer"]["max_steps"]
+    config = parse(job_of("whole"))
+    priors, steps = param_of(config.data, "num_priors"), config.trainer.max_steps
     finished(forked(make_base, words))
     start = time.monotonic()
     finished(forked(attempt, job_of("whole")))

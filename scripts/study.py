@@ -20,13 +20,14 @@ from statistics import mean
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-from ldm.config import load_config, save_config
+from ldm.config import save_config
 from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.images import load_image
 from ldm.errors import UserError
 from ldm.evaluation import sweep_page
 from ldm.files import atomic_write
 from ldm.training.job import run_job
+from ldm.training.schema import RunConfig
 from ldm.training.sweep import Job, Sweep, baselines_of, jobs_of, read_sweep, rows_of, same_run, shard_jobs
 
 SHOWN = 8  # images of a row of a study's contact sheet
@@ -37,7 +38,7 @@ def metrics_of(job: Job) -> dict | None:
     path = job.folder / "metrics.json"
     if not path.exists():
         return None
-    if load_config([job.folder / "config.yaml"]) != job.config:
+    if RunConfig.read(job.folder / "config.yaml").container != job.config.container:
         what = "The study has changed since this run"
         raise UserError(what, where=job.folder, remedy="Remove the run's folder, or name the study anew.")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -46,7 +47,7 @@ def metrics_of(job: Job) -> dict | None:
 def find_identical_run(job: Job) -> Path | None:
     """The folder of an identical run that another study has finished."""
     folders = (path.parent for path in sorted(Path("logs").glob("study-*/*/metrics.json")))
-    return next((f for f in folders if same_run(load_config([f / "config.yaml"]), job.config)), None)
+    return next((f for f in folders if same_run(RunConfig.read(f / "config.yaml"), job.config)), None)
 
 
 def work(sweep: Sweep, jobs: Sequence[Job]) -> None:
@@ -59,7 +60,7 @@ def work(sweep: Sweep, jobs: Sequence[Job]) -> None:
         if identical is not None:
             print(f"as in {identical}", flush=True)
             shutil.copytree(identical, job.folder, dirs_exist_ok=True)
-            save_config(job.config, job.folder / "config.yaml")
+            save_config(job.config.source, job.folder / "config.yaml")
         else:
             run_job(job.config, "auto")
             shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)

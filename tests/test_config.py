@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning import Trainer
 
-from ldm.config import check, get_class, instantiate, load_config, save_config, to_plain
+from ldm.config import check, get_class, instantiate, load_config, save_config, to_container
 from ldm.errors import UserError
 
 SCHEMA = {"model": dict, "optimizer": dict, "trainer": Trainer, "seed": int, "lr": float, "name": str | None}
@@ -236,10 +236,10 @@ def test_instantiate_resolves_and_adds_arguments_from_code():
 
 def test_plain_dicts_are_plain_and_apart_from_the_config():
     config = OmegaConf.create({"a": {"b": [1, 2]}, "c": "${a.b}"})
-    plain = to_plain(config)
+    plain = to_container(config)
     assert type(plain["a"]) is dict and type(plain["c"]) is list
     given = {"a": [1]}
-    to_plain(given)["a"].append(2)
+    to_container(given)["a"].append(2)
     assert given == {"a": [1]}
 
 

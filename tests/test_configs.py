@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 
-from ldm.config import check, instantiate, load_config, to_plain
+from ldm.config import check, instantiate, load_config, to_container
 from ldm.errors import UserError
 from ldm.training.options import parse
 
@@ -42,7 +42,7 @@ def test_keys_and_types_fit_the_constructors(paths):
 
 @pytest.mark.parametrize("paths", MERGES, ids=label)
 def test_the_model_builds(paths):
-    model = to_plain(load_config(paths))["model"]
+    model = to_container(load_config(paths))["model"]
     with torch.device("meta"):
         network = instantiate(model)
     assert sum(parameter.numel() for parameter in network.parameters()) > 0
@@ -51,7 +51,7 @@ def test_the_model_builds(paths):
 
 def test_the_job_is_set_up_as_its_base_was_trained():
     """Networks, schedule and what is predicted: a base is of no use to other ones."""
-    job, base = (to_plain(load_config([path]))["model"]["params"] for path in (MAIN, BASE))
+    job, base = (to_container(load_config([path]))["model"]["params"] for path in (MAIN, BASE))
     keys = {"unet", "vae", "text_encoder"}
     keys |= {"parameterization", "linear_start", "linear_end", "timesteps", "beta_schedule"}
     assert {key: job.get(key) for key in keys} == {key: base.get(key) for key in keys}
@@ -62,7 +62,7 @@ def test_the_job_is_set_up_as_its_base_was_trained():
     [("sd1", 859_520_964, 123_060_480), ("sd2", 865_910_724, 352_984_064)],
 )
 def test_stable_diffusion_has_its_released_size(name, unet, text_encoder):
-    config = to_plain(load_config([CONFIGS / f"dreambooth-{name}.yaml"]))
+    config = to_container(load_config([CONFIGS / f"dreambooth-{name}.yaml"]))
     with torch.device("meta"):
         networks = instantiate(config["model"]).networks
     counts = {part: sum(p.numel() for p in network.parameters()) for part, network in networks.items()}
@@ -86,7 +86,8 @@ def test_the_flags_of_the_command_line_reach_their_keys(name):
     flags = ["--actual_resume", "sd.ckpt", "--data_root", "mine", "--class_word", "cat"]
     config = parse(["--base", path, *flags])
     assert config.base_checkpoint == "sd.ckpt"
-    assert (config.data.params.subject_root, config.data.params.class_word) == ("mine", "cat")
+    params = config.data["params"]
+    assert (params["subject_root"], params["class_word"]) == ("mine", "cat")
     with pytest.raises(UserError, match=r"empty \(class_word\)"):
         instantiate(parse(["--base", path]).data).check()
 

@@ -14,15 +14,15 @@ import time
 from pathlib import Path
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig
 
 from benchmarks.gpu.record import CUDA, DEVICE, OUT, ROOT, attempt, memory, say
 from benchmarks.gpu.runs import run
 from benchmarks.timing import timed_by_callback
-from ldm.config import instantiate, to_plain
+from ldm.config import instantiate, param_of, with_params
 from ldm.training.device import set_matmul_precision
 from ldm.training.options import parse
 from ldm.training.run import base_files, load_base
+from ldm.training.schema import RunConfig
 
 CONFIGS = [str(ROOT / f"configs/storybook/{name}.yaml") for name in ("base", "base-gpu")]
 ON_A_CPU = """
@@ -50,14 +50,13 @@ def storybook_base(*words: str) -> None:
         if options.seconds is not None:
             left = options.seconds - (time.perf_counter() - began) - START_AND_END
             items = SPARED * left * min(drawn, trained)
-            _base(overrides, steps=int(items / config.data.params.batch_size))
+            _base(overrides, steps=int(items / param_of(config.data, "batch_size")))
 
 
-def _draw(config: DictConfig, workers: int) -> float:
+def _draw(config: RunConfig, workers: int) -> float:
     """Items per second of batches as the training gets them, ids and noise included, by so many processes."""
-    plain = to_plain(config)
-    module = instantiate(plain["model"])
-    data = instantiate(plain["data"] | {"params": plain["data"]["params"] | {"num_workers": workers}})
+    module = instantiate(config.model)
+    data = instantiate(with_params(config.data, {"num_workers": workers}))
     data.set_prepare(module.prepare)
     start, used = time.perf_counter(), _cpu_seconds_of_children()
     items = sum(len(batch["item"]) for batch in data.loader(data.train_set, range(ROUNDS * workers)))
@@ -74,13 +73,12 @@ def _cpu_seconds_of_children() -> float:
     return times.children_user + times.children_system
 
 
-def _train(config: DictConfig) -> float:
+def _train(config: RunConfig) -> float:
     """Items per second of training alone: the Trainer of the config on a batch that is always there."""
-    plain = to_plain(config)
-    module = instantiate(plain["model"])
-    load_base(module.networks, base_files(plain))
+    module = instantiate(config.model)
+    load_base(module.networks, base_files(config))
     module.to(DEVICE)
-    data = instantiate(plain["data"] | {"params": plain["data"]["params"] | {"num_workers": 0}})
+    data = instantiate(with_params(config.data, {"num_workers": 0}))
     data.attach(encode=module.encode_images)
     data.set_prepare(module.prepare)
     batch, seconds = data.train_set[0], []
@@ -90,8 +88,8 @@ def _train(config: DictConfig) -> float:
     data.train_dataloader = lambda: itertools.repeat(batch)
     kept = ("accelerator", "devices", "precision", "gradient_clip_val")
     trainer = pl.Trainer(
-        **{key: plain["trainer"][key] for key in kept},
-        max_steps=plain["trainer"]["max_steps"],
+        **{key: getattr(config.trainer, key) for key in kept},
+        max_steps=config.trainer.max_steps,
         callbacks=[timed_by_callback(iter([WARM, STEPS]), seconds.append, device=DEVICE)],
         limit_val_batches=0,
         logger=False,

@@ -26,10 +26,11 @@ from benchmarks.gpu.record import (
 )
 from benchmarks.ours import Sampling, Training, build, case_params
 from benchmarks.timing import synchronize
-from ldm.config import load_config, to_plain
+from ldm.config import load_config
 from ldm.data.latents import cached_latent_stats
 from ldm.training.device import set_matmul_precision
 from ldm.training.optimizers import adamw
+from ldm.training.schema import RunConfig
 
 FULL = Case(SIZE, "train", 2, text=True)
 CONFIG = "dreambooth-sd1.yaml" if SIZE == "sd1" else "dreambooth.yaml"
@@ -42,14 +43,13 @@ CARDS = {"24gb": 22.5, "12gb": 10.5, "8gb-lora": 6.7}  # GiB, less the CUDA cont
 
 def preset(*names: str, **changed: object) -> Training:
     """The shipped config with presets, as main.py reads it, at a batch of 1 + 1."""
-    plain = to_plain(load_config([ROOT / "configs" / CONFIG, *(_preset_file(name) for name in names)]))
-    params: dict[str, Any] = plain["model"]["params"] | {"compile": None} | changed
+    paths = [ROOT / "configs" / CONFIG, *(_preset_file(name) for name in names)]
+    config = RunConfig.parse(load_config(paths), paths=paths)
+    params: dict[str, Any] = config.model["params"] | {"compile": None} | changed
     if SIZE == "sd1":  # with a vocabulary that is in the repository
         node = params["text_encoder"]
         params["text_encoder"] = node | {"params": node.get("params", {}) | TEXT}
-    trainer = plain["trainer"]
-    precision = trainer.get("precision", "32-true")
-    clip = trainer.get("gradient_clip_val")
+    precision, clip = config.trainer.precision, config.trainer.gradient_clip_val
     return Training(params, size=SIZE, batch=2, device=DEVICE, precision=precision, clip=clip)
 
 
@@ -78,10 +78,10 @@ def measure(what: str, training: Training, *, steps: int = STEPS, profile: bool 
 def train(*words: str) -> None:
     """Steps in eager mode: the shipped config, the presets, a larger batch; where their time goes."""
     set_matmul_precision("high")
-    plain = case_params(FULL)
+    params = case_params(FULL)
 
     def made(batch: int = 2, **more: Any) -> Training:
-        return Training(plain | {"compile": None}, size=SIZE, batch=batch, device=DEVICE, **more)
+        return Training(params | {"compile": None}, size=SIZE, batch=batch, device=DEVICE, **more)
 
     def to_bf16(module: nn.Module) -> None:
         for part in ("unet", "text_encoder"):

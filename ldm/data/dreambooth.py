@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ldm.annotations import NonNegativeInt, PositiveInt, Probability, Seed
 from ldm.data.images import load_image
 from ldm.data.items import (
     VALIDATION_START,
@@ -89,28 +90,28 @@ class DreamBoothDataModule(pl.LightningDataModule):
         *,
         subject_root: str,
         class_word: str,
-        size: int,
+        size: PositiveInt,
         identifier: str = "sks",
         subject_prompt: str | None = None,
         prior_prompt: str | None = None,
-        batch_size: int = 1,
-        prior_batch_size: int | None = None,
-        seed: int = 23,
+        batch_size: PositiveInt = 1,
+        prior_batch_size: NonNegativeInt | None = None,
+        seed: Seed = 23,
         crop: Literal["center", "random"] = "center",
-        crop_variants: int = 8,
+        crop_variants: PositiveInt = 8,
         flip: bool = True,
         prior_root: str | None = None,
-        num_priors: int = 64,
+        num_priors: NonNegativeInt = 64,
         online_priors: bool = False,
         captions: bool = False,
-        caption_dropout: float = 0.0,
-        prior_caption_dropout: float = 0.0,
+        caption_dropout: Probability = 0.0,
+        prior_caption_dropout: Probability = 0.0,
         cache_latents: bool = True,
         cache_root: str | None = None,
         skip_unreadable: bool = False,
-        num_workers: int = 0,
-        accumulate: int = 1,
-        validation_batches: int = 8,
+        num_workers: NonNegativeInt = 0,
+        accumulate: PositiveInt = 1,
+        validation_batches: NonNegativeInt = 8,
         hold_out: bool = False,
     ):
         super().__init__()

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.annotations import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from ldm.data.prompts import read_prompts
 from ldm.diffusion.samplers import SamplerName
 from ldm.errors import UserError
@@ -90,16 +91,16 @@ class PhotoEvaluation:
         self,
         *,
         prompts: str = "dreambooth-object",
-        seeds: int = 4,
-        class_samples: int = 100,
+        seeds: PositiveInt = 4,
+        class_samples: NonNegativeInt = 100,
         sampler: SamplerName = "ddim",
-        steps: int = 50,
-        guidance_scale: float = 7.5,
+        steps: PositiveInt = 50,
+        guidance_scale: NonNegativeFloat = 7.5,
         guidance_base: bool = False,
-        seed: int = 1000,
-        batch_size: int = 4,
+        seed: Seed = 1000,
+        batch_size: PositiveInt = 4,
         precision: Precision = "auto",
-        size: int | None = None,
+        size: PositiveInt | None = None,
         dino: str = DINO,
         clip: str = CLIP,
         diversity: bool = True,

@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from PIL import Image
 from torch import Tensor
 
+from ldm.annotations import NonNegativeFloat, PositiveInt, Seed
 from ldm.data.images import fit_image, to_tensor
 from ldm.diffusion.samplers import SamplerName
 from ldm.errors import UserError
@@ -120,14 +123,14 @@ class StorybookEvaluation:
     def __init__(
         self,
         *,
-        seeds: int = 4,
-        class_samples: int = 64,
+        seeds: PositiveInt = 4,
+        class_samples: Annotated[int, Ge(2)] = 64,
         sampler: SamplerName = "ddim",
-        steps: int = 25,
-        guidance_scale: float = 4.0,
+        steps: PositiveInt = 25,
+        guidance_scale: NonNegativeFloat = 4.0,
         guidance_base: bool = False,
-        seed: int = 1000,
-        batch_size: int = 16,
+        seed: Seed = 1000,
+        batch_size: PositiveInt = 16,
         precision: Precision = "auto",
         judge_file: str | None = None,
     ):

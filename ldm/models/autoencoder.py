@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.annotations import PositiveFloat, PositiveInt
+from ldm.models.widths import check_widths
+
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
@@ -185,19 +188,20 @@ class AutoencoderKL(nn.Module):
     def __init__(
         self,
         *,
-        in_channels: int = 3,
-        z_channels: int = 4,
-        ch: int = 128,
-        ch_mult: Sequence[int] = (1, 2, 4, 4),
-        num_res_blocks: int = 2,
-        embed_dim: int = 4,
-        scale_factor: float = 0.18215,
-        num_groups: int = 32,
+        in_channels: PositiveInt = 3,
+        z_channels: PositiveInt = 4,
+        ch: PositiveInt = 128,
+        ch_mult: Sequence[PositiveInt] = (1, 2, 4, 4),
+        num_res_blocks: PositiveInt = 2,
+        embed_dim: PositiveInt = 4,
+        scale_factor: PositiveFloat = 0.18215,
+        num_groups: PositiveInt = 32,
     ):
         super().__init__()
         self.factor = 2 ** (len(ch_mult) - 1)
         self.z_channels, self.embed_dim, self.scale_factor = z_channels, embed_dim, scale_factor
         widths = [ch * m for m in ch_mult]
+        check_widths("vae", widths, num_groups=num_groups)
         self.encoder = Encoder(
             in_channels, 2 * z_channels, widths=widths, num_blocks=num_res_blocks, num_groups=num_groups
         )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.annotations import PositiveFloat, PositiveInt
 from ldm.errors import UserError
 
 UNetLayers = Literal["attention", "feed_forward", "projections", "convolutions"]
@@ -69,8 +70,8 @@ class LoRA(nn.Module):
     def __init__(
         self,
         *,
-        rank: int = 8,
-        alpha: float | None = None,
+        rank: PositiveInt = 8,
+        alpha: PositiveFloat | None = None,
         unet: Sequence[UNetLayers] = ("attention",),
         text_encoder: Sequence[TextLayers] = ("attention",),
         base_dtype: Literal["fp32", "bf16"] = "fp32",

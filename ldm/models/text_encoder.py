@@ -11,8 +11,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BatchEncoding, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.activations import ACT2FN
 
+from ldm.annotations import NonNegativeInt, PositiveInt
 from ldm.errors import UserError
+from ldm.models.widths import check_widths
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VOCABULARY = ("vocab.json", "merges.txt")
@@ -35,21 +38,28 @@ class CLIPTextEncoder(nn.Module):
     def __init__(
         self,
         *,
-        vocab_size: int = 49408,
-        hidden_size: int = 768,
-        intermediate_size: int = 3072,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 12,
-        max_length: int = 77,
+        vocab_size: PositiveInt = 49408,
+        hidden_size: PositiveInt = 768,
+        intermediate_size: PositiveInt = 3072,
+        num_hidden_layers: PositiveInt = 12,
+        num_attention_heads: PositiveInt = 12,
+        max_length: PositiveInt = 77,
         hidden_act: str = "quick_gelu",
         layer: Literal["last", "penultimate"] = "last",
         tokenizer: str = "openai/clip-vit-large-patch14",
-        bos_token_id: int = 49406,
-        eos_token_id: int = 49407,
-        pad_token_id: int | None = None,
+        bos_token_id: NonNegativeInt = 49406,
+        eos_token_id: NonNegativeInt = 49407,
+        pad_token_id: NonNegativeInt | None = None,
         use_checkpoint: bool | None = False,
     ):
         super().__init__()
+        check_widths("text_encoder", [hidden_size], num_attention_heads=num_attention_heads)
+        if hidden_act not in ACT2FN:
+            remedy = "CLIP's are quick_gelu and gelu."
+            raise UserError(f"{hidden_act!r} is no activation", where="text_encoder", remedy=remedy)
+        if max(bos_token_id, eos_token_id, pad_token_id or 0) >= vocab_size:
+            what = f"A special token is not among the {vocab_size} of the vocabulary"
+            raise UserError(what, where="text_encoder", remedy="Set vocab_size, and the ids of the tokens.")
         self.vocab_size, self.max_length = vocab_size, max_length
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self.pad_token_id = eos_token_id if pad_token_id is None else pad_token_id

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.annotations import PositiveInt
 from ldm.errors import UserError
 from ldm.models.attention import (
     BasicTransformerBlock,
@@ -20,6 +21,7 @@ from ldm.models.attention import (
     repeat_batch,
     zero_init,
 )
+from ldm.models.widths import check_widths
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -146,21 +148,30 @@ class UNetModel(nn.Module):
     def __init__(
         self,
         *,
-        in_channels: int = 4,
-        out_channels: int = 4,
-        model_channels: int = 320,
-        channel_mult: Sequence[int] = (1, 2, 4, 4),
-        num_res_blocks: int = 2,
-        attention_resolutions: Sequence[int] = (4, 2, 1),
-        num_heads: int = 8,
-        num_head_channels: int | None = None,
-        context_dim: int = 768,
-        transformer_depth: int = 1,
+        in_channels: PositiveInt = 4,
+        out_channels: PositiveInt = 4,
+        model_channels: PositiveInt = 320,
+        channel_mult: Sequence[PositiveInt] = (1, 2, 4, 4),
+        num_res_blocks: PositiveInt = 2,
+        attention_resolutions: Sequence[PositiveInt] = (4, 2, 1),
+        num_heads: PositiveInt = 8,
+        num_head_channels: PositiveInt | None = None,
+        context_dim: PositiveInt = 768,
+        transformer_depth: PositiveInt = 1,
         use_linear_in_transformer: bool = False,
         use_checkpoint: bool | Sequence[int] | None = False,
-        num_groups: int = 32,
+        num_groups: PositiveInt = 32,
     ):
         super().__init__()
+        widths = [model_channels, *(mult * model_channels for mult in channel_mult)]
+        check_widths("unet", widths, num_groups=num_groups)
+        attended = [
+            mult * model_channels
+            for level, mult in enumerate(channel_mult)
+            if 2**level in attention_resolutions or level == len(channel_mult) - 1
+        ]
+        heads = {"num_head_channels": num_head_channels} if num_head_channels else {"num_heads": num_heads}
+        check_widths("unet", attended, **heads)
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.context_dim = context_dim

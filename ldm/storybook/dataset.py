@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ldm.annotations import NonNegativeInt, PositiveInt, Probability, Seed
 from ldm.data.images import to_tensor
 from ldm.storybook.world import caption, draw, full_caption, sample_scene
 
@@ -53,15 +54,16 @@ class StorybookDataModule(pl.LightningDataModule):
     def __init__(
         self,
         *,
-        size: int = 64,
-        batch_size: int = 16,
-        seed: int = 0,
-        rare_word_share: float = 0.15,
+        size: PositiveInt = 64,
+        batch_size: PositiveInt = 16,
+        seed: Seed = 0,
+        rare_word_share: Probability = 0.15,
         pictures: bool = True,
-        validation_items: int = 256,
-        num_workers: int = 0,
+        validation_items: PositiveInt = 256,
+        num_workers: NonNegativeInt = 0,
     ):
         super().__init__()
+        self.size = size
         self.batch_size, self.num_workers = batch_size, num_workers
         self.validation_items = validation_items
         drawings = {"size": size, "rare_word_share": rare_word_share, "pictures": pictures}

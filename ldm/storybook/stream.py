@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ldm.annotations import NonNegativeInt, PositiveInt, Probability, Seed
 from ldm.data.latents import Encode
 from ldm.errors import UserError
 from ldm.randomness import generator
 from ldm.storybook.dataset import SCENES_PER_SEED
+from ldm.storybook.judge import SIZE
 from ldm.storybook.world import caption, draw, sample_scene
 
 Prepare = Callable[[dict], dict]  # what a worker adds to a batch: token ids, noise, timesteps
@@ -93,14 +95,15 @@ class StorybookStream(pl.LightningDataModule):
     def __init__(
         self,
         *,
-        batch_size: int = 16,
-        seed: int = 0,
-        captions_per_image: int = 1,
-        caption_dropout: float = 0.1,
-        validation_items: int = 256,
-        num_workers: int | None = None,
+        batch_size: PositiveInt = 16,
+        seed: Seed = 0,
+        captions_per_image: PositiveInt = 1,
+        caption_dropout: Probability = 0.1,
+        validation_items: PositiveInt = 256,
+        num_workers: NonNegativeInt | None = None,
     ):
         super().__init__()
+        self.size = SIZE
         self.num_workers = _cores() if num_workers is None else num_workers
         self.validation_batches = max(1, validation_items // batch_size)
         items = {"batch_size": batch_size, "caption_dropout": caption_dropout}

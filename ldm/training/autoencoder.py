@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm import randomness
+from ldm.annotations import Node, NonNegativeFloat, NonNegativeInt, Seed
 from ldm.checkpoints.layout import split
 from ldm.checkpoints.load import load_state_dicts, read_checkpoint
 from ldm.checkpoints.save import save_model
@@ -35,13 +36,13 @@ class AutoencoderTask(pl.LightningModule):
     def __init__(
         self,
         *,
-        vae: dict,
-        learning_rate: float = 1e-3,
-        warmup_steps: int = 100,
-        kl_weight: float = 1e-3,
-        square_weight: float = 10.0,
+        vae: Node,
+        learning_rate: NonNegativeFloat = 1e-3,
+        warmup_steps: NonNegativeInt = 100,
+        kl_weight: NonNegativeFloat = 1e-3,
+        square_weight: NonNegativeFloat = 10.0,
         net2wider: str | None = None,
-        seed: int = 23,
+        seed: Seed = 23,
     ):
         super().__init__()
         self.vae: AutoencoderKL = instantiate(vae)

@@ -191,9 +191,7 @@ class WeightAverage(pl.Callback):
             self._take_out()
 
 
-def averaging(
-    decay: float | None, *, device: Literal["cpu"] | None = None, every: int = 1
-) -> list[WeightAverage]:
+def averaging(decay: float | None, *, device: Literal["cpu"] | None, every: int) -> list[WeightAverage]:
     """The callback of these settings; none without a decay."""
     return [] if decay is None else [WeightAverage(decay=decay, device=device, every=every)]
 

@@ -3,34 +3,38 @@
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from ldm.config import check, instantiate
+from ldm.annotations import Node
+from ldm.config import check, get_class, instantiate, with_params
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import load_image
 from ldm.errors import UserError
 from ldm.evaluation.memo import ImageMemo, MemoPipeline
 from ldm.evaluation.protocol import Evaluation, SubjectPrompts
 from ldm.pipeline import Text2Image
+from ldm.training.schema import RunConfig
 
 
-def with_params(evaluation: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    """The node of an evaluation, with some params replaced."""
-    return {**evaluation, "params": {**(evaluation.get("params") or {}), **params}}
+def evaluation_nodes(config: RunConfig) -> dict[str, Node]:
+    """The evaluations of a run by the keys that ask for them; a run without any has no metrics.
 
-
-def check_evaluations(plain: Mapping[str, Any]) -> None:
-    """Refuses params of `evaluate_also` and `online_eval` that the evaluation does not take."""
-    evaluation = plain.get("evaluation")
-    asked = {f"evaluate_also.{name}": params for name, params in (plain.get("evaluate_also") or {}).items()}
-    if asked and not evaluation:
+    Raises UserError for params of `evaluate_also` and `online_eval` that the evaluation does not take.
+    """
+    asked = {f"evaluate_also.{name}": params for name, params in (config.evaluate_also or {}).items()}
+    if asked and not config.evaluation:
         remedy = "Add one, or leave `evaluate_also` out."
         raise UserError("`evaluate_also` needs an `evaluation`", where="evaluate_also", remedy=remedy)
-    asked["online_eval"] = plain.get("online_eval", {}).get("params", {})
+    if not config.evaluation:
+        return {}
+    asked["online_eval"] = config.online_eval.params
+    kind = get_class(config.evaluation["target"])
+    if not all(hasattr(kind, method) for method in ("subject", "measure", "summary", "score")):
+        remedy = "Name one of ldm.evaluation, such as ldm.evaluation.photos.PhotoEvaluation."
+        raise UserError(f"{kind.__name__} is no evaluation", where="evaluation.target", remedy=remedy)
+    nodes = {"evaluation": config.evaluation}
     for where, params in asked.items():
-        if not isinstance(params, Mapping):
-            remedy = "Write, for example, {guidance_scale: 4.0}."
-            raise UserError(f"{params!r} is not a mapping of params", where=where, remedy=remedy)
-        if params and evaluation:
-            check({where: with_params(evaluation, params)}, {where: dict})
+        nodes[where] = with_params(config.evaluation, params)
+        check({where: nodes[where]}, {where: Node})
+    return nodes
 
 
 class BeforeAfterEvaluation:
@@ -45,7 +49,7 @@ class BeforeAfterEvaluation:
 
     def __init__(
         self,
-        evaluation: dict | None,
+        evaluation: Node | None,
         pipeline: Callable[[bool], Text2Image],
         data: DreamBoothDataModule,
         *,

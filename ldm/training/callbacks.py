@@ -16,7 +16,8 @@ from ldm.pipeline import Text2Image
 from ldm.training.averaging import evaluated_weights
 from ldm.training.device import peak_memory_mib, temporarily_on
 from ldm.training.gradients import gradient_norm
-from ldm.training.sampling import SamplesConfig, generate_samples
+from ldm.training.sampling import generate_samples
+from ldm.training.schema import SamplesConfig
 
 log = logging.getLogger(__name__)
 

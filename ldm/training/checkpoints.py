@@ -1,7 +1,7 @@
 """Checkpointing: when checkpoints are written, atomic writing, and which ones are kept."""
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +151,6 @@ class CheckpointCallback(Checkpoint):
         if trainer.world_size == 1:
             return received
         return int(trainer.strategy.reduce(torch.tensor(received, device=module.device), reduce_op="max"))
-
-
-def check_saving(plain: Mapping[str, Any]) -> None:
-    """Raises UserError if the config never writes checkpoints, or keeps none."""
-    for key in ("checkpoint_every", "checkpoints_kept"):
-        if plain.get(key, 1) < 1:
-            raise UserError(f"{key} is {plain[key]}", where=key, remedy="It must be at least 1.")
 
 
 def checksum_path(path: Path) -> Path:

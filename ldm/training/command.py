@@ -1,7 +1,7 @@
 """The command line of `main.py`, without slow imports: --help and a wrong option are answered at once."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ldm.errors import UserError
@@ -18,9 +18,13 @@ ALIASES = {  # flag -> config key
 
 @dataclass(frozen=True)
 class Command:
-    """A parsed command line; `paths` and `dotlist` are merged to the config from left to right."""
+    """A parsed command line: `paths`, `literals` and `dotlist` are merged to the config in this order.
+
+    literals: key -> the value of its flag, which is never read as YAML.
+    """
 
     paths: Sequence[str]
+    literals: Mapping[str, str | int]
     dotlist: Sequence[str]
     resume: str | None
     allow_config_change: bool
@@ -43,7 +47,9 @@ def read_command(argv: Sequence[str], *, description: str | None) -> Command:
     parser.add_argument("--dry_run", action="store_true", help="print config, memory and disk needed; stop")
     for flag, key in ALIASES.items():
         short = [f"-{flag[0]}"] if flag in ("name", "seed") else []
-        parser.add_argument(*short, f"--{flag}", metavar="VALUE", help=f"the same as {key}=VALUE")
+        parser.add_argument(
+            *short, f"--{flag}", metavar="VALUE", help=f"sets {key} to VALUE, as it is written"
+        )
     options, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if "=" not in word or word.startswith("-")]
     if unknown:
@@ -54,7 +60,21 @@ def read_command(argv: Sequence[str], *, description: str | None) -> Command:
         paths = [f"{options.resume}/config.yaml", *paths]
     if not paths:
         raise UserError("No config is given", remedy="Try `--base configs/dreambooth.yaml`.")
-    given = {key: getattr(options, flag) for flag, key in ALIASES.items()}
-    dotlist = [f"{key}={value}" for key, value in given.items() if value is not None]
-    dotlist += [word for word in words if "=" in word]
-    return Command(paths, dotlist, options.resume, options.allow_config_change, options.dry_run)
+    given = {flag: getattr(options, flag) for flag in ALIASES}
+    literals = {ALIASES[flag]: _literal(flag, value) for flag, value in given.items() if value is not None}
+    dotlist = [word for word in words if "=" in word]
+    return Command(paths, literals, dotlist, options.resume, options.allow_config_change, options.dry_run)
+
+
+def _literal(flag: str, value: str) -> str | int:
+    """The value of a flag: a number of --seed, else just this text."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{value!r} is no UTF-8", where=f"--{flag}", remedy="Rename it.") from error
+    if flag != "seed":
+        return value
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UserError(f"`{value}` is no whole number", where="--seed") from error

@@ -5,21 +5,21 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from ldm.training.schema import MatmulPrecision, TrainerOptions
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-MatmulPrecision = Literal["highest", "high", "medium"]
 
 
-def device_of(trainer: Mapping[str, Any]) -> torch.device:
-    """The device that a Trainer of this config will train on, in this process."""
-    accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
+def device_of(trainer: TrainerOptions) -> torch.device:
+    """The device that a Trainer with these options will train on, in this process."""
+    accelerator, devices = trainer.accelerator, trainer.devices
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
         return torch.device("cuda", devices[rank] if isinstance(devices, list) else rank)

@@ -6,7 +6,8 @@ files.
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,12 +17,13 @@ from torch import distributed as dist
 
 from ldm.errors import UserError
 from ldm.training.device import device_of
+from ldm.training.schema import TrainerOptions
 
 T = TypeVar("T")
 LONGEST = timedelta(hours=2)  # timeout of the other ranks while rank 0 samples and evaluates
 
 
-def launch(trainer: Mapping[str, Any]) -> None:
+def launch(trainer: TrainerOptions) -> None:
     """Restarts this program under torchrun if the Trainer wants several devices and nothing started them."""
     count = device_count(trainer)
     if count > 1 and _environment() is None:
@@ -29,37 +31,73 @@ def launch(trainer: Mapping[str, Any]) -> None:
         os.execv(sys.executable, [sys.executable, *command, *sys.argv])
 
 
-def device_count(trainer: Mapping[str, Any]) -> int:
-    """Number of devices of this machine that a Trainer with these arguments uses; 1 by default."""
-    devices = trainer.get("devices", 1)
+def device_count(trainer: TrainerOptions) -> int:
+    """Number of devices of this machine that a Trainer with these options uses."""
+    devices = trainer.devices
     if devices in ("auto", -1, "-1"):
-        return 1 if trainer.get("accelerator") == "cpu" else max(torch.cuda.device_count(), 1)
+        return 1 if trainer.accelerator == "cpu" else max(torch.cuda.device_count(), 1)
     if isinstance(devices, str) and not devices.isdigit():
         remedy = "Give a number, a list of numbers, or auto."
         raise UserError(f"{devices!r} is not a number of devices", where="trainer.devices", remedy=remedy)
     return int(devices) if isinstance(devices, int | str) else len(devices)
 
 
-def join(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Joins the process group of the launcher, if any -> the Trainer's arguments for it.
+def process_count(trainer: TrainerOptions) -> int:
+    """Number of processes of the run: those that there are, or those that `launch` will start."""
+    return world_size() if dist.is_initialized() else max(world_size(), device_count(trainer))
 
-    A single process gets `devices=1`: by default a Trainer takes all devices and starts its own processes.
+
+def check_devices(trainer: TrainerOptions) -> None:
+    """Raises UserError for devices that this machine lacks, and for nodes that nothing has started."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    present |= {"auto": True, "cpu": True, "gpu": any(present.values())}
+    if not present[trainer.accelerator]:
+        remedy = "Set trainer.accelerator=auto."
+        raise UserError(f"There is no {trainer.accelerator} here", where="trainer.accelerator", remedy=remedy)
+    kind, count, devices = device_of(trainer).type, device_count(trainer), trainer.devices
+    if count < 1:
+        what, remedy = f"{devices} is no number of devices", "Write 1 or more."
+        raise UserError(what, where="trainer.devices", remedy=remedy)
+    if kind != "cuda" and isinstance(devices, list):
+        remedy = "Write a number; numbers of single devices are of CUDA's alone."
+        raise UserError(f"A {kind} has no device {devices}", where="trainer.devices", remedy=remedy)
+    here = torch.cuda.device_count()
+    if kind == "cuda" and (max(devices) + 1 if isinstance(devices, list) else count) > here:
+        raise UserError(f"There are {here} GPUs here, not {devices}", where="trainer.devices")
+    if kind != "cuda" and trainer.precision == "16-mixed":
+        remedy = "Set trainer.precision=32-true, or bf16-mixed."
+        raise UserError(f"A {kind} has no mixed float16", where="trainer.precision", remedy=remedy)
+    if trainer.num_nodes > 1 and _environment() is None:
+        remedy = "Start it on every node with torchrun or srun, or take trainer.num_nodes off."
+        raise UserError("There is one node here", where="trainer.num_nodes", remedy=remedy)
+
+
+def join(trainer: TrainerOptions) -> TrainerOptions:
+    """Joins the process group of the launcher, if any -> the Trainer's options for it.
+
+    A single process has one device; Lightning would start the others with the same command line.
     """
     environment = _environment()
     if environment is None:
-        return {"devices": 1, **trainer}
+        if device_count(trainer) > 1:
+            what = f"trainer.devices is {trainer.devices}, and this is the only process"
+            raise UserError(what, where="trainer.devices", remedy="Start it with main.py, torchrun or srun.")
+        is_all = trainer.devices in ("auto", -1, "-1")  # that is one here
+        return replace(trainer, devices=1) if is_all else trainer
     if not dist.is_initialized():
         init_process_group(environment, device_of(trainer))
-    given, here = trainer.get("devices"), environment.world_size()
+    given, here = trainer.devices, environment.world_size()
     places = all_gather_object((environment.node_rank(), environment.local_rank()))
     nodes = len({node for node, _ in places})
-    strategy = trainer.get("strategy", "auto")
-    return {
-        **trainer,
-        "devices": given if isinstance(given, list) and len(given) == here // nodes else here // nodes,
-        "num_nodes": nodes,
-        "strategy": "ddp" if strategy == "auto" else strategy,
-    }
+    if trainer.num_nodes not in (1, nodes):
+        what = f"The launcher has started {nodes} nodes, not {trainer.num_nodes}"
+        raise UserError(what, where="trainer.num_nodes", remedy="Take it off.")
+    return replace(
+        trainer,
+        devices=given if isinstance(given, list) and len(given) == here // nodes else here // nodes,
+        num_nodes=nodes,
+        strategy="ddp" if trainer.strategy == "auto" else trainer.strategy,
+    )
 
 
 def init_process_group(environment: TorchElasticEnvironment | SLURMEnvironment, device: torch.device) -> None:

@@ -7,24 +7,22 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from ldm.annotations import Node
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import load_image
 from ldm.data.priors import PriorSet
 from ldm.data.prompts import fill
-from ldm.errors import UserError
 from ldm.evaluation.curves import read_curves
 from ldm.evaluation.memo import ImageMemo
 from ldm.evaluation.report import EvalHistory, Report, Row, write_report
 from ldm.pipeline import Text2Image
 from ldm.training import distributed, run
-from ldm.training.before_after import BeforeAfterEvaluation, with_params
+from ldm.training.before_after import BeforeAfterEvaluation, evaluation_nodes
 from ldm.training.callbacks import LogFirstStepTime, OffloadVAE, Previews, ThroughputLogger
 from ldm.training.device import peak_memory_mib
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.online_eval import OnlineEvalCallback, OnlineEvalConfig, best_of
+from ldm.training.online_eval import OnlineEvalCallback, best_of
 from ldm.training.sampling import (
-    PriorsConfig,
-    SamplesConfig,
     base_denoiser,
     frozen,
     generate_priors,
@@ -33,47 +31,44 @@ from ldm.training.sampling import (
     prior_set,
     text2image,
 )
+from ldm.training.schema import RunConfig
 
 SHOWN_PRIORS = 32  # in the report
 
 
-def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
-    """Refuses empty captions on the subject's photos without a teacher: they would train the subject."""
-    if data.priors_show_subject and module.prior_target != "teacher":
-        what = "Without prior images, the empty prompt needs the teacher's prediction as its target"
-        remedy = "Set model.params.prior_target=teacher, or raise data.params.num_priors."
-        raise UserError(what, where="prior_caption_dropout", remedy=remedy)
-
-
 class DreamBoothRun:
-    """A run on networks with the base's weights; call it once, for all phases.
+    """A run on networks with the base's weights, by a validated config; call it once, for all phases.
 
-    The constructor raises UserError for settings that do not fit. plain: the whole config. base_hash: sha256.
+    base_hash: sha256 of the base.
     """
 
     def __init__(
         self,
         module: LatentDiffusion,
         data: DreamBoothDataModule,
-        plain: Mapping[str, Any],
+        config: RunConfig,
         folder: Path,
         *,
         base_hash: str,
     ):
-        self.module, self.data, self.plain, self.folder = module, data, plain, folder
+        self.module = module
+        self.data = data
+        self.config = config
+        self.folder = folder
         self.base_hash = base_hash
         self.timer = run.PhaseTimer()
         self.pipeline = text2image(module, size=data.size)
-        self.pipeline.latent_shape()  # checks that the size fits the networks
         self._guided: Text2Image | None = None
-        evaluation, online = plain.get("evaluation"), OnlineEvalConfig(**plain.get("online_eval", {}))
-        self.before_after = self._before_after(evaluation)
+        nodes = evaluation_nodes(config)
+        self.before_after = self._before_after(config.evaluation)
+        self.also = {
+            name: self._before_after(nodes[f"evaluate_also.{name}"]) for name in config.evaluate_also or {}
+        }
         self.online_eval: OnlineEvalCallback | None = None
-        also = plain.get("evaluate_also") or {}
-        self.also = {name: self._before_after(evaluation, params) for name, params in also.items()}
-        if online.every_steps:
-            self.online_eval = OnlineEvalCallback(self._before_after(evaluation, online.params), online)
-        self.samples = SamplesConfig(**plain.get("samples", {}))
+        if config.online_eval.every_steps:
+            evaluation = self._before_after(nodes["online_eval"])
+            self.online_eval = OnlineEvalCallback(evaluation, config.online_eval)
+        self.samples = config.samples
         self.sample_pipeline = self._pipeline(self.samples.guidance_base)  # of samples and previews
         self.prompts = [fill(prompt, **data.words) for prompt in self.samples.prompts]
 
@@ -94,19 +89,15 @@ class DreamBoothRun:
             run.fit(
                 self.module,
                 self.data,
+                self.config,
                 folder=self.folder,
                 callbacks=self._callbacks(),
                 online_eval=self.online_eval,
-                **run.training_options(self.plain),
             )
         return self._finalize(before) if distributed.rank() == 0 else []
 
-    def _before_after(
-        self, evaluation: dict | None, params: Mapping[str, Any] | None = None
-    ) -> BeforeAfterEvaluation:
-        """The evaluation, with some params replaced."""
-        node = with_params(evaluation, params or {}) if evaluation else None
-        return BeforeAfterEvaluation(node, self._pipeline, self.data, base_hash=self.base_hash)
+    def _before_after(self, evaluation: Node | None) -> BeforeAfterEvaluation:
+        return BeforeAfterEvaluation(evaluation, self._pipeline, self.data, base_hash=self.base_hash)
 
     def _pipeline(self, guidance_base: bool) -> Text2Image:
         """The sampling pipeline, optionally with the base for the unconditional prediction."""
@@ -119,7 +110,7 @@ class DreamBoothRun:
 
     def _priors(self) -> PriorSet:
         """The prior images; missing ones are generated."""
-        config = PriorsConfig(**self.plain.get("priors", {}))
+        config = self.config.priors
         priors = prior_set(self.data, config, base_sha256=self.base_hash, device=self.module.device)
         generate_priors(self.pipeline, priors, self.data.num_priors, batch_size=config.batch_size)
         return priors
@@ -155,11 +146,10 @@ class DreamBoothRun:
         """Model file, samples, metrics and report of the trained networks."""
         history = run.load_eval_history(self.folder)
         best = history[best_of(history)]["step"] if history else None
-        if best is not None and run.Export(**self.plain.get("export", {})).weights == "best":
+        if best is not None and self.config.export.weights == "best":
             run.load_best_weights(self.module, self.folder, best)
-        model = run.export_of(
-            self.module, self.plain, self.folder, words=self.data.words, base_hash=self.base_hash
-        )
+        about = {"size": self.data.size, "words": self.data.words, "base_hash": self.base_hash}
+        model = run.export(self.module, self.config, self.folder, **about)
         with self.timer("samples_after"):
             after = generate_samples(self.sample_pipeline, self.samples, self.prompts, progress=True)
         with self.timer("figures_after"):

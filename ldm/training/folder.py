@@ -5,10 +5,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import IO, Any
 
-from ldm.config import load_config, to_plain
+from ldm.config import load_config, to_container
 from ldm.errors import UserError
 from ldm.files import remove_leftovers
 from ldm.training.resume import check_changes
@@ -20,24 +20,35 @@ except ImportError:  # Windows: two processes in one run are not told apart ther
 
 log = logging.getLogger(__name__)
 
+LONGEST_NAME = 250  # bytes that file systems take (255), less the number of a run of the same name
 MARKER = ".unfinished"  # exists until the run is finished; locked by the process that works on it
 
 
 def folder_of(
-    plain: Mapping[str, Any], resume: str | None, *, allow_config_change: bool, logs: Path = Path("logs")
+    container: Mapping[str, Any], resume: str | None, *, allow_config_change: bool, logs: Path = Path("logs")
 ) -> Path:
     """The folder of a new run, or of the run to `resume`, whose config must be this one.
 
     "auto" resumes the newest unfinished run of the config's name that no process works on, else begins one.
     """
-    wanted = logs / plain["name"]
+    wanted = logs / container["name"]
     found = find_unfinished(wanted) if resume == "auto" else resume and Path(resume)
     if not found:
         return new_folder(wanted)
     kept = found / "config.yaml"
     if kept.exists():
-        check_changes(to_plain(load_config([kept])), plain, allowed=allow_config_change, run=found)
+        check_changes(to_container(load_config([kept])), container, allowed=allow_config_change, run=found)
     return found
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a `name` that is not a folder inside of `logs`: a name, or names with slashes."""
+    parts = name.split("/")
+    if any(part.strip() in ("", ".", "..") or len(part.encode()) > LONGEST_NAME for part in parts):
+        remedy = "Give a name such as rex, or studies/rex."
+        raise UserError(f"{name!r} does not name a folder inside logs", where="name", remedy=remedy)
+    if "\0" in name or PureWindowsPath(name).anchor and os.name == "nt":
+        raise UserError(f"{name!r} is no name of a folder", where="name", remedy="Give another one.")
 
 
 def new_folder(wanted: Path) -> Path:

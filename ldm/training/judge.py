@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm import randomness
+from ldm.annotations import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from ldm.checkpoints.save import write_tensors
 from ldm.storybook.judge import Judge
 from ldm.storybook.world import ATTRIBUTES
@@ -30,12 +31,12 @@ class JudgeTask(pl.LightningModule):
     def __init__(
         self,
         *,
-        channels: Sequence[int] = (32, 64, 96, 128),
-        width: int = 192,
-        learning_rate: float = 2e-3,
-        warmup_steps: int = 100,
-        noise: float = 0.15,
-        seed: int = 23,
+        channels: Sequence[PositiveInt] = (32, 64, 96, 128),
+        width: PositiveInt = 192,
+        learning_rate: NonNegativeFloat = 2e-3,
+        warmup_steps: NonNegativeInt = 100,
+        noise: NonNegativeFloat = 0.15,
+        seed: Seed = 23,
     ):
         super().__init__()
         self.judge = Judge(channels=tuple(channels), width=width)

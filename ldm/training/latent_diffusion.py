@@ -1,13 +1,25 @@
 """DreamBooth's training step: `LatentDiffusion` holds the networks under the names of released files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from ldm.annotations import (
+    Builds,
+    Decay,
+    Node,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    Seed,
+    Timesteps,
+    Variance,
+)
 from ldm.checkpoints.embedding import EMBEDDING, save_embedding
 from ldm.checkpoints.lora import merge_lora, save_lora
 from ldm.checkpoints.save import save_model
@@ -22,6 +34,7 @@ from ldm.training.compiling import CompileMode, TrainingGraph
 from ldm.training.conditioning import Conditioner
 from ldm.training.gradients import clip
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
+from ldm.training.schema import TrainerOptions
 from ldm.training.sharding import Sharded, shard
 from ldm.training.step_log import is_logged
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
@@ -68,36 +81,36 @@ class LatentDiffusion(pl.LightningModule):
     def __init__(
         self,
         *,
-        unet: dict,
-        vae: dict,
-        text_encoder: dict,
-        parameterization: str = "eps",
-        linear_start: float = 0.00085,
-        linear_end: float = 0.012,
-        timesteps: int = 1000,
+        unet: Node,
+        vae: Node,
+        text_encoder: Node,
+        parameterization: Literal["eps", "v", "x0"] = "eps",
+        linear_start: Variance = 0.00085,
+        linear_end: Variance = 0.012,
+        timesteps: Timesteps = 1000,
         zero_terminal_snr: bool = False,
-        beta_schedule: str = "scaled_linear",
-        prior_loss_weight: float = 1.0,
-        min_snr_gamma: float | None = None,
-        min_snr_floor: float = 0.0,
-        offset_noise: float = 0.0,
-        l2_sp_weight: float = 0.0,
+        beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear",
+        prior_loss_weight: NonNegativeFloat = 1.0,
+        min_snr_gamma: PositiveFloat | None = None,
+        min_snr_floor: NonNegativeFloat = 0.0,
+        offset_noise: NonNegativeFloat = 0.0,
+        l2_sp_weight: NonNegativeFloat = 0.0,
         prior_target: PriorTarget = "noise",
         train_unet: bool = True,
         train_text_encoder: bool = True,
-        text_encoder_steps: int | None = None,
-        learned_token: dict | None = None,
-        learning_rate: float = 1e-6,
-        text_encoder_learning_rate: float | None = None,
-        weight_decay: float = 0.01,
-        betas: Sequence[float] = (0.9, 0.999),
+        text_encoder_steps: NonNegativeInt | None = None,
+        learned_token: Annotated[Node, Builds(LearnedToken)] | None = None,
+        learning_rate: NonNegativeFloat = 1e-6,
+        text_encoder_learning_rate: NonNegativeFloat | None = None,
+        weight_decay: NonNegativeFloat = 0.01,
+        betas: tuple[Decay, Decay] = (0.9, 0.999),
         lr_schedule: LRSchedule = "constant",
-        warmup_steps: int = 0,
+        warmup_steps: NonNegativeInt = 0,
         optimizer: OptimizerName = "adamw",
         fused_backward: bool = False,
-        lora: dict | None = None,
+        lora: Annotated[Node, Builds(LoRA)] | None = None,
         compile: CompileMode | None = None,
-        seed: int = 23,
+        seed: Seed = 23,
     ):
         super().__init__()
         self.model = nn.ModuleDict({"diffusion_model": instantiate(unet)})
@@ -261,11 +274,7 @@ class LatentDiffusion(pl.LightningModule):
         noisy = add_noise(x0, noise, timesteps, self.alphas_cumprod)
         prediction = self.apply_model(noisy, timesteps, *self.encode_prompts(batch["caption"]))
         target = training_target(self.parameterization, x0, noise, timesteps, self.alphas_cumprod)
-        prompts = [
-            c
-            for c, (_, stream) in zip(batch["caption"], batch["stream_ids"], strict=True)
-            if stream == "prior"
-        ]
+        prompts = list(compress(batch["caption"], (stream == "prior" for _, stream in batch["stream_ids"])))
         if self._reference is not None and prompts:
             rows = batch["prior_rows"].to(self.device, non_blocking=True)
             kept = self._reference.predict(noisy[rows], timesteps[rows], prompts)
@@ -284,25 +293,20 @@ class LatentDiffusion(pl.LightningModule):
             parameterization=self.parameterization,
         )
 
-    def check(self, trainer: Mapping[str, Any]) -> None:
-        """Refuses a Trainer, given by its arguments, with which this optimizer cannot work."""
+    def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
+        """Refuses a Trainer, or its options, with which this module cannot learn."""
         check_optimizer(
             name=self.optimizer,
             fused_backward=self.fused_backward,
             compiled=self._graph is not None,
-            accumulate=trainer.get("accumulate_grad_batches", 1),
-            clip=trainer.get("gradient_clip_val"),
-            precision=trainer.get("precision"),
-            processes=trainer.get("world_size", 1),
+            accumulate=trainer.accumulate_grad_batches,
+            clip=trainer.gradient_clip_val,
+            precision=trainer.precision,
+            processes=processes,
         )
-        if self.text_encoder_steps is not None and trainer.get("world_size", 1) > 1:
-            remedy = "Train with one device, or take model.params.text_encoder_steps off."
-            what = "Several processes need gradients of the text encoder at every step"
-            raise UserError(what, remedy=remedy)
 
     def configure_optimizers(self) -> dict:
-        settings = ("accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
-        self.check({name: getattr(self.trainer, name) for name in settings})
+        self.check(self.trainer, processes=self.trainer.world_size)
         rates = self.learning_rates | (
             {"learned_token": self.learned_token.learning_rate} if self.learned_token else {}
         )

@@ -15,12 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from ldm.config import instantiate
+from ldm.config import instantiate, param_of, takes, with_params
+from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.latents import views_at_once
 from ldm.training.distributed import device_count
 from ldm.training.fused_backward import pending_gradient_bytes
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.peak import PeakBytes
+from ldm.training.schema import RunConfig
 from ldm.training.sharding import FSDP
 from ldm.training.techniques import AUTOCAST, cast_by_autocast
 
@@ -43,12 +45,12 @@ class Need:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]]:
-    """A plain config of DreamBooth -> (bytes of each part on the device, bytes of each kind of file)."""
-    data, trainer = config["data"].get("params", {}), config["trainer"]
-    module = _on_meta(config)
+def estimate(config: RunConfig) -> tuple[dict[str, Need], dict[str, int]]:
+    """A config of DreamBooth -> (bytes of each part on the device, bytes of each kind of file)."""
+    data: DreamBoothDataModule = instantiate(config.data)
+    trainer, module = config.trainer, module_on_meta(config)
     with FakeTensorMode():  # of the CPU, where autocast applies; the meta device knows none
-        activations = _activations(module, data, precision=str(trainer.get("precision", "32-true")))
+        activations = _activations(module, data, precision=trainer.precision)
     needs = {}
     holders = module.networks | ({} if module.lora is None else {"lora": module.lora})
     for name, network in holders.items():
@@ -64,23 +66,23 @@ def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]
         waiting = pending_gradient_bytes(learning) + max((p.nbytes for p in learning), default=0)
         needs["unet"] = Need(**{**vars(needs["unet"]), "gradients": waiting})
     average = _average(config, module, needs)
-    disk = _disk(config, needs, module)
-    if trainer.get("strategy") == FSDP:
+    disk = _disk(config, module, data)
+    if trainer.strategy == FSDP:
         needs |= {name: _share(need, device_count(trainer)) for name, need in needs.items() if need.states}
-    if data.get("cache_latents", True) and not data.get("online_priors"):
+    if data.cache_latents and not data.online_priors:
         del needs["vae"]
     if average.total:
         needs["average"] = average
-    if copies := _copies_of_base(module, data, precision=str(trainer.get("precision", "32-true"))):
+    if copies := _copies_of_base(module, data, precision=trainer.precision):
         needs["copies of the base"] = Need(weights=copies)
     return needs, disk
 
 
-def _on_meta(config: Mapping[str, Any]) -> LatentDiffusion:
-    """The module without data, and not compiled: the graph is that of the plain network."""
-    node = config["model"]
+def module_on_meta(config: RunConfig) -> Any:
+    """The module of a config without data, and not compiled: the graph is that of the network itself."""
+    node = with_params(config.model, {"compile": None}) if takes(config.model, "compile") else config.model
     with torch.device("meta"):
-        return instantiate(node | {"params": node["params"] | {"compile": None}})
+        return instantiate(node)
 
 
 def _share(need: Need, processes: int) -> Need:
@@ -89,24 +91,24 @@ def _share(need: Need, processes: int) -> Need:
     return Need(**shares, activations=need.activations)
 
 
-def _average(config: Mapping[str, Any], module: LatentDiffusion, needs: Mapping[str, Need]) -> Need:
+def _average(config: RunConfig, module: LatentDiffusion, needs: Mapping[str, Need]) -> Need:
     """A float32 average of what learns, and a copy of it in the weights' place while the validation runs.
 
     The copy is made where the average is of another dtype or on another device; no gradients are held then.
     """
-    if config.get("ema_decay") is None:
+    if config.ema_decay is None:
         return Need()
-    learning, apart = _learning(module), config.get("ema_device") == "cpu"
+    learning, apart = _learning(module), config.ema_device == "cpu"
     copied = _size(p for p in learning if apart or p.dtype != torch.float32)
     free_then = sum(need.gradients + need.activations for need in needs.values())
     return Need(weights=0 if apart else _float_size(learning), activations=max(0, copied - free_then))
 
 
-def _copies_of_base(module: LatentDiffusion, data: Mapping[str, Any], *, precision: str) -> int:
+def _copies_of_base(module: LatentDiffusion, data: DreamBoothDataModule, *, precision: str) -> int:
     """Bytes of what techniques keep of the untouched base: whole networks, or the weights that learn."""
     networks = [module.networks[name] for name in ("unet", "text_encoder")]
     whole = sum(_size(network.parameters()) for network in networks)
-    copies = whole * bool(data.get("online_priors"))
+    copies = whole * data.online_priors
     if module.prior_target == "teacher" and module.lora is None:
         layers = [layer for network in networks for layer in cast_by_autocast(network)]
         halved = _size(p for layer in layers for p in layer.parameters() if p.dtype == torch.float32) // 2
@@ -124,12 +126,18 @@ def state_bytes(parameter: Tensor, optimizer: str) -> int:
     return 2 * 4 * count + (4 if optimizer == "adamw" else 0)
 
 
-def encoding(config: Mapping[str, Any]) -> int:
+def checkpoint_bytes(module: nn.Module, *, averaged: bool) -> int:
+    """About how large a checkpoint is: weights, the average of those that learn, optimizer states."""
+    learning, optimizer = _learning(module), getattr(module, "optimizer", "adamw")
+    states = sum(state_bytes(parameter, optimizer) for parameter in learning)
+    return _size(module.state_dict().values()) + states + averaged * _float_size(learning)
+
+
+def encoding(config: RunConfig) -> int:
     """Bytes on the device while views are encoded, before training: the networks, and the encoder's work."""
-    data = config["data"].get("params", {})
-    module = _on_meta(config)
+    module = module_on_meta(config)
     weights = _size(module.state_dict().values())
-    encoder, size = module.networks["vae"].encoder, data["size"]
+    encoder, size = module.networks["vae"].encoder, param_of(config.data, "size")
     with FakeTensorMode():
         stand_ins = _without_data(encoder)
         images = torch.zeros(views_at_once(size), 3, size, size)
@@ -151,13 +159,11 @@ def report(needs: Mapping[str, Need], disk: Mapping[str, int], *, encoding: int 
     return "\n".join(lines)
 
 
-def _activations(module: LatentDiffusion, data: Mapping[str, Any], *, precision: str) -> dict[str, int]:
+def _activations(module: LatentDiffusion, data: DreamBoothDataModule, *, precision: str) -> dict[str, int]:
     """Bytes that a micro-batch's backward pass needs, the stage computed again included."""
     unet, text = module.networks["unet"], module.networks["text_encoder"]
-    subject = data.get("batch_size", 1)
-    given = data.get("prior_batch_size")
-    priors = subject if given is None else given
-    side = data["size"] // module.networks["vae"].factor
+    subject, priors = data.batch_size, data.prior_batch_size
+    side = data.size // module.networks["vae"].factor
     mixed = torch.autocast("cpu", dtype=torch.bfloat16) if "mixed" in precision else nullcontext()
     found, lora_weights = {}, {}
     if module.lora is not None:
@@ -165,7 +171,7 @@ def _activations(module: LatentDiffusion, data: Mapping[str, Any], *, precision:
         lora_weights = dict(module.lora.named_parameters())
     with mixed:
         weights = _without_data(text)
-        captions = 1 + (priors > 0) + (data.get("prior_caption_dropout", 0.0) > 0)
+        captions = 1 + (priors > 0) + (data.prior_caption_dropout > 0)
         prompts = torch.zeros(captions, text.max_length, dtype=torch.int64)
         with _saving(text, weights | lora_weights, {}) as saved:
             context = functional_call(text, weights, prompts)
@@ -233,17 +239,14 @@ def _saving(
             hook.remove()
 
 
-def _disk(config: Mapping[str, Any], needs: Mapping[str, Need], module: LatentDiffusion) -> dict[str, int]:
-    """Bytes of the run's files; a checkpoint that is being written stands beside the two that are kept."""
-    data = config["data"].get("params", {})
-    average = 0 if config.get("ema_decay") is None else _float_size(_learning(module))
-    checkpoint = average + sum(need.weights + need.states for need in needs.values())
-    drawn = 0 if data.get("prior_root") else data.get("num_priors", 64)
-    width = WIDTHS[config.get("export", {}).get("dtype", "fp16")]
+def _disk(config: RunConfig, module: LatentDiffusion, data: DreamBoothDataModule) -> dict[str, int]:
+    """Bytes of the run's files; a checkpoint that is being written stands beside those that are kept."""
+    kept, drawn = config.checkpoints_kept, data.num_priors if data.generates_priors else 0
+    checkpoint = checkpoint_bytes(module, averaged=config.ema_decay is not None)
     return {
-        "checkpoints (2 + 1)": 3 * checkpoint,
-        "model file": width * sum(p.numel() for p in module.parameters()),
-        "prior images, at most": drawn * 3 * data["size"] ** 2,
+        f"checkpoints ({kept} + 1)": (kept + 1) * checkpoint,
+        "model file": WIDTHS[config.export.dtype] * sum(p.numel() for p in module.parameters()),
+        "prior images, at most": drawn * 3 * data.size**2,
     }
 
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,20 +9,7 @@ import pytorch_lightning as pl
 from ldm.errors import UserError
 from ldm.training.before_after import BeforeAfterEvaluation
 from ldm.training.device import temporarily_on
-
-
-@dataclass(frozen=True)
-class OnlineEvalConfig:
-    """When a run is evaluated during training.
-
-    every_steps: optimizer steps between two evaluations, a multiple of the validation interval; 0: none.
-    params: of the `evaluation`, where they differ from its own: few images in few steps cost little.
-    early_stop: evaluations without a better score after which training ends; 0: never.
-    """
-
-    every_steps: int = 0
-    params: Mapping[str, Any] = field(default_factory=dict)
-    early_stop: int = 0
+from ldm.training.schema import OnlineEvalConfig, RunConfig
 
 
 class OnlineEvalCallback(pl.Callback):
@@ -79,18 +65,21 @@ def best_of(rows: Sequence[Mapping[str, float]]) -> int:
     return scores.index(max(scores)) if scores else -1
 
 
-def check_online_eval(plain: Mapping[str, Any]) -> None:
-    """Refuses evaluations that would never happen."""
-    config = OnlineEvalConfig(**plain.get("online_eval", {}))
-    if config.every_steps == 0:
+def check_online_eval(config: RunConfig) -> None:
+    """Refuses evaluations that would never happen, and weights that are chosen by them."""
+    every = config.online_eval.every_steps
+    if config.export.weights == "best" and not 0 < every <= config.trainer.max_steps:
+        remedy = "Set online_eval.every_steps, at most trainer.max_steps, or export.weights=last."
+        what = "Which weights are the best is told by online evaluation, and there is none"
+        raise UserError(what, where="export.weights", remedy=remedy)
+    if every == 0:
         return
-    if not plain.get("evaluation"):
+    if not config.evaluation:
         remedy = "Add one, or set online_eval.every_steps=0."
         raise UserError("Online evaluation needs an `evaluation`", where="online_eval", remedy=remedy)
-    trainer = plain["trainer"]
-    batches = trainer.get("val_check_interval")
-    steps = batches // trainer.get("accumulate_grad_batches", 1) if isinstance(batches, int) else 0
-    if steps < 1 or config.every_steps % steps:
-        what = f"An evaluation every {config.every_steps} steps never follows a validation"
+    trainer = config.trainer
+    steps = (trainer.val_check_interval or 0) // trainer.accumulate_grad_batches
+    if steps < 1 or every % steps:
+        what = f"An evaluation every {every} steps never follows a validation"
         remedy = "Choose a multiple of trainer.val_check_interval, which counts micro-batches."
         raise UserError(what, where="online_eval.every_steps", remedy=remedy)

@@ -1,50 +1,19 @@
-"""The sections of a job's config, and its check."""
+"""A command line -> the config of its run."""
 
 from collections.abc import Sequence
-from typing import Literal
 
-import pytorch_lightning as pl
-from omegaconf import DictConfig
-
-from ldm import config as configs
+from ldm.config import load_config
 from ldm.training.command import Command, read_command
-from ldm.training.device import MatmulPrecision
-from ldm.training.online_eval import OnlineEvalConfig
-from ldm.training.run import Export
-from ldm.training.sampling import PriorsConfig, SamplesConfig
-
-SECTIONS = {
-    "name": str,
-    "seed": int,
-    "base_checkpoint": str | None,
-    "base_parts": dict[str, str] | None,
-    "ema_decay": float | None,
-    "ema_device": Literal["cpu"] | None,
-    "ema_every": int,
-    "matmul_precision": MatmulPrecision,
-    "checkpoint_every": int,
-    "checkpoints_kept": int,
-    "model": dict,
-    "data": dict,
-    "priors": PriorsConfig,
-    "trainer": pl.Trainer,
-    "logger": dict | None,
-    "samples": SamplesConfig,
-    "evaluation": dict | None,
-    "evaluate_also": dict | None,  # name -> params of `evaluation` that differ: the same metrics once more
-    "online_eval": OnlineEvalConfig,
-    "export": Export,
-}
-REQUIRED = ("name", "seed", "model", "data", "trainer")
+from ldm.training.schema import RunConfig
 
 
-def config_of(command: Command) -> DictConfig:
-    """The merged and checked config. Raises UserError for a wrong file or key."""
-    config = configs.load_config(command.paths, command.dotlist)
-    configs.check(config, SECTIONS, required=REQUIRED, paths=command.paths, dotlist=command.dotlist)
-    return config
+def config_of(command: Command) -> RunConfig:
+    """The merged and checked config. Raises UserError for a wrong file or key, type or number."""
+    config = load_config(command.paths, command.dotlist, literals=command.literals)
+    given = [*(f"{key}={value}" for key, value in command.literals.items()), *command.dotlist]
+    return RunConfig.parse(config, paths=command.paths, dotlist=given)
 
 
-def parse(argv: Sequence[str], *, description: str | None = None) -> DictConfig:
+def parse(argv: Sequence[str], *, description: str | None = None) -> RunConfig:
     """Words of a command line -> the merged and checked config."""
     return config_of(read_command(argv, description=description))

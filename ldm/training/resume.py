@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.tensors import unpickle
@@ -94,7 +93,7 @@ def check_fit(state: Mapping[str, Any], module: nn.Module, *, where: Path) -> No
 
 
 def config_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Differences between two plain configs, each as "key: old -> new"."""
+    """Differences between two configs, each as "key: old -> new"."""
     old, new = dict(_leaves(before)), dict(_leaves(after))
     return [
         f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
@@ -120,10 +119,3 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         return
     for name, inner in node.items():
         yield from _leaves(inner, f"{key}.{name}" if key else str(name))
-
-
-def state_bytes(module: nn.Module, *, averaged: bool) -> int:
-    """About how large a checkpoint is: weights, the average of those that learn, and their two moments."""
-    weights = sum(tensor.nbytes for tensor in module.state_dict().values())
-    learning = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return weights + (3 if averaged else 2) * learning * torch.float32.itemsize

@@ -4,11 +4,10 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -31,42 +30,38 @@ from ldm.training.averaging import averaging
 from ldm.training.checkpoints import AtomicCheckpointIO, CheckpointCallback
 from ldm.training.device import peak_memory_mib
 from ldm.training.gradients import FreeGradients
+from ldm.training.memory import checkpoint_bytes
 from ldm.training.non_finite import NonFiniteGuard
 from ldm.training.online_eval import OnlineEvalCallback
 from ldm.training.peak import reset_peak_memory
-from ldm.training.resume import check_fit, latest_valid_checkpoint, name_of, state_bytes
+from ldm.training.resume import check_fit, latest_valid_checkpoint, name_of
+from ldm.training.schema import FitConfig, RunConfig, TrainerOptions
 from ldm.training.sharding import fsdp_replica
 from ldm.training.signals import StopSignals
 
 log = logging.getLogger(__name__)
 
-# The sections of a config that `fit` takes
-TRAINING = (
-    *("trainer", "logger", "ema_decay", "ema_device", "ema_every"),
-    *("checkpoint_every", "checkpoints_kept"),
-)
 
-
-@dataclass(frozen=True)
-class Export:
-    """The model file of a run: dtype of its weights; the last or, by online evaluation, the best ones."""
-
-    dtype: str = "fp16"
-    weights: Literal["last", "best"] = "last"
-
-
-def base_files(plain: Mapping[str, Any]) -> dict[str, Path]:
+def base_files(config: RunConfig) -> dict[str, Path]:
     """Network -> the file or folder of its base weights; "all" is `base_checkpoint`, which has all networks.
 
     Raises UserError for a missing file.
     """
-    named = plain.get("base_parts") or {"all": plain.get("base_checkpoint")}
+    named = config.base_parts or {"all": config.base_checkpoint}
     files = {part: find_file(name) for part, name in named.items() if name}
     for path in files.values():
         if not path.exists():
             remedy = "Name one with --actual_resume FILE; README says how the storybook's is trained."
             raise UserError("There is no base checkpoint", where=path, remedy=remedy)
     return files
+
+
+def check_parts(files: Mapping[str, Path], networks: Collection[str]) -> None:
+    """Raises UserError for base weights of a network that the module does not have."""
+    for part in files:
+        if part not in ("all", *networks):
+            remedy = f"Choose {', '.join(networks)}." if networks else "Take it off."
+            raise UserError(f"`{part}` is not a network", where="base_parts", remedy=remedy)
 
 
 def load_base(
@@ -80,11 +75,9 @@ def load_base(
     A folder's own tokenizer is used, unless the config names one on this machine. Given a
     `parameterization`, a UNet that predicts something else is refused.
     """
+    check_parts(files, networks)
     for part, path in files.items():
         names = list(networks) if part == "all" else [part]
-        if part not in ("all", *networks):
-            remedy = f"Choose {', '.join(networks)}."
-            raise UserError(f"`{part}` is not a network", where="base_parts", remedy=remedy)
         model = open_model(path)
         if parameterization is not None and "unet" in names:
             model.require_prediction(parameterization)
@@ -106,36 +99,32 @@ def find_file(name: str) -> Path:
 def fit(
     module: pl.LightningModule,
     data: pl.LightningDataModule,
+    config: FitConfig,
     *,
-    trainer: Mapping[str, Any],
     folder: Path,
     callbacks: Sequence[pl.Callback],
-    logger: Mapping[str, Any] | None = None,
-    ema_decay: float | None = None,
-    ema_device: Literal["cpu"] | None = None,
-    ema_every: int = 1,
-    checkpoint_every: int = 250,
-    checkpoints_kept: int = 2,
     online_eval: OnlineEvalCallback | None = None,
 ) -> None:
     """Trains to `max_steps`, from the run's newest whole checkpoint where it has one.
 
-    `ema_*` are of a `WeightAverage`. SIGTERM, SIGINT and SIGUSR1 save and raise `Stopped`.
+    SIGTERM, SIGINT and SIGUSR1 save and raise `Stopped`.
     """
     place, kept = module.device, folder / "checkpoints"
     last = distributed.on_rank0_broadcast(lambda: latest_valid_checkpoint(kept))
-    data.start_step = resume_from(module, last, max_steps=trainer.get("max_steps", -1)) if last else 0
-    if data.start_step == trainer.get("max_steps"):
+    data.start_step = resume_from(module, last, max_steps=config.trainer.max_steps) if last else 0
+    if data.start_step == config.trainer.max_steps:
         return
-    bytes_needed = (checkpoints_kept + 1) * state_bytes(module, averaged=ema_decay is not None)
+    averaged, keep = config.ema_decay is not None, config.checkpoints_kept
+    bytes_needed = (keep + 1) * checkpoint_bytes(module, averaged=averaged)
     require_space(folder, bytes_needed, what="a run's checkpoints")
-    with StopSignals() as stop, fsdp_replica(module, trainer) as (learner, trainer):
-        core = _core_callbacks(kept, stop, online_eval, every=checkpoint_every, keep=checkpoints_kept)
-        average = averaging(ema_decay, device=ema_device, every=ema_every)
+    with StopSignals() as stop, fsdp_replica(module, config.trainer) as (learner, trainer):
+        core = _core_callbacks(kept, stop, online_eval, every=config.checkpoint_every, keep=keep)
+        average = averaging(config.ema_decay, device=config.ema_device, every=config.ema_every)
+        logger = config.logger
         pl.Trainer(
             default_root_dir=folder,
             logger=instantiate(logger) if logger else tensorboard_logger(folder, start=data.start_step),
-            callbacks=[FreeGradients(), *average, *callbacks, *core, *progress_bar(trainer)],
+            callbacks=[FreeGradients(), *average, *callbacks, *core, *progress_bar(config.trainer)],
             plugins=[AtomicCheckpointIO()],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -174,10 +163,10 @@ def load_best_weights(module: pl.LightningModule, folder: Path, step: int) -> No
     module.on_load_checkpoint(state)
 
 
-def progress_bar(trainer: Mapping[str, Any]) -> list[pl.Callback]:
+def progress_bar(trainer: TrainerOptions) -> list[pl.Callback]:
     """A bar that is refreshed as often as the log: a refresh reads the losses, so waits for the device."""
-    wanted = trainer.get("enable_progress_bar", True)
-    return [TQDMProgressBar(refresh_rate=trainer.get("log_every_n_steps", 50))] if wanted else []
+    wanted = trainer.enable_progress_bar
+    return [TQDMProgressBar(refresh_rate=trainer.log_every_n_steps)] if wanted else []
 
 
 def resume_from(module: pl.LightningModule, checkpoint: Path, *, max_steps: int) -> int:
@@ -186,7 +175,7 @@ def resume_from(module: pl.LightningModule, checkpoint: Path, *, max_steps: int)
     check_fit(state, module, where=checkpoint)
     step = state["global_step"]
     log.info("Resumed at step %d: %s", step, checkpoint)
-    if 0 <= max_steps < step:
+    if max_steps < step:
         remedy = f"Set trainer.max_steps to {step} or more."
         raise UserError(f"The run has done {step} steps already", where=checkpoint, remedy=remedy)
     if step == max_steps:
@@ -200,57 +189,34 @@ def tensorboard_logger(folder: Path, *, start: int) -> TensorBoardLogger:
     return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=start)
 
 
-def training_options(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of the config that `fit` takes."""
-    return {key: plain[key] for key in TRAINING if key in plain}
-
-
-def export_of(
+def export(
     module: Any,
-    plain: Mapping[str, Any],
+    config: RunConfig,
     folder: Path,
     *,
+    size: int,
     words: Mapping[str, str] | None = None,
     base_hash: str = "",
 ) -> Path:
-    """The model file of a run; `words` are its {identifier} and {class_word}."""
-    return export(
-        module,
-        folder / "model.safetensors",
-        size=plain["data"]["params"].get("size", 64),
-        dtype=Export(**plain.get("export", {})).dtype,
-        training=plain,
-        trigger_phrase=fill("{identifier} {class_word}", **words) if words else None,
-        base_sha256=base_hash or None,
-    )
+    """Writes the model file; its metadata has the networks' config, image size and training config.
 
-
-def export(
-    module: Any,
-    path: Path,
-    *,
-    size: int,
-    dtype: str,
-    training: Mapping[str, Any],
-    trigger_phrase: str | None = None,
-    base_sha256: str | None = None,
-) -> Path:
-    """Writes the model file; its metadata has the networks' config, image size and training config."""
-    params = training["model"]["params"]
+    size: pixels a side. words: the run's {identifier} and {class_word}.
+    """
+    path, params = folder / "model.safetensors", config.model.get("params") or {}
     state_dicts = {name: network.state_dict() for name, network in getattr(module, "networks", {}).items()}
     if "unet" in state_dicts:
         about = file_metadata(
             model_config(state_dicts, params),
-            title=path.parent.name,
+            title=folder.name,
             size=size,
-            trigger_phrase=trigger_phrase,
-            base_sha256=base_sha256,
-            training=training,
+            trigger_phrase=fill("{identifier} {class_word}", **words) if words else None,
+            base_sha256=base_hash or None,
+            training=config.container,
         )
     else:
         networks = {name: params[name] for name in ("unet", "vae", "text_encoder") if name in params}
         about = {"ldm.config": json.dumps(networks), "ldm.size": str(size)}
-    return module.export(path, dtype=DTYPES[dtype], metadata=about)
+    return module.export(path, dtype=DTYPES[config.export.dtype], metadata=about)
 
 
 SampleGrid = Sequence[tuple[str, Sequence[Image.Image]]]

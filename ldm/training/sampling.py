@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,50 +12,12 @@ from tqdm import tqdm
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.priors import GenerateImages, PriorSet, PriorSpec
 from ldm.denoiser import Denoiser
-from ldm.diffusion.samplers import SamplerName
 from ldm.pipeline import Text2Image
-from ldm.precision import Precision, resolve_precision
+from ldm.precision import resolve_precision
 from ldm.training import distributed
 from ldm.training.device import temporarily_on
 from ldm.training.latent_diffusion import LatentDiffusion
-
-
-@dataclass(frozen=True)
-class PriorsConfig:
-    """How the base model generates prior images, and the folder of their sets.
-
-    precision: of the networks; "auto" is bf16 on a CUDA device and fp32 elsewhere.
-    """
-
-    folder: str = "priors"
-    sampler: SamplerName = "ddim"
-    steps: int = 50
-    guidance_scale: float = 7.5
-    negative_prompt: str = ""
-    seed: int = 0
-    batch_size: int = 16
-    precision: Precision = "auto"
-
-
-@dataclass(frozen=True)
-class SamplesConfig:
-    """The samples of a run: `n` images of each prompt, which may contain {identifier} and {class_word}.
-
-    precision: as for prior images.
-    """
-
-    prompts: Sequence[str] = field(default_factory=list)
-    n: int = 4
-    sampler: SamplerName = "ddim"
-    steps: int = 50
-    guidance_scale: float = 7.5
-    negative_prompt: str = ""
-    guidance_base: bool = False  # the base, not the trained model, predicts for the negative prompt
-    seed: int = 23
-    batch_size: int = 16
-    precision: Precision = "auto"
-    every_steps: int = 0  # optimizer steps between previews; 0: no previews
-    preview_n: int = 2  # images of each prompt in a preview
+from ldm.training.schema import PriorsConfig, SamplesConfig
 
 
 def text2image(module: LatentDiffusion, *, size: int, guidance_base: Denoiser | None = None) -> Text2Image:

@@ -7,6 +7,7 @@ For models whose training does not fit on one device (Rajbhandari et al. 2020, Z
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ldm.errors import UserError
 from ldm.training import distributed
+from ldm.training.schema import RunConfig, TrainerOptions
 
 FSDP = "fsdp"
 
@@ -50,13 +52,14 @@ def shard(networks: Mapping[str, nn.Module], mesh: DeviceMesh) -> None:
 
 @contextmanager
 def fsdp_replica(
-    module: pl.LightningModule, trainer: Mapping[str, Any]
-) -> Iterator[tuple[pl.LightningModule, Mapping[str, Any]]]:
+    module: pl.LightningModule, options: TrainerOptions
+) -> Iterator[tuple[pl.LightningModule, dict[str, Any]]]:
     """Yields the module to train and the Trainer's arguments; with FSDP the module is a copy, to be sharded.
 
     The original stays whole, on the CPU, and gets the trained weights on rank 0.
     """
-    if trainer.get("strategy") != FSDP:
+    trainer = asdict(options)
+    if options.strategy != FSDP:
         yield module, trainer
         return
     learner = copy.deepcopy(module)
@@ -69,25 +72,20 @@ def fsdp_replica(
         module.load_state_dict(state)
 
 
-def check_sharding(plain: Mapping[str, Any]) -> None:
+def check_sharding(config: RunConfig) -> None:
     """Raises UserError for FSDP with settings that need whole networks or another optimizer."""
-    strategy, params = str(plain["trainer"].get("strategy")), plain["model"].get("params", {})
-    if not strategy.startswith(FSDP):
+    if config.trainer.strategy != FSDP:
         return
-    if strategy != FSDP:
-        raise UserError(f"`{strategy}` is not known", where="trainer.strategy", remedy="Write fsdp.")
-    if distributed.world_size() == 1:
-        what, remedy = (
-            "FSDP shards a model over processes, and there is only one",
-            "Set trainer.devices, or take it off.",
-        )
-        raise UserError(what, where="trainer.strategy", remedy=remedy)
+    if distributed.process_count(config.trainer) == 1:
+        what = "FSDP shards a model over processes, and there is only one"
+        raise UserError(what, where="trainer.strategy", remedy="Set trainer.devices, or take it off.")
+    params = config.model.get("params") or {}
     refused = {
-        "ema_decay": plain.get("ema_decay") is not None,
-        "online_eval.every_steps": bool(plain.get("online_eval", {}).get("every_steps")),
-        "samples.every_steps": bool(plain.get("samples", {}).get("every_steps")),
-        "trainer.precision": str(plain["trainer"].get("precision")).startswith("16"),
-        "model.params.optimizer": params.get("optimizer", "adamw") != "adamw",
+        "ema_decay": config.ema_decay is not None,
+        "online_eval.every_steps": bool(config.online_eval.every_steps),
+        "samples.every_steps": bool(config.samples.every_steps),
+        "trainer.precision": config.trainer.precision == "16-mixed",
+        "model.params.optimizer": params.get("optimizer") not in (None, "adamw"),
         **{
             f"model.params.{key}": bool(params.get(key))
             for key in ("lora", "l2_sp_weight", "compile", "learned_token")

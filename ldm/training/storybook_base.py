@@ -1,8 +1,6 @@
 """Training of the storybook's base: the UNet of a small Stable Diffusion, on a stream of captioned images."""
 
-from collections.abc import Mapping
-from typing import Any
-
+import pytorch_lightning as pl
 from torch import Tensor
 
 from ldm import randomness
@@ -11,6 +9,7 @@ from ldm.diffusion.schedule import add_noise, training_target
 from ldm.errors import UserError
 from ldm.models.autoencoder import DiagonalGaussian
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.schema import TrainerOptions
 
 
 class StorybookBase(LatentDiffusion):
@@ -20,9 +19,9 @@ class StorybookBase(LatentDiffusion):
     can tokenize and draw random numbers for. Its data is a `StorybookStream`.
     """
 
-    def check(self, trainer: Mapping[str, Any]) -> None:
+    def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
         """Refuses options that this shorter step does not support."""
-        super().check(trainer)
+        super().check(trainer, processes=processes)
         left_out = {
             "train_text_encoder": self._text_learns,
             "learned_token": self.learned_token is not None,

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import yaml
-from omegaconf import DictConfig
 
-from ldm.config import to_plain
 from ldm.errors import UserError
 from ldm.storybook.subjects import new_subject, write_subject
 from ldm.storybook.world import CLASSES
 from ldm.training.options import parse
+from ldm.training.schema import RunConfig
 
 METRICS = ("subject_fidelity", "prompt_fidelity", "class_drift", "diversity_ratio")
 
@@ -80,7 +79,7 @@ class Job:
     variant: str
     subject: str
     seed: int
-    config: DictConfig = field(compare=False)
+    config: RunConfig = field(compare=False)
 
     @property
     def folder(self) -> Path:
@@ -114,8 +113,9 @@ def jobs_of(sweep: Sweep) -> list[Job]:
     for variant, subject, seed in product(sweep.variants, sweep.subjects, sweep.seeds):
         name = f"study-{sweep.name}/{slug(variant)}--{slug(subject)}--{seed}"
         class_word = sweep.subjects[subject]["class_word"]
-        words = [f"data.params.subject_root={photos[subject]}", f"data.params.class_word={class_word}"]
-        words += [f"name={name}", f"seed={seed}", *sweep.set, *sweep.variants[variant]]
+        words = [f"--name={name}", f"--seed={seed}"]
+        words += [f"--data_root={photos[subject]}", f"--class_word={class_word}"]
+        words += [*sweep.set, *sweep.variants[variant]]
         try:
             config = parse(["--base", *sweep.base, *words])
         except UserError as error:
@@ -124,14 +124,14 @@ def jobs_of(sweep: Sweep) -> list[Job]:
     return found
 
 
-def same_run(one: DictConfig, other: DictConfig) -> bool:
+def same_run(one: RunConfig, other: RunConfig) -> bool:
     """Whether runs of two studies are the same run: configs that differ in the study's name alone."""
-    plain = [to_plain(config) for config in (one, other)]
-    for content in plain:
+    contents = [config.container for config in (one, other)]
+    for content in contents:
         sweep = Path(content.pop("name")).parts[0]  # storybook subjects are in its folder
         params = content["data"]["params"]
         params["subject_root"] = str(params["subject_root"]).replace(f"logs/{sweep}/", "logs/")
-    return plain[0] == plain[1]
+    return contents[0] == contents[1]
 
 
 def shard_jobs(jobs: Sequence[Job], part: str) -> Sequence[Job]:

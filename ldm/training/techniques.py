@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ldm.annotations import PositiveFloat
 from ldm.models.lora import LoRA, lora_off
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
@@ -26,7 +27,7 @@ class LearnedToken:
 
     word: str
     init: str
-    learning_rate: float = 5e-3
+    learning_rate: PositiveFloat = 5e-3
 
 
 class L2SP:

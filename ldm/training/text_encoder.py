@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.annotations import Node, NonNegativeFloat, NonNegativeInt
 from ldm.checkpoints.save import save_model
 from ldm.config import instantiate
 from ldm.models.text_encoder import CLIPTextEncoder
@@ -27,7 +28,13 @@ class TextEncoderTask(pl.LightningModule):
         learning_rate: of AdamW, after `warmup_steps` and along a cosine to 0.
     """
 
-    def __init__(self, *, text_encoder: dict, learning_rate: float = 1e-3, warmup_steps: int = 100):
+    def __init__(
+        self,
+        *,
+        text_encoder: Node,
+        learning_rate: NonNegativeFloat = 1e-3,
+        warmup_steps: NonNegativeInt = 100,
+    ):
         super().__init__()
         self.text_encoder: CLIPTextEncoder = instantiate(text_encoder)
         width = self.text_encoder.transformer["text_model"].config.hidden_size

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm.checkpoints.load import load_state_dicts, open_model
-from ldm.config import instantiate, load_config, to_plain
+from ldm.config import instantiate, load_config, to_container
 from ldm.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -19,7 +19,7 @@ CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 
 def networks(name: str) -> dict[str, nn.Module]:
     with torch.device("meta"):
-        return instantiate(to_plain(load_config([CONFIGS / f"dreambooth-{name}.yaml"]))["model"]).networks
+        return instantiate(to_container(load_config([CONFIGS / f"dreambooth-{name}.yaml"]))["model"]).networks
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def job(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folder:
         "checkpoint_every": 1,
         "model": {
             "target": "ldm.training.latent_diffusion.LatentDiffusion",
-            "params": tiny_config | {"learning_rate": 1e-3, "seed": "${seed}"},
+            "params": tiny_config | {"learning_rate": 1e-3},
         },
         "data": {
             "target": "ldm.data.dreambooth.DreamBoothDataModule",
@@ -39,7 +39,6 @@ def job(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folder:
                 "size": 16,
                 "batch_size": 2,
                 "num_priors": 3,
-                "seed": "${seed}",
             },
         },
         "priors": {"steps": 2, "guidance_scale": 2.0},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.checkpoints.load import load_state_dicts, open_model
-from ldm.config import instantiate, load_config, to_plain
+from ldm.config import instantiate, load_config, to_container
 from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.pipeline import Text2Image
 from ldm.storybook.dataset import StorybookDataset
@@ -36,7 +36,7 @@ def test_the_judge_reads_drawings(drawings: list[dict]):
 
 
 def test_the_autoencoder_redraws(drawings: list[dict]):
-    config = to_plain(load_config([ROOT / "configs/storybook/base.yaml"]))["model"]["params"]
+    config = to_container(load_config([ROOT / "configs/storybook/base.yaml"]))["model"]["params"]
     autoencoder = instantiate(config["vae"]).eval()
     parts = open_model(ASSETS / "base.safetensors").state_dicts
     load_state_dicts({"vae": autoencoder}, {"vae": parts["vae"]}, where=ASSETS)

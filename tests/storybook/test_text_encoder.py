@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from ldm.checkpoints.load import load_state_dicts, open_model
-from ldm.config import instantiate, load_config, to_plain
+from ldm.config import instantiate, load_config, to_container
 from ldm.storybook.dataset import StorybookDataset
 from ldm.storybook.world import ATTRIBUTES, full_caption, sample_scene
 from ldm.training.run import find_file
@@ -17,7 +17,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs/storybook/text_encoder.y
 
 
 def shipped_node() -> dict:
-    return to_plain(load_config([CONFIG]))["model"]["params"]["text_encoder"]
+    return to_container(load_config([CONFIG]))["model"]["params"]["text_encoder"]
 
 
 def small_task() -> TextEncoderTask:

@@ -14,6 +14,7 @@ from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.evaluation.curves import Curve, read_curves
 from ldm.training import run
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.schema import FitConfig, TrainerOptions
 
 
 class Killed(BaseException):
@@ -84,14 +85,10 @@ class Job:
             "val_check_interval": 2 * self.accumulate,
             "enable_progress_bar": False,
         }
-        run.fit(
-            module,
-            data,
-            trainer=trainer | options.pop("trainer", {}),
-            folder=folder,
-            callbacks=callbacks,
-            **{"checkpoint_every": 1, **options},
-        )
+        online_eval = options.pop("online_eval", None)
+        trainer_options = TrainerOptions(**trainer | options.pop("trainer", {}))
+        config = FitConfig(trainer=trainer_options, **{"checkpoint_every": 1, **options})
+        run.fit(module, data, config, folder=folder, callbacks=callbacks, online_eval=online_eval)
         return module
 
 
@@ -133,7 +130,7 @@ def words(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folde
         "base_checkpoint": str(tiny_model_file),
         "model": {
             "target": "ldm.training.latent_diffusion.LatentDiffusion",
-            "params": tiny_config | {"learning_rate": 1e-3, "seed": "${seed}"},
+            "params": tiny_config | {"learning_rate": 1e-3},
         },
         "data": {
             "target": "ldm.data.dreambooth.DreamBoothDataModule",
@@ -143,7 +140,6 @@ def words(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folde
                 "size": 16,
                 "batch_size": 2,
                 "num_priors": 3,
-                "seed": "${seed}",
                 "validation_batches": 1,
             },
         },

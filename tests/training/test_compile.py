@@ -13,6 +13,7 @@ from ldm.training import latent_diffusion
 from ldm.training.compiling import TrainingGraph
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.sampling import text2image
+from ldm.training.schema import TrainerOptions
 from tests.training.conftest import Job, curves_of
 
 
@@ -44,7 +45,7 @@ def test_a_run_translates_one_graph(job: Job, tmp_path: Path, monkeypatch: pytes
 def test_it_does_not_go_with_steps_in_the_backward_pass(tiny_config: dict):
     module = LatentDiffusion(**tiny_config, compile="default", fused_backward=True)
     with pytest.raises(UserError, match="all gradients at its end.*fused_backward=false"):
-        module.check({"max_steps": 3})
+        module.check(TrainerOptions(max_steps=3))
 
 
 def outcome(module: LatentDiffusion) -> list[Tensor]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from ldm.evaluation.curves import read_curves
 from ldm.training import distributed
 from ldm.training.job import run_job
 from ldm.training.options import parse
+from ldm.training.schema import TrainerOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,8 +70,14 @@ def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Pa
 
 
 def test_alone_there_is_nobody_to_meet():
-    assert distributed.join({"max_steps": 3}) == {"max_steps": 3, "devices": 1}  # not all that are there
-    assert distributed.join({"devices": [2]}) == {"devices": [2]}
+    for devices, joined in ((1, 1), ("auto", 1), ([2], [2])):
+        options = TrainerOptions(max_steps=3, accelerator="cpu", devices=devices)
+        assert distributed.join(options) == replace(options, devices=joined)
+    for more in ({"devices": 2}, {"num_nodes": 2}):
+        with pytest.raises(UserError, match=next(iter(more))):
+            options = TrainerOptions(max_steps=3, accelerator="cpu", **more)
+            distributed.check_devices(options)
+            distributed.join(options)
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.all_gather_object("x") == ["x"] and distributed.on_rank0_broadcast(lambda: "y") == "y"
     distributed.barrier()
@@ -77,26 +85,26 @@ def test_alone_there_is_nobody_to_meet():
 
 @pytest.mark.parametrize("devices", [1, "1", "auto", [0], -1])
 def test_one_device_starts_nothing_else(devices: object):
-    distributed.launch({"devices": devices, "accelerator": "cpu"})  # returns
+    distributed.launch(TrainerOptions(max_steps=1, devices=devices, accelerator="cpu"))  # returns
 
 
 def test_all_devices_are_those_that_are_there(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert [distributed.device_count({"devices": n}) for n in ("auto", -1, 2, "3", [0, 2])] == [4, 4, 2, 3, 2]
+
+    def count(**options: object) -> int:
+        return distributed.device_count(TrainerOptions(max_steps=1, **options))
+
+    assert [count(devices=n) for n in ("auto", -1, 2, "3", [0, 2])] == [4, 4, 2, 3, 2]
     with pytest.raises(UserError, match="'two' is not a number of devices .*a number"):
-        distributed.device_count({"devices": "two"})
-    assert (
-        distributed.device_count({})
-        == distributed.device_count({"devices": "auto", "accelerator": "cpu"})
-        == 1
-    )
+        count(devices="two")
+    assert count() == count(devices="auto", accelerator="cpu") == 1
 
 
 def test_several_devices_start_torchrun(monkeypatch: pytest.MonkeyPatch):
     started = []
     monkeypatch.setattr("os.execv", lambda program, command: started.append(command))
     monkeypatch.setattr("sys.argv", ["main.py", "--base", "a.yaml"])
-    distributed.launch(OmegaConf.create({"devices": [0, 1, 3]}))  # as main.py has it
+    distributed.launch(TrainerOptions(max_steps=1, devices=[0, 1, 3]))
     assert started == [
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
         + ["main.py", "--base", "a.yaml"]
@@ -105,5 +113,5 @@ def test_several_devices_start_torchrun(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("GROUP_RANK", "0")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    distributed.launch({"devices": 3})  # is one of them
+    distributed.launch(TrainerOptions(max_steps=1, devices=3))  # is one of them
     assert len(started) == 1

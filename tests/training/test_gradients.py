@@ -12,6 +12,7 @@ from ldm.training.autoencoder import AutoencoderTask
 from ldm.training.callbacks import ThroughputLogger
 from ldm.training.judge import JudgeTask
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.schema import FitConfig, TrainerOptions
 from ldm.training.text_encoder import TextEncoderTask
 from tests.training.conftest import Job, curves_of
 
@@ -141,7 +142,8 @@ def test_the_storybooks_own_trainings_clip_in_bf16_mixed(tmp_path: Path, name: s
     before = [p.detach().clone() for p in task.parameters()]
     trainer = {"max_steps": 2, "accelerator": "cpu", "precision": "bf16-mixed", "enable_progress_bar": False}
     clipping = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": algorithm}
-    run.fit(task, data, trainer=trainer | clipping, folder=tmp_path, callbacks=[])
+    config = FitConfig(trainer=TrainerOptions(**trainer | clipping))
+    run.fit(task, data, config, folder=tmp_path, callbacks=[])
     moved = [not torch.equal(a, b) for a, b in zip(before, task.parameters(), strict=True)]
     assert any(moved) and all(p.isfinite().all() for p in task.parameters())
 

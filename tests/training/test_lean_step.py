@@ -15,6 +15,7 @@ from ldm.training.callbacks import OffloadVAE
 from ldm.training.device import device_of, temporarily_on
 from ldm.training.dreambooth import DreamBoothRun
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.schema import TrainerOptions
 
 PROMPTS = ["a photo of sks disc", "a photo of a disc", "a photo of sks disc"]
 
@@ -145,15 +146,15 @@ def test_bfloat16_weights_learn_through_the_same_step(tiny_config: dict, tiny_ne
 
 def test_a_trainer_that_clips_is_refused_before_any_work(tiny_config: dict):
     module = LatentDiffusion(**tiny_config, fused_backward=True)
-    module.check({"max_steps": 3})
+    module.check(TrainerOptions(max_steps=3))
     with pytest.raises(UserError, match="gradient_clip_val"):
-        module.check({"gradient_clip_val": 1.0})
+        module.check(TrainerOptions(max_steps=3, gradient_clip_val=1.0))
 
 
 def test_where_a_trainer_computes():
     here = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    assert device_of({}).type == here
-    assert device_of({"accelerator": "cpu", "devices": 2}) == torch.device("cpu")
+    assert device_of(TrainerOptions(max_steps=1)).type == here
+    assert device_of(TrainerOptions(max_steps=1, accelerator="cpu", devices=2)) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -184,6 +185,7 @@ def test_freed_memory_is_not_handed_back():
     code = """
 import resource, torch
 from ldm.training.dreambooth import DreamBoothRun
+from ldm.training.schema import TrainerOptions
 from ldm.training.device import keep_freed_memory
 def faults(keep):
     if keep:

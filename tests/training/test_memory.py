@@ -1,5 +1,6 @@
 """The estimate against what a real step holds."""
 
+from dataclasses import replace
 from itertools import accumulate, chain
 
 import pytest
@@ -9,23 +10,23 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ldm.data.latents import views_at_once
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.memory import BLOCK, MIB, encoding, estimate, report, state_bytes
+from ldm.training.memory import BLOCK, MIB, checkpoint_bytes, encoding, estimate, report, state_bytes
 from ldm.training.optimizers import adamw
 from ldm.training.peak import PeakBytes
+from ldm.training.schema import RunConfig
 
 SIZE, BATCH = 16, 2
 LORA = {"target": "ldm.models.lora.LoRA", "params": {"rank": 4, "unet": ["attention", "convolutions"]}}
 
 
-def config_of(tiny_config: dict, *, trainer: dict | None = None, **params) -> dict:
-    return {
-        "model": {
-            "target": "ldm.training.latent_diffusion.LatentDiffusion",
-            "params": {**tiny_config, **params},
-        },
-        "data": {"params": {"size": SIZE, "batch_size": BATCH, "num_priors": 3}},
-        "trainer": trainer or {},
-    }
+def config_of(
+    tiny_config: dict, *, trainer: dict | None = None, data: dict | None = None, **params
+) -> RunConfig:
+    own = {"subject_root": "photos", "class_word": "disc", "size": SIZE, "batch_size": BATCH, "num_priors": 3}
+    model = {"target": "ldm.training.latent_diffusion.LatentDiffusion", "params": tiny_config | params}
+    data = {"target": "ldm.data.dreambooth.DreamBoothDataModule", "params": own | (data or {})}
+    trainer = {"max_steps": 1} | (trainer or {})
+    return RunConfig.parse({"name": "one", "seed": 5, "model": model, "data": data, "trainer": trainer})
 
 
 def step(module: LatentDiffusion) -> None:
@@ -139,26 +140,27 @@ def test_files_and_averages(tiny_config: dict):
     module = LatentDiffusion(**tiny_config)
     assert disk["model file"] == 2 * sum(p.numel() for p in module.parameters())
     assert "vae" not in needs
-    config["data"]["params"]["online_priors"] = True  # which it draws on the device
-    assert "vae" in estimate(config)[0]
-    config["data"]["params"]["online_priors"] = False
+    online = config_of(tiny_config, data={"online_priors": True})  # which it draws on the device
+    assert "vae" in estimate(online)[0]
     weights = sum(t.nbytes for t in module.state_dict().values())
     states = sum(need.states for need in needs.values())
     assert disk["checkpoints (2 + 1)"] == 3 * (weights + states)
     learning = 4 * sum(p.numel() for p in module.parameters() if p.requires_grad)
-    averaged, files = estimate(config | {"ema_decay": 0.99})
+    averaged, files = estimate(replace(config, ema_decay=0.99))
     assert averaged["average"].total == averaged["average"].weights == learning < weights
     assert files["checkpoints (2 + 1)"] == 3 * (weights + learning + states)
-    assert "average" not in estimate(config | {"ema_decay": 0.99, "ema_device": "cpu"})[0]
-    config["data"]["params"]["cache_latents"] = False
-    assert estimate(config)[0]["vae"].weights > 0
+    assert "average" not in estimate(replace(config, ema_decay=0.99, ema_device="cpu"))[0]
+    assert estimate(config_of(tiny_config, data={"cache_latents": False}))[0]["vae"].weights > 0
+    kept = estimate(replace(config, checkpoints_kept=1))[1]
+    assert (
+        kept["checkpoints (1 + 1)"] == 2 * (weights + states) == 2 * checkpoint_bytes(module, averaged=False)
+    )
     assert f"{sum(need.total for need in needs.values()) / MIB:,.1f}" in report(needs, disk)
 
 
 def test_encoding_takes_what_the_encoder_makes(tiny_config: dict):
     """As much as on real tensors, of as many views as are encoded at once; the allocator gives 3 % more."""
-    config = config_of(tiny_config)
-    config["data"]["params"]["size"] = 64
+    config = config_of(tiny_config, data={"size": 64})
     module = LatentDiffusion(**tiny_config)
     images = torch.zeros(views_at_once(64), 3, 64, 64)
     with torch.no_grad(), PeakBytes() as made:
@@ -190,8 +192,7 @@ def test_8_bit_states_take_about_two_bytes_a_weight():
     [({}, False, 0), ({"prior_target": "teacher"}, False, 1), ({"prior_target": "teacher"}, True, 2)],
 )
 def test_copies_of_the_base_are_counted(tiny_config: dict, params: dict, online: bool, copies: int):
-    config = config_of(tiny_config, **params)
-    config["data"]["params"]["online_priors"] = online
+    config = config_of(tiny_config, **params, data={"online_priors": online})
     needs, _ = estimate(config)
     counted = needs["copies of the base"].weights if copies else 0
     lora = {"lora": {"target": "ldm.models.lora.LoRA", "params": {}}}

@@ -9,7 +9,8 @@ from torch import nn
 
 from ldm.errors import UserError
 from ldm.training import run
-from ldm.training.online_eval import OnlineEvalCallback, OnlineEvalConfig, best_of, check_online_eval
+from ldm.training.online_eval import OnlineEvalCallback, best_of, check_online_eval
+from ldm.training.schema import ExportConfig, OnlineEvalConfig, TrainerOptions
 from tests.training.conftest import At, Killed, curves_of, differences, kill, state_of
 
 
@@ -88,12 +89,18 @@ def test_measuring_changes_nothing_and_is_taken_up(long_job, tmp_path: Path):
     ],
 )
 def test_measures_that_would_never_be_taken_are_refused(section, trainer, said):
-    plain = {"online_eval": section, "trainer": trainer, "evaluation": {"target": "x"}}
+    config = SimpleNamespace(
+        online_eval=OnlineEvalConfig(**section),
+        trainer=TrainerOptions(max_steps=200, **trainer),
+        evaluation={"target": "x"},
+        export=ExportConfig(),
+    )
     if said is None:
-        check_online_eval(plain)
+        check_online_eval(config)
     else:
         with pytest.raises(UserError, match=said):
-            check_online_eval(plain)
+            check_online_eval(config)
     if section["every_steps"]:
+        config.evaluation = None
         with pytest.raises(UserError, match="needs an `evaluation`"):
-            check_online_eval({**plain, "evaluation": None})
+            check_online_eval(config)

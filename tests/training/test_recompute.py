@@ -6,25 +6,26 @@ import logging
 import pytest
 import torch
 
-from ldm.config import load_config, to_plain
 from ldm.training import job, recompute
 from ldm.training.device import free_memory, peak_memory_mib
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.memory import estimate
+from ldm.training.options import parse
 from ldm.training.peak import reset_peak_memory
 from ldm.training.recompute import MARGIN, with_checkpointing_chosen
 from ldm.training.run import PhaseTimer
+from ldm.training.schema import RunConfig
 from tests.training.test_memory import config_of
 
 CPU = torch.device("cpu")
 
 
-def chosen_in(config: dict) -> list:
-    params = config["model"]["params"]
+def chosen_in(config: RunConfig) -> list:
+    params = config.model["params"]
     return [params[name]["params"].get("use_checkpoint") for name in ("unet", "text_encoder")]
 
 
-def undecided(tiny_config: dict) -> dict:
+def undecided(tiny_config: dict) -> RunConfig:
     for name in ("unet", "text_encoder"):
         tiny_config[name]["params"]["use_checkpoint"] = None
     return config_of(tiny_config)
@@ -48,7 +49,7 @@ def test_the_free_memory_decides(
         name: estimate(c)[0]["unet"].activations for name, c in (("null", config), ("chosen", chosen))
     }
     assert (activations["null"] == activations["chosen"]) == enough
-    assert LatentDiffusion(**chosen["model"]["params"]).networks["unet"].use_checkpoint is not enough
+    assert LatentDiffusion(**chosen.model["params"]).networks["unet"].use_checkpoint is not enough
 
 
 def test_the_process_with_the_least_memory_decides_for_all(
@@ -61,24 +62,25 @@ def test_the_process_with_the_least_memory_decides_for_all(
 @pytest.mark.parametrize("given", [True, False, [1, 2]])
 def test_what_is_set_stays(tiny_config: dict, monkeypatch: pytest.MonkeyPatch, given: bool | list):
     monkeypatch.setattr(recompute, "free_memory", lambda device: 0)
-    config = undecided(tiny_config)
-    config["model"]["params"]["unet"]["params"]["use_checkpoint"] = given
-    assert chosen_in(with_checkpointing_chosen(config, CPU)) == [given, True]
-    del config["model"]["params"]["text_encoder"]["params"]["use_checkpoint"]
+    undecided(tiny_config)
+    tiny_config["unet"]["params"]["use_checkpoint"] = given
+    assert chosen_in(with_checkpointing_chosen(config_of(tiny_config), CPU)) == [given, True]
+    del tiny_config["text_encoder"]["params"]["use_checkpoint"]
+    config = config_of(tiny_config)
     assert with_checkpointing_chosen(config, CPU) == config
 
 
 def test_the_plan_says_what_would_be_chosen(monkeypatch: pytest.MonkeyPatch):
-    config = load_config(["configs/dreambooth.yaml"], ["model.params.unet.params.use_checkpoint=null"])
+    config = parse(["--base", "configs/dreambooth.yaml", "model.params.unet.params.use_checkpoint=null"])
     monkeypatch.setattr(recompute, "free_memory", lambda device: 0)
     assert "use_checkpoint, by the free memory of" in (text := job.plan(config)) and ": true\n" in text
     monkeypatch.undo()
-    assert "by the free memory" not in job.plan(load_config(["configs/dreambooth.yaml"]))
+    assert "by the free memory" not in job.plan(parse(["--base", "configs/dreambooth.yaml"]))
 
 
 def test_stable_diffusion_leaves_it_to_the_memory():
     for name in ("sd1", "sd2"):
-        config = to_plain(load_config([f"configs/dreambooth-{name}.yaml"]))
+        config = parse(["--base", f"configs/dreambooth-{name}.yaml"])
         assert chosen_in(config) == [None, None]
 
 

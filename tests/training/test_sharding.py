@@ -74,28 +74,28 @@ def test_two_halves_are_one_model(words: list[str], workdir: Path):
     assert [key for key in straight if not torch.equal(straight[key], two[key])] == []
 
 
-PLAIN = {"trainer": {"strategy": "fsdp"}, "model": {"params": {}}}
-
-
-def test_one_process_has_nothing_to_split():
+def test_one_process_has_nothing_to_split(words: list[str]):
     with pytest.raises(UserError, match="over processes, and there is only one .trainer.strategy"):
-        check_sharding(PLAIN)
+        check_sharding(parse([*words, "trainer.strategy=fsdp"]))
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"),
+    ("change", "key"),
     [
-        ({"ema_decay": 0.9}, "ema_decay"),
-        ({"online_eval": {"every_steps": 5}}, "online_eval.every_steps"),
-        ({"samples": {"every_steps": 5}}, "samples.every_steps"),
-        ({"trainer": {"strategy": "fsdp", "precision": "16-mixed"}}, "trainer.precision"),
-        ({"trainer": {"strategy": "fsdp_cpu_offload"}}, "trainer.strategy"),
-        ({"model": {"params": {"lora": {"target": "x"}}}}, "model.params.lora"),
-        ({"model": {"params": {"optimizer": "adamw_bf16"}}}, "model.params.optimizer"),
+        ("ema_decay=0.9", "ema_decay"),
+        ("online_eval.every_steps=5", "online_eval.every_steps"),
+        ("samples.every_steps=5", "samples.every_steps"),
+        ("trainer.precision=16-mixed", "trainer.precision"),
+        ("trainer.strategy=fsdp_cpu_offload", "trainer.strategy"),
+        ("model.params.lora.target=ldm.models.lora.LoRA", "model.params.lora"),
+        ("model.params.optimizer=adamw_bf16", "model.params.optimizer"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(monkeypatch: pytest.MonkeyPatch, changes: dict, key: str):
+def test_what_does_not_go_with_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], change: str, key: str
+):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    check_sharding(PLAIN)
+    fsdp = [*words, "trainer.strategy=fsdp"]
+    check_sharding(parse(fsdp))
     with pytest.raises(UserError, match=re.escape(key)):
-        check_sharding(PLAIN | changes)
+        check_sharding(parse([*fsdp, change]))

@@ -11,6 +11,7 @@ from ldm.storybook.stream import StorybookBatches, to_float
 from ldm.training.job import run_job
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.options import parse
+from ldm.training.schema import TrainerOptions
 from ldm.training.storybook_base import StorybookBase
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +54,7 @@ def test_the_loss_is_that_of_latent_diffusion(params: dict):
 )
 def test_what_the_short_step_leaves_out_is_refused(params: dict, more: dict):
     with pytest.raises(UserError, match=f"without {next(iter(more))}"):
-        StorybookBase(**params | more).check({})
+        StorybookBase(**params | more).check(TrainerOptions(max_steps=1))
 
 
 def test_a_run_taken_up_is_the_run_that_never_stopped(workdir: Path):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from ldm.config import save_config, to_plain
+from ldm.config import save_config
 from ldm.errors import UserError
 from ldm.evaluation import sweep_page
 from ldm.training.sweep import baselines_of, jobs_of, read_sweep, same_run, shard_jobs
@@ -47,7 +47,7 @@ def test_the_grid(workdir: Path):
         ("Weight 0", "car", 1),
     ]
     assert len(jobs) == 8 and len({job.folder for job in jobs}) == 8
-    first, last = to_plain(jobs[0].config), to_plain(jobs[-1].config)
+    first, last = jobs[0].config.container, jobs[-1].config.container
     assert jobs[0].folder == Path("logs/study-weights/weight-0--rex--1")
     assert (first["model"]["params"]["prior_loss_weight"], first["trainer"]["max_steps"]) == (0, 3)
     assert (last["model"]["params"]["prior_loss_weight"], last["seed"]) == (1, 2)
@@ -105,7 +105,7 @@ def test_shipped_studies_are_sound(path: Path, monkeypatch: pytest.MonkeyPatch, 
     for job in jobs:
         for name in (
             job.variant,
-            *(f"{job.variant}, {also}" for also in job.config.get("evaluate_also") or ()),
+            *(f"{job.variant}, {also}" for also in job.config.evaluate_also or ()),
         ):
             wanted.setdefault(name, []).append((job.subject, str(job.seed)))
     assert found == wanted
@@ -122,7 +122,7 @@ def test_a_finished_study_is_published_with_a_row_for_each_sampling(workdir: Pat
         job.folder.mkdir(parents=True)
         metrics = {**values, "evaluate_also": {"guidance 4": doubled}, "seconds": seconds}
         (job.folder / "metrics.json").write_text(json.dumps(metrics))
-        save_config(job.config, job.folder / "config.yaml")
+        save_config(job.config.source, job.folder / "config.yaml")
     paths = study.publish(sweep, jobs, workdir / "studies")
     rows = list(csv.DictReader(paths[0].open()))
     names = ["Weight 0", "Weight 0, guidance 4", "weight 1", "weight 1, guidance 4"]

@@ -1,0 +1,165 @@
+"""Everything that a config is refused for before its run begins: nothing is written, no weights are read.
+
+Names, types and ranges are checked by `RunConfig.parse` already; here is what concerns several keys, files,
+packages and devices. What each part of a run can and cannot do is said where that part is.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.annotations import Node
+from ldm.config import instantiate, param_of
+from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.prompts import fill
+from ldm.errors import UserError
+from ldm.files import require_space
+from ldm.training import distributed, run
+from ldm.training.before_after import evaluation_nodes
+from ldm.training.folder import check_name
+from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.memory import checkpoint_bytes
+from ldm.training.online_eval import check_online_eval
+from ldm.training.sampling import text2image
+from ldm.training.schema import RunConfig, TrainerOptions
+from ldm.training.sharding import check_sharding
+from ldm.training.storybook_base import StorybookBase
+
+LOGGERS = {  # class of a logger -> the package that it needs
+    "WandbLogger": "wandb",
+    "CometLogger": "comet_ml",
+    "MLFlowLogger": "mlflow",
+    "NeptuneLogger": "neptune",
+}
+
+
+def validate(config: RunConfig) -> None:
+    """Raises UserError for a config whose run cannot end well on this machine."""
+    check_name(config.name)
+    distributed.check_devices(config.trainer)
+    check_sharding(config)
+    check_online_eval(config)
+    _check_logger(config)
+    files = run.base_files(config)
+    with torch.device("meta"):
+        module = instantiate(config.model)
+    run.check_parts(files, getattr(module, "networks", {}))
+    if isinstance(module, LatentDiffusion):
+        processes = distributed.process_count(config.trainer)
+        module.check(config.trainer, processes=processes)
+        _check_learning(module, config.trainer, processes=processes)
+        _check_networks(module)
+    if config.is_dreambooth:
+        _check_dreambooth(config, module, files)
+    else:
+        instantiate(config.data)
+        _check_other_run(config)
+    needed = (config.checkpoints_kept + 1) * checkpoint_bytes(module, averaged=config.ema_decay is not None)
+    require_space(Path(), needed, what="a run's checkpoints")
+
+
+def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path]) -> None:
+    """Refuses a DreamBooth run by its photos, prompts, base and evaluations."""
+    data: DreamBoothDataModule = instantiate(config.data)
+    if not isinstance(module, LatentDiffusion) or isinstance(module, StorybookBase):
+        remedy = "Set model.target=ldm.training.latent_diffusion.LatentDiffusion."
+        raise UserError("This model does not learn from photos", where="model.target", remedy=remedy)
+    if "all" not in files and not files.keys() >= module.networks.keys():
+        remedy = "Name one with --actual_resume FILE."
+        raise UserError("DreamBooth needs a base to train on", where="base_checkpoint", remedy=remedy)
+    if not any(_rates(module)):
+        remedy = "Raise model.params.learning_rate."
+        raise UserError("Every learning rate is 0", where="model.params.learning_rate", remedy=remedy)
+    text2image(module, size=data.size).latent_shape()  # refuses a size that the networks cannot halve
+    data.check()
+    check_prior_target(module, data)
+    nodes = evaluation_nodes(config)
+    _check_sampling(config, nodes, timesteps=len(module.alphas_cumprod), words=data.words)
+    for node in nodes.values():
+        instantiate(node)  # reads its own networks and prompts
+
+
+def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
+    """Refuses empty captions on the subject's photos without a teacher: they would train the subject."""
+    if data.priors_show_subject and module.prior_target != "teacher":
+        what = "Without prior images, the empty prompt needs the teacher's prediction as its target"
+        remedy = "Set model.params.prior_target=teacher, or raise data.params.num_priors."
+        raise UserError(what, where="prior_caption_dropout", remedy=remedy)
+
+
+def _check_networks(module: LatentDiffusion) -> None:
+    """Refuses networks that do not fit one another."""
+    unet, vae, text = (module.networks[name] for name in ("unet", "vae", "text_encoder"))
+    width = text.transformer["text_model"].config.hidden_size
+    pairs = {
+        "unet.params.in_channels": (unet.in_channels, vae.embed_dim, "vae.params.embed_dim"),
+        "unet.params.out_channels": (unet.out[-1].out_channels, vae.embed_dim, "vae.params.embed_dim"),
+        "unet.params.context_dim": (unet.context_dim, width, "text_encoder.params.hidden_size"),
+    }
+    for key, (own, wanted, other) in pairs.items():
+        if own != wanted:
+            where, remedy = f"model.params.{key}", "Give them the same number."
+            raise UserError(f"{own} is not the {wanted} of {other}", where=where, remedy=remedy)
+
+
+def _check_learning(module: LatentDiffusion, trainer: TrainerOptions, *, processes: int) -> None:
+    """Refuses a module that has no weights to learn, or none after some of the steps."""
+    unet, text = (_learns(module.trainable_modules[name]) for name in ("unet", "text_encoder"))
+    if not unet and not text and module.learned_token is None:
+        remedy = "Set train_unet or train_text_encoder to true, or give the LoRA layers to adapt."
+        raise UserError("Nothing in the model learns", where="model.params", remedy=remedy)
+    until = module.text_encoder_steps
+    if until is not None and processes > 1:
+        remedy = "Train with one device, or take it off."
+        what = "Several processes need gradients of the text encoder at every step"
+        raise UserError(what, where="model.params.text_encoder_steps", remedy=remedy)
+    if not unet and until is not None and until < trainer.max_steps:
+        what = f"Nothing learns after step {until}, for the UNet does not"
+        remedy = "Take it off, or end the run there with trainer.max_steps."
+        raise UserError(what, where="model.params.text_encoder_steps", remedy=remedy)
+
+
+def _rates(module: LatentDiffusion) -> list[float]:
+    """Learning rates of what learns."""
+    rates = [rate for name, rate in module.learning_rates.items() if _learns(module.trainable_modules[name])]
+    return rates + ([module.learned_token.learning_rate] if module.learned_token else [])
+
+
+def _learns(network: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in network.parameters())
+
+
+def _check_sampling(
+    config: RunConfig, nodes: Mapping[str, Node], *, timesteps: int, words: Mapping[str, str]
+) -> None:
+    """Refuses prompts of samples with unknown placeholders, and more sampling steps than timesteps."""
+    for k, prompt in enumerate(config.samples.prompts):
+        try:
+            fill(prompt, **words)
+        except UserError as error:
+            raise UserError(error.what, where=f"samples.prompts.{k}", remedy=error.remedy) from error
+    steps = {"priors.steps": config.priors.steps, "samples.steps": config.samples.steps}
+    steps |= {f"{key}.params.steps": param_of(node, "steps") for key, node in nodes.items()}
+    for key, count in steps.items():
+        if count > timesteps:
+            what = f"{count} sampling steps are more than the schedule's {timesteps} timesteps"
+            raise UserError(what, where=key, remedy=f"Choose from 1 to {timesteps}.")
+
+
+def _check_logger(config: RunConfig) -> None:
+    package = LOGGERS.get(config.logger["target"].rpartition(".")[2]) if config.logger else None
+    if package and importlib.util.find_spec(package) is None:
+        remedy = f"Install it with `pip install {package}`, or take `logger` off."
+        raise UserError(f"The logger needs {package}, which is not installed", where="logger", remedy=remedy)
+
+
+def _check_other_run(config: RunConfig) -> None:
+    """Refuses sections of DreamBooth in another training, which would not use them."""
+    for key in ("priors", "samples", "evaluation", "evaluate_also", "online_eval"):
+        if config.container.get(key):
+            what = f"`{key}` is of DreamBooth's runs, and this data is not of photos"
+            raise UserError(what, where=key, remedy="Take it off.")
