@@ -14,6 +14,7 @@ from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.priors import GenerateImages, PriorSet, PriorSpec
 from ldm.denoiser import Denoiser
 from ldm.diffusion.samplers import SamplerName
+from ldm.diffusion.schedule import Spacing
 from ldm.pipeline import Text2Image
 from ldm.precision import Precision, resolve_precision
 from ldm.training import distributed
@@ -48,6 +49,7 @@ class SamplesConfig:
     prompts: Sequence[str] = field(default_factory=list)
     n: int = 4
     sampler: SamplerName = "ddim"
+    spacing: Spacing | None = None  # of the steps; None: as suits the sampler
     steps: int = 50
     guidance_scale: float = 7.5
     negative_prompt: str = ""
@@ -63,8 +65,7 @@ def text2image(module: LatentDiffusion, *, size: int, guidance_base: Denoiser | 
     """The sampling pipeline over the live networks of a run."""
     return Text2Image(
         **module.networks,
-        alphas_cumprod=module.alphas_cumprod,
-        parameterization=module.parameterization,
+        process=module.process,
         default_size=size,
         guidance_base=guidance_base,
     )
@@ -82,8 +83,7 @@ def base_denoiser(module: LatentDiffusion) -> Denoiser:
     return Denoiser(
         unet,
         text_encoder,
-        alphas_cumprod=module.alphas_cumprod.clone(),
-        parameterization=module.parameterization,
+        process=module.process,
         without=without,
     )
 
@@ -132,8 +132,7 @@ def frozen(pipeline: Text2Image) -> Text2Image:
     return Text2Image(
         **{name: network.eval().requires_grad_(False) for name, network in copies.items()},
         vae=pipeline.vae,
-        alphas_cumprod=pipeline.alphas_cumprod.clone(),
-        parameterization=pipeline.parameterization,
+        process=pipeline.process,
         default_size=pipeline.default_size,
     )
 
@@ -170,6 +169,7 @@ def generate_samples(
         [prompt for prompt, _ in jobs],
         seeds=[seed for _, seed in jobs],
         sampler=config.sampler,
+        spacing=config.spacing,
         steps=config.steps,
         guidance_scale=config.guidance_scale,
         negative_prompt=config.negative_prompt,
