@@ -136,8 +136,8 @@ class Text2Image:
     ) -> list[Sample]:
         """One sample for each prompt and its seed, `batch_size` at a time.
 
-        `spacing`: None is what suits the sampler. `init_image`: of img2img, cropped, for the last `strength` of
-        the steps. `long_prompts`: encode in chunks. `progress`: a bar, or a callable that gets numbers of steps.
+        `spacing` None: what suits the sampler. `init_image`: of img2img, cropped, for the last `strength` of
+        the steps. `long_prompts`: encode in chunks. `progress`: a bar, or a callable that gets step counts.
         """
         _check(prompts, seeds, sampler=sampler, eta=eta, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}

@@ -57,7 +57,11 @@ def parse() -> argparse.Namespace:
         help="1: no guidance; None: as for the samples of the model's run, else 7.5",
     )
     add("--sampler", choices=SAMPLERS, help="None: as for the samples of the model's run, else ddim")
-    add("--spacing", choices=SPACINGS, help="of the steps; None: as suits the sampler")
+    add(
+        "--spacing",
+        choices=SPACINGS,
+        help="of the steps; None: as for the samples of the model's run, else as suits the sampler",
+    )
     add(
         "--eta",
         type=float,
