@@ -16,6 +16,7 @@ from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
 from ldm.pipeline import Sample, Text2Image
 from ldm.randomness import randn
+from ldm.training.sampling import SamplesConfig, generate_samples
 
 PROMPTS = ["a dog", "a red cat", "a dog", "a car", "a dog"]
 SEEDS = [0, 1, 2, 3, 0]
@@ -95,6 +96,12 @@ def test_a_spacing_says_where_the_steps_are(pipeline, monkeypatch):
     seen.clear()
     pipeline(["a"], seeds=[1], sampler="ddim", spacing="trailing", **SMALL | {"steps": 4})
     assert seen == [999, 749, 499, 249]
+
+
+def test_samples_of_a_run_have_its_spacing(pipeline, monkeypatch):
+    seen = recorded_timesteps(monkeypatch, pipeline)
+    generate_samples(pipeline, SamplesConfig(steps=2, n=1, spacing="trailing"), ["a dog"])
+    assert seen == [999, 499]
 
 
 def test_zero_terminal_snr_begins_in_noise_alone(tiny_networks, monkeypatch):
