@@ -148,8 +148,7 @@ class Sampling:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.pipeline = Text2Image(
             *(network.to(device, dtype).eval() for network in module.networks.values()),
-            alphas_cumprod=module.alphas_cumprod,
-            parameterization=module.parameterization,
+            process=module.process,
             default_size=pixels(case.size),
         )
         self.case = case

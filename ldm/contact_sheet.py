@@ -23,7 +23,16 @@ A1111_NAMES = {  # setting -> its name in the parameters line, in order
     "eta": "Eta",
     "strength": "Denoising strength",
 }
-A1111_SAMPLERS = {"ddim": "DDIM", "plms": "PLMS", "dpm++2m": "DPM++ 2M"}
+A1111_SAMPLERS = {
+    "ddim": "DDIM",
+    "plms": "PLMS",
+    "dpm++2m": "DPM++ 2M",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm++2m_sde": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+}
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, cell: int = 128) -> Image.Image:
@@ -54,7 +63,7 @@ def save_image(path: str | Path, image: Image.Image, settings: Mapping[str, Any]
 
     "dreambooth" holds all of `settings` as JSON; "parameters" the line that AUTOMATIC1111's interface and
     others read. Of the settings these appear there, where given: prompt, negative_prompt, steps, sampler,
-    guidance_scale, seed, width, height, model_hash, model, eta.
+    guidance_scale, seed, width, height, model_hash, model, eta; and the spacing, if it is "karras".
     """
     text = PngInfo()
     text.add_text("parameters", parameters_line(settings))
@@ -71,7 +80,8 @@ def parameters_line(settings: Mapping[str, Any]) -> str:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     values = dict(settings)
     if "sampler" in values:
-        values["sampler"] = A1111_SAMPLERS[values["sampler"]]
+        karras = " Karras" if values.get("spacing") == "karras" else ""
+        values["sampler"] = A1111_SAMPLERS[values["sampler"]] + karras
     if "width" in values and "height" in values:
         values["size"] = f"{values['width']}x{values['height']}"
     if values.get("model_hash"):

@@ -1,4 +1,4 @@
-"""Denoiser: UNet and text encoder, which predict the noise in latents, given prompts."""
+"""Denoiser: UNet and text encoder, which predict what noisy latents would be without noise, given prompts."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,8 +8,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.guidance import ConditionalPredict
-from ldm.diffusion.schedule import check_parameterization, to_eps
+from ldm.diffusion.guidance import ConditionalDenoise
+from ldm.diffusion.process import Level, NoiseProcess
 from ldm.errors import UserError
 from ldm.models.lora import LoRA, lora_off
 from ldm.models.text_encoder import CLIPTextEncoder
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 class Denoiser:
-    """Prompts -> contexts -> predictions of eps; the networks keep their device and dtype.
+    """Prompts -> contexts -> denoised latents; the networks keep their device and dtype.
 
-    alphas_cumprod: [T]. parameterization: what the UNet predicts. model_hash: sha256 of the
-    weights' file, if there is one. without: LoRAs of these networks that are off in all predictions, which
-    are then those of the base, without a copy.
+    process: of the noise that the UNet was trained on. model_hash: sha256 of the weights' file, if there is
+    one. without: LoRAs of these networks that are off in all predictions, which are then those of the base,
+    without a copy.
     """
 
     def __init__(
@@ -31,16 +31,13 @@ class Denoiser:
         unet: UNetModel,
         text_encoder: CLIPTextEncoder,
         *,
-        alphas_cumprod: Tensor,
-        parameterization: str = "eps",
+        process: NoiseProcess,
         model_hash: str | None = None,
         without: Sequence[LoRA] = (),
     ):
-        check_parameterization(parameterization)
         self.unet = unet
         self.text_encoder = text_encoder
-        self.alphas_cumprod = alphas_cumprod
-        self.parameterization = parameterization
+        self.process = process
         self.model_hash = model_hash
         self.without = tuple(without)
         self._warned: set[str] = set()  # prompts that were truncated
@@ -72,28 +69,26 @@ class Denoiser:
         return {text: own.flatten(0, 1) for text, own in zip(unique, chunks, strict=True)}
 
     def conditioned(
-        self, contexts: Sequence[Tensor], timesteps: Tensor
-    ) -> tuple[ConditionalPredict, list[int]]:
-        """B contexts [M, D] -> a prediction of eps by indices of the distinct ones, and the B indices.
+        self, contexts: Sequence[Tensor], levels: Sequence[Level]
+    ) -> tuple[ConditionalDenoise, list[int]]:
+        """B contexts [M, D] -> a denoiser by indices of the distinct ones, and the B indices.
 
-        Contexts are distinct if they are different tensors. timesteps: [S] on the CPU, of all predictions;
-        what depends only on them and on the contexts is computed here, once.
+        Contexts are distinct if they are different tensors. levels: of all predictions; what depends only on
+        them and on the contexts is computed here, once.
         """
         unique = list({id(context): context for context in contexts}.values())
         number = {id(context): i for i, context in enumerate(unique)}
         with lora_off(*self.without):
-            prepared = self.unet.prepare(torch.stack(unique), timesteps)
-        predict = partial(self._predict_eps, prepared, self.alphas_cumprod.to(unique[0].device))
-        return predict, [number[id(context)] for context in contexts]
+            prepared = self.unet.prepare(torch.stack(unique), torch.tensor([level.t for level in levels]))
+        return partial(self._denoise, prepared), [number[id(context)] for context in contexts]
 
-    def _predict_eps(
-        self, contexts: Tensor | Prepared, alphas_cumprod: Tensor, x: Tensor, t: Tensor, rows: Sequence[int]
-    ) -> Tensor:
-        """The UNet computes in its own precision, the conversion to eps in float32."""
+    def _denoise(self, prepared: Prepared, x: Tensor, level: Level, rows: Sequence[int]) -> Tensor:
+        """x: [b, C, h, w], B rows -> x0 [B, C, h, w] float32; the UNet computes in its own precision."""
+        t = torch.full((len(x),), level.t, device=x.device)
         with lora_off(*self.without):
-            prediction = self.unet.predict(x, t, contexts, rows).float()
+            prediction = self.unet.predict(x, t, prepared, rows).float()
         runs = prediction.unflatten(0, (-1, len(x)))  # [B / b, b, C, h, w]
-        return to_eps(self.parameterization, runs, x, t, alphas_cumprod).flatten(0, 1)
+        return self.process.denoised(runs, x, level).flatten(0, 1)
 
 
 def require_same_kind(model: Denoiser, base: Denoiser) -> None:
@@ -105,14 +100,11 @@ def require_same_kind(model: Denoiser, base: Denoiser) -> None:
             "latent channels": unet.in_channels,
             "channels at the first level": unet.model_channels,
             "context width": unet.context_dim,
-            "prediction type": denoiser.parameterization,
-            "timesteps": len(denoiser.alphas_cumprod),
         }
 
     ours, theirs = kind(model), kind(base)
     other = [f"its {name}: {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]]
-    if not other and not torch.allclose(base.alphas_cumprod.cpu(), model.alphas_cumprod.cpu(), atol=0):
-        other = ["it has another noise schedule"]
+    other += model.process.differences(base.process)
     if other:
         what = f"The guidance base does not fit the model, {'; '.join(other)}"
         raise UserError(what, where="guidance_base", remedy="Name the model that this one was tuned from.")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldm.checkpoints.embedding import EMBEDDING, read_embedding
 from ldm.checkpoints.layout import PREFIXES
@@ -14,6 +13,7 @@ from ldm.checkpoints.load import file_hash, init_on_meta, load_state_dicts, open
 from ldm.checkpoints.lora import merge_lora, read_lora
 from ldm.config import instantiate
 from ldm.denoiser import Denoiser
+from ldm.diffusion.process import DiscreteDiffusion, NoiseProcess
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
 from ldm.models.lora import LoRA
@@ -42,14 +42,15 @@ class ModelFile:
         self.device = device
         self.model = open_model(path)
         params = self.model.config if config is None else _model_params(config, where=path)
-        self.parameterization: str = params.get("parameterization", "eps")
+        schedule = {key: params[key] for key in SCHEDULE if key in params}
+        self.process: NoiseProcess = DiscreteDiffusion(
+            make_alphas_cumprod(**schedule, dtype=torch.float64),
+            parameterization=params.get("parameterization", "eps"),
+        )
         with init_on_meta():
             self.networks = {name: instantiate(params[name]).to(dtype) for name in names}
         if self.model.tokenizer is not None and config is None:
             self.networks["text_encoder"].tokenizer_name = str(self.model.tokenizer)
-        self.alphas_cumprod: Tensor = make_alphas_cumprod(
-            **{key: params[key] for key in SCHEDULE if key in params}
-        )
 
     @cached_property
     def hash(self) -> str:
@@ -83,8 +84,7 @@ class ModelFile:
         return Denoiser(
             self.networks["unet"],
             self.networks["text_encoder"],
-            alphas_cumprod=self.alphas_cumprod,
-            parameterization=self.parameterization,
+            process=self.process,
             model_hash=model_hash,
             without=without,
         )

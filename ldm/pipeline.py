@@ -19,9 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.denoiser import Denoiser, evaluating, filler, placement, require_same_kind
-from ldm.diffusion.guidance import Predict, classifier_free_guidance
-from ldm.diffusion.samplers import DEFAULT_SPACING, SAMPLERS, Callback, SamplerName, sampling_timesteps
-from ldm.diffusion.schedule import add_noise, has_zero_terminal_snr
+from ldm.diffusion.guidance import Denoise, classifier_free_guidance
+from ldm.diffusion.process import Level, NoiseProcess
+from ldm.diffusion.samplers import DEFAULT_SPACING, ENDS_CLEAN, SAMPLERS, Callback, ddim
+from ldm.diffusion.schedule import Spacing
 from ldm.errors import UserError
 from ldm.model_file import ModelFile
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
@@ -43,9 +44,10 @@ class Sample(NamedTuple):
 class Text2Image:
     """Sampling pipeline. The networks keep their device and dtype, and may be in training meanwhile.
 
-    alphas_cumprod: [T]. default_size: pixels a side of images whose height or width isn't given.
-    model_hash: sha256 of the weights' file, if there is one. guidance_base: predicts for the negative prompt
-    in place of the networks (Phunyaphibarn et al. 2025). Raises UserError if it does not fit them.
+    process: of the noise that the UNet was trained on. default_size: pixels a side of images whose height or
+    width isn't given. model_hash: sha256 of the weights' file, if there is one. guidance_base: predicts for
+    the negative prompt in place of the networks (Phunyaphibarn et al. 2025). Raises UserError if it does not
+    fit them.
     """
 
     def __init__(
@@ -54,22 +56,18 @@ class Text2Image:
         vae: AutoencoderKL,
         text_encoder: CLIPTextEncoder,
         *,
-        alphas_cumprod: Tensor,
-        parameterization: str = "eps",
+        process: NoiseProcess,
         default_size: int = 512,
         model_hash: str | None = None,
         guidance_base: Denoiser | None = None,
     ):
-        self.denoiser = Denoiser(
-            unet, text_encoder, alphas_cumprod=alphas_cumprod, parameterization=parameterization
-        )
+        self.denoiser = Denoiser(unet, text_encoder, process=process)
         if guidance_base is not None:
             require_same_kind(self.denoiser, guidance_base)
         self.unet = unet
         self.vae = vae
         self.text_encoder = text_encoder
-        self.alphas_cumprod = alphas_cumprod
-        self.parameterization = parameterization
+        self.process = process
         self.default_size = default_size
         self.model_hash = model_hash
         self.guidance_base = guidance_base
@@ -98,7 +96,7 @@ class Text2Image:
         file, base, beside = ModelFile(path, **how), None, []
         if guidance_base is not None:
             base = ModelFile(guidance_base, names=("unet", "text_encoder"), **how)
-            base.model.require_prediction(base.parameterization)
+            base.model.require_prediction(base.process.parameterization)
             require_same_kind(file.denoiser(), base.denoiser())
         if base is None or base.hash != file.hash:
             file.fill(loras=loras, embeddings=embeddings)
@@ -109,9 +107,8 @@ class Text2Image:
             base.fill(embeddings=embeddings)
         return cls(
             **file.networks,
-            alphas_cumprod=file.alphas_cumprod,
-            parameterization=file.parameterization,
-            default_size=file.model.size(file.parameterization),
+            process=file.process,
+            default_size=file.model.size(file.process.parameterization),
             model_hash=file.hash,
             guidance_base=base and base.denoiser(model_hash=base.hash, without=beside),
         )
@@ -126,6 +123,7 @@ class Text2Image:
         guidance_scale: float = 7.5,
         eta: float = 0.0,
         sampler: str = "ddim",
+        spacing: Spacing | None = None,
         height: int | None = None,
         width: int | None = None,
         init_image: Image.Image | None = None,
@@ -138,22 +136,21 @@ class Text2Image:
     ) -> list[Sample]:
         """One sample for each prompt and its seed, `batch_size` at a time.
 
-        `init_image`: of img2img, cropped, for the last `strength` of the steps. `long_prompts`: encode them
-        in chunks. `precision`: of the networks. `progress`: a bar, or a callable that gets numbers of steps.
+        `spacing` None: what suits the sampler. `init_image`: of img2img, cropped, for the last `strength` of
+        the steps. `long_prompts`: encode in chunks. `progress`: a bar, or a callable that gets step counts.
         """
-        _check(prompts, seeds, sampler=sampler, batch_size=batch_size)
+        _check(prompts, seeds, sampler=sampler, eta=eta, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
-        timesteps = self._timesteps(sampler, steps, None if init_image is None else strength)
-        with self._eval(precision), _heard(progress, total=len(prompts) * len(timesteps)) as tell:
-            how = {"eta": eta, "alphas_cumprod": self.alphas_cumprod, "callback": tell}
+        levels = self._levels(sampler, steps, spacing, None if init_image is None else strength)
+        with self._eval(precision), _heard(progress, total=len(prompts) * (len(levels) - 1)) as tell:
+            sample = partial(ddim, eta=eta) if sampler == "ddim" else SAMPLERS[sampler]
             negative = None if guidance_scale == 1 else negative_prompt
             pairs = self._contexts(prompts, negative, batch_size, chunked=long_prompts)
             initial = None if init_image is None else self._posterior(init_image, shape)
             for batch in _batches([len(context) for context, _ in pairs], batch_size):
-                predict = self._guided([pairs[i] for i in batch], timesteps, guidance_scale, batched_guidance)
+                denoise = self._guided([pairs[i] for i in batch], levels, guidance_scale, batched_guidance)
                 noise = partial(self._noise, shape, [seeds[i] for i in batch])
-                x = self._start(noise, initial, timesteps)
-                x = SAMPLERS[sampler](predict, x, timesteps, noise=noise, **how)
+                x = sample(denoise, self._start(noise, initial, levels), levels, noise=noise, callback=tell)
                 samples |= zip(batch, zip(self._decode(x), _outside(x), strict=True), strict=True)
         return [Sample(*samples[i], prompts[i], seeds[i]) for i in range(len(prompts))]
 
@@ -169,17 +166,19 @@ class Text2Image:
                 raise UserError(f"{side} {n} is not a multiple of {unit} pixels", remedy=f"Use {valid}.")
         return self.vae.embed_dim, *(n // self.vae.factor for n in pixels.values())
 
-    def _timesteps(self, sampler: SamplerName, steps: int, strength: float | None) -> Tensor:
-        """Descending [S]; given a strength, the last floor(steps * strength) of them."""
-        spacing = "trailing" if has_zero_terminal_snr(self.alphas_cumprod) else DEFAULT_SPACING[sampler]
-        timesteps = sampling_timesteps(steps, T=len(self.alphas_cumprod), spacing=spacing)
+    def _levels(
+        self, sampler: str, steps: int, spacing: Spacing | None, strength: float | None
+    ) -> list[Level]:
+        """Those of the steps and of the end; given a strength, of the last floor(steps * strength) steps."""
+        usual = "trailing" if self.process.zero_terminal_snr else DEFAULT_SPACING[sampler]
+        levels = self.process.levels(steps, spacing or usual, clean=sampler in ENDS_CLEAN)
         if strength is None:
-            return timesteps
+            return levels
         kept = int(steps * strength) if 0 <= strength <= 1 else 0
         if kept == 0:
             what = f"strength {strength} leaves no step of {steps}"
             raise UserError(what, remedy=f"Choose from {1 / steps:.2g} to 1.")
-        return timesteps[-kept:]
+        return levels[-kept - 1 :]
 
     def _contexts(
         self, prompts: Sequence[str], negative_prompt: str | None, batch_size: int, *, chunked: bool
@@ -206,22 +205,23 @@ class Text2Image:
     def _guided(
         self,
         pairs: Sequence[tuple[Tensor, Tensor | None]],
-        timesteps: Tensor,
+        levels: Sequence[Level],
         guidance_scale: float,
         batched: bool,
-    ) -> Predict:
-        """B pairs of contexts [M, D] -> eps of B latents at these timesteps."""
+    ) -> Denoise:
+        """B pairs of contexts [M, D] -> a denoiser of B latents at these levels, but for the end."""
+        levels = levels[:-1]
         prompts, negative = map(list, zip(*pairs, strict=True))
         guide = partial(classifier_free_guidance, guidance_scale=guidance_scale, batched=batched)
         if negative[0] is None:
-            predict, numbers = self.denoiser.conditioned(prompts, timesteps)
-            return guide(predict, numbers, [])
+            denoise, numbers = self.denoiser.conditioned(prompts, levels)
+            return guide(denoise, numbers, [])
         if self.guidance_base is None:
-            predict, numbers = self.denoiser.conditioned([*negative, *prompts], timesteps)
-            return guide(predict, numbers[len(pairs) :], numbers[: len(pairs)])
-        base, unconditional = self.guidance_base.conditioned(negative, timesteps)
-        predict, numbers = self.denoiser.conditioned(prompts, timesteps)
-        return guide(predict, numbers, unconditional, base=base)
+            denoise, numbers = self.denoiser.conditioned([*negative, *prompts], levels)
+            return guide(denoise, numbers[len(pairs) :], numbers[: len(pairs)])
+        base, unconditional = self.guidance_base.conditioned(negative, levels)
+        denoise, numbers = self.denoiser.conditioned(prompts, levels)
+        return guide(denoise, numbers, unconditional, base=base)
 
     def _posterior(self, image: Image.Image, shape: Sequence[int]) -> DiagonalGaussian:
         """The latents of an image, cropped and scaled to those of `shape`: mean and std [1, C, h, w]."""
@@ -232,14 +232,11 @@ class Text2Image:
         return DiagonalGaussian.from_latent_stats(latent_stats.to(placement(self.unet)[0]))
 
     def _start(
-        self, noise: Callable[[str], Tensor], initial: DiagonalGaussian | None, timesteps: Tensor
+        self, noise: Callable[[str], Tensor], initial: DiagonalGaussian | None, levels: Sequence[Level]
     ) -> Tensor:
         """The sampler's start: noise, or a sample of the initial latents with that noise added."""
-        x_T = noise("x_T")
-        if initial is None:
-            return x_T
-        t = timesteps[:1].to(x_T.device).expand(len(x_T))
-        return add_noise(initial.sample(noise("init")), x_T, t, self.alphas_cumprod.to(x_T.device))
+        x0 = None if initial is None else initial.sample(noise("init"))
+        return self.process.start(noise("x_T"), levels[0], x0)
 
     def _noise(self, shape: Sequence[int], seeds: Sequence[int], purpose: str | int) -> Tensor:
         """ "x_T", "init" or a step's number -> [B, C, h, w] float32; every sample has its own seed."""
@@ -276,13 +273,19 @@ def find_model(path: Path | None = None) -> Path:
     return runs[-1]
 
 
-def _check(prompts: Sequence[str], seeds: Sequence[int], *, sampler: str, batch_size: int) -> None:
+def _check(
+    prompts: Sequence[str], seeds: Sequence[int], *, sampler: str, eta: float, batch_size: int
+) -> None:
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts do not go with {len(seeds)} seeds")
     if sampler not in SAMPLERS:
         *others, last = SAMPLERS
         remedy = f"Choose {', '.join(others)} or {last}."
         raise UserError(f"The sampler {sampler!r} is unknown", remedy=remedy)
+    if eta != 0 and sampler != "ddim":
+        raise UserError(f"The {sampler} sampler has no eta (it is {eta})", remedy="Set eta to 0 or use ddim.")
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta {eta} is impossible", remedy="Choose from 0 to 1.")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is impossible", remedy="Choose 1 or more.")
 

@@ -19,13 +19,14 @@ from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.images import load_image
 from ldm.data.prompts import read_prompts
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.schedule import SPACINGS
 from ldm.errors import UserError
 from ldm.pipeline import Text2Image, find_model
 from ldm.precision import resolve_precision
 from ldm.training.device import keep_freed_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-SETTINGS = ("negative_prompt", "steps", "guidance_scale", "sampler", "eta", "height", "width")
+SETTINGS = ("negative_prompt", "steps", "guidance_scale", "sampler", "spacing", "eta", "height", "width")
 
 
 def parse() -> argparse.Namespace:
@@ -57,10 +58,15 @@ def parse() -> argparse.Namespace:
     )
     add("--sampler", choices=SAMPLERS, help="None: as for the samples of the model's run, else ddim")
     add(
+        "--spacing",
+        choices=SPACINGS,
+        help="of the steps; None: as for the samples of the model's run, else as suits the sampler",
+    )
+    add(
         "--eta",
         type=float,
         default=0.0,
-        help="fresh noise in each step of ddim, 0 to 1; 0 in the other samplers",
+        help="fresh noise in each step of ddim, 0 to 1; the other samplers have no eta",
     )
     add("--height", type=int, help="pixels; None: as in training")
     add("--width", type=int, help="pixels; None: as in training")

@@ -62,7 +62,14 @@ def test_a_picture_carries_its_settings(tmp_path):
 
 def test_every_sampler_has_the_name_that_others_know():
     assert list(A1111_SAMPLERS) == list(SAMPLERS)
-    assert "Sampler: DPM++ 2M, " in parameters_line(SETTINGS | {"sampler": "dpm++2m"})
+    for settings, name in [
+        ({"sampler": "dpm++2m"}, "DPM++ 2M"),
+        ({"sampler": "dpm++2m", "spacing": "karras"}, "DPM++ 2M Karras"),
+        ({"sampler": "dpm++2m_sde", "spacing": "karras"}, "DPM++ 2M SDE Karras"),
+        ({"sampler": "euler_a", "spacing": "trailing"}, "Euler a"),
+        ({"sampler": "unipc", "spacing": None}, "UniPC"),
+    ]:
+        assert f"Sampler: {name}, " in parameters_line(SETTINGS | settings)
 
 
 def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):

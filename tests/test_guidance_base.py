@@ -12,15 +12,16 @@ from ldm.checkpoints.load import file_hash
 from ldm.checkpoints.lora import save_lora
 from ldm.checkpoints.save import save_model
 from ldm.denoiser import Denoiser
-from ldm.diffusion.samplers import ddim_step
-from ldm.diffusion.schedule import make_alphas_cumprod, to_eps
+from ldm.diffusion.process import DiscreteDiffusion
+from ldm.diffusion.samplers import transfer
+from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
 from ldm.models.lora import LoRA, lora_off
 from ldm.pipeline import Sample, Text2Image
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.sampling import base_denoiser, text2image
 
-ALPHAS = make_alphas_cumprod()
+PROCESS = DiscreteDiffusion(make_alphas_cumprod())
 PROMPTS = ["a dog", "a red cat", "a dog", "a car", "a dog"]
 SEEDS = [0, 1, 2, 3, 4]
 SMALL = {"steps": 3, "height": 16, "width": 24, "negative_prompt": "blur"}
@@ -41,11 +42,11 @@ def moved(networks: dict[str, nn.Module], seed: int = 1) -> dict[str, nn.Module]
 
 
 def denoiser(networks: dict[str, nn.Module], **options) -> Denoiser:
-    return Denoiser(networks["unet"], networks["text_encoder"], **{"alphas_cumprod": ALPHAS} | options)
+    return Denoiser(networks["unet"], networks["text_encoder"], **{"process": PROCESS} | options)
 
 
 def pipeline(networks: dict[str, nn.Module], base: Denoiser | None = None, **options) -> Text2Image:
-    options = {"alphas_cumprod": ALPHAS, "default_size": 16} | options
+    options = {"process": PROCESS, "default_size": 16} | options
     return Text2Image(**networks, guidance_base=base, **options)
 
 
@@ -70,8 +71,10 @@ def test_the_model_as_its_own_base_is_plain_guidance(tiny_networks, long_prompts
 
 @pytest.mark.parametrize("parameterization", ["eps", "v"])
 def test_one_step_is_the_mix_of_both_predictions(tiny_networks, parameterization):
-    """By hand, for a batch of two prompts: base's UNet and text encoder for the negative prompt."""
-    tuned, options = moved(tiny_networks), {"parameterization": parameterization}
+    """By hand, in eps, for a batch of two prompts: base's UNet and text encoder for the negative prompt."""
+    process = DiscreteDiffusion(make_alphas_cumprod(), parameterization=parameterization)
+    tuned, options = moved(tiny_networks), {"process": process}
+    first, last = process.level(1), process.level(0)
     t2i = pipeline(tuned, denoiser(tiny_networks, **options), **options)
     x = t2i._noise((4, 8, 12), [7, 8], "x_T")
     drawn = t2i(["a dog", "a cat"], seeds=[7, 8], guidance_scale=3.0, **SMALL | {"steps": 1})
@@ -80,12 +83,13 @@ def test_one_step_is_the_mix_of_both_predictions(tiny_networks, parameterization
     def eps(networks: dict[str, nn.Module], prompt: str) -> torch.Tensor:
         context = networks["text_encoder"](networks["text_encoder"].tokenize([prompt]))
         t = torch.ones(2, dtype=torch.int64)
-        return to_eps(parameterization, networks["unet"](x, t, context.expand(2, -1, -1)), x, t, ALPHAS)
+        prediction = networks["unet"](x, t, context.expand(2, -1, -1))
+        return prediction if parameterization == "eps" else first.a * prediction + first.s * x
 
     of_base = eps(tiny_networks, "blur")
     for k, prompt in enumerate(["a dog", "a cat"]):
         mix = (of_base + 3.0 * (eps(tuned, prompt) - of_base))[k]
-        by_hand = ddim_step(x[k], mix, ALPHAS[1].item(), ALPHAS[0].item())
+        by_hand = transfer(x[k], mix, first, last)
         torch.testing.assert_close(drawn[k].latents, by_hand, **NEAR)
         plain = pipeline(tuned, **options)(
             [prompt], seeds=[7 + k], guidance_scale=3.0, **SMALL | {"steps": 1}

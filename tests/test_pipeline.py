@@ -10,10 +10,13 @@ from torch import nn
 
 from ldm.checkpoints.load import file_hash
 from ldm.checkpoints.save import save_model
+from ldm.diffusion.process import DiscreteDiffusion
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
 from ldm.pipeline import Sample, Text2Image
 from ldm.randomness import randn
+from ldm.training.sampling import SamplesConfig, generate_samples
 
 PROMPTS = ["a dog", "a red cat", "a dog", "a car", "a dog"]
 SEEDS = [0, 1, 2, 3, 0]
@@ -22,7 +25,7 @@ SMALL = {"steps": 3, "height": 16, "width": 24}
 
 @pytest.fixture
 def pipeline(tiny_networks: dict[str, nn.Module]) -> Text2Image:
-    return Text2Image(**tiny_networks, alphas_cumprod=make_alphas_cumprod(), default_size=16)
+    return Text2Image(**tiny_networks, process=DiscreteDiffusion(make_alphas_cumprod()), default_size=16)
 
 
 def latents(samples: list[Sample]) -> torch.Tensor:
@@ -41,9 +44,13 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, module: nn.Module, method: str 
     return sizes
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("dpm++2m", 0.0)])
-def test_a_picture_is_the_same_in_any_batch(pipeline, sampler, eta):
-    options = {"seeds": SEEDS, "sampler": sampler, "eta": eta, "negative_prompt": "blur", **SMALL}
+@pytest.mark.parametrize(
+    "how",
+    [{"sampler": "ddim", "eta": 1.0}, {"spacing": "karras"}, *({"sampler": name} for name in SAMPLERS)],
+    ids=str,
+)
+def test_a_picture_is_the_same_in_any_batch(pipeline, how):
+    options = {"seeds": SEEDS, "negative_prompt": "blur", **how, **SMALL}
     together = pipeline(PROMPTS, batch_size=4, **options)
     alone = pipeline(PROMPTS, batch_size=1, **options)
     torch.testing.assert_close(latents(together), latents(alone), rtol=1e-4, atol=1e-4)
@@ -56,17 +63,56 @@ def test_a_picture_is_the_same_in_any_batch(pipeline, sampler, eta):
     assert (together[0].latents - together[2].latents).abs().max() > 0.1  # another seed
 
 
-@pytest.mark.parametrize("sampler, first", [("ddim", 501), ("plms", 501), ("dpm++2m", 999)])
-def test_each_sampler_begins_at_its_own_timestep(pipeline, monkeypatch, sampler: str, first: int):
+def recorded_timesteps(monkeypatch: pytest.MonkeyPatch, pipeline: Text2Image) -> list[float]:
+    """Those at which the UNet will predict."""
     seen, predict = [], pipeline.unet.predict
 
     def recorded(x: torch.Tensor, t: torch.Tensor, *rest: object) -> torch.Tensor:
-        seen.append(int(t[0]))
+        seen.append(t[0].item())
         return predict(x, t, *rest)
 
     monkeypatch.setattr(pipeline.unet, "predict", recorded)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "sampler, first", [(name, 501 if name in ("ddim", "plms") else 999) for name in SAMPLERS]
+)
+def test_each_sampler_begins_at_its_own_timestep(pipeline, monkeypatch, sampler: str, first: int):
+    seen = recorded_timesteps(monkeypatch, pipeline)
     pipeline(["a"], seeds=[1], sampler=sampler, **SMALL | {"steps": 2})
     assert seen[0] == first == max(seen)
+
+
+def test_a_spacing_says_where_the_steps_are(pipeline, monkeypatch):
+    """Also between timesteps, whose embeddings are computed once for all steps."""
+    seen = recorded_timesteps(monkeypatch, pipeline)
+    embedded = count_calls(monkeypatch, pipeline.unet.time_embed[2])
+    pipeline(["a"], seeds=[1], sampler="dpm++2m", spacing="karras", **SMALL | {"steps": 5})
+    assert embedded == [5] and seen == pytest.approx(
+        [level.t for level in pipeline.process.levels(5, "karras")][:-1]
+    )
+    assert any(t % 1 for t in seen)
+    seen.clear()
+    pipeline(["a"], seeds=[1], sampler="ddim", spacing="trailing", **SMALL | {"steps": 4})
+    assert seen == [999, 749, 499, 249]
+
+
+def test_samples_of_a_run_have_its_spacing(pipeline, monkeypatch):
+    seen = recorded_timesteps(monkeypatch, pipeline)
+    generate_samples(pipeline, SamplesConfig(steps=2, n=1, spacing="trailing"), ["a dog"])
+    assert seen == [999, 499]
+
+
+def test_zero_terminal_snr_begins_in_noise_alone(tiny_networks, monkeypatch):
+    process = DiscreteDiffusion(make_alphas_cumprod(zero_terminal_snr=True), parameterization="v")
+    pipeline = Text2Image(**tiny_networks, process=process, default_size=16)
+    seen = recorded_timesteps(monkeypatch, pipeline)
+    for name in SAMPLERS:
+        assert pipeline(["a"], seeds=[1], sampler=name, steps=3)[0].latents.isfinite().all()
+    assert max(seen) == 999 and seen.count(999) == len(SAMPLERS)
+    with pytest.raises(UserError, match="must begin at the last timestep"):
+        pipeline(["a"], seeds=[1], spacing="leading")
 
 
 def test_noise_comes_from_the_pictures_own_seed(pipeline, monkeypatch):
@@ -74,7 +120,7 @@ def test_noise_comes_from_the_pictures_own_seed(pipeline, monkeypatch):
     monkeypatch.setattr(
         pipeline.unet, "forward", lambda x, t, context, rows: torch.zeros(len(rows), *x.shape[1:])
     )
-    alphas = pipeline.alphas_cumprod
+    alphas = pipeline.process.alphas_cumprod
 
     def drawn(purpose: str) -> torch.Tensor:
         return randn((4, 8, 8), seed=7, items=[0], purpose=f"sample/{purpose}")[0]
@@ -117,7 +163,7 @@ def test_a_negative_prompt_moves_the_picture(pipeline):
 
 def test_v_prediction_is_read_as_such(tiny_networks):
     ends = [
-        Text2Image(**tiny_networks, alphas_cumprod=make_alphas_cumprod(), parameterization=p)(
+        Text2Image(**tiny_networks, process=DiscreteDiffusion(make_alphas_cumprod(), parameterization=p))(
             ["a dog"], seeds=[0], **SMALL
         )[0].latents
         for p in ("eps", "v", "x0")
@@ -182,11 +228,17 @@ def test_impossible_requests_are_refused_before_any_work(pipeline, monkeypatch):
     predicted = count_calls(monkeypatch, pipeline.unet)
     for options, error, match in [
         ({"seeds": [0, 1]}, ValueError, "1 prompts.*2 seeds"),
-        ({"seeds": [0], "sampler": "dpm"}, UserError, r"ddim, plms or dpm\+\+2m"),
+        ({"seeds": [0], "sampler": "dpm"}, UserError, r"ddim, plms, dpm\+\+2m, .* or unipc"),
+        ({"seeds": [0], "spacing": "even"}, UserError, "leading, trailing, linspace, karras"),
         ({"seeds": [0], "steps": 0}, UserError, "1 to 1000"),
         ({"seeds": [0], "batch_size": 0}, UserError, "batch_size"),
-        ({"seeds": [0], "sampler": "plms", "eta": 0.5}, UserError, "eta"),
-        ({"seeds": [0], "sampler": "dpm++2m", "eta": 0.5}, UserError, "eta"),
+        ({"seeds": [0], "eta": 1.1}, UserError, "eta 1.1"),
+        ({"seeds": [0], "eta": -0.1}, UserError, "eta -0.1"),
+        *(
+            ({"seeds": [0], "sampler": name, "eta": 0.5}, UserError, "eta")
+            for name in SAMPLERS
+            if name != "ddim"
+        ),
     ]:
         with pytest.raises(error, match=match):
             pipeline(["a dog"], **options)
@@ -200,7 +252,7 @@ def test_from_file_draws_what_the_networks_draw(pipeline, tiny_model_file, tiny_
     ours = latents(loaded(PROMPTS, seeds=SEEDS, **SMALL))
     torch.testing.assert_close(ours, latents(pipeline(PROMPTS, seeds=SEEDS, **SMALL)), rtol=1e-5, atol=1e-5)
     v = Text2Image.from_file(tiny_model_file, config=tiny_config | {"parameterization": "v"})
-    assert v.parameterization == "v"
+    assert v.process.parameterization == "v"
     half = Text2Image.from_file(tiny_model_file, dtype=torch.bfloat16)
     drawn = half(["a dog"], seeds=[0], **SMALL)[0].latents
     assert drawn.dtype == torch.float32 and 0 < (drawn - ours[0]).abs().max() < 0.5

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ldm.data.priors import PriorSet
+from ldm.diffusion.process import DiscreteDiffusion
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.pipeline import Text2Image
 from ldm.precision import autocast_for, resolve_precision
@@ -25,7 +26,7 @@ SMALL = {"steps": 4, "height": 16, "width": 24, "guidance_scale": 3.0}
 
 @pytest.fixture
 def pipeline(tiny_networks: dict[str, nn.Module]) -> Text2Image:
-    return Text2Image(**tiny_networks, alphas_cumprod=make_alphas_cumprod(), default_size=16)
+    return Text2Image(**tiny_networks, process=DiscreteDiffusion(make_alphas_cumprod()), default_size=16)
 
 
 def dtypes_of_convolutions(*networks: nn.Module) -> set[torch.dtype]:

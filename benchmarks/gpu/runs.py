@@ -55,7 +55,7 @@ def job_words(folder: Path) -> list[str]:
     file = folder / "sd.safetensors"
     module = build(model_params(SIZE), device=DEVICE)
     parts = {name: network.state_dict() for name, network in module.networks.items()}
-    alphas = module.alphas_cumprod.cpu()
+    alphas = module.process.alphas_cumprod.cpu()
     save_model(file, parts, alphas_cumprod=alphas, dtype=torch.float16, metadata={})
     text = [f"model.params.text_encoder.params.{key}={value}" for key, value in TEXT.items()]
     job = ["--base", str(ROOT / "configs/dreambooth-sd1.yaml"), "--data_root", str(SUBJECT)]

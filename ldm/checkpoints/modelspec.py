@@ -18,7 +18,12 @@ PREDICTION_TYPES = {"eps": "epsilon", "v": "v"}
 IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"  # whose tensor names the file has
 CLIP_VOCABULARY = 49408
 PRIVATE = ("_root", "folder", "cache", "base_checkpoint", "base_parts")  # keys with paths end so
-SAMPLING_DEFAULTS = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5}  # Stable Diffusion's usual ones
+SAMPLING_DEFAULTS = {  # Stable Diffusion's usual ones; spacing None: as suits the sampler
+    "sampler": "ddim",
+    "spacing": None,
+    "steps": 50,
+    "guidance_scale": 7.5,
+}
 NETWORKS = ("unet", "vae", "text_encoder")  # keys of nodes that `ldm.config` holds
 
 
@@ -71,8 +76,8 @@ def taught_words(metadata: Mapping[str, str]) -> dict[str, str | None]:
     }
 
 
-def sampling_defaults(metadata: Mapping[str, str]) -> dict[str, str | int | float]:
-    """Sampler, steps and guidance scale that suit a file: its run's, else `SAMPLING_DEFAULTS`."""
+def sampling_defaults(metadata: Mapping[str, str]) -> dict[str, str | int | float | None]:
+    """Sampler, spacing, steps and guidance scale that suit a file: its run's, else `SAMPLING_DEFAULTS`."""
     samples = json.loads(metadata.get("ldm.training", "{}")).get("samples") or {}
     return {name: samples.get(name, value) for name, value in SAMPLING_DEFAULTS.items()}
 

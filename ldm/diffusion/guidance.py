@@ -4,38 +4,43 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # x [B, C, h, w], t [B] -> eps [B, C, h, w]
-PromptIndex = Sequence[int]  # the prompt of each item, by the number that `predict` knows it by
-ConditionalPredict = Callable[[Tensor, Tensor, PromptIndex], Tensor]  # x, t, B or 2 B numbers -> as many eps
+from ldm.diffusion.process import Level
+
+Denoise = Callable[[Tensor, Level], Tensor]  # x [B, C, h, w] at a level -> its denoised x0 [B, C, h, w]
+PromptIndex = Sequence[int]  # the prompt of each item, by the number that `denoise` knows it by
+ConditionalDenoise = Callable[
+    [Tensor, Level, PromptIndex], Tensor
+]  # x, level, B or 2 B numbers -> as many x0
 
 
 def classifier_free_guidance(
-    predict: ConditionalPredict,
+    denoise: ConditionalDenoise,
     prompts: PromptIndex,
     unconditional: PromptIndex,
     guidance_scale: float,
     *,
     batched: bool = True,
-    base: ConditionalPredict | None = None,
-) -> Predict:
-    """eps_uncond + guidance_scale * (eps_cond - eps_uncond), in the parametrisation of Stable Diffusion.
+    base: ConditionalDenoise | None = None,
+) -> Denoise:
+    """uncond + guidance_scale * (cond - uncond), in the parametrisation of Stable Diffusion.
 
-    prompts, unconditional: of B items each. Scale 1 is the conditional prediction alone. `batched` asks for
-    x with [unconditional, prompts] at once, 2 B predictions of B latents; otherwise two passes, half the
-    memory. Given a `base`, eps_uncond is its prediction, for the numbers that it knows the unconditional
+    It acts on denoised latents; at one x and level they are affine in eps and in v, so guidance of these is
+    the same. prompts, unconditional: of B items each. Scale 1 is the conditional prediction alone. `batched`
+    asks for x with [unconditional, prompts] at once, 2 B predictions of B latents; otherwise two passes, half
+    the memory. Given a `base`, uncond is its prediction, for the numbers that it knows the unconditional
     prompts by: a fine-tuned model's own may have moved with what it learned (Phunyaphibarn et al. 2025).
     """
     if guidance_scale == 1:
-        return lambda x, t: predict(x, t, prompts)
+        return lambda x, level: denoise(x, level, prompts)
     both = [*unconditional, *prompts]
 
-    def guided(x: Tensor, t: Tensor) -> Tensor:
+    def guided(x: Tensor, level: Level) -> Tensor:
         if base is not None:
-            eps_uncond, eps_cond = base(x, t, unconditional), predict(x, t, prompts)
+            uncond, cond = base(x, level, unconditional), denoise(x, level, prompts)
         elif batched:
-            eps_uncond, eps_cond = predict(x, t, both).chunk(2)
+            uncond, cond = denoise(x, level, both).chunk(2)
         else:
-            eps_uncond, eps_cond = predict(x, t, unconditional), predict(x, t, prompts)
-        return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
+            uncond, cond = denoise(x, level, unconditional), denoise(x, level, prompts)
+        return uncond + guidance_scale * (cond - uncond)
 
     return guided

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.diffusion.schedule import check_parameterization, snr
+from ldm.diffusion.process import NoiseProcess
 
 
 class DreamBoothLoss(NamedTuple):
@@ -26,19 +26,14 @@ def mse_per_item(prediction: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
 
 
-def min_snr_weights(
-    timesteps: Tensor, alphas_cumprod: Tensor, *, gamma: float, parameterization: str, floor: float = 0.0
-) -> Tensor:
+def min_snr_weights(process: NoiseProcess, t: Tensor, *, gamma: float, floor: float = 0.0) -> Tensor:
     """Min-SNR-gamma weights of a mean squared error in the network's own target (Hang et al. 2023, sec. 3.4).
 
-    timesteps: [B] -> [B] float32: min(SNR, gamma) in terms of x0, divided by SNR for eps and SNR + 1 for v.
+    t: [B] -> [B] float32: min(SNR, gamma) in terms of x0, divided by SNR for eps and SNR + 1 for v.
     floor: added to the weight in terms of x0, so that the noisiest timesteps, which decide the content of an
     image, have weight too. It is not part of the paper.
     """
-    check_parameterization(parameterization)
-    ratio = snr(timesteps, alphas_cumprod)
-    x0_weights = ratio.clamp(max=gamma) + floor
-    return x0_weights / {"x0": 1, "eps": ratio, "v": ratio + 1}[parameterization]
+    return (process.snr(t).clamp(max=gamma) + floor) / process.error_scale(t)
 
 
 def dreambooth_loss(per_item: Tensor, is_prior: Tensor, prior_loss_weight: float) -> DreamBoothLoss:

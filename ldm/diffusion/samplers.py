@@ -1,25 +1,27 @@
-"""Samplers: from noise to a latent, given any `predict(x [B, C, h, w], t [B]) -> eps [B, C, h, w]`.
+"""Samplers: from noise to a latent, given any `denoise(x [B, C, h, w], level) -> x0 [B, C, h, w]`.
 
-Each is a function of the same signature and readable alone. A step goes from alphas_cumprod[t] to that of the
-next timestep; the last one goes to alphas_cumprod[0], as Stable Diffusion's own samplers do.
+Each is a function of the same signature and readable alone: `levels` are those of the steps, noisiest first,
+and the one where the last step ends, which may be without noise. Their formulas hold for x = a x0 + s noise
+of any a and s. What they ask for is x0, which is well defined also where a is next to 0, at the noisiest
+level of a zero-terminal-SNR schedule. `denoise` is called at levels[:-1] alone.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import Predict
-from ldm.errors import UserError
+from ldm.diffusion.guidance import Denoise
+from ldm.diffusion.process import Level
 
 Noise = Callable[[int], Tensor]  # step index -> standard normal noise, shaped like x
 Callback = Callable[[int, Tensor], object]  # step index, x after the step
 Sampler = Callable[..., Tensor]
-SamplerName = Literal["ddim", "plms", "dpm++2m"]
+Known = tuple[Tensor, Level]  # a prediction of x0, and the level at which it was made
+SamplerName = Literal["ddim", "plms", "dpm++2m", "euler", "euler_a", "heun", "dpm++2m_sde", "unipc"]
 
-SPACINGS = ("leading", "trailing", "linspace")
 # Weights of the last n predictions, newest first (Liu et al. 2022, eq. 12).
 ADAMS_BASHFORTH = {
     1: (1.0,),
@@ -29,146 +31,258 @@ ADAMS_BASHFORTH = {
 }
 
 
-def sampling_timesteps(steps: int, *, T: int = 1000, spacing: str = "leading") -> Tensor:
-    """Exactly `steps` timesteps, descending -> [S] int64 (Lin et al. 2024, table 2).
-
-    "leading" is Stable Diffusion's own: multiples of T // steps, plus 1. "trailing" begins at T - 1,
-    "linspace" begins at T - 1 and ends at 0.
-    """
-    if not 1 <= steps <= T:
-        raise UserError(f"{steps} sampling steps are impossible", remedy=f"Choose from 1 to {T}.")
-    i = torch.arange(steps, dtype=torch.float64)
-    match spacing:
-        case "leading":
-            ascending = (i * (T // steps) + 1).clamp(max=T - 1)
-        case "trailing":
-            ascending = (T - (steps - 1 - i) * (T / steps)).round() - 1
-        case "linspace":
-            ascending = torch.linspace(0, T - 1, steps, dtype=torch.float64).round()
-        case _:
-            raise UserError(
-                f"The spacing {spacing!r} is unknown", remedy=f"Choose one of {', '.join(SPACINGS)}."
-            )
-    return ascending.long().flip(0)
-
-
-def ddim_step(
-    x: Tensor,
-    eps: Tensor,
-    alpha: float,
-    alpha_next: float,
-    *,
-    sigma: float = 0.0,
-    noise: Tensor | None = None,
-) -> Tensor:
-    """From the noise level of `alpha` to that of `alpha_next` (Song et al. 2021, eq. 12)."""
-    x0 = (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
-    x_next = math.sqrt(alpha_next) * x0 + math.sqrt(1 - alpha_next - sigma**2) * eps
-    return x_next if noise is None else x_next + sigma * noise
+def eps_of(x: Tensor, x0: Tensor, level: Level) -> Tensor:
+    """The noise in x, if x0 is what it hides."""
+    return (x - level.a * x0) / level.s
 
 
 def ddim(
-    predict: Predict,
+    denoise: Denoise,
     x: Tensor,
-    timesteps: Tensor,
-    alphas_cumprod: Tensor,
+    levels: Sequence[Level],
     *,
     eta: float = 0.0,
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Song et al. 2021. `eta` 0 is deterministic, 1 has the variance of DDPM and needs `noise`."""
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta {eta} is impossible", remedy="Choose from 0 to 1.")
+    """Song et al. 2021, eq. 12. `eta` in [0, 1]: 0 is deterministic, 1 has the variance of DDPM.
+
+    Above 0 it needs `noise`.
+    """
     if eta > 0 and noise is None:
-        raise ValueError("eta > 0 needs noise")
-    for i, t, alpha, alpha_next in step_levels(timesteps, alphas_cumprod):
-        eps = predict(x, _batch_of(t, x))
-        sigma = eta * math.sqrt((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next))  # eq. 16
-        x = ddim_step(x, eps, alpha, alpha_next, sigma=sigma, noise=noise(i) if eta > 0 else None)
+        raise ValueError("Steps with fresh noise need `noise`")
+    for i, (level, end) in enumerate(pairwise(levels)):
+        x0 = denoise(x, level)
+        sigma = eta * end.s / level.s * math.sqrt(1 - (level.a / end.a) ** 2)  # eq. 16
+        x = end.a * x0 + math.sqrt(end.s**2 - sigma**2) * eps_of(x, x0, level)
+        if eta > 0:
+            x = x + sigma * noise(i)
         if callback:
             callback(i, x)
     return x
 
 
 def plms(
-    predict: Predict,
+    denoise: Denoise,
     x: Tensor,
-    timesteps: Tensor,
-    alphas_cumprod: Tensor,
+    levels: Sequence[Level],
     *,
-    eta: float = 0.0,
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Pseudo linear multistep (Liu et al. 2022): one prediction a step, but two in the first.
 
     Stable Diffusion's variant of their algorithm 2: it begins with a Heun step and orders 2 and 3 in the
-    place of Runge-Kutta steps. Deterministic: `eta` must be 0, and `noise` is not used.
+    place of Runge-Kutta steps. Deterministic: `noise` is not used.
     """
-    if eta != 0:
-        raise UserError(f"The plms sampler has no eta (it is {eta})", remedy="Set eta to 0 or use ddim.")
-    recent: list[Tensor] = []  # the last predictions, newest first
-    for i, t, alpha, alpha_next in step_levels(timesteps, alphas_cumprod):
-        eps = predict(x, _batch_of(t, x))
+    recent: list[Tensor] = []  # the last predictions of eps, newest first
+    for i, (level, end) in enumerate(pairwise(levels)):
+        eps = eps_of(x, denoise(x, level), level)
         recent = [eps, *recent[:3]]
-        if i == 0 and len(timesteps) > 1:  # Heun's method: the mean of both ends of the step
-            ahead = predict(ddim_step(x, eps, alpha, alpha_next), _batch_of(int(timesteps[1]), x))
-            eps = (eps + ahead) / 2
+        if i == 0 and len(levels) > 2:  # Heun's method: the mean of both ends of the step
+            ahead = transfer(x, eps, level, end)
+            eps = (eps + eps_of(ahead, denoise(ahead, end), end)) / 2
         else:
             eps = sum(c * e for c, e in zip(ADAMS_BASHFORTH[len(recent)], recent, strict=True))
-        x = ddim_step(x, eps, alpha, alpha_next)
+        x = transfer(x, eps, level, end)
+        if callback:
+            callback(i, x)
+    return x
+
+
+def euler(
+    denoise: Denoise,
+    x: Tensor,
+    levels: Sequence[Level],
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Euler's method on the probability flow (Karras et al. 2022, algorithm 1 without the correction).
+
+    In its variables x / a and s / a the flow is d(x / a) = eps d(s / a), so Euler's step is that of DDIM;
+    what differs is the last level, which is without noise. Deterministic: `noise` is not used.
+    """
+    return ddim(denoise, x, levels, callback=callback)
+
+
+def euler_a(
+    denoise: Denoise,
+    x: Tensor,
+    levels: Sequence[Level],
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Ancestral sampling with Euler's method, as k-diffusion has it; it needs `noise`.
+
+    Euler's step to less noise than there shall be, and fresh noise of the variance that DDPM has: the step of
+    DDIM with eta 1.
+    """
+    return ddim(denoise, x, levels, eta=1.0, noise=noise, callback=callback)
+
+
+def heun(
+    denoise: Denoise,
+    x: Tensor,
+    levels: Sequence[Level],
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Heun's method of order two on the same flow (Karras et al. 2022, algorithm 1).
+
+    Two predictions a step, the mean of eps at both ends; one in the last step. Deterministic: `noise` is not
+    used.
+    """
+    for i, (level, end) in enumerate(pairwise(levels)):
+        x0 = denoise(x, level)
+        eps = eps_of(x, x0, level)
+        x_next = end.a * x0 + end.s * eps
+        if i < len(levels) - 2:
+            ahead = eps_of(x_next, denoise(x_next, end), end)
+            ratio = end.a * level.s / level.a  # of x to x_next, where all is noise
+            x_next = x_next + (end.s - ratio) / 2 * (ahead - eps)
+        x = x_next
         if callback:
             callback(i, x)
     return x
 
 
 def dpm_solver_pp_2m(
-    predict: Predict,
+    denoise: Denoise,
     x: Tensor,
-    timesteps: Tensor,
-    alphas_cumprod: Tensor,
+    levels: Sequence[Level],
     *,
-    eta: float = 0.0,
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M), the multistep solver of order two in data prediction (Lu et al. 2022b, algorithm 2).
 
     One prediction a step. The first step is of order one, as nothing precedes it, and so is the last one,
-    which crosses the widest range of SNR. Deterministic: `eta` must be 0, and `noise` is not used.
+    which crosses the widest range of SNR. Deterministic: `noise` is not used.
     """
-    if eta != 0:
-        raise UserError(f"The dpm++2m sampler has no eta (it is {eta})", remedy="Set eta to 0 or use ddim.")
     x0_before, h_before = x, 0.0
-    for i, t, alpha, alpha_next in step_levels(timesteps, alphas_cumprod):
-        x0 = (x - math.sqrt(1 - alpha) * predict(x, _batch_of(t, x))) / math.sqrt(alpha)
-        h = _half_log_snr(alpha_next) - _half_log_snr(alpha)
-        first_order = h_before == 0 or i == len(timesteps) - 1
+    for i, (level, end) in enumerate(pairwise(levels)):
+        x0, h = denoise(x, level), end.half_log_snr - level.half_log_snr
+        first_order = h_before == 0 or i == len(levels) - 2
         data = x0 if first_order else x0 + h / (2 * h_before) * (x0 - x0_before)  # D of algorithm 2
-        x = math.sqrt((1 - alpha_next) / (1 - alpha)) * x - math.sqrt(alpha_next) * math.expm1(-h) * data
+        x = exponential_step(x, data, level, end)
         x0_before, h_before = x0, h
         if callback:
             callback(i, x)
     return x
 
 
-SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "plms": plms, "dpm++2m": dpm_solver_pp_2m}
+def dpm_solver_pp_2m_sde(
+    denoise: Denoise,
+    x: Tensor,
+    levels: Sequence[Level],
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """SDE-DPM-Solver++(2M): the same on the diffusion SDE (Lu et al. 2022b); it needs `noise`.
+
+    One prediction a step, with the same data D as `dpm_solver_pp_2m`, which gets twice the weight, and fresh
+    noise in the place of the rest of the old.
+    """
+    if noise is None:
+        raise ValueError("Steps with fresh noise need `noise`")
+    x0_before, h_before = x, 0.0
+    for i, (level, end) in enumerate(pairwise(levels)):
+        x0, h = denoise(x, level), end.half_log_snr - level.half_log_snr
+        first_order = h_before == 0 or i == len(levels) - 2
+        data = x0 if first_order else x0 + h / (2 * h_before) * (x0 - x0_before)
+        fresh = -math.expm1(-2 * h)  # share of the variance of the noise
+        x = end.s / level.s * math.exp(-h) * x + end.a * fresh * data + end.s * math.sqrt(fresh) * noise(i)
+        x0_before, h_before = x0, h
+        if callback:
+            callback(i, x)
+    return x
+
+
+def unipc(
+    denoise: Denoise,
+    x: Tensor,
+    levels: Sequence[Level],
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """UniPC-2 in data prediction with B(h) = exp(h) - 1 (Zhao et al. 2023).
+
+    One prediction a step: that at the predicted x also corrects the step that led there. The predictor is
+    then DPM-Solver++(2M), the corrector is of an order more. Deterministic: `noise` is not used.
+    """
+    before: list[Known] = []  # the last two, newest first
+    start = x  # x at the level of before[0]
+    for i, (level, end) in enumerate(pairwise(levels)):
+        x0 = denoise(x, level)
+        start = unic(start, before, x0, level) if before else x
+        before = [(x0, level), *before[:1]]
+        x = unip(start, before if i < len(levels) - 2 else before[:1], end)
+        if callback:
+            callback(i, x)
+    return x
+
+
+def unip(x: Tensor, before: Sequence[Known], end: Level) -> Tensor:
+    """UniP, of as many orders as predictions are given, from x at the level of before[0] to `end`."""
+    (x0, level), *older = before
+    h = end.half_log_snr - level.half_log_snr
+    data = x0
+    for x0_older, level_older in older:
+        h_before = level.half_log_snr - level_older.half_log_snr
+        data = x0 if h_before == 0 else x0 + h / (2 * h_before) * (x0 - x0_older)
+    return exponential_step(x, data, level, end)
+
+
+def unic(x: Tensor, before: Sequence[Known], x0_end: Tensor, end: Level) -> Tensor:
+    """UniC: the same step, given the prediction at its end too.
+
+    Their system of equations for rho, solved by hand for one and two points before.
+    """
+    (x0, level), *older = before
+    h = end.half_log_snr - level.half_log_snr
+    if h == 0:
+        return x
+    data = (x0 + x0_end) / 2
+    for x0_older, level_older in older:
+        r = (level_older.half_log_snr - level.half_log_snr) / h
+        if r < 0:
+            B = math.expm1(-h)
+            b_1 = (-B / h - 1) / B
+            b_2 = 2 * ((B / h + 1) / h - 1 / 2) / B
+            rho = (b_1 - b_2) / (1 - r)
+            data = x0 + rho / r * (x0_older - x0) + (b_1 - rho) * (x0_end - x0)
+    return exponential_step(x, data, level, end)
+
+
+def exponential_step(x: Tensor, data: Tensor, level: Level, end: Level) -> Tensor:
+    """The exact step of the flow to `end` if x0 is `data` all the way (Lu et al. 2022b, proposition 4.1)."""
+    h = end.half_log_snr - level.half_log_snr
+    return end.s / level.s * x - end.a * math.expm1(-h) * data
+
+
+def transfer(x: Tensor, eps: Tensor, level: Level, end: Level) -> Tensor:
+    """The exact step of the flow to `end` if the noise is `eps` all the way (Liu et al. 2022)."""
+    return end.a / level.a * (x - level.s * eps) + end.s * eps
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": ddim,
+    "plms": plms,
+    "dpm++2m": dpm_solver_pp_2m,
+    "euler": euler,
+    "euler_a": euler_a,
+    "heun": heun,
+    "dpm++2m_sde": dpm_solver_pp_2m_sde,
+    "unipc": unipc,
+}
 # Trailing timesteps begin at the noisiest level: at 12 steps DPM-Solver++ is then twice as near to its limit.
-DEFAULT_SPACING: dict[str, str] = {"ddim": "leading", "plms": "leading", "dpm++2m": "trailing"}
-
-
-def _half_log_snr(alpha: float) -> float:
-    """lambda = log(a / s) of a noise level, the solver's time."""
-    return 0.5 * math.log(alpha / (1 - alpha))
-
-
-def step_levels(timesteps: Tensor, alphas_cumprod: Tensor) -> Iterator[tuple[int, int, float, float]]:
-    """(step index, timestep, its alphas_cumprod, that of the next timestep), in Python's float64."""
-    levels = torch.cat([alphas_cumprod[timesteps.to(alphas_cumprod.device)], alphas_cumprod[:1]]).tolist()
-    yield from zip(range(len(timesteps)), timesteps.tolist(), levels[:-1], levels[1:], strict=True)
-
-
-def _batch_of(t: int, x: Tensor) -> Tensor:
-    """The timestep of every item -> [B] int64 on x's device."""
-    return torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+DEFAULT_SPACING: dict[str, str] = {
+    name: "leading" if name in ("ddim", "plms") else "trailing" for name in SAMPLERS
+}
+# Those of k-diffusion's kind end without noise, the others at the schedule's first level.
+ENDS_CLEAN = frozenset(SAMPLERS) - {"ddim", "plms", "dpm++2m"}

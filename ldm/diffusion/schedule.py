@@ -1,17 +1,16 @@
-"""The noise schedule: one tensor, `alphas_cumprod` [T], and what follows from it.
+"""The noise schedule and the noise levels of a sampling: pure maths, of which `DiscreteDiffusion` is made."""
 
-A noisy latent is x_t = a x0 + s eps with a² = alphas_cumprod[t] and s² = 1 - a² (Ho et al. 2020, eq. 4).
-A network predicts "eps", "x0" or "v" = a eps - s x0 (Salimans & Ho 2022, appendix D).
-Coefficients stay float32 whatever the precision of the latents: in bfloat16, 1 - a² loses whole timesteps.
-"""
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ldm.errors import UserError
 
-PARAMETERIZATIONS = ("eps", "v", "x0")
+Spacing = Literal["leading", "trailing", "linspace", "karras"]
+
 BETA_SCHEDULES = ("scaled_linear", "linear")
+SPACINGS: tuple[str, ...] = get_args(Spacing)
 TERMINAL = 2.0**-24  # the last alphas_cumprod of a zero-terminal-SNR schedule, in place of 0
 
 
@@ -24,16 +23,16 @@ def make_alphas_cumprod(
     zero_terminal_snr: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Cumulative products of 1 - beta -> [T], computed in float64.
+    """Cumulative products of 1 - beta -> [T] on the CPU, computed in float64.
 
     "scaled_linear": sqrt(beta) grows linearly (Stable Diffusion, whose own code calls this "linear");
     "linear": beta grows linearly (Ho et al. 2020). zero_terminal_snr: rescales the schedule so that the last
-    timestep is pure noise (Lin et al. 2024, algorithm 1), except for TERMINAL, by which samplers divide.
+    timestep is pure noise (Lin et al. 2024, algorithm 1), except for TERMINAL, which keeps SNRs above 0.
     """
-    _check("beta_schedule", beta_schedule, BETA_SCHEDULES)
+    check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
     power = 2 if beta_schedule == "scaled_linear" else 1
     start, end = linear_start ** (1 / power), linear_end ** (1 / power)
-    betas = torch.linspace(start, end, timesteps, dtype=torch.float64) ** power
+    betas = torch.linspace(start, end, timesteps, dtype=torch.float64, device="cpu") ** power
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     if zero_terminal_snr:
         root = alphas_cumprod.sqrt()
@@ -42,69 +41,41 @@ def make_alphas_cumprod(
     return alphas_cumprod.to(dtype)
 
 
-def has_zero_terminal_snr(alphas_cumprod: Tensor) -> bool:
-    """Whether the schedule has zero terminal SNR; sampling must then begin at its last timestep."""
-    return bool(alphas_cumprod[-1] <= TERMINAL)
+def sampling_timesteps(steps: int, *, T: int = 1000, spacing: str = "leading") -> Tensor:
+    """Exactly `steps` timesteps, descending -> [S] int64 (Lin et al. 2024, table 2).
+
+    "leading" is Stable Diffusion's own: multiples of T // steps, plus 1. "trailing" begins at T - 1,
+    "linspace" begins at T - 1 and ends at 0. Raises UserError where there are not as many timesteps.
+    """
+    check_steps(steps, T)
+    i = torch.arange(steps, dtype=torch.float64)
+    match spacing:
+        case "leading":
+            ascending = (i * (T // steps) + 1).clamp(max=T - 1)
+        case "trailing":
+            ascending = (T - (steps - 1 - i) * (T / steps)).round() - 1
+        case "linspace":
+            first = 0 if steps > 1 else T - 1
+            ascending = (first + i * ((T - 1) / max(steps - 1, 1))).round()
+        case _:
+            raise ValueError(f"{spacing!r} is no spacing of timesteps")
+    return ascending.long().flip(0)
 
 
-def snr(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Signal-to-noise ratio a² / s². timesteps: [B] -> [B] float32."""
-    alpha = alphas_cumprod[timesteps].float()
-    return alpha / (1 - alpha)
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, *, rho: float = 7.0) -> list[float]:
+    """Ratios of noise to signal from sigma_max down to sigma_min, S of them (Karras et al. 2022, eq. 5)."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    inner = max(steps - 1, 1)
+    return [(high + i / inner * (low - high)) ** rho for i in range(steps)]
 
 
-def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Forward process, x_t = a x0 + s noise. x0, noise: [B, C, h, w], timesteps: [B] -> [B, C, h, w]."""
-    a, s = _coefficients(timesteps, alphas_cumprod, x0.ndim)
-    return (a * x0.float() + s * noise.float()).to(x0.dtype)
+def check_steps(steps: int, T: int) -> None:
+    """Raises UserError for a number of sampling steps that the schedule does not have."""
+    if not 1 <= steps <= T:
+        raise UserError(f"{steps} sampling steps are impossible", remedy=f"Choose from 1 to {T}.")
 
 
-def training_target(
-    parameterization: str, x0: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
-) -> Tensor:
-    """The target of the network's prediction at x_t. x0, noise: [B, C, h, w] -> x0's shape and dtype."""
-    check_parameterization(parameterization)
-    if parameterization != "v":
-        return noise.to(x0.dtype) if parameterization == "eps" else x0
-    a, s = _coefficients(timesteps, alphas_cumprod, x0.ndim)
-    return (a * noise.float() - s * x0.float()).to(x0.dtype)
-
-
-def to_eps(
-    parameterization: str, prediction: Tensor, x_t: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
-) -> Tensor:
-    """Converts a prediction at x_t to eps -> [B, C, h, w] in its dtype."""
-    check_parameterization(parameterization)
-    if parameterization == "eps":
-        return prediction
-    a, s = _coefficients(timesteps, alphas_cumprod, x_t.ndim)
-    p, x = prediction.float(), x_t.float()
-    return (a * p + s * x if parameterization == "v" else (x - a * p) / s).to(prediction.dtype)
-
-
-def to_x0(
-    parameterization: str, prediction: Tensor, x_t: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
-) -> Tensor:
-    """Converts a prediction at x_t to x0 -> [B, C, h, w] in its dtype."""
-    check_parameterization(parameterization)
-    if parameterization == "x0":
-        return prediction
-    a, s = _coefficients(timesteps, alphas_cumprod, x_t.ndim)
-    p, x = prediction.float(), x_t.float()
-    return (a * x - s * p if parameterization == "v" else (x - s * p) / a).to(prediction.dtype)
-
-
-def check_parameterization(parameterization: str) -> None:
-    """Raises UserError for an unknown prediction type."""
-    _check("parameterization", parameterization, PARAMETERIZATIONS)
-
-
-def _check(key: str, value: str, valid: tuple[str, ...]) -> None:
+def check_choice(key: str, value: str, valid: tuple[str, ...]) -> None:
+    """Raises UserError for a value that is not among the valid ones."""
     if value not in valid:
         raise UserError(f"{key} {value!r} is unknown", remedy=f"Choose one of {', '.join(valid)}.")
-
-
-def _coefficients(timesteps: Tensor, alphas_cumprod: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
-    """(a, s) of each item in float32, [B, 1, ...] with `ndim` dimensions."""
-    alpha = alphas_cumprod[timesteps].float().reshape(-1, *[1] * (ndim - 1))
-    return alpha.sqrt(), (1 - alpha).sqrt()

@@ -119,18 +119,20 @@ class Prepared(NamedTuple):
     """What the steps of one sampling share: P contexts [P, M, D], S timesteps, and what layers make of them.
 
     keys_values: of each layer that attends to the contexts. shifts: [S, sum of out_channels], each residual
-    block's in its columns. row: [T], that of a timestep in `shifts`; S where it is none of these.
+    block's in its columns. timesteps: [S] float32, which need not be whole numbers.
     """
 
     contexts: Tensor
     keys_values: Mapping[CrossAttention, tuple[Tensor, Tensor]]
     shifts: Tensor
-    row: Tensor
+    timesteps: Tensor
     blocks: Sequence[ResBlock]
 
     def time_embedding(self, timesteps: Tensor) -> TimeEmbedding:
-        """timesteps: [b], of those prepared for."""
-        shifts = self.shifts.index_select(0, self.row.index_select(0, timesteps))
+        """timesteps: [b], of those prepared for; an error of the device where one is not."""
+        same = timesteps.float()[:, None] == self.timesteps  # [b, S]
+        row = torch.where(same.any(dim=1), same.int().argmax(dim=1), len(self.timesteps))
+        shifts = self.shifts.index_select(0, row)
         widths = [block.out_channels for block in self.blocks]
         return TimeEmbedding(shifts, dict(zip(self.blocks, shifts.split(widths, dim=1), strict=True)))
 
@@ -219,7 +221,7 @@ class UNetModel(nn.Module):
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def prepare(self, contexts: Tensor, timesteps: Tensor) -> Prepared:
-        """contexts: [P, M, D], timesteps: [S] on the CPU -> what `predict` takes in the contexts' place.
+        """contexts: [P, M, D], timesteps: [S] -> what `predict` takes in the contexts' place.
 
         What depends on them alone is then computed once for all steps of a sampling.
         """
@@ -227,14 +229,13 @@ class UNetModel(nn.Module):
         contexts = contexts.to(dtype)
         layers = [layer.attn2 for layer in self.modules() if isinstance(layer, BasicTransformerBlock)]
         blocks = [layer for layer in self.modules() if isinstance(layer, ResBlock)]
-        emb = self._time_embedding(timesteps.to(device), dtype).emb
-        row = timesteps.new_full((int(timesteps.max()) + 1,), len(timesteps))
-        row[timesteps] = torch.arange(len(timesteps))
+        timesteps = timesteps.to(device, torch.float32)
+        emb = self._time_embedding(timesteps, dtype).emb
         return Prepared(
             contexts,
             keys_values={layer: layer.keys_values(contexts) for layer in layers},
             shifts=torch.cat([block.emb_layers(emb) for block in blocks], dim=1),
-            row=row.to(device),
+            timesteps=timesteps,
             blocks=blocks,
         )
 
@@ -258,7 +259,7 @@ class UNetModel(nn.Module):
         context: Tensor | Prepared,
         prompt_index: Sequence[int] | None = None,
     ) -> Tensor:
-        """x: [b, C, h, w], timesteps: [b] in [0, T), context: [P, M, D] -> [B, C, h, w].
+        """x: [b, C, h, w], timesteps: [b], whole or not, context: [P, M, D] -> [B, C, h, w].
 
         prompt_index: [B], which of the P contexts each item has; None: one each (b = B = P). b less than B
         is for guidance: x is repeated for each of the B / b runs of prompt_index, but only at the first

@@ -25,8 +25,8 @@ from ldm.checkpoints.lora import merge_lora, save_lora
 from ldm.checkpoints.save import save_model
 from ldm.config import instantiate
 from ldm.diffusion.loss import DreamBoothLoss, dreambooth_loss, min_snr_weights, mse_per_item
-from ldm.diffusion.schedule import add_noise, make_alphas_cumprod, training_target
-from ldm.errors import UserError
+from ldm.diffusion.process import DiscreteDiffusion, NoiseProcess
+from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
@@ -123,14 +123,13 @@ class LatentDiffusion(pl.LightningModule):
             linear_end=linear_end,
             timesteps=timesteps,
             zero_terminal_snr=zero_terminal_snr,
+            dtype=torch.float64,
         )
-        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
-        if zero_terminal_snr and parameterization == "eps":
-            remedy = "Set model.params.parameterization=v for a base that predicts v, or remove the key."
-            raise UserError("Zero-terminal SNR needs v-prediction", where="zero_terminal_snr", remedy=remedy)
-        self.parameterization, self.seed, self.prior_loss_weight = parameterization, seed, prior_loss_weight
+        self.process: NoiseProcess = DiscreteDiffusion(
+            alphas_cumprod, parameterization=parameterization, offset_noise=offset_noise
+        )
+        self.seed, self.prior_loss_weight = seed, prior_loss_weight
         self.min_snr_gamma, self.min_snr_floor = min_snr_gamma, min_snr_floor
-        self.offset_noise = offset_noise
         self.l2_sp_weight = l2_sp_weight
         self.prior_target = prior_target
         self.text_encoder_steps = text_encoder_steps
@@ -163,6 +162,11 @@ class LatentDiffusion(pl.LightningModule):
             "vae": self.first_stage_model,
             "text_encoder": self.cond_stage_model,
         }
+
+    @property
+    def parameterization(self) -> str:
+        """What the UNet predicts."""
+        return self.process.parameterization
 
     @property
     def trainable_modules(self) -> dict[str, nn.Module]:
@@ -224,8 +228,7 @@ class LatentDiffusion(pl.LightningModule):
         """Adds what is read or drawn on the CPU while the items are there (see `sample_randomness`)."""
         stage = self.first_stage_model
         shape = latent_shape(batch, channels=stage.embed_dim, factor=stage.factor)
-        timesteps, offset = len(self.alphas_cumprod), bool(self.offset_noise)
-        return batch | sample_randomness(batch, self.seed, shape, timesteps=timesteps, offset=offset)
+        return batch | sample_randomness(batch, self.seed, shape, self.process)
 
     def apply_model(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """x: [B, C, h, w], t: [B], context: [P, M, D], rows: [B] -> the UNet's prediction [B, C, h, w]."""
@@ -267,13 +270,11 @@ class LatentDiffusion(pl.LightningModule):
         )
         posterior = DiagonalGaussian.from_latent_stats(latent_stats.float())
         randomness = batch["randomness"].to(self.device, non_blocking=True)
-        timesteps, posterior_noise, noise, offset = StepRandomness.views(randomness, posterior.mean.shape)
+        timesteps, posterior_noise, noise = StepRandomness.views(randomness, posterior.mean.shape)
         x0 = posterior.sample(posterior_noise)
-        if self.offset_noise:
-            noise = noise + self.offset_noise * offset
-        noisy = add_noise(x0, noise, timesteps, self.alphas_cumprod)
+        noisy = self.process.add_noise(x0, noise, timesteps)
         prediction = self.apply_model(noisy, timesteps, *self.encode_prompts(batch["caption"]))
-        target = training_target(self.parameterization, x0, noise, timesteps, self.alphas_cumprod)
+        target = self.process.target(x0, noise, timesteps)
         prompts = list(compress(batch["caption"], (stream == "prior" for _, stream in batch["stream_ids"])))
         if self._reference is not None and prompts:
             rows = batch["prior_rows"].to(self.device, non_blocking=True)
@@ -285,13 +286,8 @@ class LatentDiffusion(pl.LightningModule):
         """Weight of each item's loss by its own timestep -> [B]."""
         if self.min_snr_gamma is None:
             return torch.ones_like(timesteps, dtype=torch.float32)
-        return min_snr_weights(
-            timesteps,
-            self.alphas_cumprod,
-            gamma=self.min_snr_gamma,
-            floor=self.min_snr_floor,
-            parameterization=self.parameterization,
-        )
+        gamma, floor = self.min_snr_gamma, self.min_snr_floor
+        return min_snr_weights(self.process, timesteps, gamma=gamma, floor=floor)
 
     def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
         """Refuses a Trainer, or its options, with which this module cannot learn."""
@@ -346,5 +342,5 @@ class LatentDiffusion(pl.LightningModule):
             layers = self.lora.weights()
             save_lora(path.with_name("lora.safetensors"), layers, state_dicts, dtype=dtype, metadata=metadata)
             state_dicts = merge_lora(state_dicts, layers)
-        alphas_cumprod = self.alphas_cumprod.cpu()
+        alphas_cumprod = self.process.alphas_cumprod.cpu()
         return save_model(path, state_dicts, alphas_cumprod=alphas_cumprod, dtype=dtype, metadata=metadata)

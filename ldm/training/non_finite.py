@@ -115,7 +115,7 @@ def _error(what: str, step: Step, items: list[tuple[int, str]], module: pl.Light
     names = [f"{stream} item {number}" for number, stream in items]
     if isinstance(module, LatentDiffusion):
         timesteps = torch.empty(len(items), dtype=torch.int64)
-        ItemRNG(module.seed, items).randint("timestep", len(module.alphas_cumprod), timesteps)
+        module.process.sample_times(ItemRNG(module.seed, items), timesteps)
         names = [f"{name} at timestep {t}" for name, t in zip(names, timesteps.tolist(), strict=True)]
     return UserError(
         f"The {what} of step {step.number} is not finite",

@@ -24,8 +24,7 @@ def text2image(module: LatentDiffusion, *, size: int, guidance_base: Denoiser | 
     """The sampling pipeline over the live networks of a run."""
     return Text2Image(
         **module.networks,
-        alphas_cumprod=module.alphas_cumprod,
-        parameterization=module.parameterization,
+        process=module.process,
         default_size=size,
         guidance_base=guidance_base,
     )
@@ -43,8 +42,7 @@ def base_denoiser(module: LatentDiffusion) -> Denoiser:
     return Denoiser(
         unet,
         text_encoder,
-        alphas_cumprod=module.alphas_cumprod.clone(),
-        parameterization=module.parameterization,
+        process=module.process,
         without=without,
     )
 
@@ -93,8 +91,7 @@ def frozen(pipeline: Text2Image) -> Text2Image:
     return Text2Image(
         **{name: network.eval().requires_grad_(False) for name, network in copies.items()},
         vae=pipeline.vae,
-        alphas_cumprod=pipeline.alphas_cumprod.clone(),
-        parameterization=pipeline.parameterization,
+        process=pipeline.process,
         default_size=pipeline.default_size,
     )
 
@@ -131,6 +128,7 @@ def generate_samples(
         [prompt for prompt, _ in jobs],
         seeds=[seed for _, seed in jobs],
         sampler=config.sampler,
+        spacing=config.spacing,
         steps=config.steps,
         guidance_scale=config.guidance_scale,
         negative_prompt=config.negative_prompt,

@@ -25,6 +25,7 @@ from ldm.annotations import (
 from ldm.config import check, get_class, load_config, takes, to_container, with_params
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.diffusion.samplers import SamplerName
+from ldm.diffusion.schedule import Spacing
 from ldm.errors import UserError
 from ldm.precision import Precision
 
@@ -91,13 +92,15 @@ class PriorsConfig:
 class SamplesConfig:
     """The samples of a run: `n` images of each prompt, which may contain {identifier} and {class_word}.
 
-    guidance_base: the base, not the trained model, predicts for the negative prompt. precision: as for prior
-    images. every_steps: optimizer steps between previews, of `preview_n` images of each prompt; 0: none.
+    spacing: of the steps; None: as suits the sampler. guidance_base: the base, not the trained model,
+    predicts for the negative prompt. precision: as for prior images. every_steps: optimizer steps between
+    previews, of `preview_n` images of each prompt; 0: none.
     """
 
     prompts: Sequence[str] = field(default_factory=list)
     n: PositiveInt = 4
     sampler: SamplerName = "ddim"
+    spacing: Spacing | None = None
     steps: PositiveInt = 50
     guidance_scale: NonNegativeFloat = 7.5
     negative_prompt: str = ""

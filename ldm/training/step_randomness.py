@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.diffusion.process import NoiseProcess
 from ldm.randomness import ItemRNG, stream_ids
 
 
@@ -16,20 +17,13 @@ class StepRandomness(NamedTuple):
     timesteps: Tensor  # [B] int64
     posterior: Tensor  # [B, C, h, w], of the latents' posterior
     noise: Tensor  # [B, C, h, w]
-    offset: Tensor  # [B, C, 1, 1], for offset noise; 0 without it
 
     @classmethod
     def views(cls, buffer: Tensor, shape: Sequence[int]) -> "StepRandomness":
         """Views into a buffer. buffer: [bytes] uint8, on any device. shape: (B, C, h, w) of the latents."""
-        count, channels = shape[:2]
-        numbers = buffer[8 * count :].view(torch.float32)
-        posterior, noise, offset = numbers.split([prod(shape), prod(shape), count * channels])
-        return cls(
-            buffer[: 8 * count].view(torch.int64),
-            posterior.view(*shape),
-            noise.view(*shape),
-            offset.view(count, channels, 1, 1),
-        )
+        count = shape[0]
+        posterior, noise = buffer[8 * count :].view(torch.float32).split(prod(shape))
+        return cls(buffer[: 8 * count].view(torch.int64), posterior.view(*shape), noise.view(*shape))
 
 
 def latent_shape(batch: dict, *, channels: int, factor: int) -> tuple[int, int, int, int]:
@@ -41,25 +35,21 @@ def latent_shape(batch: dict, *, channels: int, factor: int) -> tuple[int, int, 
     return count, channels, height // factor, width // factor
 
 
-def sample_randomness(batch: dict, seed: int, shape: Sequence[int], *, timesteps: int, offset: bool) -> dict:
+def sample_randomness(batch: dict, seed: int, shape: Sequence[int], process: NoiseProcess) -> dict:
     """Additions to a batch, made on the CPU, so that the step never waits for the device.
 
     "stream_ids" (see `stream_ids`), "prior_rows" [number of prior items] int64, and "randomness" [bytes]
     uint8, the buffer of `StepRandomness`. The latter two are in pinned memory if there is a GPU.
 
-    shape: (B, C, h, w) of the latents. timesteps: T, of the schedule. offset: whether there is offset noise.
+    shape: (B, C, h, w) of the latents. process: it says how times and noise are distributed.
     """
     pinned, ids = torch.cuda.is_available(), stream_ids(batch)
     rows = [row for row, (_, stream) in enumerate(ids) if stream == "prior"]
-    size = 8 * shape[0] + 4 * (2 * prod(shape) + shape[0] * shape[1])
+    size = 8 * shape[0] + 4 * 2 * prod(shape)
     buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
     views, rng = StepRandomness.views(buffer, shape), ItemRNG(seed, ids)
-    rng.randint("timestep", timesteps, views.timesteps)
+    process.sample_times(rng, views.timesteps)
     rng.randn("posterior", views.posterior)
-    rng.randn("noise", views.noise)
-    if offset:
-        rng.randn("offset", views.offset)
-    else:
-        views.offset.zero_()
+    process.sample_noise(rng, views.noise)
     prior_rows = torch.tensor(rows, dtype=torch.int64, pin_memory=pinned)
     return {"stream_ids": ids, "prior_rows": prior_rows, "randomness": buffer}

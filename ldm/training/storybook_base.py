@@ -1,13 +1,13 @@
 """Training of the storybook's base: the UNet of a small Stable Diffusion, on a stream of captioned images."""
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
-from ldm import randomness
 from ldm.diffusion.loss import mse_per_item
-from ldm.diffusion.schedule import add_noise, training_target
 from ldm.errors import UserError
 from ldm.models.autoencoder import DiagonalGaussian
+from ldm.randomness import ItemRNG
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.schema import TrainerOptions
 
@@ -25,7 +25,6 @@ class StorybookBase(LatentDiffusion):
         left_out = {
             "train_text_encoder": self._text_learns,
             "learned_token": self.learned_token is not None,
-            "offset_noise": bool(self.offset_noise),
             "prior_target": self.prior_target != "noise",
         }
         for key in (key for key, present in left_out.items() if present):
@@ -39,15 +38,17 @@ class StorybookBase(LatentDiffusion):
     def prepare(self, batch: dict) -> dict:
         """Adds "ids" [B, M] and the items' random numbers to a batch, on the CPU; removes the captions."""
         factor, channels = self.first_stage_model.factor, self.first_stage_model.embed_dim
-        shape = (channels, batch["image"].shape[-2] // factor, batch["image"].shape[-1] // factor)
-        which = {"seed": self.seed, "items": batch["item"].tolist()}
+        items = batch["item"].tolist()
+        shape = (len(items), channels, batch["image"].shape[-2] // factor, batch["image"].shape[-1] // factor)
+        posterior, noise = torch.empty(shape), torch.empty(shape)
+        timestep = torch.empty(len(items), dtype=torch.int64)
+        rng = ItemRNG(self.seed, [(item, "subject") for item in items])
+        rng.randn("posterior", posterior)
+        self.process.sample_noise(rng, noise)
+        self.process.sample_times(rng, timestep)
         rest = {key: value for key, value in batch.items() if key != "caption"}
-        return rest | {
-            "ids": self.cond_stage_model.tokenize(batch["caption"]),
-            "posterior": randomness.randn(shape, purpose="subject/posterior", **which),
-            "noise": randomness.randn(shape, purpose="subject/noise", **which),
-            "timestep": randomness.randint(len(self.alphas_cumprod), purpose="subject/timestep", **which),
-        }
+        ids = self.cond_stage_model.tokenize(batch["caption"])
+        return rest | {"ids": ids, "posterior": posterior, "noise": noise, "timestep": timestep}
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         """The random numbers are in the batch already."""
@@ -57,7 +58,7 @@ class StorybookBase(LatentDiffusion):
         """Weighted denoising loss of each item -> [B] float32 (Ho et al. 2020, eq. 14)."""
         posterior = DiagonalGaussian.from_latent_stats(batch["latent_stats"].float())
         x0, noise, timesteps = posterior.sample(batch["posterior"]), batch["noise"], batch["timestep"]
-        noisy = add_noise(x0, noise, timesteps, self.alphas_cumprod)
+        noisy = self.process.add_noise(x0, noise, timesteps)
         prediction = self.apply_model(noisy, timesteps, self.cond_stage_model(batch["ids"]))
-        target = training_target(self.parameterization, x0, noise, timesteps, self.alphas_cumprod)
+        target = self.process.target(x0, noise, timesteps)
         return mse_per_item(prediction, target) * self.loss_weights(timesteps)

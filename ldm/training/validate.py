@@ -78,7 +78,7 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
     data.check()
     check_prior_target(module, data)
     nodes = evaluation_nodes(config)
-    _check_sampling(config, nodes, timesteps=len(module.alphas_cumprod), words=data.words)
+    _check_sampling(config, nodes, timesteps=len(module.process.alphas_cumprod), words=data.words)
     for node in nodes.values():
         instantiate(node)  # reads its own networks and prompts
 

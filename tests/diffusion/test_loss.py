@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from ldm.diffusion.loss import dreambooth_loss, min_snr_weights, mse_per_item
-from ldm.diffusion.schedule import add_noise, make_alphas_cumprod, snr, to_x0, training_target
-from ldm.errors import UserError
+from ldm.diffusion.process import DiscreteDiffusion
+from ldm.diffusion.schedule import make_alphas_cumprod
 
 ALPHAS = make_alphas_cumprod()
+EPS = DiscreteDiffusion(ALPHAS)
 
 
 def test_mse_keeps_items_apart_and_in_float32():
@@ -48,42 +49,43 @@ def test_a_broken_item_of_one_part_leaves_the_other_parts_gradient_alone():
 @pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
 def test_min_snr_weighs_the_same_x0_error_alike_in_every_parameterization(parameterization):
     """weight * error² in the network's own target = min(SNR, gamma) * error² in x0 (Hang et al. 2023)."""
+    process = DiscreteDiffusion(ALPHAS, parameterization=parameterization)
     timesteps = torch.tensor([5, 200, 500, 900])
     draw = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(4, 4, 2, 2, generator=draw) for _ in range(2))
-    x_t = add_noise(x0, noise, timesteps, ALPHAS)
-    target = training_target(parameterization, x0, noise, timesteps, ALPHAS)
+    x_t = process.add_noise(x0, noise, timesteps)
+    target = process.target(x0, noise, timesteps)
     prediction = target + 0.1
-    x0_error = mse_per_item(to_x0(parameterization, prediction, x_t, timesteps, ALPHAS), x0)
-    weights = min_snr_weights(timesteps, ALPHAS, gamma=5.0, parameterization=parameterization)
+    levels = [process.level(t) for t in timesteps.tolist()]
+    x0_again = torch.stack(list(map(process.denoised, prediction.double(), x_t.double(), levels)))
+    x0_error = mse_per_item(x0_again, x0)
+    weights = min_snr_weights(process, timesteps, gamma=5.0)
     snr = ALPHAS[timesteps] / (1 - ALPHAS[timesteps])
     torch.testing.assert_close(
         weights * mse_per_item(prediction, target), snr.clamp(max=5) * x0_error, rtol=1e-4, atol=0
     )
     assert weights.shape == (4,) and weights.dtype == torch.float32
-    with pytest.raises(UserError, match="noise"):
-        min_snr_weights(timesteps, ALPHAS, gamma=5.0, parameterization="noise")
 
 
 def test_min_snr_leaves_eps_alone_where_little_signal_is_left():
-    weights = min_snr_weights(torch.tensor([10, 999]), ALPHAS, gamma=5.0, parameterization="eps")
+    weights = min_snr_weights(EPS, torch.tensor([10, 999]), gamma=5.0)
     assert weights[1].item() == 1.0 and weights[0].item() < 0.05
 
 
 def test_weights_meet_their_own_items():
     """Subject items at one timestep, prior at another: each half carries the weight of its own."""
     timesteps, is_prior = torch.tensor([10, 10, 999, 999]), torch.tensor([False, False, True, True])
-    weights = min_snr_weights(timesteps, ALPHAS, gamma=5.0, parameterization="eps")
+    weights = min_snr_weights(EPS, timesteps, gamma=5.0)
     loss = dreambooth_loss(weights * torch.ones(4), is_prior, 1.0)
     assert loss.subject.item() == pytest.approx(weights[0].item()) and loss.prior.item() == 1.0
 
 
 def test_a_floor_adds_that_share_of_the_error_in_x0():
     """floor / SNR times the error in eps is floor times the error in x0, whatever the network predicts."""
-    alphas_cumprod, timesteps = make_alphas_cumprod(), torch.tensor([5, 400, 999])
-    ratio = snr(timesteps, alphas_cumprod)
+    timesteps = torch.tensor([5, 400, 999])
+    ratio = ALPHAS[timesteps] / (1 - ALPHAS[timesteps])
     for parameterization, per_x0 in (("eps", ratio), ("v", ratio + 1), ("x0", torch.ones(3))):
-        options = {"gamma": 5.0, "parameterization": parameterization}
-        plain = min_snr_weights(timesteps, alphas_cumprod, **options)
-        raised = min_snr_weights(timesteps, alphas_cumprod, floor=0.1, **options)
+        process = DiscreteDiffusion(ALPHAS, parameterization=parameterization)
+        plain = min_snr_weights(process, timesteps, gamma=5.0)
+        raised = min_snr_weights(process, timesteps, gamma=5.0, floor=0.1)
         torch.testing.assert_close((raised - plain) * per_x0, torch.full((3,), 0.1))

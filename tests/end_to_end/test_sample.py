@@ -110,16 +110,21 @@ def test_named_prompts_take_the_words_that_the_model_was_taught(
 def test_a_run_s_own_sampler_steps_and_guidance_are_the_defaults(
     workdir, tiny_networks, tiny_config, monkeypatch
 ):
+    own = {"sampler": "dpm++2m", "spacing": "karras", "steps": 2, "guidance_scale": 1.5}
     metadata = {
         "ldm.config": json.dumps(tiny_config),
-        "ldm.training": json.dumps({"samples": {"sampler": "dpm++2m", "steps": 2, "guidance_scale": 1.5}}),
+        "ldm.training": json.dumps({"samples": own}),
     }
     parts = {part: network.state_dict() for part, network in tiny_networks.items()}
     path = save_model("taught.safetensors", parts, alphas_cumprod=None, metadata=metadata)
     sample(monkeypatch, "--prompt", "a dog", "--n", 1, "--model", path, "--out", "own", *QUICK[2:])
     with Image.open("own/000-a-dog-23.png") as picture:
-        about = json.loads(picture.text["dreambooth"])
-    assert (about["sampler"], about["steps"], about["guidance_scale"]) == ("dpm++2m", 2, 1.5)
+        assert own.items() <= json.loads(picture.text["dreambooth"]).items()
+        assert "Sampler: DPM++ 2M Karras, " in picture.text["parameters"]
+    given = ["--sampler", "euler_a", "--spacing", "trailing", "--steps", 3, *QUICK[2:]]
+    sample(monkeypatch, "--prompt", "a dog", "--n", 1, "--model", path, "--out", "given", *given)
+    with Image.open("given/000-a-dog-23.png") as picture:
+        assert "Steps: 3, Sampler: Euler a, " in picture.text["parameters"]
 
 
 def test_a_picture_is_drawn_over(workdir, tiny_model_file, monkeypatch):

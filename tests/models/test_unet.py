@@ -224,6 +224,11 @@ def test_prepared_contexts_and_timesteps_predict_the_same(rows, use_linear):
     both = unet.predict(x, torch.tensor([901, 3]), prepared, rows)
     wanted = unet.predict(x, torch.tensor([901, 3]), contexts, rows)
     assert (both - wanted).abs().max() <= 1e-12 * wanted.abs().max()
-    for unknown in (445, 902):
+    between = unet.prepare(contexts, torch.tensor([901.25, 444.5]))
+    found = unet.predict(x, torch.tensor([444.5, 901.25]), between, rows)
+    wanted = unet.predict(x, torch.tensor([444.5, 901.25]), contexts, rows)
+    assert (found - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+    assert (found - unet.predict(x, torch.tensor([444, 901]), contexts, rows)).abs().max() > 1e-6
+    for unknown in (445, 902, 444.5):
         with pytest.raises((IndexError, RuntimeError)):
             unet.predict(x, torch.tensor([unknown, unknown]), prepared, rows)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.diffusion.process import DiscreteDiffusion
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.pipeline import Text2Image
 
@@ -68,7 +69,8 @@ def test_a_short_prompt_is_one_chunk_and_each_chunk_is_encoded_alone(tiny_networ
     text_encoder = tiny_networks["text_encoder"]  # a token a character, 30 fit
     for prompt in ("", "a dog", "x" * 30):
         assert torch.equal(text_encoder.tokenize_chunks(prompt), text_encoder.tokenize([prompt]))
-    t2i = Text2Image(**tiny_networks, alphas_cumprod=torch.linspace(0.99, 0.01, 1000), default_size=16)
+    process = DiscreteDiffusion(torch.linspace(0.99, 0.01, 1000))
+    t2i = Text2Image(**tiny_networks, process=process, default_size=16)
     long = "the big red dog here, " + "b" * 25
     (context, unconditional), (short, _) = t2i._contexts([long, "a dog"], "mud", 4, chunked=True)
     parts = [
@@ -81,7 +83,8 @@ def test_a_short_prompt_is_one_chunk_and_each_chunk_is_encoded_alone(tiny_networ
 
 
 def test_a_picture_is_the_same_beside_a_longer_prompt(tiny_networks, caplog):
-    t2i = Text2Image(**tiny_networks, alphas_cumprod=torch.linspace(0.99, 0.01, 1000), default_size=16)
+    process = DiscreteDiffusion(torch.linspace(0.99, 0.01, 1000))
+    t2i = Text2Image(**tiny_networks, process=process, default_size=16)
     long = "the big red dog here, " + "b" * 25
     options = {"steps": 2, "long_prompts": True}
     together = t2i(["a dog", long, "a cat"], seeds=[0, 1, 2], **options)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ldm.diffusion.schedule import add_noise, make_alphas_cumprod, training_target
+from ldm.diffusion.process import DiscreteDiffusion
+from ldm.diffusion.schedule import make_alphas_cumprod
 
 X0, NOISE = torch.randn(2, 64, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 TIMESTEPS = torch.linspace(0, 999, 64).long()
@@ -26,10 +27,11 @@ def test_alphas_cumprod(ours, theirs):
 
 
 def test_add_noise(reference):
-    ours = add_noise(X0, NOISE, TIMESTEPS, reference.alphas_cumprod)
+    ours = DiscreteDiffusion(reference.alphas_cumprod).add_noise(X0, NOISE, TIMESTEPS)
     torch.testing.assert_close(ours, reference.add_noise(X0, NOISE, TIMESTEPS), rtol=1e-5, atol=1e-6)
 
 
 def test_v_target(reference):
-    ours = training_target("v", X0, NOISE, TIMESTEPS, reference.alphas_cumprod)
+    process = DiscreteDiffusion(reference.alphas_cumprod, parameterization="v")
+    ours = process.target(X0, NOISE, TIMESTEPS)
     torch.testing.assert_close(ours, reference.get_velocity(X0, NOISE, TIMESTEPS), rtol=1e-5, atol=1e-6)

@@ -171,12 +171,12 @@ def test_folder_to_file_to_folder(family, tmp_path):
     expected = sd_v1.names() if family == "sd1" else sd_v1.names() - text | set(sd_v2.text_encoder())
     assert names(file) == expected and len(expected) == {"sd1": 1143, "sd2": 1240}[family]
     t2i = Text2Image.from_file(released)
-    assert t2i.parameterization == {"sd1": "eps", "sd2": "v"}[family]
+    assert t2i.process.parameterization == {"sd1": "eps", "sd2": "v"}[family]
     assert t2i.default_size == {"sd1": 512, "sd2": 768}[family]
     assert_close(drawn_here(t2i, there["latents"]), there, "our reading of the folder")
     del t2i
     t2i = Text2Image.from_file(file)
-    assert t2i.parameterization == {"sd1": "eps", "sd2": "v"}[family]
+    assert t2i.process.parameterization == {"sd1": "eps", "sd2": "v"}[family]
     t2i.text_encoder.tokenizer_name = str(released / "tokenizer")
     assert_close(drawn_here(t2i), there, "our picture from the file")
     del t2i

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ldm import randomness
 from ldm.checkpoints.layout import PREFIXES
-from ldm.diffusion.schedule import add_noise
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.optimizers import adamw, lr_factor
 
@@ -44,7 +43,7 @@ def reference_loss(module: LatentDiffusion, batch: dict, k: int) -> Tensor:
     x0 = mean + std * torch.randn(mean.shape, generator=draw["posterior"])
     noise = torch.randn(mean.shape, generator=draw["noise"])
     t = torch.randint(1000, (1,), generator=draw["timestep"])
-    noisy = add_noise(x0[None], noise[None], t, module.alphas_cumprod)
+    noisy = module.process.add_noise(x0[None], noise[None], t)
     context = module.cond_stage_model(module.cond_stage_model.tokenize([batch["caption"][k]]))
     return (module.apply_model(noisy, t, context) - noise).square().mean()
 

@@ -138,7 +138,8 @@ def test_bfloat16_weights_learn_through_the_same_step(tiny_config: dict, tiny_ne
     assert {p.dtype for name in ("unet", "text_encoder") for p in rounded.networks[name].parameters()} == {
         torch.bfloat16
     }
-    assert rounded.alphas_cumprod.dtype == next(rounded.first_stage_model.parameters()).dtype == torch.float32
+    schedule = rounded.process.alphas_cumprod
+    assert schedule.dtype == next(rounded.first_stage_model.parameters()).dtype == torch.float32
     torch.testing.assert_close(
         rounded.loss_per_item(batch_of(0)), exact.loss_per_item(batch_of(0)), rtol=0.02, atol=0
     )

@@ -4,16 +4,20 @@ import pytest
 import torch
 
 from ldm import randomness
+from ldm.diffusion.process import DiscreteDiffusion
+from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.randomness import stream_ids
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
 
 BATCH = {"is_prior": torch.tensor([False, True, True]), "item": torch.tensor([4, 4, 9])}
 SHAPE = (3, 4, 8, 6)
+PROCESS = DiscreteDiffusion(make_alphas_cumprod(), offset_noise=0.1)
 
 
-@pytest.mark.parametrize("offset", [False, True])
-def test_each_number_is_that_of_its_item_part_and_purpose(offset: bool):
-    found = sample_randomness(BATCH, 7, SHAPE, timesteps=1000, offset=offset)
+@pytest.mark.parametrize("offset_noise", [0.0, 0.1])
+def test_each_number_is_that_of_its_item_part_and_purpose(offset_noise: float):
+    process = DiscreteDiffusion(make_alphas_cumprod(), offset_noise=offset_noise)
+    found = sample_randomness(BATCH, 7, SHAPE, process)
     assert found["randomness"].dtype == torch.uint8
     draws = StepRandomness.views(found["randomness"].clone(), SHAPE)
     for k, (item, part) in enumerate(stream_ids(BATCH)):
@@ -23,14 +27,13 @@ def test_each_number_is_that_of_its_item_part_and_purpose(offset: bool):
 
         assert draws.timesteps[k] == torch.randint(1000, (), generator=source("timestep"))
         assert torch.equal(draws.posterior[k], torch.randn(SHAPE[1:], generator=source("posterior")))
-        assert torch.equal(draws.noise[k], torch.randn(SHAPE[1:], generator=source("noise")))
-        wanted = torch.randn(4, 1, 1, generator=source("offset")) if offset else torch.zeros(4, 1, 1)
-        assert torch.equal(draws.offset[k], wanted)
+        offset = offset_noise * torch.randn(4, 1, 1, generator=source("offset"))
+        assert torch.equal(draws.noise[k], torch.randn(SHAPE[1:], generator=source("noise")) + offset)
     assert found["prior_rows"].tolist() == [1, 2]
 
 
 def test_the_buffer_holds_nothing_else():
-    draws = sample_randomness(BATCH, 7, SHAPE, timesteps=1000, offset=True)
+    draws = sample_randomness(BATCH, 7, SHAPE, PROCESS)
     views = StepRandomness.views(draws["randomness"], SHAPE)
     assert len(draws["randomness"]) == sum(view.nbytes for view in views)
     assert {view.untyped_storage().data_ptr() for view in views} == {draws["randomness"].data_ptr()}
@@ -45,5 +48,5 @@ def test_latents_of_moments_and_of_images_have_the_same_shape():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_they_are_pinned():
-    found = sample_randomness(BATCH, 7, SHAPE, timesteps=1000, offset=True)
+    found = sample_randomness(BATCH, 7, SHAPE, PROCESS)
     assert found["randomness"].is_pinned() and found["prior_rows"].is_pinned()

@@ -39,7 +39,7 @@ class SeenNoise(LatentDiffusion):
     """Keeps what the loss compared the prediction with: eps is the noise itself."""
 
     def apply_model(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
-        a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        a = self.process.alphas_cumprod[t].view(-1, 1, 1, 1)
         self.noise = (x - a.sqrt() * self.x0) / (1 - a).sqrt()
         return super().apply_model(x, t, context, rows)
 
