@@ -79,6 +79,10 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
     check_prior_target(module, data)
     nodes = evaluation_nodes(config)
     _check_sampling(config, nodes, timesteps=len(module.process.alphas_cumprod), words=data.words)
+    if config.samples.spacing is not None:
+        module.process.levels(
+            config.samples.steps, config.samples.spacing
+        )  # refuses what the schedule has not
     for node in nodes.values():
         instantiate(node)  # reads its own networks and prompts
 
