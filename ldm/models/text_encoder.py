@@ -57,9 +57,6 @@ class CLIPTextEncoder(nn.Module):
         if hidden_act not in ACT2FN:
             remedy = "CLIP's are quick_gelu and gelu."
             raise UserError(f"{hidden_act!r} is no activation", where="text_encoder", remedy=remedy)
-        if max(bos_token_id, eos_token_id, pad_token_id or 0) >= vocab_size:
-            what = f"A special token is not among the {vocab_size} of the vocabulary"
-            raise UserError(what, where="text_encoder", remedy="Set vocab_size, and the ids of the tokens.")
         self.vocab_size, self.max_length = vocab_size, max_length
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self.pad_token_id = eos_token_id if pad_token_id is None else pad_token_id

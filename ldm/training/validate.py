@@ -104,6 +104,10 @@ def _check_networks(module: LatentDiffusion) -> None:
         "unet.params.out_channels": (unet.out[-1].out_channels, vae.embed_dim, "vae.params.embed_dim"),
         "unet.params.context_dim": (unet.context_dim, width, "text_encoder.params.hidden_size"),
     }
+    if max(text.bos_token_id, text.eos_token_id, text.pad_token_id) >= text.vocab_size:
+        what = f"A special token is not among the {text.vocab_size} of the vocabulary"
+        where, remedy = "model.params.text_encoder.params", "Set vocab_size, and the ids of the tokens."
+        raise UserError(what, where=where, remedy=remedy)
     for key, (own, wanted, other) in pairs.items():
         if own != wanted:
             where, remedy = f"model.params.{key}", "Give them the same number."

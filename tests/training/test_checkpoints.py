@@ -75,7 +75,7 @@ def test_the_last_and_the_best_stay(job: Job, tmp_path: Path, monkeypatch: pytes
 
 def test_keeping_none_would_lose_the_run(words: list[str]):
     for key in ("checkpoint_every", "checkpoints_kept"):
-        with pytest.raises(UserError, match=f"^0 .*at least 1 .{key}"):
+        with pytest.raises(UserError, match=rf"^0 .*at least 1\) \({key}"):
             parse([*words, f"{key}=0"])
         assert getattr(parse([*words, f"{key}=1"]), key) == 1
 
