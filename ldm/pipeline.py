@@ -85,6 +85,7 @@ class Text2Image:
         loras: Sequence[tuple[Path, float]] = (),
         embeddings: Sequence[Path] = (),
         guidance_base: str | Path | None = None,
+        vae: str | Path | None = None,
     ) -> "Text2Image":
         """From a Stable Diffusion file, or a folder as diffusers saves it.
 
@@ -93,9 +94,10 @@ class Text2Image:
         embeddings: textual-inversion files, whose tokens prompts may contain; a run's own is read too.
         guidance_base: file or folder of the model that predicts for the negative prompt. If it is the same
         file, it is not loaded twice: the LoRAs are attached instead of merged, and off in that prediction.
+        vae: a file or folder of the VAE, in place of the model's own.
         """
         how = {"config": config, "device": device, "dtype": dtype}
-        file, base, beside = ModelFile(path, **how), None, []
+        file, base, beside = ModelFile(path, vae=vae, **how), None, []
         if guidance_base is not None:
             base = ModelFile(guidance_base, names=("unet", "text_encoder"), **how)
             base.model.require_prediction(base.parameterization)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+from ldm.checkpoints import run_checkpoint
 from ldm.config import check, instantiate, load_config, to_plain
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import load_image
@@ -68,9 +69,11 @@ def parse() -> argparse.Namespace:
 
 
 def run_config(model: Path | None) -> dict[str, Any]:
-    """The config of the run that a model file lies in; empty without one."""
-    path = model.with_name("config.yaml") if model else None
-    return to_plain(load_config([path])) if path and path.exists() else {}
+    """The config of the run that a model file or a checkpoint lies in; empty without one."""
+    if model is None:
+        return {}
+    beside = model.with_name("config.yaml")
+    return to_plain(load_config([beside])) if beside.exists() else run_checkpoint.run_config(model)
 
 
 def evaluation_of(options: argparse.Namespace, config: Mapping[str, Any]) -> Evaluation:

@@ -16,7 +16,7 @@ LEAVES = {"errors", "files", "randomness", "contact_sheet"}  # may be imported f
 MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
     "diffusion": set(),
     "models": set(),
-    "checkpoints": set(),
+    "checkpoints": {"config"},
     "config": set(),
     "data": set(),
     "storybook": {"data"},

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from ldm.checkpoints.known import training_of
+
 ARCHITECTURES = {  # (width of the UNet's first level, width of its context, parameterization)
     (320, 768, "eps"): "stable-diffusion-v1",
     (320, 1024, "eps"): "stable-diffusion-v2-512",
@@ -19,6 +21,7 @@ IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"  # whose tensor n
 CLIP_VOCABULARY = 49408
 PRIVATE = ("_root", "folder", "cache", "base_checkpoint", "base_parts")  # keys with paths end so
 SAMPLING_DEFAULTS = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5}  # Stable Diffusion's usual ones
+KINDS = {"sampler": (str,), "steps": (int,), "guidance_scale": (int, float)}
 NETWORKS = ("unet", "vae", "text_encoder")  # keys of nodes that `ldm.config` holds
 
 
@@ -61,8 +64,8 @@ def file_metadata(
 
 def taught_words(metadata: Mapping[str, str]) -> dict[str, str | None]:
     """Identifier and class_word of the subject that a file was trained on; None where it does not say."""
-    training = json.loads(metadata.get("ldm.training", "{}"))
-    class_word = training.get("data", {}).get("params", {}).get("class_word")
+    class_word = _section(_section(training_of(metadata), "data"), "params").get("class_word")
+    class_word = class_word if isinstance(class_word, str) else None
     trigger = metadata.get("modelspec.trigger_phrase", "")
     taught = class_word is not None and trigger.endswith(f" {class_word}")
     return {
@@ -73,8 +76,16 @@ def taught_words(metadata: Mapping[str, str]) -> dict[str, str | None]:
 
 def sampling_defaults(metadata: Mapping[str, str]) -> dict[str, str | int | float]:
     """Sampler, steps and guidance scale that suit a file: its run's, else `SAMPLING_DEFAULTS`."""
-    samples = json.loads(metadata.get("ldm.training", "{}")).get("samples") or {}
-    return {name: samples.get(name, value) for name, value in SAMPLING_DEFAULTS.items()}
+    samples = _section(training_of(metadata), "samples")
+    return {
+        name: samples[name] if type(samples.get(name)) in KINDS[name] else value
+        for name, value in SAMPLING_DEFAULTS.items()
+    }
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = config.get(key)
+    return section if isinstance(section, dict) else {}
 
 
 def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ldm.checkpoints.load import file_hash, load_state_dicts, open_model
 from ldm.checkpoints.modelspec import file_metadata
 from ldm.checkpoints.save import DTYPES
 from ldm.checkpoints.tensors import unpickle
+from ldm.checkpoints.vae import open_vae
 from ldm.config import instantiate
 from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.prompts import fill
@@ -56,11 +57,11 @@ class Export:
 
 
 def base_files(plain: Mapping[str, Any]) -> dict[str, Path]:
-    """Network -> the file or folder of its base weights; "all" is `base_checkpoint`, which has all networks.
+    """Network -> the file or folder of its base weights; "all" is `base_checkpoint`, of all other networks.
 
     Raises UserError for a missing file.
     """
-    named = plain.get("base_parts") or {"all": plain.get("base_checkpoint")}
+    named = {"all": plain.get("base_checkpoint"), **(plain.get("base_parts") or {})}
     files = {part: find_file(name) for part, name in named.items() if name}
     for path in files.values():
         if not path.exists():
@@ -81,11 +82,17 @@ def load_base(
     `parameterization`, a UNet that predicts something else is refused.
     """
     for part, path in files.items():
-        names = list(networks) if part == "all" else [part]
+        names = [name for name in networks if name not in files] if part == "all" else [part]
         if part not in ("all", *networks):
             remedy = f"Choose {', '.join(networks)}."
             raise UserError(f"`{part}` is not a network", where="base_parts", remedy=remedy)
+        if part == "vae":
+            load_state_dicts({part: networks[part]}, {part: open_vae(path)[0]}, where=path)
+            continue
         model = open_model(path)
+        if model.learned_tokens:
+            what = f"The learned word {', '.join(model.learned_tokens)} of this checkpoint would be lost"
+            raise UserError(what, where=path, remedy="Continue that run: --resume RUN.")
         if parameterization is not None and "unet" in names:
             model.require_prediction(parameterization)
         found = {name: model.state_dicts.get(name, {}) for name in names}
