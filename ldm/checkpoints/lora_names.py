@@ -5,6 +5,10 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 NETWORK_PREFIXES = {"unet": ("lora_unet_", "unet."), "text_encoder": ("lora_te_", "text_encoder.")}
+READ_PREFIXES = {  # diffusers' converter to kohya's keys has a 1, as in SDXL
+    "unet": NETWORK_PREFIXES["unet"],
+    "text_encoder": (*NETWORK_PREFIXES["text_encoder"], "lora_te1_"),
+}
 PEFT_PREFIX = "base_model.model."  # of PEFT's own files, which hold one network
 ENDS = {
     ".lora_down.weight": "down",
@@ -36,7 +40,7 @@ OTHER_ADAPTERS = {  # sign in a tensor's name -> what the file is
     r"\.lora_B\.(default\.)?bias$": "a LoRA with biases",
 }
 OTHER_FAMILIES = {  # the same for a LoRA of another family
-    r"^(lora_te[12]_|text_encoder_2\.)": "Stable Diffusion XL",
+    r"^(lora_te2_|text_encoder_2\.)": "Stable Diffusion XL",
     r"^(lora_unet_(double|single)_blocks|transformer\.|lora_transformer_)": "a diffusion transformer",
     r"joint_(transformer_)?blocks": "Stable Diffusion 3",
 }
@@ -61,7 +65,7 @@ def lora_key(name: str) -> LoRAKey | None:
         return None
     module = spelt.removesuffix(end).removeprefix(PEFT_PREFIX)
     network = None
-    for each, prefixes in NETWORK_PREFIXES.items():
+    for each, prefixes in READ_PREFIXES.items():
         prefix = next((prefix for prefix in prefixes if module.startswith(prefix)), None)
         if prefix is not None:
             network, module = each, module.removeprefix(prefix)

@@ -223,7 +223,6 @@ def test_other_adapters_are_called_by_their_kind(name, tiny_model_file, tmp_path
     ("name", "family"),
     [
         ("lora_te2_text_model_encoder_layers_0_self_attn_q_proj", "Stable Diffusion XL"),
-        ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "Stable Diffusion XL"),
         ("lora_unet_double_blocks_0_img_attn_proj", "a diffusion transformer"),
         ("lora_unet_joint_blocks_0_x_block_attn_proj", "Stable Diffusion 3"),
         ("lora_unet_no_such_layer", None),

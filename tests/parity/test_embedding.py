@@ -66,7 +66,7 @@ OTHER_TOOLS = {  # tool -> what it writes of vectors [3, 32], the file's name, t
     "diffusers, safetensors": (lambda x: {"<owl>": x}, "learned_embeds.safetensors", "<owl>"),
     "a bare tensor": (lambda x: x, "my-dog.pt", "my-dog"),
     "a list of vectors": (list, "my-dog.pt", "my-dog"),
-    "a list of tensors": (lambda x: [x[:1], x[1:]], "my-dog.bin", "my-dog"),
+    "a list of tensors": (lambda x: list(x.split(2)), "my-dog.bin", "my-dog"),
 }
 
 
