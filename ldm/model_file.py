@@ -19,8 +19,6 @@ from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
 from ldm.models.lora import LoRA
 
-# What a constructor raises for numbers that no network has
-IMPOSSIBLE = (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, LookupError)
 SCHEDULE = ("beta_schedule", "linear_start", "linear_end", "timesteps", "zero_terminal_snr")
 
 
@@ -104,7 +102,9 @@ def check_model(model: Model, params: Mapping[str, Any], *, names: Collection[st
         with torch.device("meta"):
             networks = {name: instantiate(params[name]) for name in names}
         _check_heads(params["unet"].get("params") or {}, where=model.path)
-    except IMPOSSIBLE as error:
+    except UserError:
+        raise
+    except Exception as error:  # numbers that no network has: of many kinds, by the libraries' constructors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"No network has these params: {reason}", where=model.path) from error
     check_fit(networks, model.state_dicts, where=model.path)
