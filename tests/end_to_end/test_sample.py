@@ -135,7 +135,7 @@ def test_a_picture_is_drawn_over(workdir, tiny_model_file, monkeypatch):
 
 
 def test_a_vae_is_swapped(workdir, tiny_networks, tiny_model_file, monkeypatch):
-    vae = {name: x * 1.1 for name, x in tiny_networks["vae"].state_dict().items()}
+    vae = {name: (x * 1.1).contiguous() for name, x in tiny_networks["vae"].state_dict().items()}
     save_file(vae, "vae.safetensors")
     options = ["--prompt", "a dog", "--n", 1, "--model", tiny_model_file, *QUICK]
     sample(monkeypatch, *options, "--out", "own")
