@@ -16,6 +16,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 KEYS = ("lora_alpha", "use_rslora", "alpha_pattern")  # what the scale depends on, besides the rank
 PATTERN = re.compile(r"[\w.\\^$*+|-]{1,200}")  # of layers: a name, or an expression that is quickly matched
 MOST_REPEATS = 3
+MOST_ALPHA = 1e6
 
 
 class LoraScale:
@@ -88,7 +89,7 @@ def _check(config: Mapping[str, Any], *, where: object) -> None:
     patterns = patterns if isinstance(patterns, dict) else {"": None}
     for key, value in {"lora_alpha": config.get("lora_alpha", 8), **patterns}.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or abs(value) > 1e6:
+        if not number or not -MOST_ALPHA <= value <= MOST_ALPHA:
             raise UserError(f"The LoRA's config has no number as its alpha (`{key}`)", where=where)
     if not isinstance(config.get("use_rslora", False), bool):
         raise UserError("The LoRA's config has a `use_rslora` that is neither true nor false", where=where)

@@ -10,7 +10,7 @@ from ldm.checkpoints import diffusers_names as names
 from ldm.checkpoints import folder
 from ldm.checkpoints.diffusers_config import autoencoder_params
 from ldm.checkpoints.infer_config import SD1, count_names
-from ldm.checkpoints.known import read_known
+from ldm.checkpoints.known import check_known, check_sizes, read_known
 from ldm.checkpoints.layout import LATENT_CHANNELS, NOT_WEIGHTS, PREFIXES, renamed
 from ldm.checkpoints.shards import INDEX, read_shards
 from ldm.checkpoints.tensors import read_tensors
@@ -31,6 +31,8 @@ def open_vae(path: str | Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | N
         inner = path if (path / "config.json").exists() else path / "vae"
         with folder.config_of(inner):
             params = autoencoder_params(folder.read_json(inner / "config.json"), where=inner)
+            check_sizes(params, where=inner)
+            check_known({"vae": {"params": params}}, where=inner)
         tensors, node = _own_names(folder.read_weights(inner), params), {"params": params}
     else:
         held, metadata = read_shards(path) if path.name.endswith(INDEX) else read_tensors(path)
