@@ -76,9 +76,12 @@ def require_space(folder: Path, needed: int, *, what: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files of killed processes, in subfolders too; no process may be writing there."""
-    for path in folder.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    """Removes what killed processes left, files and folders, in subfolders too; none may be writing there."""
+    for path in list(folder.rglob(".*.tmp")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_section(path: Path, name: str, text: str) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoints.embedding import EMBEDDING, read_embedding
+from ldm.checkpoints.embedding import embeddings_beside, read_embedding
 from ldm.checkpoints.layout import PREFIXES
-from ldm.checkpoints.load import file_hash, init_on_meta, load_state_dicts, open_model
+from ldm.checkpoints.load import Model, check_fit, file_hash, init_on_meta, load_state_dicts, open_model
 from ldm.checkpoints.lora import merge_lora, read_lora
+from ldm.checkpoints.run_checkpoint import model_params
 from ldm.config import instantiate
 from ldm.denoiser import Denoiser
 from ldm.diffusion.process import DiscreteDiffusion, NoiseProcess
@@ -25,7 +26,8 @@ class ModelFile:
     """A Stable Diffusion file, or a folder as diffusers saves it, and its networks in eval mode.
 
     config: with a `model` section, or the params of one; None takes what its metadata or layout says.
-    names: the networks that are wanted, of {"unet", "vae", "text_encoder"}.
+    names: the networks that are wanted, of {"unet", "vae", "text_encoder"}. vae: a file or folder of the VAE
+    in place of its own. Raises UserError, before memory is taken, if tensors and config do not fit.
     """
 
     def __init__(
@@ -36,12 +38,14 @@ class ModelFile:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         names: Collection[str] = tuple(PREFIXES),
+        vae: str | Path | None = None,
     ):
         _check_device(device)
         self.path = Path(path)
         self.device = device
-        self.model = open_model(path)
+        self.model = open_model(path, vae=vae, config=config)
         params = self.model.config if config is None else _model_params(config, where=path)
+        check_model(self.model, params, names=names)
         schedule = {key: params[key] for key in SCHEDULE if key in params}
         self.process: NoiseProcess = DiscreteDiffusion(
             make_alphas_cumprod(**schedule, dtype=torch.float64),
@@ -66,9 +70,11 @@ class ModelFile:
         for file, weight in loras:
             state_dicts = merge_lora(state_dicts, read_lora(file, state_dicts), weight=weight)
         load_state_dicts(self.networks, state_dicts, where=self.path, device=self.device)
-        for file in [*_own_embedding(self.path), *embeddings]:
-            for word, vectors in read_embedding(file).items():
-                self.networks["text_encoder"].add_token(word, vectors)
+        tokens = [*self.model.learned_tokens.items()]
+        for file in [*_own_embeddings(self.path), *embeddings]:
+            tokens += read_embedding(file).items()
+        for word, vectors in tokens:
+            self.networks["text_encoder"].add_token(word, vectors, new=False)
         for network in self.networks.values():
             network.eval().to(self.device).requires_grad_(False)
 
@@ -90,15 +96,37 @@ class ModelFile:
         )
 
 
-def _own_embedding(path: Path) -> list[Path]:
-    """The learned token of a run, in a file beside its model."""
-    file = path.with_name(EMBEDDING)
-    return [file] if path.name == "model.safetensors" and file.is_file() else []
+def check_model(model: Model, params: Mapping[str, Any], *, names: Collection[str] = tuple(PREFIXES)) -> None:
+    """Raises UserError if the tensors do not fit the networks of `params`; these are built without memory."""
+    try:
+        with torch.device("meta"):
+            networks = {name: instantiate(params[name]) for name in names}
+        _check_heads(params["unet"].get("params") or {}, where=model.path)
+    except UserError:
+        raise
+    except Exception as error:  # numbers that no network has: of many kinds, by the libraries' constructors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"No network has these params: {reason}", where=model.path) from error
+    check_fit(networks, model.state_dicts, where=model.path)
+
+
+def _check_heads(unet: Mapping[str, Any], *, where: object) -> None:
+    """Raises UserError where heads of equal width do not make up a level's channels."""
+    for mult in unet.get("channel_mult", (1, 2, 4, 4)):
+        width, head_width = unet.get("model_channels", 320) * mult, unet.get("num_head_channels")
+        heads = width // head_width if head_width else unet.get("num_heads", 8)
+        if heads < 1 or width % heads:
+            raise UserError(f"{width} channels cannot be divided into {heads} heads", where=where)
+
+
+def _own_embeddings(path: Path) -> list[Path]:
+    """The learned tokens of a run, in files beside its model."""
+    return sorted(embeddings_beside(path).glob("*.safetensors")) if path.name == "model.safetensors" else []
 
 
 def _model_params(config: Mapping[str, Any], *, where: object) -> Mapping[str, Any]:
     """Params of a config's model section, which must describe the networks."""
-    params = config["model"].get("params", {}) if "model" in config else config
+    params = model_params(config)
     missing = [name for name in PREFIXES if name not in params]
     if missing:
         raise UserError(f"The model section of the config lacks {', '.join(missing)}", where=where)

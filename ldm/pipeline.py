@@ -83,27 +83,27 @@ class Text2Image:
         loras: Sequence[tuple[Path, float]] = (),
         embeddings: Sequence[Path] = (),
         guidance_base: str | Path | None = None,
+        vae: str | Path | None = None,
     ) -> "Text2Image":
         """From a Stable Diffusion file, or a folder as diffusers saves it.
 
         config: with a `model` section, or the params of one; None takes what its metadata or layout says.
-        loras: files, each with the weight at which it is merged into the networks.
-        embeddings: textual-inversion files, whose tokens prompts may contain; a run's own is read too.
+        loras: files, each with the weight at which it is merged. embeddings: textual-inversion files, whose
+        tokens prompts may contain; a run's own is read too. vae: a file or folder in place of the model's.
         guidance_base: file or folder of the model that predicts for the negative prompt. If it is the same
         file, it is not loaded twice: the LoRAs are attached instead of merged, and off in that prediction.
         """
         how = {"config": config, "device": device, "dtype": dtype}
-        file, base, beside = ModelFile(path, **how), None, []
+        file, base, beside = ModelFile(path, vae=vae, **how), None, []
         if guidance_base is not None:
             base = ModelFile(guidance_base, names=("unet", "text_encoder"), **how)
             base.model.require_prediction(base.process.parameterization)
             require_same_kind(file.denoiser(), base.denoiser())
-        if base is None or base.hash != file.hash:
-            file.fill(loras=loras, embeddings=embeddings)
-        else:
-            file.fill(embeddings=embeddings)
+        same = base is not None and base.hash == file.hash
+        file.fill(loras=() if same else loras, embeddings=embeddings)
+        if same:
             base, beside = file, file.attach(loras)
-        if base not in (None, file):
+        elif base is not None:
             base.fill(embeddings=embeddings)
         return cls(
             **file.networks,

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+from ldm.checkpoints.embedding import embeddings_beside, save_embedding
 from ldm.checkpoints.infer_config import SCHEDULE
 from ldm.checkpoints.layout import join
-from ldm.checkpoints.load import file_hash, open_model
-from ldm.checkpoints.lora import merge_lora, read_lora
+from ldm.checkpoints.load import Model, file_hash, open_model
+from ldm.checkpoints.lora import merge_lora, read_lora, stored_as
 from ldm.checkpoints.modelspec import file_metadata
 from ldm.checkpoints.save import DTYPES, cast_tensors, save_model
 from ldm.checkpoints.save_folder import check_folder, save_folder
@@ -25,6 +26,7 @@ from ldm.checkpoints.shards import INDEX, write_shards
 from ldm.config import load_config, to_container
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
+from ldm.model_file import check_model
 from ldm.models.text_encoder import load_tokenizer
 
 
@@ -41,9 +43,24 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--ema", action="store_true", help="take the averaged weights of the UNet, from a file that has both")
     add("--lora", type=Path, metavar="FILE", help="a LoRA to merge into the weights")
     add("--lora_weight", type=float, default=1.0, help="its weight (1)")
+    add("--vae", type=Path, metavar="FILE", help="a VAE in place of the model's: a file or diffusers folder")
     add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
     add("--tokenizer", metavar="FOLDER", help="with vocab.json and merges.txt; default: the model's own")
     return parser.parse_args(words)
+
+
+def opened(options: argparse.Namespace) -> Model:
+    """The source, checked as when it is loaded, with its LoRA merged in the dtype of each tensor."""
+    config = to_container(load_config([options.config])) if options.config else None
+    model = open_model(options.source, ema=options.ema, vae=options.vae, config=config)
+    check_model(model, model.config)
+    if options.lora is None:
+        return model
+    layers = read_lora(options.lora, model.state_dicts)
+    merged = merge_lora(model.state_dicts, layers, weight=options.lora_weight)
+    if options.dtype is None:
+        merged = {name: stored_as(tensors, model.state_dicts[name]) for name, tensors in merged.items()}
+    return replace(model, state_dicts=merged)
 
 
 def main(options: argparse.Namespace) -> Path:
@@ -51,14 +68,10 @@ def main(options: argparse.Namespace) -> Path:
     to_folder = options.target.suffix not in (".safetensors", ".ckpt") and not sharded
     if to_folder:
         check_folder(options.target)
-    model = open_model(options.source, ema=options.ema)
-    if options.config:
-        model = replace(model, known=to_container(load_config([options.config]))["model"]["params"])
+    model = opened(options)
     dtype = DTYPES[options.dtype] if options.dtype else None
-    if options.lora:
-        layers = read_lora(options.lora, model.state_dicts)
-        dtype = dtype or model.state_dicts["unet"]["out.2.weight"].dtype
-        model = replace(model, state_dicts=merge_lora(model.state_dicts, layers, weight=options.lora_weight))
+    for word, vectors in model.learned_tokens.items():
+        print(save_embedding(embeddings_beside(options.target), word, vectors, metadata={}))
     size = model.size(model.config["parameterization"])
     if to_folder:
         name = options.tokenizer or model.config["text_encoder"]["params"]["tokenizer"]

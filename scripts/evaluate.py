@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 from ldm.annotations import Node
+from ldm.checkpoints import run_checkpoint
 from ldm.config import check, instantiate
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import load_image
@@ -70,9 +71,10 @@ def parse() -> argparse.Namespace:
 
 
 def run_config(model: Path | None) -> RunConfig | None:
-    """The config of the run that a model file lies in; None without one."""
-    path = model.with_name("config.yaml") if model else None
-    return RunConfig.read(path) if path and path.exists() else None
+    """The config of the run that a model file or a checkpoint lies in; None without one."""
+    places = [] if model is None else [model.with_name("config.yaml"), run_checkpoint.config_of(model)]
+    path = next((path for path in places if path is not None and path.is_file()), None)
+    return RunConfig.read(path) if path else None
 
 
 def evaluation_of(options: argparse.Namespace, config: RunConfig | None) -> Evaluation:

@@ -5,13 +5,15 @@ import logging
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-from ldm.checkpoints.load import open_model
+from ldm.checkpoints.embedding import read_embedding
+from ldm.checkpoints.load import file_hash, open_model
 from ldm.checkpoints.modelspec import sampling_defaults, taught_words
 from ldm.checkpoints.save import DTYPES
 from ldm.config import load_config, to_container
@@ -21,6 +23,7 @@ from ldm.data.prompts import read_prompts
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import SPACINGS
 from ldm.errors import UserError
+from ldm.models.text_encoder import find_words
 from ldm.pipeline import Text2Image, find_model
 from ldm.precision import resolve_precision
 from ldm.training.device import keep_freed_memory
@@ -47,6 +50,7 @@ def parse() -> argparse.Namespace:
         help="model or run that gives the unconditional prediction",
     )
     add("--embedding", nargs="+", default=[], type=Path, metavar="FILE", help="textual-inversion files")
+    add("--vae", type=Path, metavar="FILE", help="a VAE in place of the model's: a file or diffusers folder")
     add("--n", type=int, default=4, help="images of each prompt")
     add("--seed", type=int, default=23, help="image i of a prompt has the seed + i")
     add("--negative_prompt", default="", metavar="TEXT", help="what the images should not show")
@@ -95,6 +99,15 @@ def weighted(word: str) -> tuple[Path, float]:
         return Path(word), 1.0  # the colon is the path's
 
 
+def check_embeddings(files: Sequence[Path], prompts: Sequence[str]) -> None:
+    """Raises UserError for an embedding whose word no prompt has: it would change nothing."""
+    for file in files:
+        words = list(read_embedding(file))
+        if not any(find_words(prompt, words) for prompt in prompts):
+            what = f"No prompt has the word of this embedding, `{'` or `'.join(words)}`"
+            raise UserError(what, where=file, remedy="Write it into a prompt, as a word of its own.")
+
+
 def name_of(path: Path) -> str:
     """Name of a model: its file's, or its run's."""
     return path.resolve().parent.name if path.stem == "model" else path.stem
@@ -106,15 +119,16 @@ def main(options: argparse.Namespace) -> None:
     keep_freed_memory()
     path, precision = find_model(options.model), resolve_precision(options.precision, options.device)
     print(f"model: {path}")
-    said = open_model(path).metadata
+    config = to_container(load_config([options.config])) if options.config else None
+    said = open_model(path, vae=options.vae, config=config).metadata
     words = taught_words(said)
     words |= {name: getattr(options, name) for name in words if getattr(options, name)}
     prompts = options.prompt + (read_prompts(options.prompts, **words) if options.prompts else [])
     init_image = load_image(options.init_image) if options.init_image else None
-    config = to_container(load_config([options.config])) if options.config else None
+    check_embeddings(options.embedding, [*prompts, options.negative_prompt])
     loras = [weighted(word) for word in options.lora]
     base = find_model(options.guidance_base) if options.guidance_base else None
-    added = {"loras": loras, "embeddings": options.embedding, "guidance_base": base}
+    added = {"loras": loras, "embeddings": options.embedding, "guidance_base": base, "vae": options.vae}
     place = {"device": options.device, "dtype": DTYPES[precision]}
     pipeline = Text2Image.from_file(path, config=config, **place, **added)
     settings = {name: getattr(options, name) for name in SETTINGS}
@@ -126,6 +140,7 @@ def main(options: argparse.Namespace) -> None:
         about |= {"strength": options.strength, "init_image": options.init_image.name}
     settings |= {"init_image": init_image, "long_prompts": options.long_prompts}
     about |= {"lora": options.lora} if loras else {}
+    about |= {"vae": options.vae.name, "vae_hash": file_hash(options.vae)} if options.vae else {}
     if base:
         about |= {"guidance_base": name_of(base), "guidance_base_hash": pipeline.guidance_base.model_hash}
     about |= {"embedding": [file.name for file in options.embedding]} if options.embedding else {}

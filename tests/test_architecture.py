@@ -16,7 +16,7 @@ LEAVES = {"annotations", "errors", "files", "randomness", "contact_sheet"}  # ma
 MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
     "diffusion": set(),
     "models": set(),
-    "checkpoints": set(),
+    "checkpoints": {"config"},
     "config": set(),
     "data": set(),
     "storybook": {"data"},

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from ldm.files import HashingWriter, atomic_write, file_sha256
+from ldm.files import HashingWriter, atomic_write, file_sha256, remove_leftovers
 
 
 def test_the_new_file_replaces_the_old_one(tmp_path):
@@ -81,3 +81,16 @@ def test_threads_write_side_by_side(tmp_path):
         list(pool.map(write, range(64)))
     assert sorted(int(path.read_text()) for path in tmp_path.iterdir()) == list(range(64))
     assert os.umask(mask) == mask
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    """Files, folders with what is in them, at any depth; a link is removed, not what it points to."""
+    kept = [tmp_path / "model.safetensors", tmp_path / "x.tmp", tmp_path / "elsewhere" / "a.bin"]
+    left = [tmp_path / ".a.bin.xyz.tmp", tmp_path / "in" / ".b.tmp", tmp_path / ".c.tmp" / "unet" / ".d.tmp"]
+    for path in (*kept, *left):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    (tmp_path / ".link.tmp").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    remove_leftovers(tmp_path)
+    assert {p.name for p in tmp_path.rglob("*") if not p.is_dir()} == {path.name for path in kept}
+    remove_leftovers(tmp_path)

@@ -113,6 +113,7 @@ def reshape_vae_attention(tensors: Mapping[str, Tensor], *, dims: int) -> Lazy:
     def take(name: str) -> Tensor:
         tensor = tensors[name]
         projects = ".attn_1." in name and name.endswith(".weight") and tensor.ndim > 1
+        projects = projects and tensor.shape[2:].numel() == 1
         return tensor.reshape(*tensor.shape[:2], *[1] * (dims - 2)) if projects else tensor
 
     return Lazy({name: partial(take, name) for name in tensors})

@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ldm.checkpoints import diffusers_config as configs
 from ldm.checkpoints import diffusers_names as names
+from ldm.checkpoints.known import check_known, check_sizes
 from ldm.checkpoints.layout import OPENCLIP_REST, renamed
 from ldm.checkpoints.openclip import TEXT_MODEL, UNUSED, with_last_layer
+from ldm.checkpoints.shards import read_shards
 from ldm.checkpoints.tensors import Lazy, read_tensors
 from ldm.errors import UserError
 
@@ -22,6 +24,9 @@ REST_FILE = "openclip_rest.safetensors"  # our own, in text_encoder: tensors tha
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+MOST_CELLS = 1000  # a side of the latents
+# What reading a config raises that lacks keys, or has values of other types
+UNUSABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,11 @@ def is_folder(path: Path) -> bool:
 def read_folder(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
     """The state dicts of the three networks (see `layout.split`), and what the JSON configs say."""
     _check(folder)
+    with config_of(folder):
+        return _read(folder)
+
+
+def _read(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
     unet, vae, text_encoder = (read_json(folder / name / "config.json") for name in FOLDERS)
     tokenizer = folder / "tokenizer" if (folder / "tokenizer" / "vocab.json").is_file() else None
     known = {
@@ -49,6 +59,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
         "vae": {"params": configs.autoencoder_params(vae, where=folder / "vae")},
     }
     unet_params, vae_params = known["unet"]["params"], known["vae"]["params"]
+    for params in (unet_params, vae_params):
+        check_sizes(params, where=folder)
     vae_tensors = names.rename(read_weights(folder / "vae"), names.autoencoder_reading_table(vae_params))
     state_dicts: dict[str, Mapping[str, Tensor]] = {
         "unet": names.rename(read_weights(folder / "unet"), names.inverse(names.unet_table(unet_params))),
@@ -56,6 +68,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
         "text_encoder": _text_encoder(read_weights(folder / "text_encoder")),
     }
     text = configs.text_encoder_params(text_encoder, tokenizer=tokenizer)
+    check_sizes(text, where=folder)
     rest_file = folder / "text_encoder" / REST_FILE
     if unet_params["use_linear_in_transformer"] or rest_file.exists():
         rest = read_tensors(rest_file)[0] if rest_file.exists() else {}
@@ -67,9 +80,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.exists():
         known |= configs.schedule_params(read_json(scheduler), where=scheduler)
+    check_known(known, where=folder)
     cells = unet.get("sample_size")
     factor = 2 ** (len(vae_params["ch_mult"]) - 1)
-    return state_dicts, About(known, cells * factor if isinstance(cells, int) else None, tokenizer)
+    size = cells * factor if isinstance(cells, int) and 0 < cells < MOST_CELLS else None
+    return state_dicts, About(known, size, tokenizer)
 
 
 def read_weights(folder: Path) -> Mapping[str, Tensor]:
@@ -81,22 +96,23 @@ def read_weights(folder: Path) -> Mapping[str, Tensor]:
     path = found[0][1]
     if path.suffix != ".json":
         return read_tensors(path)[0]
-    where = read_json(path).get("weight_map", {})  # name -> file
-    missing = sorted({file for file in where.values() if not (folder / file).is_file()})
-    if missing:
-        what = f"{len(missing)} of the files that {path.name} lists are missing ({', '.join(missing)})"
-        raise UserError(what, where=folder, remedy="Download the whole folder.")
-    files = {file: read_tensors(folder / file)[0] for file in set(where.values())}
-    absent = [name for name, file in where.items() if name not in files[file]]
-    if absent:
-        raise UserError(f"`{absent[0]}` is not in {where[absent[0]]}, where {path.name} has it", where=folder)
-    return Lazy({name: partial(files[file].__getitem__, name) for name, file in where.items()})
+    return read_shards(path)[0]
+
+
+@contextmanager
+def config_of(folder: Path) -> Iterator[None]:
+    """Raises UserError for a JSON config that lacks a key, or has one of another type, inside `with`."""
+    try:
+        yield
+    except UNUSABLE as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"The config describes no network: {reason}", where=folder) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"The config cannot be read: {error}", where=path) from error
     if not isinstance(content, dict):
         raise UserError("The config is not a JSON object", where=path)

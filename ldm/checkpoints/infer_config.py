@@ -5,7 +5,7 @@ prediction type) comes from the file's own config or else from its family, Stabl
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -44,6 +44,7 @@ KNOWN_FAMILIES = {  # (width of the UNet's first level, of its context) -> what 
     (320, 768): ("Stable Diffusion 1.x", "configs/dreambooth-sd1.yaml"),
     (320, 1024): ("Stable Diffusion 2.x", "configs/dreambooth-sd2.yaml"),
 }
+MOST = 2**20  # of any size in a network
 V_PREDICTION_STD = 0.09  # std of a norm's bias in SD 2.x: larger in v-prediction models, smaller in eps
 
 logger = logging.getLogger(__name__)
@@ -58,10 +59,7 @@ def model_config(state_dicts: StateDicts, known: Mapping[str, Any] | None = None
     known = known or {}
     config: dict[str, Any] = {}
     for name, (target, shape) in NETWORKS.items():
-        try:
-            params = shape(state_dicts[name])
-        except (KeyError, ValueError) as error:
-            raise UserError(f"The file is not a whole model: its {name} lacks {error}") from error
+        params = _shape_of(state_dicts, name, shape)
         node = known.get(name)
         if node is None and known_family(state_dicts["unet"]) is None:
             what = (
@@ -77,12 +75,31 @@ def model_config(state_dicts: StateDicts, known: Mapping[str, Any] | None = None
     return config | {"parameterization": parameterization}
 
 
+def _shape_of(
+    state_dicts: StateDicts, name: str, shape: Callable[[Mapping[str, Tensor]], dict[str, Any]]
+) -> dict[str, Any]:
+    """The params that the shapes of a network's tensors determine."""
+    try:
+        params = shape(state_dicts[name])
+    except KeyError as error:
+        remedy = "A VAE of the family completes it: --vae FILE." if name == "vae" else None
+        raise UserError(f"The file is not a whole model: its {name} lacks {error}", remedy=remedy) from error
+    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+        what = f"The {name} in the file has no shape that a network of Stable Diffusion has"
+        raise UserError(what) from error
+    sizes = [n for value in params.values() for n in (value if isinstance(value, list) else [value])]
+    if not all(0 < n <= MOST for n in sizes if not isinstance(n, bool)):
+        raise UserError(f"The {name} in the file has no shape that a network of Stable Diffusion has")
+    return params
+
+
 def known_family(unet: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """(family, config file for it) of a UNet with the widths of a released one; None for others."""
     conv_in = unet.get("input_blocks.0.0.weight")
     to_k = unet.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
-    sizes = None if conv_in is None or to_k is None else (len(conv_in), to_k.shape[1])
-    return KNOWN_FAMILIES.get(sizes)
+    if conv_in is None or to_k is None or conv_in.ndim != 4 or to_k.ndim != 2:
+        return None
+    return KNOWN_FAMILIES.get((len(conv_in), to_k.shape[1]))
 
 
 def infer_prediction_type(state_dicts: StateDicts) -> str:
@@ -99,6 +116,8 @@ def unet_shape(unet: Mapping[str, Tensor]) -> dict[str, Any]:
     """The params of `UNetModel` that the shapes of its tensors determine."""
     levels = 1 + sum(name.startswith("input_blocks.") and name.endswith(".op.weight") for name in unet)
     blocks = 1 + max(int(name.split(".")[1]) for name in unet if name.startswith("input_blocks."))
+    if blocks != count_names(unet, "input_blocks."):
+        raise ValueError("a block is missing")
     stride = blocks // levels  # one more than the residual blocks of a level
     firsts = [f"input_blocks.{1 + level * stride}" for level in range(levels)]
     conv_in = unet["input_blocks.0.0.weight"]
@@ -114,14 +133,14 @@ def unet_shape(unet: Mapping[str, Tensor]) -> dict[str, Any]:
             2**level for level, first in enumerate(firsts) if f"{first}.1.norm.weight" in unet
         ],
         "context_dim": unet[f"{middle}0.attn2.to_k.weight"].shape[1],
-        "transformer_depth": _count(unet, middle),
+        "transformer_depth": count_names(unet, middle),
         "use_linear_in_transformer": unet["middle_block.1.proj_in.weight"].ndim == 2,
     }
 
 
 def autoencoder_shape(vae: Mapping[str, Tensor]) -> dict[str, Any]:
     """The params of `AutoencoderKL` that the shapes of its tensors determine."""
-    levels = _count(vae, "encoder.down.")
+    levels = count_names(vae, "encoder.down.")
     width, channels = vae["encoder.conv_in.weight"].shape[:2]
     widths = [len(vae[f"encoder.down.{level}.block.0.conv1.bias"]) for level in range(levels)]
     return {
@@ -129,7 +148,7 @@ def autoencoder_shape(vae: Mapping[str, Tensor]) -> dict[str, Any]:
         "z_channels": len(vae["post_quant_conv.bias"]),
         "ch": width,
         "ch_mult": [w // width for w in widths],
-        "num_res_blocks": _count(vae, "encoder.down.0.block."),
+        "num_res_blocks": count_names(vae, "encoder.down.0.block."),
         "embed_dim": vae["post_quant_conv.weight"].shape[1],
     }
 
@@ -142,12 +161,12 @@ def text_encoder_shape(text_encoder: Mapping[str, Tensor]) -> dict[str, Any]:
         "vocab_size": vocab_size,
         "hidden_size": width,
         "intermediate_size": len(text_encoder[f"{LAYER}0.mlp.fc1.bias"]),
-        "num_hidden_layers": _count(text_encoder, LAYER),
+        "num_hidden_layers": count_names(text_encoder, LAYER),
         "max_length": len(text_encoder[f"{embeddings}position_embedding.weight"]),
     }
 
 
-def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+def count_names(tensors: Mapping[str, Tensor], prefix: str) -> int:
     """Number of different names that follow a prefix, as in `prefix`0, `prefix`1, ..."""
     return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
 

@@ -13,6 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.ema import EMA_PREFIX, dotted
+from ldm.checkpoints.lora_names import other_adapter
 from ldm.checkpoints.openclip import TEXT_MODEL, from_openclip, to_openclip
 from ldm.checkpoints.tensors import Lazy
 from ldm.errors import UserError
@@ -22,7 +24,8 @@ PREFIXES = {
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.",
 }
-EMA_PREFIX = "model_ema."  # a moving average of the UNet, its names without their dots
+LEARNED_TOKENS = "learned_tokens."  # of `CLIPTextEncoder`, in checkpoints of a run
+RUN_LORA = "lora.layers."  # of a run's LoRA, in its checkpoints
 SCHEDULE_BUFFERS = (
     "betas",
     "alphas_cumprod",
@@ -41,13 +44,16 @@ POSITION_IDS = TEXT_MODEL + "embeddings.position_ids"
 POSITION_EMBEDDING = TEXT_MODEL + "embeddings.position_embedding.weight"
 OPENCLIP_PREFIX = PREFIXES["text_encoder"] + "model."
 OPENCLIP_REST = "openclip_rest"  # tensors that no network uses, kept so that the file can be written again
+QUANTIZED = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8")  # ends of names, by ComfyUI
 FOREIGN = {  # parts of names that only files of other models have
     "lora_": "a LoRA",
+    "_lora.": "a LoRA",
     ".lora_A.": "a LoRA",
     ".lora.down.": "a LoRA",
-    "hada_w1_": "a LyCORIS",
     "string_to_param": "a textual inversion embedding",
     "emb_params": "a textual inversion embedding",
+    "emp_params": "a textual inversion embedding",
+    "clip_g": "a textual inversion embedding of Stable Diffusion XL",
     "conditioner.embedders.": "a Stable Diffusion XL model",
     "label_emb.": "a Stable Diffusion XL or unCLIP UNet",
     "joint_blocks.": "a Stable Diffusion 3 model",
@@ -68,6 +74,7 @@ PARTIAL = {  # parts of names in files that hold one network
     "input_blocks.": "a UNet alone",
     "time_embed.": "a UNet alone",
 }
+NOT_WEIGHTS = ("loss.", EMA_PREFIX, LEARNED_TOKENS)  # beginnings of names inside a network that it has not
 LATENT_CHANNELS = 4
 OTHER_UNETS = {  # channels that the UNet takes -> what it is for
     9: "an inpainting model",
@@ -93,9 +100,11 @@ def split(state_dict: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
             openclip[name.removeprefix(OPENCLIP_PREFIX)] = name
         elif network is not None:
             inner = _own_name(name.removeprefix(PREFIXES[network]))
-            if not inner.endswith(".position_ids") and not inner.startswith(("loss.", EMA_PREFIX)):
+            if not inner.endswith(".position_ids") and not inner.startswith(NOT_WEIGHTS):
+                if inner in tables[network]:
+                    raise UserError(f"`{name}` is in the file under two names")
                 tables[network][inner] = name
-        elif name not in SCHEDULE_BUFFERS and not name.startswith(EMA_PREFIX):
+        elif name not in SCHEDULE_BUFFERS and not name.startswith((EMA_PREFIX, RUN_LORA)):
             stray.append(name)
     if stray:
         logger.warning("Ignored %d tensors that belong to no network: %s", len(stray), ", ".join(stray[:3]))
@@ -169,7 +178,7 @@ def schedule_buffers(alphas_cumprod: Tensor) -> dict[str, Tensor]:
     return {name: value.float() for name, value in zip(SCHEDULE_BUFFERS, values, strict=True)}
 
 
-def choose_ema(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def choose_ema(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The state dict with the UNet's EMA weights in place of the raw ones. Raises UserError without any."""
     unet = [name for name in state_dict if name.startswith(PREFIXES["unet"])]
     averages = {name: EMA_PREFIX + name.removeprefix("model.").replace(".", "") for name in unet}
@@ -179,7 +188,25 @@ def choose_ema(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"{len(missing)} of {len(unet)} UNet tensors have no EMA weights in this file",
             remedy="Load the raw weights instead.",
         )
-    return dict(state_dict) | {name: state_dict[average] for name, average in averages.items()}
+    return renamed(state_dict, {name: name for name in state_dict} | averages)
+
+
+def with_ema_alone(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A file that holds the UNet's EMA weights alone, under the names of raw ones; any other as it is."""
+    averages = [name for name in state_dict if name.startswith(EMA_PREFIX)]
+    if not averages or any(name.startswith(PREFIXES["unet"]) for name in state_dict):
+        return state_dict
+    logger.warning("The file holds the EMA weights of the UNet alone: they are taken")
+    table = {own: name for name in averages if (own := dotted(name)) is not None}
+    return renamed(state_dict, {name: name for name in state_dict} | table)
+
+
+def check_not_quantized(names: Iterable[str]) -> None:
+    """Raises UserError for weights that are to be multiplied by scales in other tensors."""
+    scales = [name for name in names if name.endswith(QUANTIZED)]
+    if scales:
+        what = f"The weights are quantized, with {len(scales)} scales beside them, such as `{scales[0]}`"
+        raise UserError(what, remedy="Use the fp16 or bf16 file of the same model, or fp8 without scales.")
 
 
 def describe(names: Iterable[str]) -> str | None:
@@ -190,13 +217,13 @@ def describe(names: Iterable[str]) -> str | None:
         return next((what for sign, what in signs.items() if any(sign in name for name in names)), None)
 
     ours = any(name.startswith(prefix) for prefix in PREFIXES.values() for name in names)
-    return first(FOREIGN) or (None if ours else first(PARTIAL) or "something else")
+    return other_adapter(names) or first(FOREIGN) or (None if ours else first(PARTIAL) or "something else")
 
 
 def describe_unet(unet: Mapping[str, Tensor]) -> str | None:
     """What a UNet with more input channels is for, such as inpainting; None for text to image."""
     conv_in = unet.get("input_blocks.0.0.weight")  # [width, channels, 3, 3]
-    channels = LATENT_CHANNELS if conv_in is None else conv_in.shape[1]
+    channels = LATENT_CHANNELS if conv_in is None or conv_in.ndim != 4 else conv_in.shape[1]
     return None if channels == LATENT_CHANNELS else OTHER_UNETS.get(channels, "another kind of model")
 
 

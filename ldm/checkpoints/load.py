@@ -1,11 +1,10 @@
 """Opening a model of any format, and loading it into networks tensor by tensor, all or nothing."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ldm.checkpoints import folder, infer_config, layout
+from ldm.checkpoints import folder, infer_config, layout, run_checkpoint
+from ldm.checkpoints.known import check_known, read_known
+from ldm.checkpoints.lora import merge_lora
 from ldm.checkpoints.shards import INDEX, read_shards, shard_files
 from ldm.checkpoints.tensors import read_tensors
+from ldm.checkpoints.vae import check_same_scale, open_vae
 from ldm.errors import UserError
 from ldm.files import file_sha256
-
-PREDICTION_TYPES = {"epsilon": "eps", "v": "v"}  # of modelspec
-
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +32,8 @@ class Model:
     state_dicts: see `layout.split`. known: what it says of its networks and schedule, see
     `infer_config.model_config`.
     given_size: image size in pixels, if it says. tokenizer: folder of its vocabulary, if it has one.
+    learned_tokens: word -> embeddings [n, D], in a run's checkpoint. prediction: the prediction type that it
+    states itself, also where a config is given in place of what it says.
     """
 
     path: Path
@@ -41,6 +42,8 @@ class Model:
     known: Mapping[str, Any]
     given_size: int | None = None
     tokenizer: Path | None = None
+    learned_tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    prediction: str | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -52,7 +55,7 @@ class Model:
 
     def require_prediction(self, parameterization: str) -> None:
         """Raises UserError if the file names another prediction type; warns if its weights suggest it."""
-        said = self.known.get("parameterization")
+        said = self.prediction
         found = said or infer_config.infer_prediction_type(self.state_dicts)
         if found == parameterization:
             return
@@ -68,18 +71,29 @@ class Model:
         return self.given_size or (768 if v_prediction else 512)
 
 
-def open_model(path: str | Path, *, ema: bool = False) -> Model:
+def open_model(
+    path: str | Path,
+    *,
+    ema: bool = False,
+    vae: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Model:
     """Opens a Stable Diffusion file, the index of its shards, or a diffusers folder; reads no tensor.
 
-    ema: take the EMA weights of the UNet, from a file that holds both. Raises UserError for anything else
-    than a text-to-image model of Stable Diffusion 1.x or 2.x.
+    ema: take the EMA weights of the UNet, from a file that holds both. vae: a VAE in place of its own, see
+    `open_vae`. config: stands for what the file says; with a `model` section, or the params of one.
+    In a run's checkpoint, its LoRA is merged. Raises UserError for anything else than a text-to-image model
+    of Stable Diffusion 1.x or 2.x.
     """
     path = Path(path)
     try:
-        model = _open(path, ema=ema)
+        model = _open(path, config, ema=ema)
+        model = model if vae is None else _with_vae(model, Path(vae))
     except OSError as error:
         what = f"The model cannot be read: {error.strerror or error}"
         raise UserError(what, where=error.filename or path, remedy="Check its permissions.") from error
+    except UserError as error:
+        raise UserError(error.what, where=error.where or path, remedy=error.remedy) from error
     what = layout.describe_unet(model.state_dicts["unet"])
     if what is not None:
         conv_in = model.state_dicts["unet"]["input_blocks.0.0.weight"]
@@ -91,28 +105,64 @@ def open_model(path: str | Path, *, ema: bool = False) -> Model:
     return model
 
 
-def _open(path: Path, *, ema: bool) -> Model:
+def _open(path: Path, config: Mapping[str, Any] | None, *, ema: bool) -> Model:
     if folder.is_folder(path):
         if ema:
             raise UserError("A diffusers folder has no separate EMA weights", where=path)
         state_dicts, about = folder.read_folder(path)
-        return Model(path, state_dicts, {}, about.known, given_size=about.size, tokenizer=about.tokenizer)
+        return Model(
+            path,
+            state_dicts,
+            {},
+            about.known if config is None else run_checkpoint.model_params(config),
+            given_size=run_checkpoint.image_size(config or {}) or about.size,
+            tokenizer=about.tokenizer,
+            prediction=about.known.get("parameterization"),
+        )
     tensors, metadata = read_checkpoint(path, ema=ema)
-    known, size = _about(metadata)
-    return Model(path, layout.split(tensors), metadata, known, given_size=size)
+    own_config = run_checkpoint.run_config(path)
+    config = own_config if config is None else config
+    known, size = read_known(metadata, where=path)
+    known |= run_checkpoint.model_params(own_config)
+    params = run_checkpoint.model_params(config)
+    check_known(params, where=path)
+    state_dicts = layout.split(tensors)
+    layers = run_checkpoint.lora_layers(tensors, state_dicts, params, where=path)
+    return Model(
+        path,
+        merge_lora(state_dicts, layers) if layers else state_dicts,
+        metadata,
+        params or known,
+        given_size=run_checkpoint.image_size(config) or size,
+        learned_tokens=run_checkpoint.learned_tokens(tensors),
+        prediction=known.get("parameterization"),
+    )
+
+
+def _with_vae(model: Model, path: Path) -> Model:
+    tensors, node = open_vae(path)
+    own = model.known.get("vae")
+    check_same_scale(node, own, where=path)
+    known = model.known if node is None else {**model.known, "vae": node}
+    return replace(model, state_dicts={**model.state_dicts, "vae": tensors}, known=known)
 
 
 def read_checkpoint(path: str | Path, *, ema: bool = False) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Tensors of a Stable Diffusion file under its own names (see `layout.split`), and its text metadata."""
     path = Path(path)
     tensors, metadata = read_shards(path) if path.name.endswith(INDEX) else read_tensors(path)
+    tensors = layout.with_ema_alone(tensors)
     what = layout.describe(tensors)
     if what is not None:
         remedy = f"Names should begin with {', '.join(layout.PREFIXES.values())}; here is {min(tensors)}."
         raise UserError(
             f"This is not a Stable Diffusion model file, it looks like {what}", where=path, remedy=remedy
         )
-    return (layout.choose_ema(tensors) if ema else tensors), metadata
+    try:
+        layout.check_not_quantized(tensors)
+        return (layout.choose_ema(tensors) if ema else tensors), metadata
+    except UserError as error:
+        raise UserError(error.what, where=path, remedy=error.remedy) from error
 
 
 @contextmanager
@@ -141,16 +191,29 @@ def load_state_dicts(
     """Copies each state dict into its module, which keeps its dtype and device.
 
     Modules built under `init_on_meta` are created on `device`, one tensor after the other. Raises UserError,
-    before anything is copied, if names or shapes differ.
+    before anything is copied, if they do not fit (`check_fit`).
     """
+    check_fit(modules, state_dicts, where=where)
+    for name, module in modules.items():
+        _fill(module, state_dicts[name], device)
+
+
+def check_fit(
+    modules: Mapping[str, nn.Module],
+    state_dicts: Mapping[str, Mapping[str, Tensor]],
+    *,
+    where: object = None,
+) -> None:
+    """Raises UserError if names, shapes or kinds of numbers differ; modules may be on the meta device."""
     report = [
         line for name, module in modules.items() for line in _misfits(name, module, state_dicts.get(name, {}))
     ]
     if report:
         what = "The weights do not fit the model:\n  " + "\n  ".join(report) + "\n"
-        raise UserError(what, where=where, remedy=_which_config(state_dicts))
-    for name, module in modules.items():
-        _fill(module, state_dicts[name], device)
+        remedy = _which_config(state_dicts)
+        if all(line.startswith("vae: the file holds none") for line in report):
+            remedy = "A VAE of the family completes it: --vae FILE, or base_parts.vae=FILE in a config."
+        raise UserError(what, where=where, remedy=remedy)
 
 
 def file_hash(path: str | Path) -> str:
@@ -164,16 +227,6 @@ def file_hash(path: str | Path) -> str:
         lines = [f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
     return file_sha256(path)
-
-
-def _about(metadata: Mapping[str, str]) -> tuple[dict[str, Any], int | None]:
-    """Metadata of a single file -> (config of its networks and schedule, image size in pixels)."""
-    known = json.loads(metadata.get("ldm.config", "{}"))
-    prediction = PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type", ""))
-    if prediction and "parameterization" not in known:
-        known["parameterization"] = prediction
-    size = metadata.get("ldm.size") or metadata.get("modelspec.resolution", "").split("x")[0]
-    return known, int(size) if size.isdigit() else None
 
 
 @torch.no_grad()
@@ -194,15 +247,20 @@ def _misfits(name: str, module: nn.Module, state_dict: Mapping[str, Tensor]) -> 
     own = module.state_dict()
     if own and not state_dict:
         return [f"{name}: the file holds none of its {len(own)} tensors"]
-    shapes = [
-        f"{key} {list(state_dict[key].shape)} for {list(own[key].shape)}"
-        for key in own
-        if key in state_dict and state_dict[key].shape != own[key].shape
-    ]
+    held = {key: (tensor.shape, tensor.dtype) for key in own if (tensor := state_dict.get(key)) is not None}
     kinds = {
-        "missing": [key for key in own if key not in state_dict],
+        "missing": [key for key in own if key not in held],
         "unknown": [key for key in state_dict if key not in own],
-        "of another shape": shapes,
+        "of another shape": [
+            f"{key} {list(shape)} for {list(own[key].shape)}"
+            for key, (shape, _) in held.items()
+            if shape != own[key].shape
+        ],
+        "not of floating-point numbers": [
+            f"{key} {dtype}"
+            for key, (_, dtype) in held.items()
+            if own[key].is_floating_point() and not dtype.is_floating_point
+        ],
     }
     return [f"{name}: {len(keys)} {kind} ({_some(keys)})" for kind, keys in kinds.items() if keys]
 

@@ -1,9 +1,10 @@
 """LoRA files, with the keys of kohya's sd-scripts (A1111, ComfyUI) or of PEFT (diffusers), and merging.
 
 Both name layers as diffusers does. kohya's keys have underscores for dots, and alpha is a tensor of its own;
-PEFT assumes alpha = rank, so its files hold `up` times alpha / rank.
+our PEFT files have no alpha, so they hold `up` times alpha / rank. Other tools' spellings: `lora_names`.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,24 +15,25 @@ from torch import Tensor
 
 from ldm.checkpoints.diffusers_names import rename, unet_table
 from ldm.checkpoints.infer_config import unet_shape
+from ldm.checkpoints.layout import is_sd2
+from ldm.checkpoints.lora_names import (
+    NETWORK_PREFIXES,
+    PEFT_PREFIX,
+    comparable,
+    layer_places,
+    lora_key,
+    other_adapter,
+    other_family,
+)
+from ldm.checkpoints.lora_scale import LoraScale, adapter_file, read_scale
 from ldm.checkpoints.save import cast_tensors, write_tensors
-from ldm.checkpoints.tensors import Lazy, read_tensors
+from ldm.checkpoints.tensors import Lazy, is_plain, read_tensors
 from ldm.errors import UserError
 
 Style = Literal["kohya", "peft"]
 StateDicts = Mapping[str, Mapping[str, Tensor]]  # network -> its tensors, see `layout.split`
 LoRAWeights = tuple[Tensor, Tensor, float]  # down [rank, in, ...], up [out, rank, ...], alpha
 Layers = Mapping[str, Mapping[str, LoRAWeights]]  # network -> layer -> its LoRA weights
-PREFIXES = {"unet": ("lora_unet_", "unet."), "text_encoder": ("lora_te_", "text_encoder.")}
-ENDS = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".alpha": "alpha",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora.down.weight": "down",  # diffusers before PEFT
-    ".lora.up.weight": "up",
-}
 
 
 def save_lora(
@@ -46,7 +48,7 @@ def save_lora(
     """Writes LoRA weights for the networks `state_dicts` as a safetensors file -> path."""
     theirs, tensors = _names(state_dicts), {}
     for network, inner in layers.items():
-        kohya, peft = PREFIXES[network]
+        kohya, peft = NETWORK_PREFIXES[network]
         for layer, (down, up, alpha) in inner.items():
             if style == "kohya":
                 name = kohya + theirs[network][layer].replace(".", "_")
@@ -55,38 +57,56 @@ def save_lora(
                 name = peft + theirs[network][layer]
                 found = {"lora_A.weight": down, "lora_B.weight": up * (alpha / len(down))}
             tensors |= {f"{name}.{end}": tensor for end, tensor in found.items()}
-    write_tensors(path, cast_tensors(tensors, dtype), metadata=_about(layers, metadata or {}, style))
+    about = _about(layers, metadata or {}, style) | {"ss_output_name": Path(path).stem}
+    about |= {"ss_v2": str(is_sd2(state_dicts)), "ss_base_model_version": _version(state_dicts, about)}
+    write_tensors(path, cast_tensors(tensors, dtype), metadata=about)
     return Path(path)
 
 
-def read_lora(path: str | Path, state_dicts: StateDicts) -> Layers:
-    """The LoRA weights in a file of either style, for the networks `state_dicts`.
+def lora_beside(model: Path) -> Path:
+    """The file of a run's LoRA alone, by its model file: named after the run, as LoRAs are called by name."""
+    return model.parent / "loras" / f"{model.resolve().parent.name}.safetensors"
 
-    Raises UserError if a key or a shape does not fit the layers of these networks.
+
+def read_lora(path: str | Path, state_dicts: StateDicts) -> Layers:
+    """The LoRA weights in a file, or in a folder of PEFT's, for the networks `state_dicts`.
+
+    Raises UserError for another kind of adapter, or if a key or a shape does not fit these networks.
     """
-    tensors, _ = read_tensors(Path(path))
-    places = {}  # kohya's name -> (network, layer)
-    for network, names in _names(state_dicts).items():
-        for layer, name in names.items():
-            for spelt in (layer, name):  # some files of kohya's style have SD's own names
-                places[PREFIXES[network][0] + spelt.replace(".", "_")] = network, layer
+    path = adapter_file(Path(path))
+    tensors, metadata = read_tensors(path)
+    kind = other_adapter(tensors)
+    if kind is not None:
+        raise UserError(f"This is {kind}, not a plain LoRA", where=path, remedy="Use a plain LoRA.")
+    scale = read_scale(path, metadata, own_format=any(key.startswith(PEFT_PREFIX) for key in tensors))
+    names = _names(state_dicts)
+    places = layer_places(names)
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key in tensors:
-        end = next((end for end in ENDS if key.endswith(end)), "")
-        module = key.removesuffix(end)
-        for kohya, peft in PREFIXES.values():
-            if module.startswith(peft):
-                module = kohya + module.removeprefix(peft).replace(".", "_")
-        if not end or module not in places:
-            what = f"`{key}` is not a key of a LoRA of this model"
-            raise UserError(what, where=path, remedy="Use a plain LoRA that was trained on the same family.")
-        found.setdefault(places[module], {})[ENDS[end]] = tensors[key]
-    layers: dict[str, dict[str, LoRAWeights]] = {network: {} for network in PREFIXES}
+        spelt = lora_key(key)
+        networks = [] if spelt is None else [spelt.network] if spelt.network else NETWORK_PREFIXES
+        places_of = [(network, comparable(spelt.layer)) for network in networks]
+        place = next((places[name] for name in places_of if name in places), None)
+        if place is None:
+            raise _stranger(key, tensors, where=path)
+        if spelt.kind in found.setdefault(place, {}):
+            raise UserError(f"`{key}` is in the file under two names", where=path)
+        found[place][spelt.kind] = tensors[key]
+    layers: dict[str, dict[str, LoRAWeights]] = {network: {} for network in NETWORK_PREFIXES}
     for (network, layer), weights in found.items():
-        layers[network][layer] = _checked(
-            weights, state_dicts[network][f"{layer}.weight"], where=path, layer=layer
-        )
+        base = state_dicts[network][f"{layer}.weight"]
+        theirs = names[network][layer]
+        layers[network][layer] = checked_layer(weights, base, theirs, scale, network=network, where=path)
     return layers
+
+
+def _stranger(key: str, tensors: Mapping[str, Tensor], *, where: object) -> UserError:
+    family = other_family(tensors)
+    if family is not None:
+        what = f"This is a LoRA for {family}, not for Stable Diffusion 1.x or 2.x"
+    else:
+        what = f"`{key}` is not a key of a LoRA of this model"
+    return UserError(what, where=where, remedy="Use a plain LoRA that was trained on the same family.")
 
 
 def merge_lora(
@@ -108,22 +128,42 @@ def merge_lora(
     return merged
 
 
+def stored_as(tensors: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> Lazy:
+    """Merged tensors in the dtypes of the ones they come from."""
+    return Lazy({name: partial(_cast_like, tensors, originals, name) for name in tensors})
+
+
+def _cast_like(tensors: Mapping[str, Tensor], originals: Mapping[str, Tensor], name: str) -> Tensor:
+    dtype = originals[name].dtype
+    return cast_tensors({name: tensors[name]}, dtype)[name]
+
+
 def _add(tensors: Mapping[str, Tensor], name: str, weights: LoRAWeights, weight: float) -> Tensor:
     base, (down, up, alpha) = tensors[name], weights
     product = up.flatten(1).float() @ down.flatten(1).float()
     return base.float() + product.reshape(base.shape).to(base.device) * (weight * alpha / len(down))
 
 
-def _checked(weights: Mapping[str, Tensor], base: Tensor, *, where: object, layer: str) -> LoRAWeights:
+def checked_layer(
+    weights: Mapping[str, Tensor], base: Tensor, layer: str, scale: LoraScale, *, network: str, where: object
+) -> LoRAWeights:
+    """The weights of a layer (its name: diffusers'), if they fit it; alpha is the file's or of `scale`."""
     absent = [name for name in ("down", "up") if name not in weights]
     if absent:
         raise UserError(f"`{layer}` has no {absent[0]} matrix", where=where)
     down, up = weights["down"], weights["up"]
-    size = (len(up), up[0].numel(), down[0].numel())
-    if size != (len(base), len(down), base[0].numel()):
+    alpha = weights.get("alpha")
+    if not all(is_plain(x) and x.is_floating_point() for x in (down, up)):
+        raise UserError(f"The matrices of `{layer}` are not of floating-point numbers", where=where)
+    sizes = [(len(x), x[0].numel()) if x.ndim in (2, 4) and len(x) else (0, 0) for x in (up, down)]
+    if sizes[1][0] == 0 or sizes != [(len(base), sizes[1][0]), (sizes[0][1], base[0].numel())]:
         what = f"`{layer}` takes {list(base.shape)}; not {list(down.shape)} and {list(up.shape)}"
         raise UserError(what, where=where, remedy="Use the LoRA with the model that it was trained on.")
-    return down, up, float(weights.get("alpha", len(down)))
+    if alpha is None:
+        return down, up, scale.alpha(network, layer, len(down))
+    if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(float(alpha)):
+        raise UserError(f"The alpha of `{layer}` is no number", where=where)
+    return down, up, float(alpha)
 
 
 def _names(state_dicts: StateDicts) -> dict[str, dict[str, str]]:
@@ -151,3 +191,10 @@ def _about(layers: Layers, metadata: Mapping[str, str], style: Style) -> dict[st
         about |= {"ss_network_module": "networks.lora", "ss_network_dim": str(len(down))}
         about |= {"ss_network_alpha": str(alpha)}
     return about
+
+
+def _version(state_dicts: StateDicts, metadata: Mapping[str, str]) -> str:
+    """kohya's name of the base's family, by which A1111 sorts LoRAs."""
+    if not is_sd2(state_dicts):
+        return "sd_v1"
+    return "sd_v2_v" if metadata.get("modelspec.prediction_type") == "v" else "sd_v2"

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from ldm.checkpoints.known import training_of
+
 ARCHITECTURES = {  # (width of the UNet's first level, width of its context, parameterization)
     (320, 768, "eps"): "stable-diffusion-v1",
     (320, 1024, "eps"): "stable-diffusion-v2-512",
@@ -23,6 +25,12 @@ SAMPLING_DEFAULTS = {  # Stable Diffusion's usual ones; spacing None: as suits t
     "spacing": None,
     "steps": 50,
     "guidance_scale": 7.5,
+}
+KINDS = {
+    "sampler": (str,),
+    "spacing": (str, type(None)),
+    "steps": (int,),
+    "guidance_scale": (int, float),
 }
 NETWORKS = ("unet", "vae", "text_encoder")  # keys of nodes that `ldm.config` holds
 
@@ -66,8 +74,8 @@ def file_metadata(
 
 def taught_words(metadata: Mapping[str, str]) -> dict[str, str | None]:
     """Identifier and class_word of the subject that a file was trained on; None where it does not say."""
-    training = json.loads(metadata.get("ldm.training", "{}"))
-    class_word = training.get("data", {}).get("params", {}).get("class_word")
+    class_word = _section(_section(training_of(metadata), "data"), "params").get("class_word")
+    class_word = class_word if isinstance(class_word, str) else None
     trigger = metadata.get("modelspec.trigger_phrase", "")
     taught = class_word is not None and trigger.endswith(f" {class_word}")
     return {
@@ -78,8 +86,16 @@ def taught_words(metadata: Mapping[str, str]) -> dict[str, str | None]:
 
 def sampling_defaults(metadata: Mapping[str, str]) -> dict[str, str | int | float | None]:
     """Sampler, spacing, steps and guidance scale that suit a file: its run's, else `SAMPLING_DEFAULTS`."""
-    samples = json.loads(metadata.get("ldm.training", "{}")).get("samples") or {}
-    return {name: samples.get(name, value) for name, value in SAMPLING_DEFAULTS.items()}
+    samples = _section(training_of(metadata), "samples")
+    return {
+        name: samples[name] if name in samples and type(samples[name]) in KINDS[name] else value
+        for name, value in SAMPLING_DEFAULTS.items()
+    }
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = config.get(key)
+    return section if isinstance(section, dict) else {}
 
 
 def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.tensors import Lazy
+from ldm.errors import UserError
 
 TEXT_MODEL = "transformer.text_model."
 LAYER = TEXT_MODEL + "encoder.layers."
@@ -115,4 +116,7 @@ def _inside(name: str, prefix: str) -> tuple[str, str]:
 
 def _third(tensors: Mapping[str, Tensor], name: str, row: int) -> Tensor:
     """Query, key or value (row 0, 1 or 2) of a fused tensor [3 D, ...]."""
-    return tensors[name].chunk(3)[row]
+    tensor = tensors[name]
+    if tensor.ndim == 0 or len(tensor) % 3:
+        raise UserError(f"`{name}` {list(tensor.shape)} is not query, key and value of one size")
+    return tensor.chunk(3)[row]

@@ -77,8 +77,8 @@ def cast_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> di
     for name, tensor in tensors.items():
         tensor = tensor.detach()
         if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
-            before, tensor = tensor, tensor.to(dtype)
-            if tensor.isinf().any() and not before.isinf().any():
+            before, tensor = tensor.float(), tensor.to(dtype)  # float8 has no `isinf`
+            if (before.isfinite() & ~tensor.float().isfinite()).any():
                 what = f"`{name}` holds values up to {before.abs().max():.3g}, too large for {dtype}"
                 raise UserError(what, remedy="Save as bf16 or fp32.")
         cast[name] = tensor

@@ -1,9 +1,11 @@
 """A model in shards: safetensors files of limited size, and their index, in the Hugging Face hub's format."""
 
 import json
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
@@ -43,15 +45,16 @@ def write_shards(
 
 
 def shard_files(index: Path) -> dict[str, Path]:
-    """Tensor -> file, as an index says. Raises UserError where it is damaged or a file is missing."""
+    """Tensor -> file beside the index. Raises UserError where it is damaged or a file is missing."""
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {key: index.with_name(file) for key, file in where.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = {key: _plain_name(name) for key, name in where.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"The index of a model's files cannot be read: {error}", where=index) from error
+    files = {key: index.with_name(name) for key, name in names.items()}
     missing = sorted({path.name for path in files.values() if not path.is_file()})
     if missing or not files:
-        what = f"{len(missing)} of the files that the index lists are missing ({', '.join(missing)})"
+        what = f"{len(missing)} of the files that the index lists are missing ({', '.join(missing[:3])})"
         raise UserError(what, where=index, remedy="Get all files of the model.")
     return files
 
@@ -67,3 +70,10 @@ def read_shards(index: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
         )
     make = {key: partial(opened[path][0].__getitem__, key) for key, path in files.items()}
     return Lazy(make), next(iter(opened.values()))[1]
+
+
+def _plain_name(name: Any) -> str:
+    """The name of a file in the index's own folder. Raises ValueError for a path to another one."""
+    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
+        raise ValueError(f"{str(name)[:80]!r} is not the name of a file beside it")
+    return name

@@ -11,6 +11,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ NOT_MODELS = {  # first bytes of files that are often taken for a model
     b"<": ("a web page", "Download it again; the address may need a login."),
     b"{": ("JSON text", "Name the model file itself."),
 }
+NESTED = ("state_dict", "model_state_dict", "model", "module")  # keys under which a pickle holds its tensors
+MOST_LEVELS = 4  # of those, one in another
+WRAPPERS = ("state_dict", "model_state_dict", "module", "_orig_mod", "_forward_module")  # before other names
 REMAP_BYTES = 2**27
 GetTensor = Callable[[str], Tensor]
 
@@ -41,8 +45,8 @@ class Inert:
 
 
 UNREADABLE = (  # what torch.load raises of a file that is no pickle of tensors, or a damaged one
-    *(RuntimeError, ValueError, TypeError, EOFError, OSError, struct.error),
-    *(KeyError, AttributeError, IndexError),
+    *(RuntimeError, ValueError, TypeError, EOFError, OSError, struct.error, MemoryError, ImportError),
+    *(KeyError, AttributeError, IndexError, AssertionError, ArithmeticError),
 )
 INERT = [
     (Inert, name)
@@ -109,12 +113,19 @@ class MappedTensors(Mapping[str, Tensor]):
 def read_tensors(path: str | Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file or a pickle, read lazily, and the file's metadata.
 
+    Names are without what wrapped the model when it was saved, such as `module.` of a parallel training.
     Raises UserError for a file that is missing, damaged, not a model, or asks for more than tensors.
     """
     path = Path(path)
-    _check_file(path)
-    with path.open("rb") as file:
-        start = file.read(64)
+    try:
+        _check_file(path)
+        with path.open("rb") as file:
+            start = file.read(64)
+    except ValueError as error:  # a NUL in the name
+        raise UserError("There is no such model file", where=repr(str(path))) from error
+    except OSError as error:
+        what = f"The model file cannot be read: {error.strerror or error}"
+        raise UserError(what, where=path, remedy="Check its name and its permissions.") from error
     if start[8:9] == b"{":  # safetensors: 8 bytes of length, then a JSON header
         tensors, metadata = _read_safetensors(path)
     else:
@@ -124,7 +135,36 @@ def read_tensors(path: str | Path) -> tuple[Mapping[str, Tensor], dict[str, str]
         tensors, metadata = _read_pickle(path)
     if not tensors:
         raise UserError("The file holds no tensors", where=path)
-    return tensors, metadata
+    return _unwrapped(tensors, path), metadata
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, real, and has its values in memory of its own size.
+
+    Pickles may also hold sparse, quantized, nested and complex ones, and small ones that claim to be huge.
+    """
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        return False
+    if tensor.is_quantized or tensor.is_complex():
+        return False
+    return tensor.nbytes <= max(tensor.untyped_storage().nbytes(), 2**20)
+
+
+def _unwrapped(tensors: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor]:
+    """The tensors without WRAPPERS before their names; `._orig_mod` (torch.compile) may be anywhere."""
+    table = {_own_name(name): name for name in tensors}
+    if len(table) < len(tensors):
+        lost = sorted(set(tensors) - set(table.values()))
+        raise UserError(f"`{lost[0]}` is in the file under two names", where=path)
+    if all(own == name for own, name in table.items()):
+        return tensors
+    return Lazy({own: partial(tensors.__getitem__, name) for own, name in table.items()})
+
+
+def _own_name(name: str) -> str:
+    words = [word for word in name.split(".") if word != "_orig_mod"]
+    first = next((k for k, word in enumerate(words) if word not in WRAPPERS), 0)
+    return ".".join(words[first:]) or name
 
 
 def _check_file(path: Path) -> None:
@@ -155,22 +195,28 @@ def _read_pickle(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Tensors under `state_dict`, where there is one, and the text under `metadata`."""
     mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"  # torch.load trusts that suffix
     content = unpickle(path, mapped=mapped)
-    tensors, metadata = _state_dict(content), content.get("metadata")
+    tensors, metadata = _state_dict(content, path), content.get("metadata")
     text = metadata.items() if isinstance(metadata, dict) else ()
-    text = {name: value for name, value in text if isinstance(value, str)}
+    text = {name: value for name, value in text if isinstance(name, str) and isinstance(value, str)}
     if not mapped:
         return tensors, text
-    return MappedTensors(tensors, lambda: _state_dict(unpickle(path, mapped=True)).__getitem__), text
+    return MappedTensors(tensors, lambda: _state_dict(unpickle(path, mapped=True), path).__getitem__), text
 
 
 def unpickle(path: Path, *, mapped: bool) -> dict[str, Any]:
-    """The dict in a pickle of tensors and plain values.
+    """The dict in a pickle of tensors and plain values, empty if it holds something else."""
+    content = load_pickle(path, mapped=mapped)
+    return content if isinstance(content, dict) else {}
+
+
+def load_pickle(path: Path, *, mapped: bool) -> Any:
+    """What is in a pickle of tensors and plain values; any UserError names the file.
 
     mapped: memory-mapped rather than read; only reading verifies the checksums in the file.
     """
     try:
         with path.open("rb") as file, torch.serialization.safe_globals(INERT):
-            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         needed = re.search(r"GLOBAL (\S+)", str(error))
         if needed is None:
@@ -183,13 +229,21 @@ def unpickle(path: Path, *, mapped: bool) -> dict[str, Any]:
         ) from error
     except UNREADABLE as error:
         raise _damaged(path, error) from error
-    return content if isinstance(content, dict) else {}
 
 
-def _state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
-    tensors = content.get("state_dict", content)
-    tensors = tensors if isinstance(tensors, dict) else {}
-    return {name: x for name, x in tensors.items() if isinstance(name, str) and isinstance(x, Tensor)}
+def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, at the top or under NESTED keys. Raises UserError if one is not plain."""
+    for _ in range(MOST_LEVELS):
+        inner = [content[key] for key in NESTED if isinstance(content.get(key), dict)]
+        if not inner:
+            break
+        content = inner[0]
+    tensors = {name: x for name, x in content.items() if isinstance(name, str) and isinstance(x, Tensor)}
+    odd = [name for name, x in tensors.items() if not is_plain(x)]
+    if odd:
+        what = f"`{odd[0]}` is no plain tensor: it is sparse, quantized, complex or without values"
+        raise UserError(what, where=path, remedy="Save it with dense weights.")
+    return tensors
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

@@ -1,8 +1,10 @@
 """CLIP's text encoder (Radford et al. 2021): prompts -> the context of the UNet's cross-attention."""
 
+import re
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BatchEncoding, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.activations import ACT2FN
 
 from ldm.annotations import NonNegativeInt, PositiveInt
@@ -20,6 +22,34 @@ from ldm.models.widths import check_widths
 REPOSITORY = Path(__file__).resolve().parents[2]
 VOCABULARY = ("vocab.json", "merges.txt")
 COMMA_BACKTRACK = 20  # a full chunk ends after its last comma, if at most this many tokens follow it
+
+
+class Tokens(NamedTuple):
+    """Token ids of a prompt without bos and eos, and where in the prompt each begins."""
+
+    ids: list[int]
+    starts: list[int]
+
+
+class LearnedTokens(nn.Module):
+    """Textual inversion (Gal et al. 2023): words, and the embeddings [n, D] of each as parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: list[str] = []
+
+    def add(self, word: str, vectors: Tensor) -> None:
+        self.register_parameter(_parameter_name(word), nn.Parameter(vectors))
+        self.words.append(word)
+
+    def __getitem__(self, word: str) -> nn.Parameter:
+        return self.get_parameter(_parameter_name(word))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def items(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((word, self[word]) for word in self.words)
 
 
 class CLIPTextEncoder(nn.Module):
@@ -76,7 +106,7 @@ class CLIPTextEncoder(nn.Module):
             attn_implementation="sdpa",
         )
         self.transformer = nn.ModuleDict({"text_model": CLIPTextModel(config)})
-        self.learned_tokens = nn.ParameterDict()  # textual inversion: word -> its embeddings [n, D]
+        self.learned_tokens = LearnedTokens()  # their ids begin at `vocab_size`
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
@@ -92,24 +122,27 @@ class CLIPTextEncoder(nn.Module):
             )
         return tokenizer
 
-    def add_token(self, word: str, vectors: Tensor) -> None:
+    def add_token(self, word: str, vectors: Tensor, *, new: bool = True) -> None:
         """Adds a word to the vocabulary: n tokens with the embeddings `vectors` [n, D] (textual inversion).
 
-        Raises UserError if the word is known already or the embeddings have another width.
+        Prompts hold it as a whole word, in any case of letters (`find_words`). Raises UserError if the word
+        is known already, a `new` one also to the tokenizer, or if the embeddings have another width.
         """
         weight = self.transformer["text_model"].embeddings.token_embedding.weight
         if vectors.ndim != 2 or vectors.shape[1] != weight.shape[1]:
             what = f"The vectors of `{word}` have the shape {list(vectors.shape)}"
             raise UserError(what, where=word, remedy=f"This text encoder takes [n, {weight.shape[1]}].")
-        tokens = _tokens_of(word, len(vectors))
-        if word in self.learned_tokens or self.tokenizer.add_tokens(tokens) < len(tokens):
+        if not word or word != word.strip() or len(vectors) == 0:
+            raise UserError(f"{word!r} is no word", where=word, remedy="Choose one such as <my-dog>.")
+        same = [known for known in self.learned_tokens.words if known.lower() == word.lower()]
+        if same or (new and word in self.tokenizer.get_vocab()):
             remedy = "Choose another one, such as <my-dog>."
             raise UserError(f"The word `{word}` is known already", where=word, remedy=remedy)
-        self.learned_tokens[word] = nn.Parameter(vectors.detach().clone().to(weight))
+        self.learned_tokens.add(word, vectors.detach().clone().to(weight))
 
     def token_embedding_of(self, word: str) -> Tensor:
         """Token embeddings of a known word -> [n, D]."""
-        ids = torch.tensor(self._tokenize(word).input_ids)
+        ids = torch.tensor(self._tokenize(word).ids)
         return self.transformer["text_model"].embeddings.token_embedding.weight[ids.to(self.device)]
 
     @property
@@ -119,7 +152,7 @@ class CLIPTextEncoder(nn.Module):
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts -> ids [B, M] int64 on the CPU: bos, tokens truncated to M - 2, eos, padding."""
-        return self._pad_to_length([self._tokenize(prompt).input_ids for prompt in prompts])
+        return self._pad_to_length([self._tokenize(prompt).ids for prompt in prompts])
 
     def tokenize_chunks(self, prompt: str) -> Tensor:
         """A prompt of any length -> ids [N, M] int64 on the CPU: N chunks, each with bos, eos and padding.
@@ -127,7 +160,7 @@ class CLIPTextEncoder(nn.Module):
         A prompt is split as in AUTOMATIC1111's web UI: where a chunk is full, or after its last comma, if at
         most COMMA_BACKTRACK tokens follow that.
         """
-        row = self._tokenize(prompt).input_ids
+        row = self._tokenize(prompt).ids
         room, chunks = self.max_length - 2, []
         comma = self.tokenizer.get_vocab().get(",</w>") if len(row) > room else None
         while len(row) > room:
@@ -147,19 +180,41 @@ class CLIPTextEncoder(nn.Module):
 
     def truncated_tail(self, prompt: str) -> str | None:
         """The end of the prompt that `tokenize` truncates; None if all of it fits."""
-        starts = self._tokenize(prompt).offset_mapping[self.max_length - 2 :]
-        return prompt[starts[0][0] :] if starts else None
+        starts = self._tokenize(prompt).starts[self.max_length - 2 :]
+        return prompt[starts[0] :] if starts else None
 
-    def _tokenize(self, prompt: str) -> BatchEncoding:
-        """Token ids of a prompt without bos and eos, and the position of each token in it."""
+    def _tokenize(self, prompt: str) -> Tokens:
+        """The text between learned words goes through the tokenizer, piece by piece."""
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
             what = f"The prompt {prompt!a} is not valid text: {error.reason}"
             raise UserError(what, remedy="Write it as UTF-8.") from error
-        for word, vectors in self.learned_tokens.items():
-            prompt = prompt.replace(word, " ".join(_tokens_of(word, len(vectors))))
-        return self.tokenizer(prompt, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        ids: list[int] = []
+        starts: list[int] = []
+        first = 0
+        for found in [*find_words(prompt, self.learned_tokens.words), None]:
+            end = len(prompt) if found is None else found.start()
+            piece = self.tokenizer(
+                prompt[first:end], add_special_tokens=False, verbose=False, return_offsets_mapping=True
+            )
+            ids += piece.input_ids
+            starts += [first + start for start, _ in piece.offset_mapping]
+            if found is not None:
+                learned = self._ids_of(found[0])
+                ids += learned
+                starts += [end] * len(learned)
+                first = found.end()
+        return Tokens(ids, starts)
+
+    def _ids_of(self, word: str) -> list[int]:
+        """The ids of a learned word, in any case of letters."""
+        first = self.vocab_size
+        for known, vectors in self.learned_tokens.items():
+            if known.lower() == word.lower():
+                return list(range(first, first + len(vectors)))
+            first += len(vectors)
+        raise KeyError(word)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [B, M] -> context: [B, M, D]. Attention is causal, and padding is not masked."""
@@ -173,18 +228,36 @@ class CLIPTextEncoder(nn.Module):
         return text_model.final_layer_norm(h)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        """Token embeddings. ids: [B, M] -> [B, M, D]; learned tokens have the last ids of the tokenizer."""
+        """Token embeddings. ids: [B, M] -> [B, M, D]; learned tokens have the ids from `vocab_size` on."""
         embedding = self.transformer["text_model"].embeddings.token_embedding
         if not self.learned_tokens:
             return embedding(ids)
-        new = torch.cat(list(self.learned_tokens.values()))
-        number = ids - (len(self.tokenizer) - len(new))
+        new = torch.cat([vectors for _, vectors in self.learned_tokens.items()])
+        number = ids - self.vocab_size
         known = embedding(ids.where(number < 0, self.eos_token_id))
         return torch.where((number < 0).unsqueeze(-1), known, F.embedding(number.clamp(min=0), new))
 
 
-def _tokens_of(word: str, count: int) -> list[str]:
-    return [word, *(f"{word}_{k}" for k in range(1, count))]
+def find_words(prompt: str, words: Iterable[str]) -> list[re.Match[str]]:
+    """Where a prompt holds any of the words, from left to right: whole words, in any case of letters.
+
+    `art` is in "Art, a dog" and not in "artist"; of two words that begin alike the longer one is taken.
+    """
+    longest_first = sorted(words, key=len, reverse=True)
+    if not longest_first:
+        return []
+    ends = [
+        (r"(?<!\w)" if re.match(r"\w", word) else "")
+        + re.escape(word)
+        + (r"(?!\w)" if re.search(r"\w$", word) else "")
+        for word in longest_first
+    ]
+    return list(re.finditer("|".join(ends), prompt, re.IGNORECASE))
+
+
+def _parameter_name(word: str) -> str:
+    """A word as a parameter's name, which may hold no dot; `ldm.checkpoints.run_checkpoint` reads it back."""
+    return "word:" + word.replace("%", "%25").replace(".", "%2E")
 
 
 def load_tokenizer(name: str) -> CLIPTokenizer:
@@ -193,7 +266,10 @@ def load_tokenizer(name: str) -> CLIPTokenizer:
     folder = folders[0] if folders else _download(name)
     if not all((folder / file).is_file() for file in VOCABULARY):
         raise UserError("The tokenizer folder lacks vocab.json or merges.txt", where=folder)
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of many kinds, by the tokenizers library
+        raise UserError(f"The tokenizer cannot be read: {str(error)[:200]}", where=folder) from error
 
 
 def _download(name: str) -> Path:

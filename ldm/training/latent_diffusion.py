@@ -20,8 +20,9 @@ from ldm.annotations import (
     Timesteps,
     Variance,
 )
-from ldm.checkpoints.embedding import EMBEDDING, save_embedding
-from ldm.checkpoints.lora import merge_lora, save_lora
+from ldm.checkpoints.embedding import embeddings_beside, save_embedding
+from ldm.checkpoints.layout import LEARNED_TOKENS
+from ldm.checkpoints.lora import lora_beside, merge_lora, save_lora
 from ldm.checkpoints.save import save_model
 from ldm.config import instantiate
 from ldm.diffusion.loss import DreamBoothLoss, dreambooth_loss, min_snr_weights, mse_per_item
@@ -67,7 +68,7 @@ class LatentDiffusion(pl.LightningModule):
         train_unet, train_text_encoder: which networks learn.
         text_encoder_steps: optimizer steps after which the text encoder stays as it is; None: it learns on.
         learned_token: node of a `LearnedToken`: textual inversion, with the networks or, where both are
-            switched off, alone. Its vectors are kept in `embedding.safetensors`.
+            switched off, alone. Its vectors are kept in `embeddings/WORD.safetensors`.
         learning_rate: of AdamW; `text_encoder_learning_rate` None is the same.
         optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
             bfloat16 and rounds their updates stochastically.
@@ -331,16 +332,17 @@ class LatentDiffusion(pl.LightningModule):
     def export(self, path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> Path:
         """Writes one Stable Diffusion file of all three networks and the schedule.
 
-        Where a LoRA learns it is merged in that file, and in `lora.safetensors` beside it alone; a new word
-        is in `embedding.safetensors` alone.
+        Where a LoRA learns it is merged in that file, and alone in `loras/RUN.safetensors` beside it; a new
+        word is alone in `embeddings/WORD.safetensors`.
         """
         state_dicts = {name: network.state_dict() for name, network in self.networks.items()}
+        text = state_dicts["text_encoder"]
+        state_dicts["text_encoder"] = {k: x for k, x in text.items() if not k.startswith(LEARNED_TOKENS)}
         for word, vectors in self.cond_stage_model.learned_tokens.items():
-            del state_dicts["text_encoder"][f"learned_tokens.{word}"]
-            save_embedding(path.with_name(EMBEDDING), word, vectors, metadata=metadata)
+            save_embedding(embeddings_beside(path), word, vectors, metadata=metadata)
         if self.lora is not None:
             layers = self.lora.weights()
-            save_lora(path.with_name("lora.safetensors"), layers, state_dicts, dtype=dtype, metadata=metadata)
+            save_lora(lora_beside(path), layers, state_dicts, dtype=dtype, metadata=metadata)
             state_dicts = merge_lora(state_dicts, layers)
         alphas_cumprod = self.process.alphas_cumprod.cpu()
         return save_model(path, state_dicts, alphas_cumprod=alphas_cumprod, dtype=dtype, metadata=metadata)

@@ -8,13 +8,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.checkpoints.tensors import unpickle
+from ldm.checkpoints.tensors import is_plain, unpickle
 from ldm.errors import UserError
 from ldm.files import file_sha256
 
 log = logging.getLogger(__name__)
 
 NOTHING = object()
+STATE = {  # key of a checkpoint -> its kind
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "callbacks": dict,
+    "loops": dict,
+    "global_step": int,
+    "epoch": int,
+    "pytorch-lightning_version": str,
+}
+PROGRESS = ("epoch_progress", "epoch_loop.batch_progress")  # of Lightning's loops
 SAME_MODEL = "Resume with the model section of the original run."
 
 
@@ -66,12 +77,54 @@ def validate_checkpoint(path: Path) -> str | None:
         content = unpickle(path, mapped=False)  # reads and checks every tensor
     except UserError as error:
         return error.what
-    kinds = {"state_dict": dict, "optimizer_states": list, "loops": dict, "global_step": int}
-    wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
+    wrong = [key for key, kind in STATE.items() if not isinstance(content.get(key), kind)]
     if wrong:
         return f"it has no {wrong[0]}"
     foreign = [name for name, value in content["state_dict"].items() if not isinstance(value, Tensor)]
-    return f"its weight {foreign[0]} is no tensor" if foreign else None
+    if foreign:
+        return f"its weight {foreign[0]} is no tensor"
+    return (
+        _wrong_optimizer(content["optimizer_states"])
+        or _wrong_loops(content["loops"])
+        or _wrong_tensors(content)
+    )
+
+
+def _wrong_optimizer(states: list[Any]) -> str | None:
+    """What is wrong with the states of the optimizers; None for such as `Optimizer.state_dict` gives."""
+    for state in states:
+        if not _has(state, {"state": dict, "param_groups": list}):
+            return "a state of its optimizer is none"
+        if not all(_has(group, {"params": list}) for group in state["param_groups"]):
+            return "a group of its optimizer has no params"
+        if not all(isinstance(of_parameter, dict) for of_parameter in state["state"].values()):
+            return "the optimizer's state of a parameter is none"
+    return None
+
+
+def _wrong_loops(loops: dict[str, Any]) -> str | None:
+    """What Lightning would miss in the progress of its loops."""
+    fit_loop = loops.get("fit_loop")
+    if not _has(fit_loop, dict.fromkeys(PROGRESS, dict) | {"state_dict": dict}):
+        return "it has no progress of the loops"
+    counts = [fit_loop[name].get(count) for name in PROGRESS for count in ("total", "current")]
+    right = all(isinstance(count, dict) and all(type(n) is int for n in count.values()) for count in counts)
+    return None if right else "the progress of its loops is no number"
+
+
+def _has(node: Any, kinds: Mapping[str, type]) -> bool:
+    """Whether a node is a dict with these keys, of these kinds."""
+    return isinstance(node, dict) and all(isinstance(node.get(key), kind) for key, kind in kinds.items())
+
+
+def _wrong_tensors(content: Mapping[str, Any]) -> str | None:
+    """Whether tensors of the weights or of the optimizers are sparse, without values or of another kind."""
+    kept = dict(content["state_dict"])
+    for k, state in enumerate(content["optimizer_states"]):
+        for number, values in state["state"].items():
+            kept |= {f"optimizer {k}, {number}, {name}": value for name, value in values.items()}
+    odd = [name for name, value in kept.items() if isinstance(value, Tensor) and not is_plain(value)]
+    return f"its {odd[0]} is no plain tensor" if odd else None
 
 
 def check_fit(state: Mapping[str, Any], module: nn.Module, *, where: Path) -> None:

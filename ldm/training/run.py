@@ -20,6 +20,7 @@ from ldm.checkpoints.load import file_hash, load_state_dicts, open_model
 from ldm.checkpoints.modelspec import file_metadata
 from ldm.checkpoints.save import DTYPES
 from ldm.checkpoints.tensors import unpickle
+from ldm.checkpoints.vae import open_vae
 from ldm.config import instantiate
 from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.prompts import fill
@@ -43,11 +44,11 @@ log = logging.getLogger(__name__)
 
 
 def base_files(config: RunConfig) -> dict[str, Path]:
-    """Network -> the file or folder of its base weights; "all" is `base_checkpoint`, which has all networks.
+    """Network -> the file or folder of its base weights; "all" is `base_checkpoint`, of all other networks.
 
     Raises UserError for a missing file.
     """
-    named = config.base_parts or {"all": config.base_checkpoint}
+    named = {"all": config.base_checkpoint, **(config.base_parts or {})}
     files = {part: find_file(name) for part, name in named.items() if name}
     for path in files.values():
         if not path.exists():
@@ -77,8 +78,14 @@ def load_base(
     """
     check_parts(files, networks)
     for part, path in files.items():
-        names = list(networks) if part == "all" else [part]
+        names = [name for name in networks if name not in files] if part == "all" else [part]
+        if part == "vae":
+            load_state_dicts({part: networks[part]}, {part: open_vae(path)[0]}, where=path)
+            continue
         model = open_model(path)
+        if model.learned_tokens:
+            what = f"The learned word {', '.join(model.learned_tokens)} of this checkpoint would be lost"
+            raise UserError(what, where=path, remedy="Continue that run: --resume RUN.")
         if parameterization is not None and "unet" in names:
             model.require_prediction(parameterization)
         found = {name: model.state_dicts.get(name, {}) for name in names}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ldm.checkpoints.load import file_hash
 from ldm.checkpoints.save import save_model
@@ -136,6 +137,30 @@ def test_a_picture_is_drawn_over(workdir, tiny_model_file, monkeypatch):
     with Image.open("over/000-a-dog-23.png") as picture:
         assert picture.size == (16, 16) and "Denoising strength: 0.5" in picture.text["parameters"]
         assert json.loads(picture.text["dreambooth"])["init_image"] == "photo.png"
+
+
+def test_a_vae_is_swapped(workdir, tiny_networks, tiny_model_file, monkeypatch):
+    vae = {name: (x * 1.1).contiguous() for name, x in tiny_networks["vae"].state_dict().items()}
+    save_file(vae, "vae.safetensors")
+    options = ["--prompt", "a dog", "--n", 1, "--model", tiny_model_file, *QUICK]
+    sample(monkeypatch, *options, "--out", "own")
+    sample(monkeypatch, *options, "--out", "swapped", "--vae", "vae.safetensors")
+    assert pixels(Path("own/000-a-dog-23.png")) != pixels(Path("swapped/000-a-dog-23.png"))
+    with Image.open("swapped/000-a-dog-23.png") as picture:
+        about = json.loads(picture.text["dreambooth"])
+    assert (about["vae"], about["vae_hash"]) == ("vae.safetensors", file_hash("vae.safetensors"))
+
+
+def test_an_embedding_that_no_prompt_names_is_an_error(workdir, tiny_model_file, monkeypatch, capsys):
+    save_file({"emb_params": torch.ones(2, 32)}, "art.safetensors")
+    options = ["--n", 1, "--model", tiny_model_file, "--embedding", "art.safetensors", *QUICK]
+    with pytest.raises(SystemExit):
+        sample(monkeypatch, "--prompt", "an artist", "a dog", *options)
+    assert "No prompt has the word of this embedding, `art`" in capsys.readouterr().err
+    assert [path.name for path in workdir.iterdir() if path.is_dir()] == []
+    sample(monkeypatch, "--prompt", "Art", *options, "--out", "a")
+    sample(monkeypatch, "--prompt", "a dog", *options, "--negative_prompt", "art", "--out", "b")
+    assert Path("a/000-art-23.png").exists() and Path("b/000-a-dog-23.png").exists()
 
 
 def test_the_base_guides_and_is_named(

@@ -1,5 +1,6 @@
 """Bad inputs, and what each gets: `pytest tests/hostile --reliability FILE` writes the table into FILE."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from ldm.errors import UserError
 from ldm.files import write_section
 
+EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", "20"))  # of each kind of model file
 HOSTILE = settings(  # the same examples every time
     deadline=None,
     derandomize=True,

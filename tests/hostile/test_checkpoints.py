@@ -17,7 +17,21 @@ from ldm.training.resume import latest_valid_checkpoint, validate_checkpoint
 from tests.hostile.conftest import HOSTILE, outcome
 
 WEIGHTS = {"state_dict": {"w": torch.arange(64.0)}}
-CONTENT = WEIGHTS | {"optimizer_states": [], "loops": {}, "global_step": 3}
+COUNTS = {"total": {"ready": 3, "completed": 3}, "current": {"ready": 3, "completed": 3}}
+FIT_LOOP = {"state_dict": {}, "epoch_progress": COUNTS, "epoch_loop.batch_progress": COUNTS}
+STATE = {
+    "state": {0: {"exp_avg": torch.ones(2), "step": torch.tensor(3.0)}},
+    "param_groups": [{"params": [0]}],
+}
+CONTENT = WEIGHTS | {
+    "optimizer_states": [STATE],
+    "lr_schedulers": [{}],
+    "callbacks": {"a": {}},
+    "loops": {"fit_loop": FIT_LOOP},
+    "global_step": 3,
+    "epoch": 0,
+    "pytorch-lightning_version": "2.6.0",
+}
 
 
 class Payload:
@@ -60,6 +74,59 @@ def test_bad_checkpoints_are_never_resumed_from(workdir: Path, what: str):
     AtomicCheckpointIO().save_checkpoint(CONTENT, folder / "step-3.ckpt")
     assert latest_valid_checkpoint(folder).name == "step-3.ckpt"
     assert not Path("payload-has-run").exists()
+
+
+ODD = [None, 5, "text", [5], {"a": 5}]
+OF_ANOTHER_KIND = [(key, odd) for key in CONTENT for odd in ODD if not isinstance(odd, type(CONTENT[key]))]
+
+
+@pytest.mark.parametrize(("key", "value"), OF_ANOTHER_KIND, ids=repr)
+def test_a_checkpoint_of_another_shape_is_set_aside(workdir: Path, key: str, value: object):
+    """Each part that a resume reads, as something else: a line, and the older checkpoint is taken."""
+    folder = workdir / "checkpoints"
+    AtomicCheckpointIO().save_checkpoint(CONTENT, folder / "step-3.ckpt")
+    AtomicCheckpointIO().save_checkpoint(CONTENT | {key: value}, folder / "step-5.ckpt")
+    assert latest_valid_checkpoint(folder).name == "step-3.ckpt"
+    assert (folder / "step-5.ckpt.broken").exists()
+
+
+INNER = {  # what is wrong within a part
+    "a state of 5": {"optimizer_states": [5]},
+    "groups without params": {"optimizer_states": [{"state": {}, "param_groups": [{}]}]},
+    "a parameter's state of 5": {"optimizer_states": [STATE | {"state": {0: 5}}]},
+    "a sparse moment": {"optimizer_states": [STATE | {"state": {0: {"exp_avg": torch.eye(2).to_sparse()}}}]},
+    "a sparse weight": {"state_dict": {"w": torch.eye(2).to_sparse()}},
+    "a weight without values": {"state_dict": {"w": torch.ones(2, device="meta")}},
+    "loops without progress": {"loops": {"fit_loop": {"state_dict": {}}}},
+    "progress of text": {"loops": {"fit_loop": FIT_LOOP | {"epoch_progress": {"total": "a", "current": {}}}}},
+    "counts of text": {
+        "loops": {"fit_loop": FIT_LOOP | {"epoch_progress": COUNTS | {"total": {"ready": "a"}}}}
+    },
+}
+
+
+@pytest.mark.parametrize("what", INNER)
+def test_a_part_of_another_shape_is_seen(workdir: Path, what: str):
+    folder = workdir / "checkpoints"
+    AtomicCheckpointIO().save_checkpoint(CONTENT, folder / "step-3.ckpt")
+    torch.save(CONTENT | INNER[what], folder / "step-5.ckpt")
+    outcome("checkpoint to resume from", what, lambda: validate_checkpoint(folder / "step-5.ckpt") or "taken")
+    assert latest_valid_checkpoint(folder).name == "step-3.ckpt"
+
+
+class Rebuilt:
+    """A tensor that is rebuilt by a call without arguments."""
+
+    def __reduce__(self) -> tuple:
+        return torch._utils._rebuild_tensor_v2, ()
+
+
+@pytest.mark.parametrize("name", ["step-5.ckpt", "last.ckpt"])
+def test_a_malformed_call_in_a_checkpoint(workdir: Path, name: str):
+    folder = workdir / "checkpoints"
+    AtomicCheckpointIO().save_checkpoint(CONTENT, folder / "step-3.ckpt")
+    torch.save(CONTENT | {"state_dict": {"w": Rebuilt()}}, folder / name)
+    assert latest_valid_checkpoint(folder).name == "step-3.ckpt"
 
 
 @pytest.mark.parametrize("what", BAD)

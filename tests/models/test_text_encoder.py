@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.checkpoints.run_checkpoint import learned_tokens
 from ldm.errors import UserError
 from ldm.models import text_encoder
 from ldm.models.text_encoder import CLIPTextEncoder
@@ -112,3 +113,66 @@ def test_a_folder_without_vocabulary_is_named(tmp_path):
 def test_a_tokenizer_of_another_network_is_refused(tiny_tokenizer, params):
     with pytest.raises(UserError, match="the text encoder expects"):
         build(tiny_tokenizer, **params).tokenize(["a cat"])
+
+
+WORDS = [  # learned words, a prompt, the words that it holds
+    (["art"], "art, an Art and ART", ["art", "Art", "ART"]),
+    (["art"], "the artist's smart part", []),
+    (["art"], 'art-deco (art) art\'s "art"', ["art"] * 4),
+    (["<my-dog>"], "a <my-dog>, <MY-DOG>s and x<my-dog>", ["<my-dog>", "<MY-DOG>", "<my-dog>"]),
+    (["my", "my dog", "dog"], "my dog is my own dog", ["my dog", "my", "dog"]),
+    (["v1.5"], "v1.5 v125 v1.55", ["v1.5"]),
+    (["été"], "un ÉTÉ, étés", ["ÉTÉ"]),
+    ([], "a dog", []),
+]
+
+
+@pytest.mark.parametrize(("words", "prompt", "found"), WORDS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_learned_words_are_whole_words_in_any_case(tiny_tokenizer, words, prompt, found, count):
+    """However many vectors they have; the text around them stays as it is."""
+    encoder = build(tiny_tokenizer, max_length=77)
+    for word in words:
+        encoder.add_token(word, torch.randn(count, 32))
+    ids = encoder._tokenize(prompt)
+    matches = text_encoder.find_words(prompt, words)
+    assert [match[0] for match in matches] == found
+    lower = [word.lower() for word in words]
+    expected = [190 + count * lower.index(word.lower()) + k for word in found for k in range(count)]
+    assert [number for number in ids.ids if number >= 190] == expected
+    plain = build(tiny_tokenizer, max_length=77)
+    starts, ends = [0, *(match.end() for match in matches)], [*(match.start() for match in matches), None]
+    rest = [prompt[start:end] for start, end in zip(starts, ends, strict=True)]
+    assert [n for n in ids.ids if n < 190] == [n for piece in rest for n in plain._tokenize(piece).ids]
+
+
+def test_what_is_cut_off_is_told_of_the_prompt_itself(tiny_tokenizer):
+    """Not of one in which words of several vectors are written out."""
+    encoder = build(tiny_tokenizer)  # 10 tokens fit
+    encoder.add_token("<my-dog>", torch.randn(4, 32))
+    assert encoder.truncated_tail("ab <my-dog> cdef") is None
+    assert encoder.truncated_tail("ab <my-dog> cdef GH i") == "GH i"
+    assert encoder.truncated_tail("abcdefgh <my-dog> i") == "<my-dog> i"
+
+
+@pytest.mark.parametrize("word", ["", " ", " a", "<a> ", "a", "b</w>"])
+def test_what_is_no_new_word(tiny_tokenizer, word):
+    """A file's word may be one of the vocabulary, as in other tools; a word that is to be learned is new."""
+    encoder = build(tiny_tokenizer)
+    with pytest.raises(UserError, match="is no word|known already"):
+        encoder.add_token(word, torch.randn(1, 32))
+    if word in ("a", "b</w>"):
+        encoder.add_token(word, torch.randn(1, 32), new=False)
+        assert encoder.tokenize([word])[0, 1] == encoder.vocab_size
+
+
+@pytest.mark.parametrize("word", ["keys", "training", "a.b", "%2E.%", "forward", "é è"])
+def test_any_word_is_kept_under_its_name(tiny_tokenizer, word):
+    """Also one that a module has an attribute of, or that has a dot; a checkpoint gives it back."""
+    encoder, vectors = build(tiny_tokenizer), torch.randn(2, 32)
+    encoder.add_token(word, vectors)
+    assert torch.equal(encoder.learned_tokens[word], vectors)
+    state = {f"cond_stage_model.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    assert list(learned_tokens(state)) == [word]
+    with pytest.raises(UserError, match="known already"):
+        encoder.add_token(word.upper(), vectors)

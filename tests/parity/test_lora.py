@@ -100,6 +100,23 @@ def test_names_are_those_of_released_files(tiny_model_file: Path, lora: LoRA, tm
         assert {f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"} <= peft
 
 
+def test_a1111_lists_it_under_its_base_s_family(
+    tiny_config: dict, lora: LoRA, tiny_model_file: Path, tmp_path: Path
+):
+    """It reads `ss_v2`, and the name to call it by from `ss_output_name`, else the file's."""
+    for linear, version in ((False, "sd_v1"), (True, "sd_v2_v")):
+        parts = dict(open_model(tiny_model_file).state_dicts)
+        ends = ("proj_in.weight", "proj_out.weight")
+        flat = {n: x.flatten(1) if linear and n.endswith(ends) else x for n, x in parts["unet"].items()}
+        about = {"modelspec.prediction_type": "v", "ldm.config": "{}"}
+        layers = {"unet": {n: w for n, w in lora.weights()["unet"].items() if n.endswith("to_q")}}
+        file = save_lora(tmp_path / "rex.safetensors", layers, parts | {"unet": flat}, metadata=about)
+        with safe_open(file, "pt") as opened:
+            said = opened.metadata()
+        assert said["ss_v2"] == str(linear) and said["ss_base_model_version"] == version
+        assert said["ss_output_name"] == "rex" and said["ss_network_module"] == "networks.lora"
+
+
 def test_merged_into_a_model_it_draws_the_same(
     tiny_model_file: Path, lora: LoRA, tmp_path: Path, tiny_networks: dict[str, nn.Module]
 ):
@@ -121,7 +138,7 @@ def test_what_does_not_fit_is_named(tiny_model_file: Path, lora: LoRA, tmp_path:
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("attn2_to_k.lora_down.weight"))
     spoilt = {
-        "dora_scale": {"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.ones(2)},
+        "a DoRA": {"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.ones(2)},
         "to_k": {name: torch.zeros(4, 5)},
     }
     for word, change in spoilt.items():

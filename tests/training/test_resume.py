@@ -111,7 +111,9 @@ def test_a_broken_newest_checkpoint_is_skipped_with_a_word(
 
 
 def write(path: Path, **content: object) -> Path:
-    whole = {"state_dict": {}, "optimizer_states": [], "loops": {}, "global_step": 1}
+    progress = {name: {"total": {}, "current": {}} for name in resume.PROGRESS}
+    whole = {key: kind() for key, kind in resume.STATE.items()}
+    whole |= {"loops": {"fit_loop": progress | {"state_dict": {}}}, "global_step": 1}
     torch.save(whole | content, path)
     return path
 

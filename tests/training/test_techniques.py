@@ -161,7 +161,7 @@ def test_a_new_word_is_learned_and_kept_in_its_own_file(job, tmp_path, alone):
     assert all(same.values()) if alone else not any(same.values())
     model = module.export(tmp_path / "model.safetensors", dtype=torch.float32, metadata={})
     assert not any("learned_tokens" in name for name in read_checkpoint(model)[0])
-    kept = read_embedding(tmp_path / "embedding.safetensors")
+    kept = read_embedding(tmp_path / "embeddings" / "my-disc.safetensors")
     torch.testing.assert_close(kept, {"<my-disc>": vectors.data})
 
 

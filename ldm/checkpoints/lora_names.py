@@ -1,0 +1,107 @@
+"""How tools name the tensors of LoRA files, and by which signs files of other adapters are told apart."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+NETWORK_PREFIXES = {"unet": ("lora_unet_", "unet."), "text_encoder": ("lora_te_", "text_encoder.")}
+READ_PREFIXES = {  # diffusers' converter to kohya's keys has a 1, as in SDXL
+    "unet": NETWORK_PREFIXES["unet"],
+    "text_encoder": (*NETWORK_PREFIXES["text_encoder"], "lora_te1_"),
+}
+PEFT_PREFIX = "base_model.model."  # of PEFT's own files, which hold one network
+ENDS = {
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".alpha": "alpha",
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down",  # names in memory of PEFT's layers
+    ".lora_B.default.weight": "up",
+    ".lora_linear_layer.down.weight": "down",  # diffusers before PEFT, text encoder
+    ".lora_linear_layer.up.weight": "up",
+    ".lora.down.weight": "down",  # the same, UNet
+    ".lora.up.weight": "up",
+    ".lora.alpha": "alpha",
+}
+PROCESSOR = re.compile(r"(?:\.processor)?\.to_([qkv]|out)_lora\.")  # diffusers before 0.18
+TEXT_LEVELS = ("transformer_", "text_model_")  # some tools leave out levels before the text encoder's names
+OTHER_ADAPTERS = {  # sign in a tensor's name -> what the file is
+    r"\.(dora_scale|lora_magnitude_vector)": "a DoRA",
+    r"\.hada_w": "a LoHa",
+    r"\.lokr_w": "a LoKr",
+    r"\.(oft_blocks|oft_diag|oft_[rR]\b|oft_s\b)": "an OFT",
+    r"\.boft_": "a BOFT",
+    r"\.(ia3_l|on_input$)": "an (IA)^3",
+    r"\.vera_lambda": "a VeRA",
+    r"\.[ab][12]\.weight$": "a GLoRA",
+    r"\.lora_mid\.": "a LoCon with Tucker decomposition",
+    r"\.(diff|diff_b|w_norm|b_norm)$": "a LyCORIS of whole differences",
+    r"\.lora_B\.(default\.)?bias$": "a LoRA with biases",
+}
+OTHER_FAMILIES = {  # the same for a LoRA of another family
+    r"^(lora_te2_|text_encoder_2\.)": "Stable Diffusion XL",
+    r"^(lora_unet_(double|single)_blocks|transformer\.|lora_transformer_)": "a diffusion transformer",
+    r"joint_(transformer_)?blocks": "Stable Diffusion 3",
+}
+
+
+class LoRAKey(NamedTuple):
+    """A tensor's place: network (None if the name does not say), name of the layer, "down", "up" or "alpha".
+
+    layer: under diffusers' or SD's names, with dots or, in kohya's files, with underscores.
+    """
+
+    network: str | None
+    layer: str
+    kind: str
+
+
+def lora_key(name: str) -> LoRAKey | None:
+    """What a tensor of a LoRA file is; None for one that no plain LoRA has."""
+    spelt = PROCESSOR.sub(r".to_\1.lora.", name)
+    end = next((end for end in ENDS if spelt.endswith(end)), None)
+    if end is None:
+        return None
+    module = spelt.removesuffix(end).removeprefix(PEFT_PREFIX)
+    network = None
+    for each, prefixes in READ_PREFIXES.items():
+        prefix = next((prefix for prefix in prefixes if module.startswith(prefix)), None)
+        if prefix is not None:
+            network, module = each, module.removeprefix(prefix)
+    module = re.sub(r"self_attn\.to_([qkv]|out)$", r"self_attn.\1_proj", module)
+    if module.endswith(".to_out"):
+        module += ".0"
+    return LoRAKey(network, module, ENDS[end])
+
+
+def layer_places(names: Mapping[str, Mapping[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
+    """(network, comparable name) -> (network, SD's name of the layer). names: SD's name -> diffusers'."""
+    places = {}
+    for network, inner in names.items():
+        for own, theirs in inner.items():
+            for spelt in (own, theirs):  # some files of kohya's style have SD's own names
+                places[network, comparable(spelt)] = network, own
+    return places
+
+
+def comparable(layer: str) -> str:
+    """A layer's name in the one form that all spellings of it share: underscores, without outer levels."""
+    name = layer.replace(".", "_")
+    for level in TEXT_LEVELS:
+        name = name.removeprefix(level)
+    return name
+
+
+def other_adapter(names: Iterable[str]) -> str | None:
+    """The kind of adapter that the names of tensors tell of, if it is no plain LoRA."""
+    names = list(names)
+    found = (what for sign, what in OTHER_ADAPTERS.items() if any(re.search(sign, name) for name in names))
+    return next(found, None)
+
+
+def other_family(names: Iterable[str]) -> str | None:
+    """The family of models that a LoRA is for, if that is neither Stable Diffusion 1.x nor 2.x."""
+    names = list(names)
+    found = (what for sign, what in OTHER_FAMILIES.items() if any(re.search(sign, name) for name in names))
+    return next(found, None)

@@ -1,0 +1,90 @@
+"""A run's checkpoint, `logs/NAME/checkpoints/step-N.ckpt`, as a model: config, LoRA and learned tokens."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from torch import Tensor
+
+from ldm.checkpoints.layout import LEARNED_TOKENS, PREFIXES, RUN_LORA
+from ldm.checkpoints.lora import Layers, LoRAWeights, checked_layer
+from ldm.checkpoints.lora_scale import LoraScale
+from ldm.config import load_config, to_container
+from ldm.errors import UserError
+
+FOLDER, CONFIG = "checkpoints", "config.yaml"
+TOKEN = PREFIXES["text_encoder"] + LEARNED_TOKENS + "word:"
+
+
+def config_of(path: Path) -> Path | None:
+    """The config file of the run whose checkpoint a file is; None for any other file."""
+    config = path.parent.parent / CONFIG
+    is_checkpoint = path.suffix == ".ckpt" and path.resolve().parent.name == FOLDER
+    return config if is_checkpoint and config.is_file() else None
+
+
+def run_config(path: Path) -> dict[str, Any]:
+    """The config of the run whose checkpoint a file is; {} for any other file."""
+    config = config_of(path)
+    return {} if config is None else to_container(load_config([config]))
+
+
+def model_params(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The params of a config's model section, or the config itself where it has none."""
+    node = config.get("model", {"params": config})
+    params = node.get("params") if isinstance(node, Mapping) else None
+    return params if isinstance(params, Mapping) else {}
+
+
+def image_size(config: Mapping[str, Any]) -> int | None:
+    """Pixels a side of a run's images."""
+    data = config.get("data")
+    params = data.get("params") if isinstance(data, Mapping) else None
+    size = params.get("size") if isinstance(params, Mapping) else None
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def learned_tokens(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Word -> embeddings [n, D] of the tokens that a run learns."""
+    return {unquote(name.removeprefix(TOKEN)): tensors[name] for name in tensors if name.startswith(TOKEN)}
+
+
+def lora_layers(
+    tensors: Mapping[str, Tensor],
+    state_dicts: Mapping[str, Mapping[str, Tensor]],
+    params: Mapping[str, Any],
+    *,
+    where: object,
+) -> Layers:
+    """The LoRA that a run trains, for the networks `state_dicts`; no layers without one.
+
+    params: of the run's model section, which has alpha. Raises UserError if alpha is not known, or if a
+    tensor fits no layer.
+    """
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for name in (name for name in tensors if name.startswith(RUN_LORA)):
+        network, _, inner = name.removeprefix(RUN_LORA).partition(".")
+        layer, _, kind = inner.rpartition(".")
+        if kind not in ("down", "up") or f"{layer}.weight" not in state_dicts.get(network, {}):
+            raise UserError(f"`{name}` belongs to no layer", where=where)
+        found.setdefault((network, layer), {})[kind] = tensors[name]
+    if not found:
+        return {}
+    node = params.get("lora")
+    if not isinstance(node, Mapping):
+        what = "This is a checkpoint of a LoRA, whose alpha is in the config of its run"
+        remedy = "Leave it in the run's folder, or give --config RUN/config.yaml."
+        raise UserError(what, where=where, remedy=remedy)
+    own = node.get("params") or {}
+    configured = own.get("alpha") if isinstance(own, Mapping) else None
+    if not isinstance(configured, int | float | None):
+        raise UserError(f"The alpha of the LoRA is {configured!r}", where=where, remedy="It is a number.")
+    layers: dict[str, dict[str, LoRAWeights]] = {}
+    for (network, layer), weights in found.items():
+        base = state_dicts[network][f"{layer}.weight"]
+        scale = LoraScale({}, where=where)
+        down, up, rank = checked_layer(weights, base, layer, scale, network=network, where=where)
+        alpha = rank if configured is None else float(configured)
+        layers.setdefault(network, {})[layer] = (down, up, alpha)
+    return layers
