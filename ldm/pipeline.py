@@ -86,7 +86,7 @@ class Text2Image:
         embeddings: Sequence[Path] = (),
         guidance_base: str | Path | None = None,
     ) -> "Text2Image":
-        """From a Stable Diffusion file, or a folder as diffusers saves it.
+        """From a Stable Diffusion file, a folder as diffusers saves it, or the folder of a run.
 
         config: with a `model` section, or the params of one; None takes what its metadata or layout says.
         loras: files, each with the weight at which it is merged into the networks.
@@ -95,7 +95,7 @@ class Text2Image:
         file, it is not loaded twice: the LoRAs are attached instead of merged, and off in that prediction.
         """
         how = {"config": config, "device": device, "dtype": dtype}
-        file, base, beside = ModelFile(path, **how), None, []
+        file, base, beside = ModelFile(find_model(Path(path)), **how), None, []
         if guidance_base is not None:
             base = ModelFile(guidance_base, names=("unet", "text_encoder"), **how)
             base.model.require_prediction(base.parameterization)
@@ -118,9 +118,9 @@ class Text2Image:
 
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
-        seeds: Sequence[int],
+        seeds: Sequence[int] | None = None,
         negative_prompt: str = "",
         steps: int = 50,
         guidance_scale: float = 7.5,
@@ -138,9 +138,11 @@ class Text2Image:
     ) -> list[Sample]:
         """One sample for each prompt and its seed, `batch_size` at a time.
 
+        A string is one prompt, for all of the seeds; `seeds` are 0, 1, ... by default.
         `init_image`: of img2img, cropped, for the last `strength` of the steps. `long_prompts`: encode them
         in chunks. `precision`: of the networks. `progress`: a bar, or a callable that gets numbers of steps.
         """
+        prompts, seeds = _paired(prompts, seeds)
         _check(prompts, seeds, sampler=sampler, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
         timesteps = self._timesteps(sampler, steps, None if init_image is None else strength)
@@ -268,12 +270,24 @@ class Text2Image:
 
 def find_model(path: Path | None = None) -> Path:
     """The model file of a run folder, a file as it is, or by default the newest run's under logs/."""
+    if path is not None and (path / "model.safetensors").exists():
+        return path / "model.safetensors"
+    if path is not None and (path / "config.yaml").exists() and not (path / "model_index.json").exists():
+        remedy = "Continue it with main.py --resume, or name one of its checkpoints."
+        raise UserError("The run has no model yet", where=path, remedy=remedy)
     if path is not None:
-        return path / "model.safetensors" if (path / "model.safetensors").exists() else path
+        return path
     runs = sorted(Path("logs").glob("*/model.safetensors"), key=lambda file: file.stat().st_mtime)
     if not runs:
         raise UserError("There is no finished run under logs/", remedy="Name a file or a run with --model.")
     return runs[-1]
+
+
+def _paired(prompts: str | Sequence[str], seeds: Sequence[int] | None) -> tuple[Sequence[str], Sequence[int]]:
+    """Prompts and seeds as they were meant: a string for every seed, seeds counted from 0."""
+    if isinstance(prompts, str):
+        prompts = [prompts] * (1 if seeds is None else len(seeds))
+    return prompts, range(len(prompts)) if seeds is None else seeds
 
 
 def _check(prompts: Sequence[str], seeds: Sequence[int], *, sampler: str, batch_size: int) -> None:
