@@ -15,6 +15,7 @@ from ldm.training.checkpoints import check_saving
 from ldm.training.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.training.dreambooth import DreamBoothRun, check_prior_target
 from ldm.training.folder import claimed, folder_of
+from ldm.training.inputs import keep_inputs
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.memory import encoding, estimate, report
 from ldm.training.online_eval import check_online_eval
@@ -52,6 +53,7 @@ def run_job(
         lambda: folder_of(to_plain(config), resume, allow_config_change=allow_config_change)
     )
     with claimed(folder) if distributed.rank() == 0 else nullcontext():
+        keep_inputs(folder, data, run.base_files(plain), allow_change=allow_config_change)
         if distributed.rank() == 0:
             save_config(config, folder / "config.yaml")
         return _train(module, data, plain, folder)
