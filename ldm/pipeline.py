@@ -136,14 +136,12 @@ class Text2Image:
         precision: Precision = "auto",
         progress: bool | Callable[[int], object] = False,
     ) -> list[Sample]:
-        """One sample for each prompt and its seed, `batch_size` at a time.
+        """One sample for each prompt and its seed (0, 1, ...), or of one string for each seed, in batches.
 
-        A string is one prompt, for all of the seeds; `seeds` are 0, 1, ... by default.
         `init_image`: of img2img, cropped, for the last `strength` of the steps. `long_prompts`: encode them
         in chunks. `precision`: of the networks. `progress`: a bar, or a callable that gets numbers of steps.
         """
-        prompts, seeds = _paired(prompts, seeds)
-        _check(prompts, seeds, sampler=sampler, batch_size=batch_size)
+        prompts, seeds = _checked(prompts, seeds, sampler=sampler, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
         timesteps = self._timesteps(sampler, steps, None if init_image is None else strength)
         with self._eval(precision), _heard(progress, total=len(prompts) * len(timesteps)) as tell:
@@ -283,14 +281,13 @@ def find_model(path: Path | None = None) -> Path:
     return runs[-1]
 
 
-def _paired(prompts: str | Sequence[str], seeds: Sequence[int] | None) -> tuple[Sequence[str], Sequence[int]]:
-    """Prompts and seeds as they were meant: a string for every seed, seeds counted from 0."""
+def _checked(
+    prompts: str | Sequence[str], seeds: Sequence[int] | None, *, sampler: str, batch_size: int
+) -> tuple[Sequence[str], Sequence[int]]:
+    """Prompts and seeds as they are meant: a string is one prompt for all seeds, which count from 0."""
     if isinstance(prompts, str):
         prompts = [prompts] * (1 if seeds is None else len(seeds))
-    return prompts, range(len(prompts)) if seeds is None else seeds
-
-
-def _check(prompts: Sequence[str], seeds: Sequence[int], *, sampler: str, batch_size: int) -> None:
+    seeds = range(len(prompts)) if seeds is None else seeds
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts do not go with {len(seeds)} seeds")
     if sampler not in SAMPLERS:
@@ -299,6 +296,7 @@ def _check(prompts: Sequence[str], seeds: Sequence[int], *, sampler: str, batch_
         raise UserError(f"The sampler {sampler!r} is unknown", remedy=remedy)
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is impossible", remedy="Choose 1 or more.")
+    return prompts, seeds
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from ldm.data.caption_length import check_lengths, prompts_of
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.data.images import load_image
+from ldm.data.images import ImageFiles, load_image
 from ldm.data.priors import PriorSet
 from ldm.data.prompts import fill
 from ldm.errors import UserError
@@ -21,6 +22,7 @@ from ldm.training.before_after import BeforeAfterEvaluation, with_params
 from ldm.training.callbacks import LogFirstStepTime, OffloadVAE, Previews, ThroughputLogger
 from ldm.training.device import peak_memory_mib
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.limits import limits_of
 from ldm.training.online_eval import OnlineEvalCallback, OnlineEvalConfig, best_of
 from ldm.training.sampling import (
     PriorsConfig,
@@ -69,13 +71,17 @@ class DreamBoothRun:
         evaluation, online = plain.get("evaluation"), OnlineEvalConfig(**plain.get("online_eval", {}))
         self.before_after = self._before_after(evaluation)
         self.online_eval: OnlineEvalCallback | None = None
-        also = plain.get("evaluate_also") or {}
+        judged = self.before_after.evaluation is not None
+        also = plain.get("evaluate_also") or {} if judged else {}
         self.also = {name: self._before_after(evaluation, params) for name, params in also.items()}
-        if online.every_steps:
+        if online.every_steps and judged:
             self.online_eval = OnlineEvalCallback(self._before_after(evaluation, online.params), online)
         self.samples = SamplesConfig(**plain.get("samples", {}))
         self.sample_pipeline = self._pipeline(self.samples.guidance_base)  # of samples and previews
         self.prompts = [fill(prompt, **data.words) for prompt in self.samples.prompts]
+        said = prompts_of(data) | {f"samples.prompts.{k}": prompt for k, prompt in enumerate(self.prompts)}
+        check_lengths(said, module.cond_stage_model, identifier=data.words["identifier"])
+        self.notes = limits_of(plain, module.cond_stage_model, data, said)
 
     def __call__(self) -> list[Path]:
         """-> the paths that rank 0 writes: contact sheet, model file, report."""
@@ -178,6 +184,7 @@ class DreamBoothRun:
             "peak_memory_mib": max(self.timer.peak_mib.values(), default=round(peak_memory_mib(), 1)),
             "phase_peak_memory_mib": self.timer.peak_mib,
             "prior_images": self.data.num_priors if self.data.generates_priors else 0,
+            **({"notes": self.notes} if self.notes else {}),
         }
         run.write_json(self.folder / "metrics.json", metrics)
         return [grid, model, self._report(before, after, metrics)]
@@ -190,8 +197,8 @@ class DreamBoothRun:
         previews = sorted(self.folder.glob("samples/step-*.png"))
         report = Report(
             title=f"{self.folder.name}: {self.data.subject_prompt}",
-            subject=[load_image(photo.path) for photo in self.data.subject_photos],
-            priors=[load_image(photo.path) for photo in priors],
+            subject=ImageFiles(photo.path for photo in self.data.subject_photos),
+            priors=ImageFiles(photo.path for photo in priors),
             rows=[Row(prompt, old, new) for (prompt, old), (_, new) in pairs],
             metrics=metrics,
             seconds=metrics["seconds"],
@@ -200,5 +207,6 @@ class DreamBoothRun:
             previews=[(int(path.stem.split("-")[1]), load_image(path)) for path in previews],
             eval_history=EvalHistory(metrics.get("measures", []), metrics.get("best_step")),
             also=metrics.get("evaluate_also", {}),
+            notes=[f"{note}." for note in self.notes],
         )
         return write_report(self.folder / "report.html", report)

@@ -22,10 +22,10 @@ from ldm.training.fused_backward import pending_gradient_bytes
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.peak import PeakBytes
 from ldm.training.sharding import FSDP
+from ldm.training.sizes import checkpoint_bytes, state_bytes
 from ldm.training.techniques import AUTOCAST, cast_by_autocast
 
 MIB = 2**20
-BLOCK, SMALL = 256, 4096  # bitsandbytes: weights per scale; smaller tensors keep float32 states
 WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -64,7 +64,7 @@ def estimate(config: Mapping[str, Any]) -> tuple[dict[str, Need], dict[str, int]
         waiting = pending_gradient_bytes(learning) + max((p.nbytes for p in learning), default=0)
         needs["unet"] = Need(**{**vars(needs["unet"]), "gradients": waiting})
     average = _average(config, module, needs)
-    disk = _disk(config, needs, module)
+    disk = _disk(config, module)
     if trainer.get("strategy") == FSDP:
         needs |= {name: _share(need, device_count(trainer)) for name, need in needs.items() if need.states}
     if data.get("cache_latents", True) and not data.get("online_priors"):
@@ -112,16 +112,6 @@ def _copies_of_base(module: LatentDiffusion, data: Mapping[str, Any], *, precisi
         halved = _size(p for layer in layers for p in layer.parameters() if p.dtype == torch.float32) // 2
         copies += whole - (halved if precision in AUTOCAST else 0)
     return copies + (_size(_learning(module)) if module.l2_sp_weight else 0)
-
-
-def state_bytes(parameter: Tensor, optimizer: str) -> int:
-    """What AdamW keeps beside one weight tensor: two moments, and where it is a tensor the step."""
-    count = parameter.numel()
-    if optimizer == "adamw_bf16":
-        return 2 * parameter.nbytes
-    if optimizer == "adamw_8bit" and count >= SMALL:
-        return 2 * (count + 4 * -(-count // BLOCK))
-    return 2 * 4 * count + (4 if optimizer == "adamw" else 0)
 
 
 def encoding(config: Mapping[str, Any]) -> int:
@@ -233,15 +223,14 @@ def _saving(
             hook.remove()
 
 
-def _disk(config: Mapping[str, Any], needs: Mapping[str, Need], module: LatentDiffusion) -> dict[str, int]:
-    """Bytes of the run's files; a checkpoint that is being written stands beside the two that are kept."""
-    data = config["data"].get("params", {})
-    average = 0 if config.get("ema_decay") is None else _float_size(_learning(module))
-    checkpoint = average + sum(need.weights + need.states for need in needs.values())
+def _disk(config: Mapping[str, Any], module: LatentDiffusion) -> dict[str, int]:
+    """Bytes of the run's files; a checkpoint that is being written stands beside those that are kept."""
+    data, kept = config["data"].get("params", {}), config.get("checkpoints_kept", 2)
+    checkpoint = checkpoint_bytes(module, averaged=config.get("ema_decay") is not None)
     drawn = 0 if data.get("prior_root") else data.get("num_priors", 64)
     width = WIDTHS[config.get("export", {}).get("dtype", "fp16")]
     return {
-        "checkpoints (2 + 1)": 3 * checkpoint,
+        f"checkpoints ({kept} + 1)": (kept + 1) * checkpoint,
         "model file": width * sum(p.numel() for p in module.parameters()),
         "prior images, at most": drawn * 3 * data["size"] ** 2,
     }
