@@ -19,7 +19,7 @@ from ldm.training.options import parse
 # What a run writes, in its order
 WRITTEN = [
     *("logs/one/inputs.json", "logs/one/config.yaml"),
-    *("priors/*/0001.png", "priors/*/0002.safetensors", "priors/*/manifest.json"),
+    *("priors/*/0001.png", "priors/*/0001.safetensors", "priors/*/manifest.json"),
     *("logs/one/samples/before/00-00.png", "cache/*.safetensors", "logs/one/samples/step-000002.png"),
     *("logs/one/checkpoints/step-00000004.ckpt", "logs/one/model.safetensors", "logs/one/samples/00-00.png"),
     *("logs/one/samples/contact_sheet.png", "logs/one/metrics.json", "logs/one/report.html"),
