@@ -1,5 +1,6 @@
 """Atomic file writing: a file is complete or absent, whenever the process is killed."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -13,6 +14,10 @@ from typing import BinaryIO
 from ldm.errors import UserError
 
 _UMASK_LOCK = threading.Lock()
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_TEXTS = ("no space left on device", "disk quota exceeded", "os error 28", "os error 122")
+SPACE = "Free some space and run the command again; what was written stays, and --resume continues a run."
+PLACE = "Choose a folder that can be written; what was written stays, and --resume continues a run."
 
 
 @contextmanager
@@ -21,21 +26,61 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The temporary file is synchronized to disk (fsync) before the rename, and the folder after it, so a crash
     leaves either the old file or the new one. On an exception the temporary file is removed and `path` stays
-    as it was; only a killed process leaves a `.*.tmp`.
+    as it was; only a killed process leaves a `.*.tmp`. Raises UserError where the disk is full, or the folder
+    cannot be written.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    with writing(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private
+            _sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises UserError for what the disk or the folder of `path` refuses inside the block.
+
+    Libraries that write files by themselves raise exceptions of their own for a full disk, which name it.
+    """
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except UserError:
         raise
-    _sync(path.parent)
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if any(map(_says_full, _chain(error))):
+            raise UserError("The disk is full", where=path, remedy=SPACE) from error
+        if isinstance(error, OSError) and number is not None:
+            what = f"This cannot be written: {error.strerror or error}"
+            raise UserError(what, where=path, remedy=PLACE) from error
+        raise
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and those during whose handling it was raised: a writer may fail again as it closes."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _says_full(error: BaseException) -> bool:
+    return getattr(error, "errno", None) in FULL or any(text in str(error).lower() for text in FULL_TEXTS)
+
+
+def make_folder(folder: Path) -> Path:
+    """Creates a folder, and those around it, unless it is there. Raises UserError where it cannot be."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 class HashingWriter:

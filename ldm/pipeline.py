@@ -85,7 +85,7 @@ class Text2Image:
         guidance_base: str | Path | None = None,
         vae: str | Path | None = None,
     ) -> "Text2Image":
-        """From a Stable Diffusion file, or a folder as diffusers saves it.
+        """From a Stable Diffusion file, a folder as diffusers saves it, or the folder of a run.
 
         config: with a `model` section, or the params of one; None takes what its metadata or layout says.
         loras: files, each with the weight at which it is merged. embeddings: textual-inversion files, whose
@@ -94,7 +94,7 @@ class Text2Image:
         file, it is not loaded twice: the LoRAs are attached instead of merged, and off in that prediction.
         """
         how = {"config": config, "device": device, "dtype": dtype}
-        file, base, beside = ModelFile(path, vae=vae, **how), None, []
+        file, base, beside = ModelFile(find_model(Path(path)), vae=vae, **how), None, []
         if guidance_base is not None:
             base = ModelFile(guidance_base, names=("unet", "text_encoder"), **how)
             base.model.require_prediction(base.process.parameterization)
@@ -115,9 +115,9 @@ class Text2Image:
 
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
-        seeds: Sequence[int],
+        seeds: Sequence[int] | None = None,
         negative_prompt: str = "",
         steps: int = 50,
         guidance_scale: float = 7.5,
@@ -134,12 +134,12 @@ class Text2Image:
         precision: Precision = "auto",
         progress: bool | Callable[[int], object] = False,
     ) -> list[Sample]:
-        """One sample for each prompt and its seed, `batch_size` at a time.
+        """One sample for each prompt and its seed (0, 1, ...), or of one string for each seed, in batches.
 
         `spacing` None: what suits the sampler. `init_image`: of img2img, cropped, for the last `strength` of
         the steps. `long_prompts`: encode in chunks. `progress`: a bar, or a callable that gets step counts.
         """
-        _check(prompts, seeds, sampler=sampler, eta=eta, batch_size=batch_size)
+        prompts, seeds = _checked(prompts, seeds, sampler=sampler, eta=eta, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
         levels = self._levels(sampler, steps, spacing, None if init_image is None else strength)
         with self._eval(precision), _heard(progress, total=len(prompts) * (len(levels) - 1)) as tell:
@@ -265,17 +265,26 @@ class Text2Image:
 
 def find_model(path: Path | None = None) -> Path:
     """The model file of a run folder, a file as it is, or by default the newest run's under logs/."""
+    if path is not None and (path / "model.safetensors").exists():
+        return path / "model.safetensors"
+    if path is not None and (path / "config.yaml").exists() and not (path / "model_index.json").exists():
+        remedy = "Continue it with main.py --resume, or name one of its checkpoints."
+        raise UserError("The run has no model yet", where=path, remedy=remedy)
     if path is not None:
-        return path / "model.safetensors" if (path / "model.safetensors").exists() else path
+        return path
     runs = sorted(Path("logs").glob("*/model.safetensors"), key=lambda file: file.stat().st_mtime)
     if not runs:
         raise UserError("There is no finished run under logs/", remedy="Name a file or a run with --model.")
     return runs[-1]
 
 
-def _check(
-    prompts: Sequence[str], seeds: Sequence[int], *, sampler: str, eta: float, batch_size: int
-) -> None:
+def _checked(
+    prompts: str | Sequence[str], seeds: Sequence[int] | None, *, sampler: str, eta: float, batch_size: int
+) -> tuple[Sequence[str], Sequence[int]]:
+    """Prompts and seeds as they are meant: a string is one prompt for all seeds, which count from 0."""
+    if isinstance(prompts, str):
+        prompts = [prompts] * (1 if seeds is None else len(seeds))
+    seeds = range(len(prompts)) if seeds is None else seeds
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts do not go with {len(seeds)} seeds")
     if sampler not in SAMPLERS:
@@ -288,6 +297,7 @@ def _check(
         raise UserError(f"eta {eta} is impossible", remedy="Choose from 0 to 1.")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is impossible", remedy="Choose 1 or more.")
+    return prompts, seeds
 
 
 @contextmanager

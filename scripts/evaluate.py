@@ -21,13 +21,13 @@ from ldm.annotations import Node
 from ldm.checkpoints import run_checkpoint
 from ldm.config import check, instantiate
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.data.images import load_image
+from ldm.data.images import ImageFiles
 from ldm.errors import UserError
 from ldm.evaluation.image_folder import read_image_folder
 from ldm.evaluation.plot import metrics_plot
 from ldm.evaluation.protocol import Evaluation, SubjectPrompts
 from ldm.evaluation.storybook import StorybookEvaluation
-from ldm.files import atomic_write
+from ldm.files import atomic_write, make_folder
 from ldm.pipeline import Text2Image, find_model
 from ldm.training.device import keep_freed_memory
 from ldm.training.run import find_file, write_json
@@ -35,6 +35,7 @@ from ldm.training.schema import RunConfig
 
 BASE = "ldm/storybook/assets/base.safetensors"
 BASE_GUIDANCE = 4.0
+SAMPLING = ("sampler", "steps", "guidance_scale", "guidance_base", "batch_size", "precision")  # of a run
 METRICS = {
     "storybook": "ldm.evaluation.storybook.StorybookEvaluation",
     "photos": "ldm.evaluation.photos.PhotoEvaluation",
@@ -79,9 +80,9 @@ def run_config(model: Path | None) -> RunConfig | None:
 
 def evaluation_of(options: argparse.Namespace, config: RunConfig | None) -> Evaluation:
     """The evaluation of the run, in full size, or the one that the options ask for."""
-    own = (config and config.evaluation) or {"target": METRICS["storybook"], "params": {}}
-    target = METRICS[options.metrics] if options.metrics else own["target"]
-    params = dict(own.get("params") or {}) if target == own["target"] else {}
+    own = (config and config.evaluation) or {}
+    target = METRICS[options.metrics] if options.metrics else own.get("target", METRICS["storybook"])
+    params = dict(own.get("params") or {}) if target == own.get("target") else sampling_of(config)
     if target == METRICS["storybook"]:
         params |= {"seeds": 16, "class_samples": 128}
     if options.no_diversity:
@@ -93,6 +94,11 @@ def evaluation_of(options: argparse.Namespace, config: RunConfig | None) -> Eval
     node = {"target": target, "params": params}
     check({"evaluation": node}, {"evaluation": Node})
     return instantiate(node)
+
+
+def sampling_of(config: RunConfig | None) -> dict[str, Any]:
+    """How a run draws its samples: how it is measured where it has no such evaluation of its own."""
+    return {name: getattr(config.samples, name) for name in SAMPLING} if config else {}
 
 
 def photos_of(options: argparse.Namespace, config: RunConfig | None) -> DreamBoothDataModule:
@@ -118,7 +124,10 @@ def evaluate(options: argparse.Namespace, model: Path | None) -> Mapping[str, An
     of_class = read_image_folder(options.class_pictures, at_least=2) if options.class_pictures else []
     evaluation = evaluation_of(options, config)
     prompts = SubjectPrompts(data.subject_prompt, data.prior_prompt, **data.words)
-    subject = evaluation.subject([load_image(photo.path) for photo in data.subject_photos])
+    photos = ImageFiles(photo.path for photo in data.subject_photos)
+    if against := evaluation.unfit(photos, prompts):
+        raise UserError(". ".join(against), where=data.subject_root, remedy="Take --metrics photos.")
+    subject = evaluation.subject(photos)
     if model is None:
         return evaluation.measure_images(samples, subject=subject, prompts=prompts, of_class=of_class)
     base = find_file(options.base or (config and config.base_checkpoint) or BASE)
@@ -142,7 +151,10 @@ def table(metrics: Mapping[str, Any]) -> str:
             beside = [metrics.get(key, {}).get(name, "") for key in ("base", "ceiling", "noise_floor")]
             interval = "{:.3f} to {:.3f}".format(*low_high) if low_high else ""
             rows.append((name, f"{value:.3f}", interval, *map(str, beside)))
-    return "\n".join("{:30}{:>8}{:>18}{:>9}{:>9}{:>9}".format(*row).rstrip() for row in rows)
+    lines = ["{:30}{:>8}{:>18}{:>9}{:>9}{:>9}".format(*row).rstrip() for row in rows]
+    if sampling := metrics.get("sampling"):
+        lines.append(", ".join(f"{name} {value}" for name, value in sampling.items() if value is not None))
+    return "\n".join(lines)
 
 
 def main(options: argparse.Namespace) -> None:
@@ -161,7 +173,7 @@ def main(options: argparse.Namespace) -> None:
     is_run = model is not None and model.with_name("config.yaml").exists()
     name = (model or options.pictures).stem
     folder = options.out or (model.parent / "evaluation" if is_run else Path("logs") / f"evaluation-{name}")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     print(write_json(folder / "metrics.json", metrics))
     with atomic_write(folder / "figures.svg") as temporary:
         temporary.write_text(metrics_plot(metrics), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Files are whole or absent."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -9,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from PIL import Image
 
-from ldm.files import HashingWriter, atomic_write, file_sha256, remove_leftovers
+from ldm.errors import UserError
+from ldm.files import HashingWriter, atomic_write, file_sha256, make_folder, remove_leftovers, writing
 
 
 def test_the_new_file_replaces_the_old_one(tmp_path):
@@ -94,3 +97,50 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     remove_leftovers(tmp_path)
     assert {p.name for p in tmp_path.rglob("*") if not p.is_dir()} == {path.name for path in kept}
     remove_leftovers(tmp_path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a disk that is always full")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_text("x" * 100_000),
+        lambda path: path.write_bytes(bytes(100_000)),
+        lambda path: torch.save(torch.zeros(100_000), path.open("wb")),
+        lambda path: Image.effect_noise((300, 300), 90).save(path, format="PNG"),
+    ],
+    ids=["text", "bytes", "torch", "png"],
+)
+def test_a_full_disk_is_one_sentence_whichever_library_writes(tmp_path, write):
+    (tmp_path / "full").symlink_to("/dev/full")
+    with (
+        pytest.raises(UserError, match=r"The disk is full \(a\.bin\).*--resume continues a run"),
+        writing("a.bin"),
+    ):
+        write(tmp_path / "full")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO])
+def test_what_the_system_refuses_leaves_the_old_file(tmp_path, number):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(UserError, match="a.bin"), atomic_write(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise OSError(number, os.strerror(number))
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_folders_that_cannot_be_made_or_are_no_folders(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(UserError, match="cannot be written"):
+            make_folder(path)
+    with pytest.raises(UserError, match="cannot be written"), atomic_write(tmp_path / "absent" / "a.bin"):
+        pass
+    assert make_folder(make_folder(tmp_path / "a" / "b")).is_dir()
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    for error in (ValueError("no space left"), UserError("said", where="x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught, writing(tmp_path / "a"):
+            raise error
+        assert caught.value is error

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.annotations import NonNegativeInt, PositiveInt, Probability, Seed
-from ldm.data.images import load_image
+from ldm.data.images import image_size
 from ldm.data.items import (
     VALIDATION_START,
     DreamBoothDataset,
@@ -132,6 +132,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
         self.captions, self.caption_dropout, self.skip_unreadable = captions, caption_dropout, skip_unreadable
         self.cache_latents, self.cache_root = cache_latents, cache_root
         self.validation_batches, self.hold_out = validation_batches, hold_out
+        self._held: Mapping[str, str] | None = None  # name -> hash of photos; None: by `hold_out`
         self.start_step = 0  # optimizer steps already done: set it before training to resume
         self.attach()
 
@@ -169,7 +170,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
                 remedy = "Give another folder of the class, or none to generate prior images."
                 raise UserError("Subject and prior are the same folder", where=self.prior_root, remedy=remedy)
             log.info("%s: %d photos of the class", self.prior_root, len(self.prior_images))
-        small = [p.path.name for p in self.subject_photos if min(load_image(p.path).size) < self.size]
+        small = [p.path.name for p in self.subject_photos if min(image_size(p.path)) < self.size]
         if small:
             log.warning("%s: enlarged to %d pixels: %s", self.subject_root, self.size, ", ".join(small))
 
@@ -261,16 +262,29 @@ class DreamBoothDataModule(pl.LightningDataModule):
             for i, image in images.items()
         )
 
+    @property
+    def held_out_photos(self) -> tuple[SourceImage, ...]:
+        """The photos of the subject that are never trained on."""
+        photos = self.subject_photos
+        if self._held is not None:
+            return tuple(photo for photo in photos if self._held.get(photo.path.name) == photo.sha256)
+        return photos[-1:] if self.hold_out and len(photos) >= ENOUGH_PHOTOS else ()
+
+    def hold(self, photos: Mapping[str, str]) -> None:
+        """Holds these photos out, file name -> SHA-256, and no others: those of the run that goes on."""
+        self._held = photos
+
     def _own_caption(self, path: Path) -> str | None:
         return read_caption(path, **self.words) if self.captions else None
 
     def _stream(self, name: StreamName, photos: tuple[SourceImage, ...]) -> Stream:
         generated = name == "prior" and self.generates_priors
         of_subject = name == "subject" or self.priors_show_subject
-        held = photos[-1:] if of_subject and self.hold_out and len(photos) >= ENOUGH_PHOTOS else ()
+        apart = {photo.path for photo in self.held_out_photos} if of_subject else ()
+        held = tuple(photo for photo in photos if photo.path in apart)
         return Stream(
             name,
-            photos[: len(photos) - len(held)],
+            tuple(photo for photo in photos if photo.path not in apart),
             size=self.size,
             seed=self.seed,
             crop_variants=None if generated else self.crop_variants,

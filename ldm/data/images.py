@@ -1,14 +1,16 @@
 """Image files: listing, decoding, cropping, and conversion from and to [3, H, W] in [-1, 1]."""
 
 import logging
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ldm.data.color import to_srgb
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -61,14 +63,15 @@ def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Pa
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """The first frame of an image file as 8-bit RGB, rotated by its EXIF orientation, on a white background.
+    """The first frame of an image file as 8-bit sRGB, rotated by its EXIF orientation, on a white background.
 
-    Raises UserError for a file that cannot be decoded, or is too large.
+    Colours are converted by the file's ICC profile. Raises UserError for a file that cannot be decoded, or is
+    too large.
     """
     try:
         with Image.open(path, formats=FORMATS) as file:
             file.load()  # decodes to the end, so that truncation shows here
-            return _to_rgb(ImageOps.exif_transpose(file))
+            return _to_rgb(ImageOps.exif_transpose(file), where=path)
     except Image.DecompressionBombError as error:
         raise UserError(
             f"The image is too large: {error}",
@@ -77,6 +80,35 @@ def load_image(path: str | Path) -> Image.Image:
         ) from error
     except Exception as error:  # decoders raise anything on damaged files
         raise UserError(f"The image cannot be read: {error}", where=path, remedy=RESAVE) from error
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) in pixels as stored, before any rotation; only the header is read."""
+    with Image.open(path, formats=FORMATS) as file:
+        return file.size
+
+
+class ImageFiles(Sequence[Image.Image]):
+    """Images that are decoded when they are asked for, and not kept: many large photos fit in no memory.
+
+    A slice decodes nothing either.
+    """
+
+    def __init__(self, paths: Iterable[str | Path]):
+        self.paths = tuple(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return map(load_image, self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ImageFiles": ...
+    def __getitem__(self, index: int | slice) -> "Image.Image | ImageFiles":
+        return ImageFiles(self.paths[index]) if isinstance(index, slice) else load_image(self.paths[index])
 
 
 def fit_image(
@@ -114,15 +146,18 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB. 16-bit grey is scaled, where Pillow would clip it; transparency becomes white."""
+def _to_rgb(image: Image.Image, *, where: str | Path) -> Image.Image:
+    """Any mode -> sRGB. 16-bit grey is scaled, where Pillow would clip it; transparency becomes white."""
     if image.mode.startswith("I"):
         grey = np.asarray(image, dtype=np.float64)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("32-bit grey values have no known range")
+        about = image.info
         image = Image.fromarray((grey / 257).round().astype(np.uint8))
+        image.info |= about
     if image.mode == "F":
         raise ValueError("floating-point values have no known range")
+    image = to_srgb(image, where=where)
     if image.has_transparency_data:
         over = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)

@@ -191,7 +191,7 @@ def read_source_images(
     return tuple(SourceImage(path, file_sha256(path), caption(path)) for path in paths)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)  # large photos: one at a time
 def _decoded(path: Path, sha256: str) -> Image.Image:
     """Decodes an image once for consecutive views; the result must not be modified."""
     return load_image(path)

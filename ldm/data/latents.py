@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.files import atomic_write
+from ldm.files import atomic_write, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def cached_latent_stats(
     names = {key: hashlib.sha256(f"{vae_hash}/{key}".encode()).hexdigest()[:32] for key in views}
     latent_stats = {}
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for key, name in names.items():
             if kept := load_latents(folder / f"{name}.safetensors"):
                 latent_stats[key] = kept[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ldm.data.latents import load_latents, require_finite, save_latents
 from ldm.errors import UserError
-from ldm.files import atomic_write, file_sha256
+from ldm.files import atomic_write, file_sha256, make_folder
 
 # seeds -> (image, scaled latents [z, h, w]) for each; the same seed gives the same image in any batch
 GenerateImages = Callable[[list[int]], Sequence[tuple[Image.Image, Tensor]]]
@@ -108,7 +108,7 @@ class PriorSet:
         Rank r generates every `world_size`-th image from r on. Rank 0 writes the manifest; when several ranks
         are done, one calls `write_manifest`. `progress(n)` is called for every n more.
         """
-        self._make_folder()
+        make_folder(self.folder)
         present = self.images(count)
         wanted = [i for i in range(rank, count, world_size) if i not in present]
 
@@ -155,7 +155,7 @@ class PriorSet:
     def generate_now(self, numbers: Sequence[int], generate: GenerateImages) -> list[Tensor]:
         """Latents of these images, which are generated in one batch unless all are complete."""
         if any(self._read(number) is None for number in numbers):
-            self._make_folder()
+            make_folder(self.folder)
             generated = generate([self.spec.seed + number for number in numbers])
             for number, (image, latents) in zip(numbers, generated, strict=True):
                 self._require_finite(number, latents)
@@ -164,7 +164,7 @@ class PriorSet:
 
     def write_manifest(self, count: int) -> None:
         """Rebuilds manifest.json from the complete images among the first `count`."""
-        self._make_folder()
+        make_folder(self.folder)
         self._write_manifest(self.images(count))
 
     def _read(self, index: int) -> PriorImage | None:
@@ -196,12 +196,3 @@ class PriorSet:
 
     def _latents_file(self, index: int) -> Path:
         return self.folder / f"{index:04d}.safetensors"
-
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            remedy = "Choose another folder for prior images."
-            raise UserError(
-                f"The folder cannot be created: {error}", where=self.folder, remedy=remedy
-            ) from error

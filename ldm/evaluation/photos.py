@@ -22,7 +22,14 @@ from ldm.errors import UserError
 from ldm.evaluation.features import CLIP, DINO, Clip, Dino, Lpips
 from ldm.evaluation.image_folder import by_prompt
 from ldm.evaluation.metrics import bootstrap, frechet_distance
-from ldm.evaluation.protocol import CLASS_SAMPLINGS, OTHER_SEEDS, GeneratedImage, Metrics, SubjectPrompts
+from ldm.evaluation.protocol import (
+    CLASS_SAMPLINGS,
+    OTHER_SEEDS,
+    GeneratedImage,
+    Metrics,
+    SubjectPrompts,
+    settings_of,
+)
 from ldm.pipeline import Text2Image
 from ldm.precision import Precision
 
@@ -125,6 +132,10 @@ class PhotoEvaluation:
         self.dino, self.clip = Dino(dino, device=place), Clip(clip, device=place)
         self.lpips = Lpips(device=place) if diversity else None
 
+    def unfit(self, photos: Sequence[Image.Image], prompts: SubjectPrompts) -> list[str]:
+        """DINO and CLIP judge any photographs."""
+        return []
+
     def subject(self, photos: Sequence[Image.Image]) -> Subject:
         return Subject(self.dino.embed_images(photos), self.clip.embed_images(photos))
 
@@ -166,6 +177,7 @@ class PhotoEvaluation:
             "intervals": _intervals(after),
             "base": base.metrics(),
             "noise_floor": base.noise_floor(),
+            "sampling": settings_of(self),
             "ceiling": {k: round(mean_of_pairs(rows), 4) for k, rows in own.items() if len(rows) > 1},
         }
 

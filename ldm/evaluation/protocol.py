@@ -34,10 +34,20 @@ class GeneratedImage(NamedTuple):
     prompt: str | None
 
 
+def settings_of(evaluation: "Evaluation") -> dict[str, Any]:
+    """How the images of an evaluation are generated, as `metrics.json` says it."""
+    counts = {name: getattr(evaluation, name) for name in ("seeds", "class_samples", "seed")}
+    return {**evaluation.sampling, "guidance_base": evaluation.guidance_base, **counts}
+
+
 class Evaluation(Protocol):
     """`subject`, `measure` of the base and the trained model, then `summary`; or `measure_images` alone."""
 
     guidance_base: bool  # `measure` needs the base's unconditional prediction
+    sampling: Mapping[str, Any]  # how images are generated, by the pipeline's arguments
+
+    def unfit(self, photos: Sequence[Image.Image], prompts: SubjectPrompts) -> list[str]:
+        """Why it cannot judge this subject, a sentence for each reason; none if it can."""
 
     def subject(self, photos: Sequence[Image.Image]) -> Any:
         """What identifies the subject on the photos, as the other methods take it."""

@@ -4,17 +4,20 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ldm.evaluation.curves import Curve, chart, together
 from ldm.files import atomic_write
 
 Images = Sequence[Image.Image]
 PIXEL_ART = 128  # pixels a side up to which an image is shown without smoothing
+# Pixels a side at most in the page: photos, which may be of a camera's size; samples; the width of a preview
+PHOTO_SIDE, SAMPLE_SIDE, PREVIEW_WIDTH = 320, 512, 1024
 
 
 class Row(NamedTuple):
@@ -47,6 +50,7 @@ class Report:
     previews: Sequence[tuple[int, Image.Image]] = field(default_factory=list)  # (optimizer step, grid)
     eval_history: EvalHistory = EvalHistory()
     also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the metrics under other sampling
+    notes: Sequence[str] = ()  # what to know before looking at the rest
 
 
 class Card(NamedTuple):
@@ -93,12 +97,13 @@ def write_report(path: Path, report: Report) -> Path:
     """Writes the page, which needs no other file and no network -> path."""
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     sections = [
+        ("", noted(report.notes)),
         ("", cards(report.metrics)),
         ("With other sampling", other_sampling(report.metrics, report.also)),
-        ("The subject's photos", row(report.subject)),
+        ("The subject's photos", row(report.subject, side=PHOTO_SIDE)),
         ("Before and after", "".join(before_and_after(r) for r in report.rows)),
         ("During training", learning(report.eval_history, report.previews)),
-        ("Prior images", row(report.priors, kind="small")),
+        ("Prior images", row(report.priors, kind="small", side=PHOTO_SIDE)),
         ("Curves", charts(report.curves)),
         ("Time", times(report.seconds)),
         ("Config", f"<details><summary>config.yaml</summary><pre>{escape(report.config)}</pre></details>"),
@@ -113,6 +118,11 @@ def write_report(path: Path, report: Report) -> Path:
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def noted(notes: Sequence[str]) -> str:
+    said = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return f'<div class="note">{said}</div>' if notes else ""
 
 
 def cards(metrics: Mapping[str, Any]) -> str:
@@ -167,10 +177,12 @@ def gauge(value: float, base: float | None, *, scale: tuple[float, float]) -> st
     return f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{bar}</svg>'
 
 
-def row(images: Images, *, kind: str = "") -> str:
+def row(images: Images, *, kind: str = "", side: int = SAMPLE_SIDE) -> str:
+    """Images beside each other, at most `side` pixels a side; they are read one after the other."""
     if not images:
         return ""
-    return f'<div class="row {kind}">{"".join(map(img_tag, images))}</div>'
+    shown = map(partial(img_tag, width=side, height=side), images)
+    return f'<div class="row {kind}">{"".join(shown)}</div>'
 
 
 def before_and_after(shown: Row) -> str:
@@ -200,7 +212,8 @@ def learning(eval_history: EvalHistory, previews: Sequence[tuple[int, Image.Imag
 def preview(step: int, grid: Image.Image, metrics: Mapping[str, float]) -> str:
     said = [f"{label.lower()} {metrics[name]:.2f}" for name, label in EVAL_LABELS.items() if name in metrics]
     summary = " · ".join([f"After step {step}", *said])
-    return f'<details><summary>{summary}</summary><div class="wide">{img_tag(grid)}</div></details>'
+    shown = img_tag(grid, width=PREVIEW_WIDTH)
+    return f'<details><summary>{summary}</summary><div class="wide">{shown}</div></details>'
 
 
 def charts(curves: Mapping[str, Curve]) -> str:
@@ -220,8 +233,11 @@ def times(seconds: Mapping[str, float]) -> str:
     return f"<table>{''.join(cells)}</table>"
 
 
-def img_tag(image: Image.Image) -> str:
-    """An <img> with embedded data: PNG for small images, otherwise JPEG."""
+def img_tag(image: Image.Image, *, width: int, height: int | None = None) -> str:
+    """An <img> with embedded data: PNG for small images, otherwise JPEG, no larger than width x height."""
+    height = height or image.height
+    if image.width > width or image.height > height:
+        image = ImageOps.contain(image, (width, height), Image.Resampling.LANCZOS)
     small = max(image.size) <= PIXEL_ART
     data = io.BytesIO()
     image.convert("RGB").save(data, format="PNG" if small else "JPEG", **({} if small else {"quality": 88}))

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.annotations import NonNegativeFloat, PositiveInt, Seed
-from ldm.data.images import fit_image, to_tensor
 from ldm.diffusion.samplers import SamplerName
 from ldm.errors import UserError
 from ldm.evaluation.metrics import (
@@ -25,11 +24,19 @@ from ldm.evaluation.metrics import (
     subject_fidelity,
     total_variation,
 )
-from ldm.evaluation.protocol import CLASS_SAMPLINGS, OTHER_SEEDS, GeneratedImage, Metrics, SubjectPrompts
+from ldm.evaluation.protocol import (
+    CLASS_SAMPLINGS,
+    OTHER_SEEDS,
+    GeneratedImage,
+    Metrics,
+    SubjectPrompts,
+    settings_of,
+)
+from ldm.evaluation.storybook_limits import pixels_of, reasons_against
 from ldm.pipeline import Text2Image
 from ldm.precision import Precision
 from ldm.storybook.dataset import SCENES_PER_SEED
-from ldm.storybook.judge import SHIPPED, SIZE, Judge
+from ldm.storybook.judge import SHIPPED, Judge
 from ldm.storybook.world import CONTEXTS, SUBJECT_ATTRIBUTES, Scene, full_caption, sample_scene
 
 HELD_OUT_SEED = 999  # of the scenes that a base is evaluated on; no training uses them
@@ -149,7 +156,11 @@ class StorybookEvaluation:
         self.judge = Judge.from_file(judge_file or SHIPPED)
 
     def read(self, images: Sequence[Image.Image]) -> Reading:
-        return self.judge.read(self._pixels(images))
+        return self.judge.read(pixels_of(images))
+
+    def unfit(self, photos: Sequence[Image.Image], prompts: SubjectPrompts) -> list[str]:
+        """Reasons against judging: photos that the storybook did not draw, a class that it does not know."""
+        return reasons_against(photos, prompts.class_word, self.judge)
 
     def subject(self, photos: Sequence[Image.Image]) -> Subject:
         """The subject of the photos, by the majority of their readings."""
@@ -188,7 +199,7 @@ class StorybookEvaluation:
         seeds = range(first_seed, first_seed + self.class_samples)
         found = {}
         for sampling, how in CLASS_SAMPLINGS.items():
-            pixels = self._pixels(self._generate(pipeline, [prompts.of_class] * len(seeds), seeds, **how))
+            pixels = pixels_of(self._generate(pipeline, [prompts.of_class] * len(seeds), seeds, **how))
             found[sampling] = ClassImages(self.judge.read(pixels), self.judge.features(pixels))
         return found
 
@@ -199,6 +210,7 @@ class StorybookEvaluation:
             "intervals": after.intervals(base),
             "base": base.metrics(base),
             "noise_floor": base.noise_floor(),
+            "sampling": settings_of(self),
             "ceiling": {"subject_fidelity": subject.ceiling},
             "judge": self.judge.accuracy,
         }
@@ -228,7 +240,7 @@ class StorybookEvaluation:
             values["prompt_fidelity"] = (reading["context"][placed] == wanted).float()
         metrics: Metrics = {}
         if len(of_class) > 1:
-            of_class_pixels = self._pixels([sample.image for sample in of_class])
+            of_class_pixels = pixels_of([sample.image for sample in of_class])
             read = self.judge.read(of_class_pixels)
             values["class_carries_subject"] = carries_subject(read, subject.attributes)
             metrics["class_diversity"] = round(diversity(self.judge.features(of_class_pixels)), 4)
@@ -248,9 +260,6 @@ class StorybookEvaluation:
     ) -> list[Image.Image]:
         samples = pipeline(prompts, seeds=seeds, **self.sampling | how, progress=True)
         return [sample.image for sample in samples]
-
-    def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        return torch.stack([to_tensor(fit_image(image.convert("RGB"), SIZE)) for image in images])
 
 
 def context_of(prompt: str | None) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from ldm.annotations import Node
 from ldm.config import check, get_class, instantiate, with_params
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.data.images import load_image
+from ldm.data.images import ImageFiles
 from ldm.errors import UserError
 from ldm.evaluation.memo import ImageMemo, MemoPipeline
 from ldm.evaluation.protocol import Evaluation, SubjectPrompts
@@ -38,7 +38,8 @@ def evaluation_nodes(config: RunConfig) -> dict[str, Node]:
 
 
 class BeforeAfterEvaluation:
-    """Evaluates the images of a run by the config's `evaluation`; without one there are no metrics.
+    """Evaluates the images of a run by the config's `evaluation`; there are no metrics without one, and none
+    of a subject that it cannot judge.
 
     pipeline: whether the base gives the unconditional prediction -> the pipeline. The constructor reads the
     judge and the photos, so errors in them are raised before long work. Images of a base with a hash are
@@ -58,11 +59,15 @@ class BeforeAfterEvaluation:
         self.evaluation: Evaluation | None = instantiate(evaluation) if evaluation else None
         if self.evaluation is None:
             return
+        photos = ImageFiles(photo.path for photo in data.subject_photos)
+        self.prompts = SubjectPrompts(data.subject_prompt, data.prior_prompt, **data.words)
+        if self.evaluation.unfit(photos, self.prompts):
+            self.evaluation = None
+            return
         self.pipeline = pipeline(self.evaluation.guidance_base)
         self.base_pipeline = pipeline(False)  # of the base, both predictions are the base's anyway
         self.base_memo = self._of_bases.setdefault(base_hash, ImageMemo()) if base_hash else ImageMemo()
-        self.prompts = SubjectPrompts(data.subject_prompt, data.prior_prompt, **data.words)
-        self.subject = self.evaluation.subject([load_image(photo.path) for photo in data.subject_photos])
+        self.subject = self.evaluation.subject(photos)
 
     def before(self) -> None:
         """Evaluates the untouched base."""

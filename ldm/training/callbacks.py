@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from ldm.contact_sheet import contact_sheet, save_image
+from ldm.files import make_folder
 from ldm.pipeline import Text2Image
 from ldm.training.averaging import evaluated_weights
 from ldm.training.device import peak_memory_mib, temporarily_on
@@ -39,8 +40,7 @@ class Previews(pl.Callback):
             return
         with evaluated_weights(trainer), temporarily_on(self.pipeline.vae, module.device):
             grid = contact_sheet(generate_samples(self.pipeline, self.config, self.prompts))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_image(self.folder / f"step-{step:06d}.png", grid, {"prompts": list(self.prompts)})
+        save_image(make_folder(self.folder) / f"step-{step:06d}.png", grid, {"prompts": list(self.prompts)})
         if isinstance(trainer.logger, pl.loggers.TensorBoardLogger):
             writer = trainer.logger.experiment
             writer.add_image("previews", np.asarray(grid), step, dataformats="HWC")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.checkpoints.tensors import unpickle
 from ldm.errors import UserError
-from ldm.files import HashingWriter, atomic_write, require_space
+from ldm.files import HashingWriter, atomic_write, make_folder, require_space
 from ldm.training.non_finite import NonFiniteGuard
 from ldm.training.online_eval import OnlineEvalCallback
 from ldm.training.resume import by_step, name_of, step_of
@@ -29,7 +29,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         require_space(path.parent, _bytes_of(checkpoint) + 2**20, what="a checkpoint")
         try:
             with atomic_write(path) as temporary:

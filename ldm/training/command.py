@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ldm.errors import UserError
+from ldm.training.find_run import find_run
 
 ALIASES = {  # flag -> config key
     "name": "name",
@@ -57,6 +58,7 @@ def read_command(argv: Sequence[str], *, description: str | None) -> Command:
     words = options.base + rest
     paths = [word for word in words if "=" not in word]
     if options.resume not in (None, "auto"):
+        options.resume = str(find_run(options.resume))
         paths = [f"{options.resume}/config.yaml", *paths]
     if not paths:
         raise UserError("No config is given", remedy="Try `--base configs/dreambooth.yaml`.")

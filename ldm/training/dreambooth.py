@@ -8,8 +8,9 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ldm.annotations import Node
+from ldm.data.caption_length import check_lengths, prompts_of
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.data.images import load_image
+from ldm.data.images import ImageFiles, load_image
 from ldm.data.priors import PriorSet
 from ldm.data.prompts import fill
 from ldm.evaluation.curves import read_curves
@@ -21,6 +22,7 @@ from ldm.training.before_after import BeforeAfterEvaluation, evaluation_nodes
 from ldm.training.callbacks import LogFirstStepTime, OffloadVAE, Previews, ThroughputLogger
 from ldm.training.device import peak_memory_mib
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.limits import limits_of
 from ldm.training.online_eval import OnlineEvalCallback, best_of
 from ldm.training.sampling import (
     base_denoiser,
@@ -61,16 +63,19 @@ class DreamBoothRun:
         self._guided: Text2Image | None = None
         nodes = evaluation_nodes(config)
         self.before_after = self._before_after(config.evaluation)
-        self.also = {
-            name: self._before_after(nodes[f"evaluate_also.{name}"]) for name in config.evaluate_also or {}
-        }
+        judged = self.before_after.evaluation is not None
+        also = config.evaluate_also or {} if judged else {}
+        self.also = {name: self._before_after(nodes[f"evaluate_also.{name}"]) for name in also}
         self.online_eval: OnlineEvalCallback | None = None
-        if config.online_eval.every_steps:
+        if config.online_eval.every_steps and judged:
             evaluation = self._before_after(nodes["online_eval"])
             self.online_eval = OnlineEvalCallback(evaluation, config.online_eval)
         self.samples = config.samples
         self.sample_pipeline = self._pipeline(self.samples.guidance_base)  # of samples and previews
         self.prompts = [fill(prompt, **data.words) for prompt in self.samples.prompts]
+        said = prompts_of(data) | {f"samples.prompts.{k}": prompt for k, prompt in enumerate(self.prompts)}
+        check_lengths(said, module.cond_stage_model, identifier=data.words["identifier"])
+        self.notes = limits_of(config, module.cond_stage_model, data, said)
 
     def __call__(self) -> list[Path]:
         """-> the paths that rank 0 writes: contact sheet, model file, report."""
@@ -168,6 +173,7 @@ class DreamBoothRun:
             "peak_memory_mib": max(self.timer.peak_mib.values(), default=round(peak_memory_mib(), 1)),
             "phase_peak_memory_mib": self.timer.peak_mib,
             "prior_images": self.data.num_priors if self.data.generates_priors else 0,
+            **({"notes": self.notes} if self.notes else {}),
         }
         run.write_json(self.folder / "metrics.json", metrics)
         return [grid, model, self._report(before, after, metrics)]
@@ -180,8 +186,8 @@ class DreamBoothRun:
         previews = sorted(self.folder.glob("samples/step-*.png"))
         report = Report(
             title=f"{self.folder.name}: {self.data.subject_prompt}",
-            subject=[load_image(photo.path) for photo in self.data.subject_photos],
-            priors=[load_image(photo.path) for photo in priors],
+            subject=ImageFiles(photo.path for photo in self.data.subject_photos),
+            priors=ImageFiles(photo.path for photo in priors),
             rows=[Row(prompt, old, new) for (prompt, old), (_, new) in pairs],
             metrics=metrics,
             seconds=metrics["seconds"],
@@ -190,5 +196,6 @@ class DreamBoothRun:
             previews=[(int(path.stem.split("-")[1]), load_image(path)) for path in previews],
             eval_history=EvalHistory(metrics.get("measures", []), metrics.get("best_step")),
             also=metrics.get("evaluate_also", {}),
+            notes=[f"{note}." for note in self.notes],
         )
         return write_report(self.folder / "report.html", report)

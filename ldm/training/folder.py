@@ -10,7 +10,8 @@ from typing import IO, Any
 
 from ldm.config import load_config, to_container
 from ldm.errors import UserError
-from ldm.files import remove_leftovers
+from ldm.files import remove_leftovers, writing
+from ldm.training.find_run import find_run
 from ldm.training.resume import check_changes
 
 try:
@@ -32,7 +33,7 @@ def folder_of(
     "auto" resumes the newest unfinished run of the config's name that no process works on, else begins one.
     """
     wanted = logs / container["name"]
-    found = find_unfinished(wanted) if resume == "auto" else resume and Path(resume)
+    found = find_unfinished(wanted) if resume == "auto" else resume and find_run(resume, logs=logs)
     if not found:
         return new_folder(wanted)
     kept = found / "config.yaml"
@@ -69,7 +70,9 @@ def new_folder(wanted: Path) -> Path:
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Locks a run's folder; leaving the block without an exception marks the run as finished."""
-    with (folder / MARKER).open("a") as file:
+    with writing(folder / MARKER):
+        marker = (folder / MARKER).open("a")
+    with marker as file:
         if not _lock(file):
             what = "Another process is working on this run"
             raise UserError(what, where=folder, remedy="Wait for it, stop it, or start another run.")

@@ -14,6 +14,7 @@ from ldm.training.callbacks import ThroughputLogger
 from ldm.training.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.training.dreambooth import DreamBoothRun
 from ldm.training.folder import claimed, folder_of
+from ldm.training.inputs import keep_inputs
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.memory import encoding, estimate, report
 from ldm.training.recompute import with_checkpointing_chosen
@@ -39,13 +40,14 @@ def run_job(config: RunConfig, resume: str | None = None, *, allow_config_change
     with claimed(folder) if distributed.rank() == 0 else nullcontext():
         if distributed.rank() == 0:
             save_config(config.source, folder / "config.yaml")
-        return _train(config, folder)
+        return _train(config, folder, allow_change=allow_config_change)
 
 
-def _train(config: RunConfig, folder: Path) -> list[Path]:
+def _train(config: RunConfig, folder: Path, *, allow_change: bool) -> list[Path]:
     """Loads the base, trains, exports -> the paths that rank 0 writes."""
     module, data = instantiate(config.model), instantiate(config.data)
     files, base_hash = run.base_files(config), ""
+    keep_inputs(folder, data, files, allow_change=allow_change)
     if files:
         predicts = getattr(module, "parameterization", None)
         base_hash = run.load_base(module.networks, files, parameterization=predicts)

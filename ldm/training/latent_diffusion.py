@@ -37,7 +37,7 @@ from ldm.training.gradients import clip
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
 from ldm.training.schema import TrainerOptions
 from ldm.training.sharding import Sharded, shard
-from ldm.training.step_log import is_logged
+from ldm.training.step_log import StepMean, begins_step, is_logged
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
 from ldm.training.techniques import L2SP, LearnedToken, Reference
 
@@ -154,6 +154,7 @@ class LatentDiffusion(pl.LightningModule):
         self._l2_sp: L2SP | None = None
         self._reference: Reference | None = None
         self._conditioner = Conditioner(self.cond_stage_model)
+        self._step_mean = StepMean()
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -237,7 +238,7 @@ class LatentDiffusion(pl.LightningModule):
         return (self._graph if compiled else self.networks["unet"]).predict(x, t, context, rows)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        loss = self._log_loss(batch, "train").total
+        loss = self._log_loss(batch, "train", batch_idx).total
         if self._l2_sp is not None:
             distance = self._l2_sp.distance()
             self.log("train/l2_distance", distance)
@@ -246,20 +247,18 @@ class LatentDiffusion(pl.LightningModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """The same loss at draws that never change, because the items do not."""
-        self._log_loss(batch, "val")
+        self._log_loss(batch, "val", batch_idx)
 
-    def _log_loss(self, batch: dict, stage: str) -> DreamBoothLoss:
+    def _log_loss(self, batch: dict, stage: str, batch_idx: int) -> DreamBoothLoss:
         per_item = self.loss_per_item(batch)
         self.item_losses = per_item.detach()
         loss = dreambooth_loss(per_item, batch["is_prior"], self.prior_loss_weight)
         if stage == "val" or is_logged(self):
             names = (f"{stage}/{name}" for name in ("loss", "subject_loss", "prior_loss"))
-            self.log_dict(
-                dict(zip(names, loss, strict=True)),
-                prog_bar=True,
-                batch_size=len(per_item),
-                sync_dist=True,  # the mean over processes
-            )
+            values = dict(zip(names, loss, strict=True))
+            if stage == "train":
+                values = self._step_mean(values, begins=begins_step(self, batch_idx))
+            self.log_dict(values, prog_bar=True, batch_size=len(per_item), sync_dist=True)  # over processes
         return loss
 
     def loss_per_item(self, batch: dict) -> Tensor:

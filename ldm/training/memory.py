@@ -24,10 +24,10 @@ from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.peak import PeakBytes
 from ldm.training.schema import RunConfig
 from ldm.training.sharding import FSDP
+from ldm.training.sizes import checkpoint_bytes, state_bytes
 from ldm.training.techniques import AUTOCAST, cast_by_autocast
 
 MIB = 2**20
-BLOCK, SMALL = 256, 4096  # bitsandbytes: weights per scale; smaller tensors keep float32 states
 WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -114,23 +114,6 @@ def _copies_of_base(module: LatentDiffusion, data: DreamBoothDataModule, *, prec
         halved = _size(p for layer in layers for p in layer.parameters() if p.dtype == torch.float32) // 2
         copies += whole - (halved if precision in AUTOCAST else 0)
     return copies + (_size(_learning(module)) if module.l2_sp_weight else 0)
-
-
-def state_bytes(parameter: Tensor, optimizer: str) -> int:
-    """What AdamW keeps beside one weight tensor: two moments, and where it is a tensor the step."""
-    count = parameter.numel()
-    if optimizer == "adamw_bf16":
-        return 2 * parameter.nbytes
-    if optimizer == "adamw_8bit" and count >= SMALL:
-        return 2 * (count + 4 * -(-count // BLOCK))
-    return 2 * 4 * count + (4 if optimizer == "adamw" else 0)
-
-
-def checkpoint_bytes(module: nn.Module, *, averaged: bool) -> int:
-    """About how large a checkpoint is: weights, the average of those that learn, optimizer states."""
-    learning, optimizer = _learning(module), getattr(module, "optimizer", "adamw")
-    states = sum(state_bytes(parameter, optimizer) for parameter in learning)
-    return _size(module.state_dict().values()) + states + averaged * _float_size(learning)
 
 
 def encoding(config: RunConfig) -> int:

@@ -3,7 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -125,6 +125,41 @@ def lr_factor(schedule: LRSchedule, *, warmup_steps: int, max_steps: int) -> Cal
     return factor
 
 
+class ConfiguredSchedule(LambdaLR):
+    """A learning-rate schedule of which a checkpoint keeps the step alone.
+
+    Learning rates, and whatever else the parameter groups hold (betas, weight decay), are the config's: a
+    checkpoint that is loaded into the optimizer before this one brings back the old ones, and they are
+    replaced. So are rates of an end that has been moved: the next step has that of the new schedule.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]):
+        super().__init__(optimizer, factor)
+        self.configured = [_options(group) for group in optimizer.param_groups]
+
+    def state_dict(self) -> dict:
+        return {key: value for key, value in super().state_dict().items() if key != "configured"}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        rates = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = rates
+        groups = zip(self.optimizer.param_groups, self.configured, self._rates(), strict=True)
+        for group, options, lr in groups:
+            group |= options | {"lr": lr}
+        self._last_lr = self._rates()
+
+    def _rates(self) -> list[float]:
+        """The rate of each group at this step."""
+        rates = zip(self.base_lrs, self.lr_lambdas, strict=True)
+        return [rate * factor(self.last_epoch) for rate, factor in rates]
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a parameter group holds besides its parameters and the rate of the moment."""
+    return {key: value for key, value in group.items() if key not in ("params", "lr")}
+
+
 def with_schedule(
     optimizer: torch.optim.Optimizer, schedule: LRSchedule, *, warmup_steps: int, max_steps: int
 ) -> dict:
@@ -132,5 +167,9 @@ def with_schedule(
     factor = lr_factor(schedule, warmup_steps=warmup_steps, max_steps=max_steps)
     return {
         "optimizer": optimizer,
-        "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step", "name": "lr"},
+        "lr_scheduler": {
+            "scheduler": ConfiguredSchedule(optimizer, factor),
+            "interval": "step",
+            "name": "lr",
+        },
     }

@@ -156,13 +156,34 @@ def config_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[
 
 
 def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], *, allowed: bool, run: Path) -> None:
-    """Raises UserError if the config has changed since the run began, unless that is `allowed`."""
+    """Raises UserError if the config has changed since the run began, unless that is `allowed`.
+
+    A change that a checkpoint cannot follow is refused in any case.
+    """
+    _check_possible(dict(_leaves(before)), dict(_leaves(after)), run=run)
     changes = config_changes(before, after)
     if changes and not allowed:
         what = f"The config has changed since this run began: {'; '.join(changes)}"
         raise UserError(what, where=run, remedy="Restore the old values, or add --allow_config_change.")
     for change in changes:
         log.warning("%s continues with a changed config: %s", run, change)
+
+
+def _check_possible(old: Mapping[str, Any], new: Mapping[str, Any], *, run: Path) -> None:
+    """Refuses what a checkpoint cannot follow, given the leaves of two configs."""
+
+    def refuse(key: str, before: object, after: object, *, why: str) -> None:
+        remedy = f"Restore {key}={before}, or begin another run."
+        raise UserError(
+            f"{key} cannot change in a run ({before} -> {after}): {why}", where=run, remedy=remedy
+        )
+
+    optimizers = [leaves.get("model.params.optimizer", "adamw") for leaves in (old, new)]
+    if optimizers[0] != optimizers[1]:
+        refuse("model.params.optimizer", *optimizers, why="its states are those of one optimizer")
+    averages = [leaves.get("ema_decay") for leaves in (old, new)]
+    if averages[0] is not None and averages[1] is None:
+        refuse("ema_decay", *averages, why="the weights in its checkpoints are averages")
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

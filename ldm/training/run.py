@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from ldm.checkpoints.infer_config import model_config
-from ldm.checkpoints.load import file_hash, load_state_dicts, open_model
+from ldm.checkpoints.load import load_state_dicts, open_model
 from ldm.checkpoints.modelspec import file_metadata
 from ldm.checkpoints.save import DTYPES
 from ldm.checkpoints.tensors import unpickle
@@ -25,13 +25,13 @@ from ldm.config import instantiate
 from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.prompts import fill
 from ldm.errors import UserError
-from ldm.files import atomic_write, require_space
+from ldm.files import atomic_write, make_folder, require_space
 from ldm.training import distributed
 from ldm.training.averaging import averaging
 from ldm.training.checkpoints import AtomicCheckpointIO, CheckpointCallback
 from ldm.training.device import peak_memory_mib
 from ldm.training.gradients import FreeGradients
-from ldm.training.memory import checkpoint_bytes
+from ldm.training.inputs import base_hash
 from ldm.training.non_finite import NonFiniteGuard
 from ldm.training.online_eval import OnlineEvalCallback
 from ldm.training.peak import reset_peak_memory
@@ -39,6 +39,7 @@ from ldm.training.resume import check_fit, latest_valid_checkpoint, name_of
 from ldm.training.schema import FitConfig, RunConfig, TrainerOptions
 from ldm.training.sharding import fsdp_replica
 from ldm.training.signals import StopSignals
+from ldm.training.sizes import checkpoint_bytes
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def load_base(
         text = networks.get("text_encoder")
         if text is not None and model.tokenizer is not None and not find_file(text.tokenizer_name).is_dir():
             text.tokenizer_name = str(model.tokenizer)
-    hashes = [file_hash(path) for path in files.values()]
+    hashes = [base_hash(path) for path in files.values()]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -231,7 +232,7 @@ SampleGrid = Sequence[tuple[str, Sequence[Image.Image]]]
 
 def save_image_grid(folder: Path, rows: SampleGrid, settings: Mapping[str, Any]) -> None:
     """Writes every image as a PNG, with the settings in its metadata: 00-00.png is row 0, image 0."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for k, (prompt, images) in enumerate(rows):
         for i, image in enumerate(images):
             save_image(folder / f"{k:02d}-{i:02d}.png", image, {"prompt": prompt, **settings})
@@ -259,7 +260,7 @@ def _read_image(path: Path, prompt: str, settings: Mapping[str, Any]) -> Image.I
 
 def save_samples(folder: Path, before: SampleGrid, after: SampleGrid) -> Path:
     """Writes every sample as a PNG, and a contact sheet of before and after training -> its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     rows = []
     for k, ((prompt, old), (_, new)) in enumerate(zip(before, after, strict=True)):
         rows += [(f"before: {prompt}", old), (f"after: {prompt}", new)]

@@ -1,6 +1,38 @@
-"""When a training step logs."""
+"""When a training step logs, and what: the mean over its micro-batches."""
+
+from collections.abc import Mapping
 
 import pytorch_lightning as pl
+from torch import Tensor
+
+
+class StepMean:
+    """Means over the micro-batches of an optimizer step, which all are of one size."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.means: dict[str, Tensor] = {}
+
+    def __call__(self, values: Mapping[str, Tensor], *, begins: bool) -> dict[str, Tensor]:
+        """Values of a micro-batch -> their means so far; the logger writes those of the last one.
+
+        begins: whether it is the first micro-batch of its step.
+        """
+        self.count = 1 if begins else self.count + 1
+        values = {name: value.detach() for name, value in values.items()}
+        if begins:
+            self.means = values
+        else:
+            self.means = {
+                name: mean + (values[name] - mean) / self.count for name, mean in self.means.items()
+            }
+        return self.means
+
+
+def begins_step(module: pl.LightningModule, micro_batch: int) -> bool:
+    """Whether this micro-batch is the first of its optimizer step; without a Trainer each is a step."""
+    trainer = module._trainer
+    return trainer is None or micro_batch % trainer.accumulate_grad_batches == 0
 
 
 def is_logged(module: pl.LightningModule) -> bool:

@@ -251,5 +251,5 @@ def test_a_painter_that_returns_too_few_is_refused(tmp_path):
 
 def test_a_place_without_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be created.*Choose another"):
+    with pytest.raises(UserError, match="cannot be written.*Choose a folder"):
         PriorSet(tmp_path / "file", SPEC).generate_missing(1, Painter(), batch_size=1)

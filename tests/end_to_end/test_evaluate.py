@@ -3,8 +3,11 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
+from PIL import Image
 
 from ldm.errors import UserError
 from ldm.storybook.subjects import new_subject, write_subject
@@ -79,3 +82,64 @@ def test_a_model_is_measured_under_the_guidance_of_its_base(folders, monkeypatch
     assert metrics["class_shift"] == metrics["class_drift"] == 0 and metrics["diversity_ratio"] == 1
     assert metrics["noise_floor"]["class_shift"] > 0
     assert "noise" in capsys.readouterr().out
+
+
+SAMPLES = {"sampler": "dpm++2m", "steps": 3, "guidance_scale": 2.0, "guidance_base": True}
+
+
+@pytest.fixture
+def a_run(folders: Path) -> Path:
+    """A run on the storybook's base that was never measured."""
+    folder = folders / "logs" / "cat"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").symlink_to(find_file(evaluate.BASE))
+    data = {"target": "ldm.data.dreambooth.DreamBoothDataModule"}
+    data["params"] = {"subject_root": str(folders / "photos"), "class_word": "cat", "size": 64}
+    config = {"name": "cat", "data": data, "evaluation": None, "samples": SAMPLES}
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    return folder
+
+
+FEW = ("--seeds", "1", "--class_samples", "2")
+
+
+@pytest.mark.parametrize("words, changed", [((), {}), (("--steps", "2"), {"steps": 2})])
+def test_a_run_without_an_evaluation_is_measured_as_it_samples(a_run, monkeypatch, capsys, words, changed):
+    run(monkeypatch, "--model", a_run, *FEW, *words)
+    metrics = json.loads((a_run / "evaluation/metrics.json").read_text())
+    wanted = SAMPLES | changed
+    assert {name: metrics["sampling"][name] for name in wanted} == wanted
+    assert metrics["sampling"]["seeds"] == 1 and metrics["sampling"]["class_samples"] == 2
+    printed = capsys.readouterr().out
+    assert "sampler dpm++2m" in printed and "guidance_scale 2.0" in printed
+    assert f"steps {wanted['steps']}" in printed and "guidance_base True" in printed
+
+
+def test_a_runs_own_evaluation_comes_before_its_samples(a_run):
+    config = evaluate.run_config(a_run / "model.safetensors")
+    own = {"target": evaluate.METRICS["storybook"], "params": {"guidance_scale": 3.0}}
+    options = SimpleNamespace(
+        **dict.fromkeys(("metrics", "no_diversity", "guidance_base", "prompts", "seeds"))
+    )
+    for name in ("class_samples", "steps", "guidance_scale", "dino", "clip"):
+        setattr(options, name, None)
+    assert evaluate.evaluation_of(options, config | {"evaluation": own}).sampling["guidance_scale"] == 3.0
+    assert evaluate.evaluation_of(options, config | {"evaluation": own}).sampling["sampler"] == "ddim"
+    assert evaluate.evaluation_of(options, config).sampling["guidance_scale"] == 2.0
+    assert evaluate.evaluation_of(options, {}).sampling["guidance_scale"] == evaluate.BASE_GUIDANCE
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--class_word", "vase"), "does not know the class 'vase'.*--metrics photos"),
+        (("--data_root", "discs"), "photos are not drawn by the storybook.*--metrics photos"),
+    ],
+)
+def test_what_the_judge_cannot_judge_gets_no_figures(a_run, monkeypatch, words, message):
+    Path("discs").mkdir()
+    noise = Image.effect_noise((80, 60), 90)
+    noise.save("discs/0.png")
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, "--model", a_run, *FEW, *words)
+    assert not (a_run / "evaluation").exists()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm.errors import UserError
+from ldm.storybook.subjects import SUBJECTS, write_subject
 from ldm.training.job import run_job
 from ldm.training.options import parse
 
@@ -132,7 +133,9 @@ def test_a_run_without_prior_images(job: list[str]):
 
 
 def test_figures_on_the_way_choose_the_weights(job: list[str]):
-    words = ["evaluation.target=ldm.evaluation.storybook.StorybookEvaluation"]
+    write_subject(Path("dogs"), SUBJECTS["dog"], photos=2)
+    words = ["data.params.subject_root=dogs", "data.params.class_word=dog"]
+    words += ["evaluation.target=ldm.evaluation.storybook.StorybookEvaluation"]
     words += [f"evaluation.params.{key}" for key in ("seeds=1", "class_samples=2", "steps=2")]
     words += ["online_eval.every_steps=1", "online_eval.params.steps=1", "export.weights=best"]
     words += ["evaluate_also={no guidance: {guidance_scale: 1.0}, the base's: {guidance_base: true}}"]

@@ -3,17 +3,20 @@
 import base64
 import io
 import re
+import weakref
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from ldm.data import images
 from ldm.evaluation.curves import chart, read_curves, smooth, ticks
 from ldm.evaluation.plot import metrics_plot
-from ldm.evaluation.report import Report, Row, write_report
+from ldm.evaluation.report import PHOTO_SIDE, PREVIEW_WIDTH, Report, Row, write_report
 
 METRICS = {
     "subject_fidelity": 0.87,
@@ -176,3 +179,72 @@ def test_the_plot_of_an_evaluation_holds_every_figure_inside_its_frame():
     assert len(circles) == 2 and len([e for e in root.iter() if e.tag.endswith("line")]) == 2 + 1 + 3
     high, low = (float(circle.attrib["cx"]) for circle in circles)
     assert 0 < low < high < width and all(0 < float(c.attrib["cy"]) < height for c in circles)
+
+
+class Held:
+    """Counts the photos that are in memory at once."""
+
+    def __init__(self, load):
+        self.load = load
+        self.now = self.most = 0
+
+    def __call__(self, path: Path) -> Image.Image:
+        image = self.load(path)
+        self.now += 1
+        self.most = max(self.most, self.now)
+        weakref.finalize(image, self.let_go)
+        return image
+
+    def let_go(self) -> None:
+        self.now -= 1
+
+
+def test_many_large_photos_make_a_small_page_and_are_read_one_by_one(tmp_path: Path, monkeypatch):
+    """30 photos of noise, which no format compresses, larger than thumbnails as cameras' are."""
+    noise = np.random.default_rng(0).integers(0, 256, (450, 600, 3), np.uint8)
+    for k in range(30):
+        Image.fromarray(np.roll(noise, k, axis=0)).save(tmp_path / f"{k:02d}.jpg", quality=60)
+    held = Held(images.load_image)
+    monkeypatch.setattr(images, "load_image", held)
+    photos = images.ImageFiles(sorted(tmp_path.glob("*.jpg")))
+    page = write_report(tmp_path / "report.html", report(subject=photos, priors=photos[:2]))
+    assert page.stat().st_size < 5 * 2**20
+    assert (held.most, held.now) == (1, 0)
+    shown = [size_of(source) for source in parsed(page).sources[:30]]
+    assert set(shown) == {(PHOTO_SIDE, PHOTO_SIDE * 3 // 4)}
+
+
+def size_of(source: str) -> tuple[int, int]:
+    return Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).size
+
+
+@pytest.mark.parametrize("size", [(800, 600), (600, 800), (2500, 25), (320, 320), (129, 40)])
+def test_thumbnails_keep_their_proportions_and_small_photos_their_size(tmp_path: Path, size: tuple):
+    photo = Image.new("RGB", size, "red")
+    page = write_report(tmp_path / "report.html", report(subject=[photo], priors=[], rows=[], previews=[]))
+    width, height = size_of(parsed(page).sources[0])
+    assert max(width, height) == min(PHOTO_SIDE, max(size))
+    assert width / height == pytest.approx(size[0] / size[1], rel=0.5 / min(width, height))
+    assert photo.size == size  # the report changes nothing that it is given
+
+
+def test_a_preview_has_its_own_proportions(tmp_path: Path):
+    """An image of a given width whose height stays that of the attribute is stretched."""
+    grid = Image.new("RGB", (1400, 4000), "red")
+    page = write_report(tmp_path / "report.html", report(previews=[(100, grid)]))
+    width, height = size_of(parsed(page).sources[-4])
+    assert width == PREVIEW_WIDTH and abs(height - 4000 * width / 1400) <= 1
+    css = re.findall(r"([^{}]*img[^{}]*)\{([^}]*)\}", page.read_text(encoding="utf-8"))
+    scaled = [rules for _, rules in css if re.search(r"(?<!-)\bwidth:", rules) or "max-width:" in rules]
+    wide = next(rules for selector, rules in css if ".wide" in selector)
+    assert "height: auto" in wide and "max-width: 100%" in wide and scaled
+
+
+def test_what_a_run_has_to_say_stands_at_the_top(tmp_path: Path):
+    notes = ["The storybook has no <vase>.", "Another one."]
+    page = write_report(tmp_path / "report.html", report(notes=notes))
+    tags = parsed(page)
+    text = " ".join(tags.text)
+    assert all(note in text for note in notes)
+    assert text.index("Another one.") < text.index("Subject fidelity")
+    assert 'class="note"' not in write_report(tmp_path / "other.html", report()).read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import accumulate, chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +10,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ldm.data.latents import views_at_once
+from ldm.training import run
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.memory import BLOCK, MIB, checkpoint_bytes, encoding, estimate, report, state_bytes
+from ldm.training.memory import MIB, encoding, estimate, report
 from ldm.training.optimizers import adamw
 from ldm.training.peak import PeakBytes
 from ldm.training.schema import RunConfig
+from ldm.training.sizes import BLOCK, checkpoint_bytes, state_bytes
+from tests.training.conftest import Job, state_of
 
 SIZE, BATCH = 16, 2
 LORA = {"target": "ldm.models.lora.LoRA", "params": {"rank": 4, "unet": ["attention", "convolutions"]}}
@@ -200,3 +204,32 @@ def test_copies_of_the_base_are_counted(tiny_config: dict, params: dict, online:
     assert "copies of the base" not in beside  # its factors are switched off instead
     learns = needs["unet"].gradients + needs["text_encoder"].gradients  # float32, as large as the weights
     assert counted == copies * learns and ("copies of the base" in needs) == (copies > 0)
+
+
+@pytest.mark.parametrize(
+    "params, ema_decay",
+    [
+        ({}, 0.9),
+        ({"optimizer": "adamw_bf16"}, 0.9),
+        ({"optimizer": "adamw_bf16", "fused_backward": True}, None),
+        ({"train_text_encoder": False}, None),
+        ({"lora": LORA}, 0.9),
+    ],
+    ids=["averaged", "bf16-averaged", "fused_backward", "unet", "lora-averaged"],
+)
+def test_the_disk_that_a_plan_names_and_a_run_asks_for_is_what_a_checkpoint_takes(
+    job: Job, tiny_config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params: dict, ema_decay
+):
+    asked: list[int] = []
+    monkeypatch.setattr(run, "require_space", lambda folder, needed, what: asked.append(needed))
+    job.steps = 1
+    job(tmp_path, params=params, ema_decay=ema_decay, checkpoints_kept=3)
+    config = replace(config_of(tiny_config, **params), ema_decay=ema_decay, checkpoints_kept=3)
+    assert asked == [estimate(config)[1]["checkpoints (3 + 1)"]]
+    state = state_of(tmp_path, 1)
+    states = [v for s in state["optimizer_states"][0]["state"].values() for v in s.values()]
+    held = [*state["state_dict"].values(), *state.get("current_model_state", {}).values(), *states]
+    tensors = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if torch.is_tensor(t)
+    }
+    assert asked[0] == 4 * sum(tensors.values())

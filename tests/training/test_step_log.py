@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 
 from ldm.training import latent_diffusion
-from tests.training.conftest import Job, curves_of
+from tests.training.conftest import At, Job, Killed, curves_of, kill
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -26,3 +27,38 @@ def test_the_curves_are_those_of_logging_at_every_step(
     curves = curves_of(tmp_path / "some")
     assert [step for step, _ in curves["train/loss"]] == [2, 5]
     assert curves == curves_of(tmp_path / "all")
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_curve_shows_the_mean_of_a_steps_micro_batches(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+):
+    """Also of a run that was killed in the middle of a step, and whatever steps are logged."""
+    job.accumulate = accumulate
+    seen: dict[tuple[int, str], list[float]] = {}
+    per_batch = latent_diffusion.dreambooth_loss
+
+    def recorded(*arguments):
+        loss = per_batch(*arguments)
+        if module_of_run.training:
+            for name, value in loss._asdict().items():
+                seen.setdefault((module_of_run.global_step, name), []).append(float(value.detach()))
+        return loss
+
+    class Remember(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            nonlocal module_of_run
+            module_of_run = module
+
+    module_of_run: pl.LightningModule | None = None
+    monkeypatch.setattr(latent_diffusion, "dreambooth_loss", recorded)
+    with pytest.raises(Killed):
+        job(tmp_path, callbacks=[Remember(), At(2 * accumulate + accumulate // 2, kill)])
+    seen = {key: losses for key, losses in seen.items() if key[0] < 2}  # the step that was cut is done again
+    job(tmp_path, callbacks=[Remember()])
+    curves = curves_of(tmp_path)
+    for name, field in {"train/loss": "total", "train/subject_loss": "subject"}.items():
+        assert len(curves[name]) == 4
+        for step, value in curves[name]:
+            assert len(seen[step, field]) == accumulate
+            assert value == pytest.approx(sum(seen[step, field]) / accumulate, rel=1e-6)

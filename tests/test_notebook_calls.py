@@ -1,0 +1,51 @@
+"""Text2Image as one writes it in a notebook."""
+
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from ldm.diffusion.schedule import make_alphas_cumprod
+from ldm.errors import UserError
+from ldm.pipeline import Text2Image, find_model
+
+SHORT = {"steps": 1, "guidance_scale": 1.0}
+
+
+@pytest.fixture
+def pipeline(tiny_networks: dict[str, nn.Module]) -> Text2Image:
+    return Text2Image(**tiny_networks, alphas_cumprod=make_alphas_cumprod(), default_size=16)
+
+
+@pytest.mark.parametrize(
+    "prompts, seeds, expected",
+    [
+        ("a dog", None, [("a dog", 0)]),
+        ("a dog", [1], [("a dog", 1)]),
+        ("a dog", [4, 2], [("a dog", 4), ("a dog", 2)]),
+        ("", None, [("", 0)]),
+        (["a dog", "a cat"], None, [("a dog", 0), ("a cat", 1)]),
+        (("a dog",), (7,), [("a dog", 7)]),
+    ],
+)
+def test_a_string_is_one_prompt_and_seeds_count_from_0(pipeline, prompts, seeds, expected):
+    found = pipeline(prompts, seeds=seeds, **SHORT)
+    assert [(sample.prompt, sample.seed) for sample in found] == expected
+    if seeds is None:
+        assert [(s.prompt, s.seed) for s in pipeline(prompts, **SHORT)] == expected
+
+
+def test_lists_that_do_not_go_together_are_still_refused(pipeline):
+    with pytest.raises(ValueError, match="2 prompts do not go with 1 seeds"):
+        pipeline(["a dog", "a cat"], seeds=[1], **SHORT)
+
+
+def test_a_runs_folder_is_a_model(tiny_model_file: Path, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("name: run\n")
+    with pytest.raises(UserError, match=r"The run has no model yet.*--resume"):
+        Text2Image.from_file(tmp_path / "run")
+    tiny_model_file.rename(tmp_path / "run/model.safetensors")
+    for path in (tmp_path / "run", str(tmp_path / "run"), tmp_path / "run/model.safetensors"):
+        assert Text2Image.from_file(path).default_size > 0
+        assert find_model(Path(path)) == tmp_path / "run/model.safetensors"
