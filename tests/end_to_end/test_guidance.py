@@ -64,5 +64,5 @@ def test_the_study_has_the_arms_that_its_page_tells_of(workdir: Path):
     (workdir / "configs").symlink_to(ROOT / "configs")
     jobs = jobs_of(read_sweep(STUDY))
     assert len(jobs) == 4 * 6 * 2 and len({job.subject.split()[0] for job in jobs}) == 6
-    scales = {name: params.guidance_scale for name, params in jobs[0].config.evaluate_also.items()}
+    scales = {name: params["guidance_scale"] for name, params in jobs[0].config.evaluate_also.items()}
     assert sorted(scales.values()) == [1.0, 2.0, 4.0, 4.0]
