@@ -62,7 +62,9 @@ class DreamBoothDataModule(pl.LightningDataModule):
         batch_size, prior_batch_size: items per micro-batch and device; None is as many as `batch_size`.
             Without prior images (num_priors 0 and no prior_root) there are no prior items, unless
             `prior_caption_dropout` asks for some.
-        crop: the largest square, "center" or "random": one of `crop_variants` fixed crops per image.
+        seed: all random numbers follow from it and an item's number.
+        crop: the largest square, "center" or "random": one of `crop_variants` crops of the image.
+        crop_variants: random crops of each image, which are fixed, so that latents can be cached.
         flip: mirrors half of the items; turn it off for a subject with text or another asymmetry.
         prior_root: folder of your own images of the class, all of which are used; none are generated.
         num_priors: number of prior images to generate with the base model. They are never mirrored.

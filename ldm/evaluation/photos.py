@@ -85,9 +85,11 @@ class PhotoEvaluation:
         prompts: a list in configs/prompts, or a file of one's own.
         seeds: samples of each prompt.
         class_samples: samples of the class, without the identifier; 0 leaves PRES out.
+        sampler, steps, guidance_scale: of all samples.
         guidance_base: the base, not the trained model, predicts for the empty prompt.
         seed: of the first sample.
         precision: of the networks while sampling; "auto" is bf16 on a CUDA device and fp32 elsewhere.
+        batch_size: samples at a time, which decides none of them.
         size: pixels a side; None is the model's own.
         dino, clip: folders of the networks in transformers' format, or names on the hub.
         diversity: measures DIV, which needs the extra `lpips`.

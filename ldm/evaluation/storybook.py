@@ -121,10 +121,12 @@ class StorybookEvaluation:
     Args:
         seeds: samples of the subject in each of the 8 contexts.
         class_samples: samples of the class, without the identifier.
+        sampler, steps, guidance_scale: of all samples.
         guidance_base: the base, not the trained model, predicts for the empty prompt.
         seed: of the first sample.
         precision: of the networks while sampling; "auto" is bf16 on a CUDA device and fp32 elsewhere.
-        judge: its weights; None takes the shipped ones.
+        batch_size: samples at a time, which decides none of them.
+        judge_file: the judge's weights; None takes the shipped ones.
     """
 
     def __init__(

@@ -182,7 +182,10 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Stable Diffusion's VAE, downsampling by f = 2 ** (levels - 1) to `embed_dim` latent channels.
 
-    `scale_factor` brings latents to about unit variance; encode and decode apply it, nothing else does.
+    in_channels: of images. z_channels: of the encoder's output. ch: width of the first level.
+    ch_mult: width of each level over `ch`. num_res_blocks: residual blocks of each level.
+    embed_dim: channels of latents. num_groups: of group norms.
+    scale_factor: brings latents to about unit variance; encode and decode apply it, nothing else does.
     """
 
     def __init__(

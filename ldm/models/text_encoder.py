@@ -58,6 +58,10 @@ class CLIPTextEncoder(nn.Module):
     The defaults are SD 1.x. The weights have SD's names, `transformer.text_model.*`, for which `transformer`
     is an `nn.ModuleDict`: the CLIPTextModel of transformers 5 no longer has the level `text_model`.
 
+    vocab_size: tokens. hidden_size: width D. intermediate_size: width of the MLPs.
+    num_hidden_layers: transformer blocks. num_attention_heads: of each. max_length: tokens of a prompt, M.
+    hidden_act: activation of the MLPs, by transformers' name.
+    bos_token_id, eos_token_id: begin and end a prompt.
     layer: whose output is the context, "last" (SD 1.x) or "penultimate" (SD 2.x); the final layer norm is
         applied in both cases.
     tokenizer: folder with vocab.json and merges.txt, or a name on the Hugging Face hub.

@@ -140,8 +140,13 @@ class Prepared(NamedTuple):
 class UNetModel(nn.Module):
     """Denoising UNet: predicts the noise (or v, or x0) in latents, given the timestep and the prompt.
 
+    in_channels, out_channels: of latents. model_channels: width of the first level.
     channel_mult: width of each level over `model_channels`; level l works on h / 2**l cells.
     attention_resolutions: the downsampling factors (1, 2, 4, ...) that have transformers.
+    num_res_blocks: residual blocks of each level. num_heads: of every attention.
+    context_dim: width of the text encoder's output. transformer_depth: blocks of each transformer.
+    use_linear_in_transformer: its outer projections are linear layers (SD 2.x), not convolutions.
+    num_groups: of group norms.
     num_head_channels: width of a head (SD 2.x); where given, it replaces `num_heads` (SD 1.x).
     use_checkpoint: gradient checkpointing of every stage, or of those at the listed downsampling factors,
         such as [1, 2]. None: a training run chooses; else none.

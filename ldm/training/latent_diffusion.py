@@ -69,7 +69,10 @@ class LatentDiffusion(pl.LightningModule):
         text_encoder_steps: optimizer steps after which the text encoder stays as it is; None: it learns on.
         learned_token: node of a `LearnedToken`: textual inversion, with the networks or, where both are
             switched off, alone. Its vectors are kept in `embeddings/WORD.safetensors`.
-        learning_rate: of AdamW; `text_encoder_learning_rate` None is the same.
+        learning_rate: of AdamW.
+        text_encoder_learning_rate: None is the same.
+        weight_decay, betas: of AdamW (Loshchilov & Hutter 2019).
+        warmup_steps: optimizer steps in which the rates rise linearly from 0.
         optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
             bfloat16 and rounds their updates stochastically.
         fused_backward: each weight learns as soon as its gradient is there, which is then freed.

@@ -38,9 +38,22 @@ ENDLESS = "a run is one endless epoch, which ends after trainer.max_steps"
 class TrainerOptions:
     """Options of Lightning's Trainer, under their own names.
 
-    max_steps: optimizer steps of the run. devices: a number, a list of GPUs, or "auto". num_nodes: more than
-    1 has to be the number that torchrun or srun has started. val_check_interval: micro-batches between two
-    validations; None: none. gradient_clip_val: of the norm of all gradients, or of each value.
+    Args:
+        max_steps: optimizer steps of the run.
+        accelerator: kind of device.
+        devices: a number, a list of GPUs, or "auto".
+        num_nodes: more than 1 has to be the number that torchrun or srun has started.
+        strategy: with several devices: "ddp" splits the batch, "fsdp" weights and optimizer states too.
+        precision: "bf16-mixed" or "16-mixed" is autocast over float32 weights, "bf16-true" bfloat16 weights.
+        accumulate_grad_batches: micro-batches per optimizer step.
+        gradient_clip_val: bound of the norm of all gradients, or of each value.
+        gradient_clip_algorithm: which of the two.
+        log_every_n_steps: optimizer steps between two points of a curve.
+        val_check_interval: micro-batches between two validations; None: none.
+        enable_progress_bar: whether there is a bar.
+        benchmark: cuDNN tries its algorithms; None: as torch has it.
+        deterministic: torch refuses, or "warn" warns of, operations whose result varies.
+        detect_anomaly: autograd names the operation that gave NaN; slow.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {
@@ -75,7 +88,15 @@ class TrainerOptions:
 class PriorsConfig:
     """How the base model generates prior images, and the folder of their sets.
 
-    precision: of the networks; "auto" is bf16 on a CUDA device and fp32 elsewhere.
+    Args:
+        folder: where sets are kept, and found again by name.
+        sampler: see docs/samplers.md.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance; 1 is none.
+        negative_prompt: of which guidance moves away.
+        seed: of the first image.
+        batch_size: images at a time, which decides none of them.
+        precision: of the networks; "auto" is bf16 on a CUDA device and fp32 elsewhere.
     """
 
     folder: str = "priors"
@@ -92,9 +113,20 @@ class PriorsConfig:
 class SamplesConfig:
     """The samples of a run: `n` images of each prompt, which may contain {identifier} and {class_word}.
 
-    spacing: of the steps; None: as suits the sampler. guidance_base: the base, not the trained model,
-    predicts for the negative prompt. precision: as for prior images. every_steps: optimizer steps between
-    previews, of `preview_n` images of each prompt; 0: none.
+    Args:
+        prompts: templates, sampled before and after training.
+        n: images of each prompt.
+        sampler: see docs/samplers.md.
+        spacing: of the steps; None: as suits the sampler.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance; 1 is none.
+        negative_prompt: of which guidance moves away.
+        guidance_base: the base, not the trained model, predicts for the negative prompt.
+        seed: of the first image of each prompt.
+        batch_size: images at a time, which decides none of them.
+        precision: as for prior images.
+        every_steps: optimizer steps between previews; 0: none.
+        preview_n: images of each prompt in a preview.
     """
 
     prompts: Sequence[str] = field(default_factory=list)
@@ -128,7 +160,10 @@ class OnlineEvalConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The model file of a run: dtype of its weights; the last or, by online evaluation, the best ones."""
+    """The model file of a run.
+
+    dtype: of its weights. weights: the last or, by online evaluation, the best ones.
+    """
 
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
     weights: Literal["last", "best"] = "last"
@@ -136,7 +171,18 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """The sections that `run.fit` takes. ema_*: of a `WeightAverage`. checkpoint_every: optimizer steps."""
+    """The sections that `run.fit` takes.
+
+    Args:
+        trainer: options of Lightning's Trainer.
+        logger: one of Lightning's, in place of TensorBoard's.
+        ema_decay: of the exponential moving average (EMA) of the weights, which is then what is sampled and
+            exported; None: no average.
+        ema_device: "cpu" keeps the average off the GPU.
+        ema_every: optimizer steps between two updates of the average.
+        checkpoint_every: optimizer steps between two checkpoints.
+        checkpoints_kept: how many of the newest stay, beside the best.
+    """
 
     trainer: TrainerOptions
     logger: Annotated[Node, Builds(Logger)] | None = None
@@ -151,9 +197,21 @@ class FitConfig:
 class RunConfig(FitConfig):
     """All sections of a run's config.
 
-    base_parts: network -> file of its weights, in place of `base_checkpoint`, which has all networks.
-    evaluate_also: name -> params of `evaluation` that differ: the same metrics once more. source: the merged
-    config as it was written, for config.yaml and the model file.
+    Args:
+        name: the run is kept in logs/NAME.
+        seed: all random numbers follow from it.
+        model: what is trained.
+        data: the photos, or for the storybook's own trainings its drawings.
+        base_checkpoint: the file or folder that is fine-tuned.
+        base_parts: network -> file of its weights, in place of that network of `base_checkpoint`.
+        matmul_precision: of float32 matrix products on a GPU, as `torch.set_float32_matmul_precision` has it.
+        priors: how prior images are generated.
+        samples: what is sampled before and after training.
+        evaluation: the metrics of metrics.json; None: none.
+        evaluate_also: name -> params of `evaluation` that differ: the same metrics once more.
+        online_eval: metrics during training.
+        export: the model file.
+        source: the merged config as it was written, for config.yaml and the model file.
 
     `parse` gives model and data the run's seed, and the data its micro-batches per step. Another seed in a
     DreamBooth run is refused; a data module of drawings may have one of its own.
