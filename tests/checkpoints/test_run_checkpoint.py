@@ -15,6 +15,7 @@ from ldm.errors import UserError
 from ldm.model_file import ModelFile
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.run import base_files, load_base
+from ldm.training.schema import RunConfig, TrainerOptions
 from scripts import convert
 
 TARGET = "ldm.training.latent_diffusion.LatentDiffusion"
@@ -23,6 +24,12 @@ TOKEN = {
     "target": "ldm.training.techniques.LearnedToken",
     "params": {"word": "<my-v1.5-disc>", "init": "disc"},
 }
+
+
+def files_of(**base: object) -> dict[str, Path]:
+    """The base files of a run's config."""
+    nodes = {"model": {"target": ""}, "data": {"target": ""}}
+    return base_files(RunConfig(name="run", seed=0, trainer=TrainerOptions(max_steps=1), **nodes, **base))
 
 
 def trained(params: dict, run: Path) -> LatentDiffusion:
@@ -94,9 +101,9 @@ def test_it_is_a_base(params: dict, tmp_path: Path, tiny_networks: dict[str, nn.
     source = tmp_path / "run" / "checkpoints" / "step-3.ckpt"
     if module.learned_token is not None:
         with pytest.raises(UserError, match="learned word <my-v1.5-disc>.*would be lost"):
-            load_base(tiny_networks, base_files({"base_checkpoint": str(source)}))
+            load_base(tiny_networks, files_of(base_checkpoint=str(source)))
     else:
-        load_base(tiny_networks, base_files({"base_checkpoint": str(source)}))
+        load_base(tiny_networks, files_of(base_checkpoint=str(source)))
         assert_has(tiny_networks, expected(module))
 
 

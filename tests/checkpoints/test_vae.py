@@ -18,6 +18,7 @@ from ldm.errors import UserError
 from ldm.model_file import ModelFile
 from ldm.pipeline import Text2Image
 from ldm.training.run import base_files, load_base
+from ldm.training.schema import RunConfig, TrainerOptions
 from scripts import convert
 
 
@@ -26,6 +27,12 @@ def vae(tiny_config: dict) -> dict[str, Tensor]:
     """The weights of another VAE of the same size."""
     torch.manual_seed(9)
     return {name: x.contiguous() for name, x in instantiate(tiny_config["vae"]).state_dict().items()}
+
+
+def files_of(**base: object) -> dict[str, Path]:
+    """The base files of a run's config."""
+    nodes = {"model": {"target": ""}, "data": {"target": ""}}
+    return base_files(RunConfig(name="run", seed=0, trainer=TrainerOptions(max_steps=1), **nodes, **base))
 
 
 def in_ldm_names(vae: dict[str, Tensor], folder: Path, **_) -> Path:
@@ -114,11 +121,11 @@ def test_it_is_the_base_of_a_training(form, vae, tiny_model_file, tiny_tokenizer
     for network in networks.values():
         for parameter in network.parameters():
             nn.init.normal_(parameter)
-    config = {"base_checkpoint": str(tiny_model_file), "base_parts": {"vae": str(file)}}
-    with_vae = load_base(networks, base_files(config))
+    checkpoint = str(tiny_model_file)
+    with_vae = load_base(networks, files_of(base_checkpoint=checkpoint, base_parts={"vae": str(file)}))
     assert_equal(networks["vae"], vae)
     assert_equal(networks["unet"], unet)
-    assert with_vae != load_base(networks, base_files({"base_checkpoint": str(tiny_model_file)}))
+    assert with_vae != load_base(networks, files_of(base_checkpoint=checkpoint))
 
 
 def without_vae(model: Path, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,10 +94,10 @@ def a_run(folders: Path) -> Path:
     folder = folders / "logs" / "cat"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").symlink_to(find_file(evaluate.BASE))
-    data = {"target": "ldm.data.dreambooth.DreamBoothDataModule"}
-    data["params"] = {"subject_root": str(folders / "photos"), "class_word": "cat", "size": 64}
-    config = {"name": "cat", "data": data, "evaluation": None, "samples": SAMPLES}
-    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    photos = {"subject_root": str(folders / "photos"), "class_word": "cat"}
+    config = OmegaConf.load(find_file("configs/dreambooth.yaml"))
+    own = {"name": "cat", "data": {"params": photos}, "evaluation": None, "samples": SAMPLES}
+    OmegaConf.save(OmegaConf.merge(config, own), folder / "config.yaml")
     return folder
 
 
@@ -123,10 +124,10 @@ def test_a_runs_own_evaluation_comes_before_its_samples(a_run):
     )
     for name in ("class_samples", "steps", "guidance_scale", "dino", "clip"):
         setattr(options, name, None)
-    assert evaluate.evaluation_of(options, config | {"evaluation": own}).sampling["guidance_scale"] == 3.0
-    assert evaluate.evaluation_of(options, config | {"evaluation": own}).sampling["sampler"] == "ddim"
+    assert evaluate.evaluation_of(options, replace(config, evaluation=own)).sampling["guidance_scale"] == 3.0
+    assert evaluate.evaluation_of(options, replace(config, evaluation=own)).sampling["sampler"] == "ddim"
     assert evaluate.evaluation_of(options, config).sampling["guidance_scale"] == 2.0
-    assert evaluate.evaluation_of(options, {}).sampling["guidance_scale"] == evaluate.BASE_GUIDANCE
+    assert evaluate.evaluation_of(options, None).sampling["guidance_scale"] == evaluate.BASE_GUIDANCE
 
 
 @pytest.mark.parametrize(
