@@ -206,7 +206,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
     report = options.report.resolve() if options.report else None
-    subject = parse(["--base", *options.base, *overrides]).data.params.subject_root
+    subject = parse(["--base", *options.base, *overrides]).data["params"]["subject_root"]
     files = [str(Path(path).resolve()) for path in options.base]
     command = ["--base", *files, f"data.params.subject_root={Path(subject).resolve()}", *SMALL, *overrides]
     with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from ldm.diffusion.process import DiscreteDiffusion
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
 from ldm.pipeline import Text2Image, find_model
@@ -14,7 +15,7 @@ SHORT = {"steps": 1, "guidance_scale": 1.0}
 
 @pytest.fixture
 def pipeline(tiny_networks: dict[str, nn.Module]) -> Text2Image:
-    return Text2Image(**tiny_networks, alphas_cumprod=make_alphas_cumprod(), default_size=16)
+    return Text2Image(**tiny_networks, process=DiscreteDiffusion(make_alphas_cumprod()), default_size=16)
 
 
 @pytest.mark.parametrize(

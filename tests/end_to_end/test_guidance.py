@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ldm.evaluation.storybook import ClassImages, StorybookEvaluation
+from ldm.evaluation.storybook_limits import pixels_of
 from ldm.pipeline import Text2Image
 from ldm.training.job import run_job
 from ldm.training.options import parse
@@ -44,7 +45,7 @@ def dogs(draw: Text2Image, evaluation: StorybookEvaluation) -> ClassImages:
     how = {"sampler": "dpm++2m", "steps": 8, "guidance_scale": 4.0, "batch_size": 24}
     samples = draw(["a photo of a dog"] * 24, seeds=range(24), **how)
     images = [sample.image for sample in samples]
-    return ClassImages(evaluation.read(images), evaluation.judge.features(evaluation._pixels(images)))
+    return ClassImages(evaluation.read(images), evaluation.judge.features(pixels_of(images)))
 
 
 @pytest.mark.skipif(not BASE.exists(), reason="the storybook's base is not in this checkout")

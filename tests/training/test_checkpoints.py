@@ -45,7 +45,7 @@ def test_a_cut_checkpoint_is_seen(tmp_path: Path, keep: float):
 def test_what_cannot_be_written_leaves_nothing_half_done(tmp_path: Path):
     path = tmp_path / "step-3.ckpt"
     (path / "in the way").mkdir(parents=True)
-    with pytest.raises(UserError, match="The checkpoint cannot be written"):
+    with pytest.raises(UserError, match=r"cannot be written.*step-3\.ckpt"):
         AtomicCheckpointIO().save_checkpoint(CONTENT, path)
     assert not list(tmp_path.glob(".*"))
 
