@@ -18,6 +18,7 @@ from torch.func import functional_call
 from ldm.config import instantiate, param_of, takes, with_params
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.latents import views_at_once
+from ldm.training.before_after import evaluation_nodes
 from ldm.training.distributed import device_count
 from ldm.training.fused_backward import pending_gradient_bytes
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -73,7 +74,7 @@ def estimate(config: RunConfig) -> tuple[dict[str, Need], dict[str, int]]:
         del needs["vae"]
     if average.total:
         needs["average"] = average
-    if copies := _copies_of_base(module, data, precision=trainer.precision):
+    if copies := _copies_of_base(config, module, data):
         needs["copies of the base"] = Need(weights=copies)
     return needs, disk
 
@@ -104,15 +105,19 @@ def _average(config: RunConfig, module: LatentDiffusion, needs: Mapping[str, Nee
     return Need(weights=0 if apart else _float_size(learning), activations=max(0, copied - free_then))
 
 
-def _copies_of_base(module: LatentDiffusion, data: DreamBoothDataModule, *, precision: str) -> int:
-    """Bytes of what techniques keep of the untouched base: whole networks, or the weights that learn."""
+def _copies_of_base(config: RunConfig, module: LatentDiffusion, data: DreamBoothDataModule) -> int:
+    """Bytes of what is kept of the untouched base: whole networks, or the weights that learn."""
     networks = [module.networks[name] for name in ("unet", "text_encoder")]
     whole = sum(_size(network.parameters()) for network in networks)
     copies = whole * data.online_priors
     if module.prior_target == "teacher" and module.lora is None:
         layers = [layer for network in networks for layer in cast_by_autocast(network)]
         halved = _size(p for layer in layers for p in layer.parameters() if p.dtype == torch.float32) // 2
-        copies += whole - (halved if precision in AUTOCAST else 0)
+        copies += whole - (halved if config.trainer.precision in AUTOCAST else 0)
+    guided = [config.samples.guidance_base]
+    guided += [param_of(node, "guidance_base") for node in evaluation_nodes(config).values()]
+    if any(guided) and module.lora is None:  # one copy for samples and metrics
+        copies += whole
     return copies + (_size(_learning(module)) if module.l2_sp_weight else 0)
 
 

@@ -191,6 +191,26 @@ def test_8_bit_states_take_about_two_bytes_a_weight():
     assert state_bytes(small, "adamw_8bit") == 8 * 100
 
 
+@pytest.mark.parametrize("where", ["samples", "evaluation", "online_eval"])
+def test_the_base_that_guides_is_counted_once(tiny_config: dict, where: str):
+    own = config_of(tiny_config)
+    node = {"target": "ldm.evaluation.storybook.StorybookEvaluation", "params": {}}
+    guided = {
+        "samples": {"samples": replace(own.samples, guidance_base=True)},
+        "evaluation": {"evaluation": node | {"params": {"guidance_base": True}}},
+        "online_eval": {
+            "evaluation": node,
+            "online_eval": replace(own.online_eval, every_steps=1, params={"guidance_base": True}),
+        },
+    }
+    needs, _ = estimate(replace(own, **guided[where]))
+    both, _ = estimate(
+        replace(own, **guided["samples"], evaluation=node | {"params": {"guidance_base": True}})
+    )
+    weights = needs["unet"].gradients + needs["text_encoder"].gradients  # float32, as large as the weights
+    assert needs["copies of the base"].weights == both["copies of the base"].weights == weights
+
+
 @pytest.mark.parametrize(
     "params, online, copies",
     [({}, False, 0), ({"prior_target": "teacher"}, False, 1), ({"prior_target": "teacher"}, True, 2)],
