@@ -7,7 +7,7 @@ dreambooth: .venv/installed
 	$(BIN)/python main.py --base configs/dreambooth.yaml
 
 test: .venv/tests-installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

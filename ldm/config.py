@@ -9,6 +9,7 @@ anything. Targets are limited to ALLOWED, so that a config from somebody else ca
 import copy
 import difflib
 import importlib
+import importlib.util
 import inspect
 import math
 import re
@@ -25,7 +26,7 @@ from ldm.annotations import Node, fits, named, node_kind
 from ldm.errors import UserError
 from ldm.files import atomic_write
 
-ALLOWED = ("ldm.", "torch.optim.", "pytorch_lightning.")
+ALLOWED = ["ldm.", "torch.optim.", "pytorch_lightning."]  # and what `allow` adds
 FROM_CODE = {"params", "optimizer"}  # arguments that code passes to optimizers and schedules
 RENAMED = {  # keys of latent-diffusion's configs and of earlier versions -> what they are called here
     "unet_config": "unet",
@@ -76,12 +77,32 @@ def save_config(config: DictConfig, path: str | Path) -> Path:
     return Path(path)
 
 
+def allow(package: str) -> None:
+    """Lets nodes of configs name classes of a package or module, for the rest of the process.
+
+    It is for a person's own code, and asked for by that person: a config, which may be somebody else's,
+    cannot. Raises UserError if there is no such package.
+    """
+    try:
+        found = importlib.util.find_spec(package) if all(map(str.isidentifier, package.split("."))) else None
+    except ImportError:
+        found = None
+    if found is None:
+        remedy = "Put the folder that it lies in on PYTHONPATH."
+        raise UserError(f"There is no package `{package}`", where="--allow", remedy=remedy)
+    if f"{package}." not in ALLOWED:
+        ALLOWED.append(f"{package}.")
+
+
+def _is_allowed(name: str) -> bool:
+    return f"{name}.".startswith(tuple(ALLOWED))
+
+
 def get_class(target: str) -> type:
     """Imports the class of a dotted name. Raises UserError unless it is defined under an ALLOWED prefix."""
-    if not isinstance(target, str) or not target.startswith(ALLOWED):
-        raise UserError(
-            f"`{target}` is not an allowed target", remedy=f"It may start with {' '.join(ALLOWED)}"
-        )
+    if not isinstance(target, str) or not _is_allowed(target):
+        remedy = f"It may start with {' '.join(ALLOWED)}; add your own code with --allow PACKAGE."
+        raise UserError(f"`{target}` is not an allowed target", remedy=remedy)
     module_name, _, name = target.rpartition(".")
     try:
         module = importlib.import_module(module_name)
@@ -89,9 +110,7 @@ def get_class(target: str) -> type:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists, but something that it imports does not
         raise UserError(f"`{target}` cannot be imported: there is no `{error.name}`") from error
-    classes = {
-        n: c for n, c in vars(module).items() if inspect.isclass(c) and c.__module__.startswith(ALLOWED)
-    }
+    classes = {n: c for n, c in vars(module).items() if inspect.isclass(c) and _is_allowed(c.__module__)}
     if name not in classes:
         raise UserError(f"`{name}` is not a class of {module_name}", remedy=_nearest(name, classes))
     return classes[name]

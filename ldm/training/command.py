@@ -30,6 +30,7 @@ class Command:
     resume: str | None
     allow_config_change: bool
     dry_run: bool
+    allow: Sequence[str]  # packages whose classes nodes may name
 
 
 def read_command(argv: Sequence[str], *, description: str | None) -> Command:
@@ -45,6 +46,9 @@ def read_command(argv: Sequence[str], *, description: str | None) -> Command:
         help="continue the run in this folder; auto: the newest unfinished one of this name, else a new one",
     )
     parser.add_argument("--allow_config_change", action="store_true", help="continue it with another config")
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="PACKAGE", help="let configs name classes of your own"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print config, memory and disk needed; stop")
     for flag, key in ALIASES.items():
         short = [f"-{flag[0]}"] if flag in ("name", "seed") else []
@@ -52,6 +56,11 @@ def read_command(argv: Sequence[str], *, description: str | None) -> Command:
             *short, f"--{flag}", metavar="VALUE", help=f"sets {key} to VALUE, as it is written"
         )
     options, rest = parser.parse_known_args(argv)
+    return _command(options, rest)
+
+
+def _command(options: argparse.Namespace, rest: Sequence[str]) -> Command:
+    """The command of parsed options, and of the words that are none."""
     unknown = [word for word in rest if "=" not in word or word.startswith("-")]
     if unknown:
         raise UserError(f"`{unknown[0]}` is not an option", remedy="Write overrides as `key.sub=value`.")
@@ -65,7 +74,15 @@ def read_command(argv: Sequence[str], *, description: str | None) -> Command:
     given = {flag: getattr(options, flag) for flag in ALIASES}
     literals = {ALIASES[flag]: _literal(flag, value) for flag, value in given.items() if value is not None}
     dotlist = [word for word in words if "=" in word]
-    return Command(paths, literals, dotlist, options.resume, options.allow_config_change, options.dry_run)
+    return Command(
+        paths,
+        literals,
+        dotlist,
+        resume=options.resume,
+        allow_config_change=options.allow_config_change,
+        dry_run=options.dry_run,
+        allow=options.allow,
+    )
 
 
 def _literal(flag: str, value: str) -> str | int:

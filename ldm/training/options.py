@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
-from ldm.config import load_config
+from ldm.config import allow, load_config
 from ldm.training.command import Command, read_command
 from ldm.training.schema import RunConfig
 
 
 def config_of(command: Command) -> RunConfig:
     """The merged and checked config. Raises UserError for a wrong file or key, type or number."""
+    for package in command.allow:
+        allow(package)
     config = load_config(command.paths, command.dotlist, literals=command.literals)
     given = [*(f"{key}={value}" for key, value in command.literals.items()), *command.dotlist]
     return RunConfig.parse(config, paths=command.paths, dotlist=given)

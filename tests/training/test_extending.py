@@ -1,0 +1,81 @@
+"""docs/extending.md, as it is written: its code trains, let in by --allow alone."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from ldm import config as configs
+from ldm.config import instantiate
+from ldm.errors import UserError
+from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.options import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def mine(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The page's files in a folder outside the package, which is on the path as the page has it."""
+    for name, text in re.findall(r"`(mine\.\w+)`:\n\n```\w+\n(.*?)```", PAGE, re.DOTALL):
+        (workdir / name).write_text(text)
+    (workdir / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.syspath_prepend(str(workdir))
+    monkeypatch.setattr(configs, "ALLOWED", list(configs.ALLOWED))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    return workdir
+
+
+WORDS = ("--base", "configs/dreambooth.yaml", "mine.yaml")
+
+
+def test_a_config_alone_lets_nothing_in(mine: Path):
+    with pytest.raises(UserError, match=r"`mine\.P2` is not an allowed target \(model\.target.*--allow"):
+        parse(WORDS)
+    assert "mine" not in sys.modules
+
+
+@pytest.mark.parametrize("package", ["absent", "mine.absent", "../mine", "", "mine.", "os;"])
+def test_a_package_that_is_not_there(mine: Path, package: str):
+    with pytest.raises(UserError, match="There is no package .*--allow.*PYTHONPATH"):
+        parse([*WORDS, "--allow", package])
+
+
+def test_only_the_package_itself_is_let_in(mine: Path):
+    (mine / "mine2.py").write_text("class P2: ...")
+    with pytest.raises(UserError, match=r"`mine2\.P2` is not an allowed target"):
+        parse([*WORDS, "--allow", "mine", "model.target=mine2.P2"])
+
+
+def test_its_parameters_are_checked_as_ours(mine: Path):
+    with pytest.raises(UserError, match=r"should be .*at least 0.*model\.params\.p2_gamma"):
+        parse([*WORDS, "--allow", "mine", "model.params.p2_gamma=-1"])
+
+
+def test_the_weighting_of_the_page_weighs(
+    mine: Path, tiny_config: dict, tiny_networks: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch
+):
+    config = parse([*WORDS, "--allow", "mine"])
+    assert OmegaConf.load("mine.yaml").model.target == config.model["target"]
+    module = instantiate({"target": "mine.P2", "params": tiny_config | {"p2_gamma": 0.5}})
+    plain = LatentDiffusion(**tiny_config)
+    plain.load_state_dict(module.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "latent_stats": torch.rand(2, 8, 8, 8, generator=generator),
+        "caption": ["a", "b"],
+        "is_prior": torch.tensor([False, True]),
+        "item": torch.tensor([3, 4]),
+    }
+    batch = plain.on_before_batch_transfer(batch, 0)
+    timesteps = batch["randomness"][:16].view(torch.int64)
+    alpha = plain.process.alphas_cumprod[timesteps]
+    with torch.no_grad():
+        losses = [network.eval().loss_per_item(batch) for network in (module, plain)]
+    torch.testing.assert_close(losses[0], losses[1] * (1 - alpha) ** 0.5)  # 1 / (1 + SNR) = 1 - alpha
+    assert not torch.allclose(losses[0], losses[1])
