@@ -234,7 +234,8 @@ def test_a_preview_has_its_own_proportions(tmp_path: Path):
     page = write_report(tmp_path / "report.html", report(previews=[(100, grid)]))
     width, height = size_of(parsed(page).sources[-4])
     assert width == PREVIEW_WIDTH and abs(height - 4000 * width / 1400) <= 1
-    css = re.findall(r"([^{}]*img[^{}]*)\{([^}]*)\}", page.read_text(encoding="utf-8"))
+    style = page.read_text(encoding="utf-8").split("<style>")[1].split("</style>")[0]
+    css = re.findall(r"([^{}]*img[^{}]*)\{([^}]*)\}", style)
     scaled = [rules for _, rules in css if re.search(r"(?<!-)\bwidth:", rules) or "max-width:" in rules]
     wide = next(rules for selector, rules in css if ".wide" in selector)
     assert "height: auto" in wide and "max-width: 100%" in wide and scaled
