@@ -32,7 +32,9 @@ def main(config: RunConfig) -> Path:
     if not config.is_dreambooth or not data.generates_priors:
         raise UserError("This config has no prior images to generate", where="data.params.num_priors")
     module = instantiate(config.model)
-    base_hash = load_base(module.networks, base_files(config), parameterization=module.parameterization)
+    base_hash = load_base(
+        module.networks, base_files(config), parameterization=module.process.parameterization
+    )
     set_matmul_precision(config.matmul_precision)
     module.to(device_of(trainer))
     sampling = config.priors

@@ -165,8 +165,7 @@ def dpm_solver_pp_2m(
     x0_before, h_before = x, 0.0
     for i, (level, end) in enumerate(pairwise(levels)):
         x0, h = denoise(x, level), end.half_log_snr - level.half_log_snr
-        first_order = h_before == 0 or i == len(levels) - 2
-        data = x0 if first_order else x0 + h / (2 * h_before) * (x0 - x0_before)  # D of algorithm 2
+        data = x0 if i == len(levels) - 2 else extrapolated(x0, h, x0_before, h_before)
         x = exponential_step(x, data, level, end)
         x0_before, h_before = x0, h
         if callback:
@@ -192,8 +191,7 @@ def dpm_solver_pp_2m_sde(
     x0_before, h_before = x, 0.0
     for i, (level, end) in enumerate(pairwise(levels)):
         x0, h = denoise(x, level), end.half_log_snr - level.half_log_snr
-        first_order = h_before == 0 or i == len(levels) - 2
-        data = x0 if first_order else x0 + h / (2 * h_before) * (x0 - x0_before)
+        data = x0 if i == len(levels) - 2 else extrapolated(x0, h, x0_before, h_before)
         fresh = -math.expm1(-2 * h)  # share of the variance of the noise
         x = end.s / level.s * math.exp(-h) * x + end.a * fresh * data + end.s * math.sqrt(fresh) * noise(i)
         x0_before, h_before = x0, h
@@ -234,7 +232,7 @@ def unip(x: Tensor, before: Sequence[Known], end: Level) -> Tensor:
     data = x0
     for x0_older, level_older in older:
         h_before = level.half_log_snr - level_older.half_log_snr
-        data = x0 if h_before == 0 else x0 + h / (2 * h_before) * (x0 - x0_older)
+        data = extrapolated(x0, h, x0_older, h_before)
     return exponential_step(x, data, level, end)
 
 
@@ -257,6 +255,14 @@ def unic(x: Tensor, before: Sequence[Known], x0_end: Tensor, end: Level) -> Tens
             rho = (b_1 - b_2) / (1 - r)
             data = x0 + rho / r * (x0_older - x0) + (b_1 - rho) * (x0_end - x0)
     return exponential_step(x, data, level, end)
+
+
+def extrapolated(x0: Tensor, h: float, x0_before: Tensor, h_before: float) -> Tensor:
+    """D of Lu et al. 2022b, algorithm 2: x0 in the middle of a step of h, from the prediction h_before ago.
+
+    x0 itself where there is none, h_before 0.
+    """
+    return x0 if h_before == 0 else x0 + h / (2 * h_before) * (x0 - x0_before)
 
 
 def exponential_step(x: Tensor, data: Tensor, level: Level, end: Level) -> Tensor:

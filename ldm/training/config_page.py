@@ -103,7 +103,7 @@ def _defaults(kind: type) -> Iterator[tuple[str, Any]]:
             made = field.default_factory() if field.default_factory is not MISSING else field.default
             yield field.name, inspect.Parameter.empty if made is MISSING else made
     else:
-        for parameter in list(inspect.signature(kind).parameters.values()):
+        for parameter in inspect.signature(kind).parameters.values():
             yield parameter.name, parameter.default
 
 

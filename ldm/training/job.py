@@ -49,7 +49,7 @@ def _train(config: RunConfig, folder: Path, *, allow_change: bool) -> list[Path]
     files, base_hash = run.base_files(config), ""
     keep_inputs(folder, data, files, allow_change=allow_change)
     if files:
-        predicts = getattr(module, "parameterization", None)
+        predicts = module.process.parameterization if isinstance(module, LatentDiffusion) else None
         base_hash = run.load_base(module.networks, files, parameterization=predicts)
         module.to(device_of(config.trainer))
         if isinstance(module, LatentDiffusion):

@@ -132,8 +132,10 @@ class LatentDiffusion(pl.LightningModule):
         self.process: NoiseProcess = DiscreteDiffusion(
             alphas_cumprod, parameterization=parameterization, offset_noise=offset_noise
         )
-        self.seed, self.prior_loss_weight = seed, prior_loss_weight
-        self.min_snr_gamma, self.min_snr_floor = min_snr_gamma, min_snr_floor
+        self.seed = seed
+        self.prior_loss_weight = prior_loss_weight
+        self.min_snr_gamma = min_snr_gamma
+        self.min_snr_floor = min_snr_floor
         self.l2_sp_weight = l2_sp_weight
         self.prior_target = prior_target
         self.text_encoder_steps = text_encoder_steps
@@ -167,11 +169,6 @@ class LatentDiffusion(pl.LightningModule):
             "vae": self.first_stage_model,
             "text_encoder": self.cond_stage_model,
         }
-
-    @property
-    def parameterization(self) -> str:
-        """What the UNet predicts."""
-        return self.process.parameterization
 
     @property
     def trainable_modules(self) -> dict[str, nn.Module]:

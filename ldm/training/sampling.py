@@ -1,6 +1,5 @@
 """Sampling in a training run: its prior images, its previews and its final samples."""
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from ldm.training import distributed
 from ldm.training.device import temporarily_on
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.schema import PriorsConfig, SamplesConfig
+from ldm.training.techniques import frozen_copy
 
 
 def text2image(module: LatentDiffusion, *, size: int, guidance_base: Denoiser | None = None) -> Text2Image:
@@ -38,13 +38,8 @@ def base_denoiser(module: LatentDiffusion) -> Denoiser:
     unet, text_encoder = module.networks["unet"], module.networks["text_encoder"]
     without = [] if module.lora is None else [module.lora]
     if module.lora is None:
-        unet, text_encoder = (copy.deepcopy(n).eval().requires_grad_(False) for n in (unet, text_encoder))
-    return Denoiser(
-        unet,
-        text_encoder,
-        process=module.process,
-        without=without,
-    )
+        unet, text_encoder = frozen_copy(unet), frozen_copy(text_encoder)
+    return Denoiser(unet, text_encoder, process=module.process, without=without)
 
 
 def prior_set(
@@ -87,9 +82,9 @@ def prior_generator(spec: PriorSpec, pipeline: Text2Image, *, batch_size: int) -
 
 def frozen(pipeline: Text2Image) -> Text2Image:
     """A pipeline with frozen copies of the UNet and text encoder, which training does not change."""
-    copies = {name: copy.deepcopy(getattr(pipeline, name)) for name in ("unet", "text_encoder")}
     return Text2Image(
-        **{name: network.eval().requires_grad_(False) for name, network in copies.items()},
+        unet=frozen_copy(pipeline.unet),
+        text_encoder=frozen_copy(pipeline.text_encoder),
         vae=pipeline.vae,
         process=pipeline.process,
         default_size=pipeline.default_size,

@@ -44,6 +44,11 @@ class L2SP:
         return torch.stack([(p - there).square().sum() for p, there in self.pairs]).sum()
 
 
+def frozen_copy(network: nn.Module) -> nn.Module:
+    """A copy in eval mode, which training does not change."""
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
 class Reference:
     """Output preservation: the base's prediction is the target of prior items (Li and Hoiem 2016).
 
@@ -63,7 +68,7 @@ class Reference:
         self.loras = [] if lora is None else [lora]
         networks = (unet, text_encoder)
         if lora is None:
-            networks = tuple(copy.deepcopy(network).eval().requires_grad_(False) for network in networks)
+            networks = tuple(frozen_copy(network) for network in networks)
             for layer in (layer for network in networks for layer in cast_by_autocast(network)):
                 layer.to(AUTOCAST.get(precision))
         self.unet, text_encoder = networks
