@@ -38,6 +38,7 @@ def work(command: Command) -> None:
     distributed.launch(config.trainer)
     left = job.run_job(config, command.resume, allow_config_change=command.allow_config_change)
     print(*left, sep="\n")
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ if __name__ == "__main__":
         folder = main(config)
         if distributed.rank() == 0:
             print(folder)
+        distributed.leave()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -114,6 +114,15 @@ def init_process_group(environment: TorchElasticEnvironment | SLURMEnvironment, 
     )
 
 
+def leave() -> None:
+    """Ends the process group and its threads; a process that exits with them running may abort.
+
+    To be called when all work is done, not after an error, when others may still wait in a collective.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -36,6 +36,7 @@ left = run_job(config)
 assert bool(left) == (distributed.rank() == 0)
 if distributed.rank() == 1:
     raise SystemExit("rank 1 says so")
+distributed.leave()
 """
 
 
@@ -70,6 +71,7 @@ def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Pa
 
 
 def test_alone_there_is_nobody_to_meet():
+    distributed.leave()
     for devices, joined in ((1, 1), ("auto", 1), ([2], [2])):
         options = TrainerOptions(max_steps=3, accelerator="cpu", devices=devices)
         assert distributed.join(options) == replace(options, devices=joined)

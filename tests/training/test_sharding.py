@@ -50,6 +50,7 @@ distributed.barrier()
 run_job(config, str(folder))
 print(f"rank {distributed.rank()} held {shares[0]:.2f}, {shares[1]:.2f} of the weights", flush=True)
 distributed.barrier()
+distributed.leave()
 """
 
 
