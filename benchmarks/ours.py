@@ -143,13 +143,14 @@ class Training:
 class Sampling:
     """`Text2Image`, from prompts to pictures."""
 
-    def __init__(self, case: Case, *, device: str, compiled: bool | str = False):
+    def __init__(self, case: Case, *, device: str, compiled: bool | str = False, cuda_graph: bool = True):
         module = build(case_params(case, compiled=compiled), device=device).requires_grad_(False)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.pipeline = Text2Image(
             *(network.to(device, dtype).eval() for network in module.networks.values()),
             process=module.process,
             default_size=pixels(case.size),
+            cuda_graph=cuda_graph,
         )
         self.case = case
         self.device = device

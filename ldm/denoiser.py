@@ -8,6 +8,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
+from ldm.cuda_graph import GraphedPrediction
 from ldm.diffusion.guidance import ConditionalDenoise
 from ldm.diffusion.process import Level, NoiseProcess
 from ldm.errors import UserError
@@ -23,7 +24,8 @@ class Denoiser:
 
     process: of the noise that the UNet was trained on. model_hash: sha256 of the weights' file, if there is
     one. without: LoRAs of these networks that are off in all predictions, which are then those of the base,
-    without a copy.
+    without a copy. graphed: small predictions are launched as CUDA graphs (`GraphedPrediction`), for networks
+    that nothing else trains or switches.
     """
 
     def __init__(
@@ -34,12 +36,14 @@ class Denoiser:
         process: NoiseProcess,
         model_hash: str | None = None,
         without: Sequence[LoRA] = (),
+        graphed: bool = False,
     ):
         self.unet = unet
         self.text_encoder = text_encoder
         self.process = process
         self.model_hash = model_hash
         self.without = tuple(without)
+        self.predict = GraphedPrediction(unet) if graphed else unet.predict
         self._warned: set[str] = set()  # prompts that were truncated
 
     @property
@@ -86,7 +90,7 @@ class Denoiser:
         """x: [b, C, h, w], B rows -> x0 [B, C, h, w] float32; the UNet computes in its own precision."""
         t = torch.full((len(x),), level.t, device=x.device)
         with lora_off(*self.without):
-            prediction = self.unet.predict(x, t, prepared, rows).float()
+            prediction = self.predict(x, t, prepared, rows).float()
         runs = prediction.unflatten(0, (-1, len(x)))  # [B / b, b, C, h, w]
         return self.process.denoised(runs, x, level).flatten(0, 1)
 

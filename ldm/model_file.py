@@ -93,6 +93,7 @@ class ModelFile:
             process=self.process,
             model_hash=model_hash,
             without=without,
+            graphed=True,
         )
 
 

@@ -80,8 +80,9 @@ def train(*words: str) -> None:
     set_matmul_precision("high")
     params = case_params(FULL)
 
-    def made(batch: int = 2, **more: Any) -> Training:
-        return Training(params | {"compile": None}, size=SIZE, batch=batch, device=DEVICE, **more)
+    def made(batch: int = 2, *, cuda_graph: bool | None = None, **more: Any) -> Training:
+        changed = {"compile": None, "cuda_graph": cuda_graph}
+        return Training(params | changed, size=SIZE, batch=batch, device=DEVICE, **more)
 
     def to_bf16(module: nn.Module) -> None:
         for part in ("unet", "text_encoder"):
@@ -89,6 +90,7 @@ def train(*words: str) -> None:
 
     cases: dict[str, Callable[[], Training]] = {
         "1+1, full": made,
+        "1+1, full, kernel by kernel": lambda: made(cuda_graph=False),
         "1+1, full, cudnn.benchmark": made,
         "1+1, LoRA": lambda: Training.of_case(Case(SIZE, "train", 2, lora=True), device=DEVICE),
         "1+1, shipped config": preset,

@@ -48,16 +48,23 @@ class Conditioning(NamedTuple):
     def of(
         cls,
         context: Tensor,
-        prompt_index: Sequence[int] | None = None,
+        prompt_index: Sequence[int] | Tensor | None = None,
         kept: "Mapping[CrossAttention, tuple[Tensor, Tensor]] | None" = None,
     ) -> Self:
         """prompt_index: [B], the number of each item's context; None: as many items as contexts."""
         if prompt_index is None:
             return cls(context, len(context), None, kept)
-        run = len(prompt_index) // len(context)
-        if list(prompt_index) == [i for i in range(len(context)) for _ in range(run)]:
+        if isinstance(prompt_index, Tensor):
+            return cls(context, len(prompt_index), prompt_index, kept)
+        if is_in_runs(prompt_index, len(context)):
             return cls(context, len(prompt_index), None, kept)
         return cls(context, len(prompt_index), index_tensor(prompt_index, context.device), kept)
+
+
+def is_in_runs(prompt_index: Sequence[int], contexts: int) -> bool:
+    """Whether the items lie in runs of equal length, one for each context in its order."""
+    run = len(prompt_index) // contexts
+    return list(prompt_index) == [i for i in range(contexts) for _ in range(run)]
 
 
 def index_tensor(prompt_index: Sequence[int], device: torch.device) -> Tensor:

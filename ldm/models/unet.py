@@ -136,6 +136,17 @@ class Prepared(NamedTuple):
         widths = [block.out_channels for block in self.blocks]
         return TimeEmbedding(shifts, dict(zip(self.blocks, shifts.split(widths, dim=1), strict=True)))
 
+    def tensors(self) -> list[Tensor]:
+        """All that differ from sampling to sampling."""
+        pairs = (tensor for pair in self.keys_values.values() for tensor in pair)
+        return [self.contexts, self.shifts, self.timesteps, *pairs]
+
+    def clone(self) -> "Prepared":
+        """A copy with memory of its own."""
+        pairs = {layer: (k.clone(), v.clone()) for layer, (k, v) in self.keys_values.items()}
+        copied = (self.contexts.clone(), pairs, self.shifts.clone(), self.timesteps.clone())
+        return Prepared(*copied, self.blocks)
+
 
 class UNetModel(nn.Module):
     """Denoising UNet: predicts the noise (or v, or x0) in latents, given the timestep and the prompt.
@@ -249,7 +260,7 @@ class UNetModel(nn.Module):
         x: Tensor,
         timesteps: Tensor,
         context: Tensor | Prepared,
-        prompt_index: Sequence[int] | None = None,
+        prompt_index: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """`forward` in the network's own precision, whatever that of x and of the context is."""
         dtype = self.time_embed[0].weight.dtype
@@ -262,7 +273,7 @@ class UNetModel(nn.Module):
         x: Tensor,
         timesteps: Tensor,
         context: Tensor | Prepared,
-        prompt_index: Sequence[int] | None = None,
+        prompt_index: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """x: [b, C, h, w], timesteps: [b], whole or not, context: [P, M, D] -> [B, C, h, w].
 

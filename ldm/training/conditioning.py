@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.prompts import distinct
+from ldm.models.attention import index_tensor
 from ldm.models.text_encoder import CLIPTextEncoder
 
 KEPT_PROMPTS = 1024  # at most so many are cached: 236 KiB each in SD 1.x
@@ -40,13 +41,22 @@ class Conditioner:
         self.ids.clear()
         self.contexts.clear()
 
-    def _encode(self, prompts: list[str]) -> Tensor:
-        """Distinct prompts -> contexts [P, M, D]."""
+    def ids_of(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts -> token ids [B, M]."""
         if len(prompts) + len(self.ids) > KEPT_PROMPTS:
             self.ids.clear()
-        new = [prompt for prompt in prompts if prompt not in self.ids]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.ids]
         if new:
             with torch.inference_mode(False):
                 ids = self.text_encoder.tokenize(new).to(self.text_encoder.device, non_blocking=True)
                 self.ids |= zip(new, ids, strict=True)
-        return self.text_encoder(torch.stack([self.ids[prompt] for prompt in prompts]))
+        return torch.stack([self.ids[prompt] for prompt in prompts])
+
+    def _encode(self, prompts: list[str]) -> Tensor:
+        """Distinct prompts -> contexts [P, M, D]."""
+        return self.text_encoder(self.ids_of(prompts))
+
+
+def each(contexts: Tensor, rows: Sequence[int]) -> Tensor:
+    """Contexts [P, M, D], and which of them each item has: [B] -> a context for each item [B, M, D]."""
+    return contexts.index_select(0, index_tensor(rows, contexts.device))

@@ -32,7 +32,8 @@ from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.training.compiling import CompileMode, TrainingGraph
-from ldm.training.conditioning import Conditioner
+from ldm.training.conditioning import Conditioner, each
+from ldm.training.cuda_graph import GraphedLoss, uses_cuda_graph
 from ldm.training.gradients import clip
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
 from ldm.training.schema import TrainerOptions
@@ -79,6 +80,8 @@ class LatentDiffusion(pl.LightningModule):
         lr_schedule: after `warmup_steps` optimizer steps constant, a cosine to 0, or "wsd" (`lr_factor`).
         lora: node of a `LoRA`: what learns are factors beside the layers of UNet and text encoder.
         compile: mode in which torch.compile translates the UNet's training graph, at the first step.
+        cuda_graph: a step's forward and backward pass are launched as CUDA graphs (`GraphedLoss`). None: on a
+            GPU, where one process trains without a fused backward pass.
         seed: of the run; all draws follow from it and the item's number.
     """
 
@@ -114,6 +117,7 @@ class LatentDiffusion(pl.LightningModule):
         fused_backward: bool = False,
         lora: Annotated[Node, Builds(LoRA)] | None = None,
         compile: CompileMode | None = None,
+        cuda_graph: bool | None = None,
         seed: Seed = 23,
     ):
         super().__init__()
@@ -156,6 +160,8 @@ class LatentDiffusion(pl.LightningModule):
             networks["unet"].to(torch.bfloat16)
             networks["text_encoder"].to(torch.bfloat16)
         self._graph = None if compile is None else TrainingGraph(networks["unet"], mode=compile)
+        self.cuda_graph = cuda_graph
+        self._graphed: GraphedLoss | None = None
         self._l2_sp: L2SP | None = None
         self._reference: Reference | None = None
         self._conditioner = Conditioner(self.cond_stage_model)
@@ -188,14 +194,23 @@ class LatentDiffusion(pl.LightningModule):
 
         Equal prompts go through the text encoder once: in a call, or, where it is frozen, in the whole run.
         """
-        over = self.text_encoder_steps is not None and self.global_step >= self.text_encoder_steps
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not over):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._text_is_over):
             return self._conditioner(prompts, frozen=not self._text_learns)
+
+    @property
+    def _learning(self) -> list[nn.Parameter]:
+        return [
+            p for module in self.trainable_modules.values() for p in module.parameters() if p.requires_grad
+        ]
 
     @property
     def _text_learns(self) -> bool:
         modules = (module for name, module in self.trainable_modules.items() if name != "unet")
         return any(p.requires_grad for module in modules for p in module.parameters())
+
+    @property
+    def _text_is_over(self) -> bool:
+        return self.text_encoder_steps is not None and self.global_step >= self.text_encoder_steps
 
     def setup(self, stage: str) -> None:
         """Keeps the base as it is, before a checkpoint replaces its weights."""
@@ -225,6 +240,14 @@ class LatentDiffusion(pl.LightningModule):
         for kept in (self._l2_sp, self._reference):
             if kept is not None:
                 kept.to(self.device)
+        processes = 1 if self._trainer is None else self._trainer.world_size
+        if uses_cuda_graph(self.cuda_graph, self.device, self.fused_backward, processes):
+            base = [] if self._reference is None else self._reference.unet.parameters()
+            fixed = (p for p in (*self.parameters(), *base) if not p.requires_grad)
+            self._graphed = GraphedLoss(self._losses, learning=self._learning, fixed=fixed)
+
+    def on_train_end(self) -> None:
+        self._graphed = None  # and the memory that it keeps
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         """Adds what is read or drawn on the CPU while the items are there (see `sample_randomness`)."""
@@ -265,21 +288,54 @@ class LatentDiffusion(pl.LightningModule):
         """Weighted denoising loss of each item -> [B] float32 (Ho et al. 2020, eq. 14)."""
         if "randomness" not in batch:
             batch = self.on_before_batch_transfer(batch, 0)
-        latent_stats = (
-            batch["latent_stats"] if "latent_stats" in batch else self.encode_images(batch["image"])
-        )
+        stats = batch["latent_stats"] if "latent_stats" in batch else self.encode_images(batch["image"])
+        inputs = {"latent_stats": stats, "randomness": batch["randomness"]}
+        captions = batch["caption"]
+        prompts = list(compress(captions, (stream == "prior" for _, stream in batch["stream_ids"])))
+        teaches = self._reference is not None and bool(prompts)
+        if teaches:
+            inputs["prior_rows"] = batch["prior_rows"]
+        if self._graphed is not None and torch.is_grad_enabled():
+            if self._text_learns and not self._text_is_over:
+                inputs["ids"] = self._conditioner.ids_of(captions)
+            else:
+                inputs["context"] = each(*self.encode_prompts(captions))
+            if teaches:
+                inputs["base_context"] = each(*self._reference.encode(prompts))
+            return self._graphed(**inputs)
+        inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
+        inputs["context"], inputs["rows"] = self.encode_prompts(captions)
+        if teaches:
+            inputs["base_context"], inputs["base_rows"] = self._reference.encode(prompts)
+        return self._losses(**inputs)
+
+    def _losses(
+        self,
+        *,
+        latent_stats: Tensor,
+        randomness: Tensor,
+        context: Tensor | None = None,
+        rows: Sequence[int] | None = None,
+        ids: Tensor | None = None,
+        prior_rows: Tensor | None = None,
+        base_context: Tensor | None = None,
+        base_rows: Sequence[int] | None = None,
+    ) -> Tensor:
+        """`loss_per_item` of tensors on the device; without `rows` each item has a context of its own.
+
+        ids: [B, M] in the place of contexts. prior_rows: [n], of the items whose target the base predicts.
+        """
         posterior = DiagonalGaussian.from_latent_stats(latent_stats.float())
-        randomness = batch["randomness"].to(self.device, non_blocking=True)
         timesteps, posterior_noise, noise = StepRandomness.views(randomness, posterior.mean.shape)
         x0 = posterior.sample(posterior_noise)
         noisy = self.process.add_noise(x0, noise, timesteps)
-        prediction = self.apply_model(noisy, timesteps, *self.encode_prompts(batch["caption"]))
+        context = self.cond_stage_model(ids) if context is None else context
+        prediction = self.apply_model(noisy, timesteps, context, rows)
         target = self.process.target(x0, noise, timesteps)
-        prompts = list(compress(batch["caption"], (stream == "prior" for _, stream in batch["stream_ids"])))
-        if self._reference is not None and prompts:
-            rows = batch["prior_rows"].to(self.device, non_blocking=True)
-            kept = self._reference.predict(noisy[rows], timesteps[rows], prompts)
-            target = target.index_copy(0, rows, kept.to(target))
+        if prior_rows is not None:
+            of_priors = noisy[prior_rows], timesteps[prior_rows]
+            kept = self._reference.predict_in(*of_priors, base_context, base_rows)
+            target = target.index_copy(0, prior_rows, kept.to(target))
         return mse_per_item(prediction, target) * self.loss_weights(timesteps)
 
     def loss_weights(self, timesteps: Tensor) -> Tensor:

@@ -56,9 +56,16 @@ class StorybookBase(LatentDiffusion):
 
     def loss_per_item(self, batch: dict) -> Tensor:
         """Weighted denoising loss of each item -> [B] float32 (Ho et al. 2020, eq. 14)."""
-        posterior = DiagonalGaussian.from_latent_stats(batch["latent_stats"].float())
-        x0, noise, timesteps = posterior.sample(batch["posterior"]), batch["noise"], batch["timestep"]
-        noisy = self.process.add_noise(x0, noise, timesteps)
-        prediction = self.apply_model(noisy, timesteps, self.cond_stage_model(batch["ids"]))
-        target = self.process.target(x0, noise, timesteps)
-        return mse_per_item(prediction, target) * self.loss_weights(timesteps)
+        inputs = {name: batch[name] for name in ("latent_stats", "ids", "posterior", "noise", "timestep")}
+        graphed = self._graphed is not None and torch.is_grad_enabled()
+        return (self._graphed if graphed else self._losses)(**inputs)
+
+    def _losses(
+        self, *, latent_stats: Tensor, ids: Tensor, posterior: Tensor, noise: Tensor, timestep: Tensor
+    ) -> Tensor:
+        """`loss_per_item` of the tensors of a batch."""
+        x0 = DiagonalGaussian.from_latent_stats(latent_stats.float()).sample(posterior)
+        noisy = self.process.add_noise(x0, noise, timestep)
+        prediction = self.apply_model(noisy, timestep, self.cond_stage_model(ids))
+        target = self.process.target(x0, noise, timestep)
+        return mse_per_item(prediction, target) * self.loss_weights(timestep)

@@ -82,8 +82,19 @@ class Reference:
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """The base's prediction. x: [B, C, h, w], t: [B], B prompts -> [B, C, h, w]."""
+        return self.predict_in(x, t, *self.encode(prompts))
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """B prompts -> the base's contexts [P, M, D] of the different ones, and which of them each has."""
         with lora_off(*self.loras):
-            return self.unet.predict(x, t, *self.conditioner(prompts, frozen=True))
+            return self.conditioner(prompts, frozen=True)
+
+    @torch.no_grad()
+    def predict_in(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """As `predict`, in contexts [P, M, D] of the base; without `rows` one each."""
+        with lora_off(*self.loras):
+            return self.unet.predict(x, t, context, rows)
 
 
 def cast_by_autocast(network: nn.Module) -> list[nn.Module]:

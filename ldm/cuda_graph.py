@@ -1,0 +1,75 @@
+"""CUDA graphs: the kernels of a piece of work are launched at once, not one by one by the host."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ldm.models.attention import index_tensor, is_in_runs
+from ldm.models.unet import Prepared, UNetModel
+
+Work = Callable[[], None]
+Recorder = Callable[[Work, tuple[int, int] | None], tuple[Work, tuple[int, int] | None]]
+
+HOST_BOUND = 4 * 64 * 64  # items times cells of latents: above, a GPU takes longer than the host to launch
+
+
+def capture(work: Work, pool: tuple[int, int] | None = None) -> tuple[Work, tuple[int, int]]:
+    """Captures the kernels that `work` launches -> what launches them again, and the graph's memory pool."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        work()
+    return graph.replay, graph.pool()
+
+
+class GraphedPrediction:
+    """`UNetModel.predict` of a sampling as a CUDA graph, captured at the second step of a kind.
+
+    The kernels are the same, and so are the values. The graph keeps its memory from one sampling to the
+    next, and is captured anew for another shape, other weights, or another precision.
+
+    recorded: turns work into what repeats it, by default `capture`; on devices of this `device_type`, and
+    for work up to HOST_BOUND. All else is predicted plainly.
+    """
+
+    def __init__(self, unet: UNetModel, *, recorded: Recorder = capture, device_type: str = "cuda"):
+        self.unet = unet
+        self.recorded = recorded
+        self.device_type = device_type
+        self._kind: tuple | None = None
+        self._run: Work | None = None
+
+    def __call__(self, x: Tensor, t: Tensor, prepared: Prepared, rows: Sequence[int]) -> Tensor:
+        """As `UNetModel.predict`. x: [b, C, h, w], t: [b], rows: [B] -> [B, C, h, w]."""
+        if x.device.type != self.device_type or len(rows) * x[0, 0].numel() > HOST_BOUND:
+            return self.unet.predict(x, t, prepared, rows)
+        kind = self._kind_of(x, prepared, rows)
+        if kind != self._kind:
+            self._kind, self._run = kind, None  # the memory of the last one first
+            return self.unet.predict(x, t, prepared, rows)
+        if self._run is None:
+            self._capture(x, t, prepared, rows)
+        self._x.copy_(x)
+        self._t.copy_(t)
+        if prepared is not self._last:
+            for kept, new in zip(self._prepared.tensors(), prepared.tensors(), strict=True):
+                kept.copy_(new)
+            self._last = prepared
+        self._run()
+        return self._output.clone()
+
+    def _capture(self, x: Tensor, t: Tensor, prepared: Prepared, rows: Sequence[int]) -> None:
+        self._x, self._t = x.clone(), t.clone()
+        self._last, self._prepared = prepared, prepared.clone()
+        index = rows if is_in_runs(rows, len(prepared.contexts)) else index_tensor(rows, x.device)
+
+        def predict() -> None:
+            self._output = self.unet.predict(self._x, self._t, self._prepared, index)
+
+        self._run, _ = self.recorded(predict, None)
+
+    def _kind_of(self, x: Tensor, prepared: Prepared, rows: Sequence[int]) -> tuple:
+        device = x.device.type
+        lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        shapes = tuple(tensor.shape for tensor in prepared.tensors())
+        return x.shape, x.dtype, tuple(rows), shapes, lower, *(p.data_ptr() for p in self.unet.parameters())

@@ -1,0 +1,46 @@
+"""Steps of a sampling as one CUDA graph give the samples of the plain steps."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.cuda_graph import GraphedPrediction
+from ldm.diffusion.process import DiscreteDiffusion
+from ldm.diffusion.schedule import make_alphas_cumprod
+from ldm.pipeline import Text2Image
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def again(work: Callable[[], None], pool: None) -> tuple[Callable[[], None], None]:
+    """In the place of `capture`, where there is no GPU: the work is simply done anew."""
+    work()
+    return work, pool
+
+
+def pipeline(networks: dict, device: str, *, cuda_graph: bool) -> Text2Image:
+    process = DiscreteDiffusion(make_alphas_cumprod())
+    return Text2Image(
+        *(networks[name].to(device) for name in ("unet", "vae", "text_encoder")),
+        process=process,
+        default_size=16,
+        cuda_graph=cuda_graph,
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
+def test_samples_are_the_plain_ones(tiny_networks: dict, device: str, monkeypatch: pytest.MonkeyPatch):
+    """For one prompt and several, of one kind after another, and after the weights have changed."""
+    plain = pipeline(tiny_networks, device, cuda_graph=False)
+    graphed = pipeline(tiny_networks, device, cuda_graph=True)
+    if device == "cpu":
+        recorded = GraphedPrediction(graphed.unet, recorded=again, device_type="cpu")
+        monkeypatch.setattr(graphed.denoiser, "predict", recorded)
+    jobs = [(["a disc"], 1), (["a disc"], 2), (["a disc", "sks disc"], 3), (["sks disc", "a square"], 4)]
+    for prompts, seed in [*jobs, *jobs]:
+        how = {"seeds": range(seed, seed + len(prompts)), "steps": 4, "guidance_scale": 3.0}
+        for a, b in zip(graphed(prompts, **how), plain(prompts, **how), strict=True):
+            torch.testing.assert_close(a.latents, b.latents, rtol=1e-4, atol=1e-5)
+            assert np.abs(np.asarray(a.image, int) - np.asarray(b.image, int)).max() <= 1

@@ -1,0 +1,102 @@
+"""A step as two graphs has the losses and gradients of the plain step."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.cuda_graph import capture
+from ldm.training import latent_diffusion
+from ldm.training.cuda_graph import GraphedLoss
+from ldm.training.latent_diffusion import LatentDiffusion
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+LORA = {"target": "ldm.models.lora.LoRA", "params": {"rank": 4}}
+CASES = {
+    "full": {},
+    "UNet alone": {"train_text_encoder": False},
+    "LoRA": {"lora": LORA},
+    "teacher": {"prior_target": "teacher"},
+    "LoRA and teacher": {"lora": LORA, "prior_target": "teacher"},
+    "text encoder until step 0": {"text_encoder_steps": 0},
+    "L2-SP": {"l2_sp_weight": 0.1},
+}
+
+
+def again(work: Callable[[], None], pool: None) -> tuple[Callable[[], None], None]:
+    """In the place of `capture`, where there is no GPU: the work is simply done anew."""
+    work()
+    return work, pool
+
+
+def batch_of(first: int, items: int = 3) -> dict:
+    generator = torch.Generator().manual_seed(first)
+    prompts = ["a photo of sks disc", "a photo of a disc", "", "a photo of sks disc"]
+    return {
+        "latent_stats": torch.rand(items, 8, 8, 8, generator=generator),
+        "caption": prompts[:items],
+        "is_prior": torch.tensor([False, True, True, False])[:items],
+        "item": torch.arange(first, first + items),
+    }
+
+
+def module_of(config: dict, networks: dict, device: str, *, graphed: bool, **params) -> LatentDiffusion:
+    torch.manual_seed(0)
+    module = LatentDiffusion(**config, seed=7, cuda_graph=graphed, **params)
+    for name, network in module.networks.items():
+        network.load_state_dict(networks[name].state_dict())
+    module.setup("fit")
+    module.to(device).train().on_train_start()
+    return module
+
+
+def gradients(module: LatentDiffusion, batches: list[dict]) -> list[Tensor]:
+    """Losses and gradients of some steps of as many micro-batches, one after another."""
+    found = []
+    for batch in batches:
+        batch = module.on_before_batch_transfer(batch, 0)
+        batch = {k: x.to(module.device) if torch.is_tensor(x) else x for k, x in batch.items()}
+        loss = module.training_step(batch, 0)
+        (loss / len(batches)).backward()
+        found.append(loss.detach().clone())
+    found += [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    module.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
+@pytest.mark.parametrize("params", CASES.values(), ids=CASES)
+def test_losses_and_gradients_are_the_plain_ones(
+    tiny_config: dict, tiny_networks: dict, params: dict, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Over several steps, two micro-batches each, and other shapes in between."""
+
+    recorded = again if device == "cpu" else capture
+    monkeypatch.setattr(latent_diffusion, "GraphedLoss", partial(GraphedLoss, recorded=recorded))
+    plain = module_of(tiny_config, tiny_networks, device, graphed=False, **params)
+    graphed = module_of(tiny_config, tiny_networks, device, graphed=True, **params)
+    for first, items in ((0, 3), (20, 3), (40, 4)):
+        batches = [batch_of(first, items), batch_of(first + 10, items)]
+        expected, found = gradients(plain, batches), gradients(graphed, batches)
+        assert len(expected) == len(found) > 2
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():  # as an optimizer does, in place
+            for module in (plain, graphed):
+                for p in module.parameters():
+                    p.mul_(0.999) if p.requires_grad else None
+
+
+def test_values_of_a_step_outlive_the_next(tiny_config: dict, tiny_networks: dict, monkeypatch):
+    monkeypatch.setattr(
+        latent_diffusion,
+        "GraphedLoss",
+        lambda *args, **options: GraphedLoss(*args, **options, recorded=again),
+    )
+    module = module_of(tiny_config, tiny_networks, "cpu", graphed=True)
+    first = module.loss_per_item(batch_of(0))
+    kept = first.detach().clone()
+    second = module.loss_per_item(batch_of(10))
+    assert torch.equal(first.detach(), kept) and not torch.equal(second.detach(), kept)
