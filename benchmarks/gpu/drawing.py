@@ -25,11 +25,17 @@ from benchmarks.ours import Sampling
 from ldm.training.device import set_matmul_precision
 
 BATCHES = (1, 8, 16) if CUDA else (1, 2)
+PROFILED = 5 if CUDA else 2  # steps
 PRIORS, AT_A_TIME = (32, 16) if CUDA else (4, 2)
 
 
 def sample(*words: str) -> None:
     set_matmul_precision("high")
+    if CUDA and chosen("kernel by kernel", words):
+        with attempt("sampling, batch 1, kernel by kernel"):
+            case = Case(SIZE, "sample", 1, steps=SAMPLING_STEPS)
+            ms = milliseconds(Sampling(case, device=DEVICE, cuda_graph=False).step, 1, 1)[0]
+            say("sampling, batch 1, kernel by kernel", steps=SAMPLING_STEPS, ms=ms)
     for batch in BATCHES:
         if not chosen(f"batch {batch}", words):
             continue
@@ -40,7 +46,9 @@ def sample(*words: str) -> None:
             figures = {"steps": SAMPLING_STEPS, "ms": ms, "images_per_s": 1000 * batch / ms, **memory()}
             say(f"sampling, batch {batch}", **figures)
             if batch == BATCHES[0]:
-                with profiled(f"sampling, batch {batch}", 1):
+                sampling.case = Case(SIZE, "sample", batch, steps=PROFILED)
+                sampling.step()
+                with profiled(f"{PROFILED} steps of sampling, batch {batch}", 1):
                     sampling.step()
             if batch == BATCHES[1]:
                 _decoding(sampling, batch)

@@ -45,14 +45,15 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, emb_channels: int, num_groups: int):
         super().__init__()
         self.out_channels = out_channels
+        norm = partial(GroupNorm, silu=True)  # Identity stands for SD's SiLU and dropout, so names are SD's
         self.in_layers = nn.Sequential(
-            GroupNorm(num_groups, in_channels), nn.SiLU(), conv3x3(in_channels, out_channels)
+            norm(num_groups, in_channels), nn.Identity(), conv3x3(in_channels, out_channels)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
-            GroupNorm(num_groups, out_channels),
-            nn.SiLU(),
-            nn.Identity(),  # stands for SD's dropout (p = 0), so that the names are SD's
+            norm(num_groups, out_channels),
+            nn.Identity(),
+            nn.Identity(),
             zero_init(conv3x3(out_channels, out_channels)),
         )
         if in_channels != out_channels:
@@ -161,6 +162,7 @@ class UNetModel(nn.Module):
     num_head_channels: width of a head (SD 2.x); where given, it replaces `num_heads` (SD 1.x).
     use_checkpoint: gradient checkpointing of every stage, or of those at the listed downsampling factors,
         such as [1, 2]. None: a training run chooses; else none.
+    fused_group_norm: on a GPU, group norm and SiLU in one Triton kernel, where Triton is installed.
     """
 
     def __init__(
@@ -179,6 +181,7 @@ class UNetModel(nn.Module):
         use_linear_in_transformer: bool = False,
         use_checkpoint: bool | Sequence[int] | None = False,
         num_groups: PositiveInt = 32,
+        fused_group_norm: bool = True,
     ):
         super().__init__()
         widths = [model_channels, *(mult * model_channels for mult in channel_mult)]
@@ -232,8 +235,10 @@ class UNetModel(nn.Module):
                 self.output_blocks[-1].append(Upsample(width))
 
         self.out = nn.Sequential(
-            GroupNorm(num_groups, width), nn.SiLU(), zero_init(conv3x3(width, out_channels))
+            GroupNorm(num_groups, width, silu=True), nn.Identity(), zero_init(conv3x3(width, out_channels))
         )
+        for norm in (layer for layer in self.modules() if isinstance(layer, GroupNorm)):
+            norm.fused = fused_group_norm
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def prepare(self, contexts: Tensor, timesteps: Tensor) -> Prepared:

@@ -92,7 +92,10 @@ class _Passes:
 
     def backward(self) -> None:
         """Gradients in the strides of their weights, as autograd accumulates them and kernels expect them."""
-        gradients = torch.autograd.grad(self.output, self.learning, self.output_gradient, allow_unused=True)
+        with torch.autocast(self.output.device.type, enabled=False):  # of the forward pass alone
+            gradients = torch.autograd.grad(
+                self.output, self.learning, self.output_gradient, allow_unused=True
+            )
         self.gradients = [
             g if g is None or g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
             for p, g in zip(self.learning, gradients, strict=True)
