@@ -61,10 +61,11 @@ class GraphedPrediction:
     def _capture(self, x: Tensor, t: Tensor, prepared: Prepared, rows: Sequence[int]) -> None:
         self._x, self._t = x.clone(), t.clone()
         self._last, self._prepared = prepared, prepared.clone()
-        index = rows if is_in_runs(rows, len(prepared.contexts)) else index_tensor(rows, x.device)
+        runs = is_in_runs(rows, len(prepared.contexts))
+        self._index = rows if runs else index_tensor(rows, x.device)  # a graph does not keep what it reads
 
         def predict() -> None:
-            self._output = self.unet.predict(self._x, self._t, self._prepared, index)
+            self._output = self.unet.predict(self._x, self._t, self._prepared, self._index)
 
         self._run, _ = self.recorded(predict, None)
 

@@ -1,13 +1,14 @@
 """Self-attention over latent cells, cross-attention to the prompt (Rombach et al. 2022, sec. 3.3)."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ldm.models.group_norm import GroupNorm
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
@@ -15,34 +16,6 @@ def zero_init(layer: nn.Module) -> nn.Module:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group normalization (Wu & He 2018), with SiLU after it if asked for. [B, C, h, w] -> the same.
-
-    `fused`: on a GPU that has Triton, and where nothing is compiled, it is `ldm.models.group_norm`'s. On a
-    CPU PyTorch's channels_last backward crashes where the input needs no gradient; such an input is made
-    contiguous.
-    """
-
-    def __init__(self, num_groups: int, channels: int, *, eps: float = 1e-5, silu: bool = False):
-        super().__init__(num_groups, channels, eps=eps)
-        self.silu = silu
-        self.fused = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and self.fused and has_triton() and not torch.compiler.is_compiling():
-            from ldm.models.group_norm import group_norm  # it imports Triton
-
-            how = {"groups": self.num_groups, "eps": self.eps, "silu": self.silu}
-            return group_norm(x, self.weight, self.bias, **how)
-        y = super().forward(x if x.requires_grad or not torch.is_grad_enabled() else x.contiguous())
-        return F.silu(y) if self.silu else y
-
-
-@cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def repeat_batch(x: Tensor, size: int) -> Tensor:

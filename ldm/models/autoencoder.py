@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.annotations import PositiveFloat, PositiveInt
+from ldm.models.group_norm import GroupNorm
 from ldm.models.widths import check_widths
 
 
@@ -49,9 +50,9 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, num_groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(num_groups, in_channels, eps=1e-6)
+        self.norm1 = GroupNorm(num_groups, in_channels, eps=1e-6, silu=True)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(num_groups, out_channels, eps=1e-6)
+        self.norm2 = GroupNorm(num_groups, out_channels, eps=1e-6, silu=True)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -59,8 +60,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return self.nin_shortcut(x) + h
 
 
@@ -69,7 +70,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int, *, num_groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(num_groups, channels, eps=1e-6)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -146,12 +147,12 @@ class Encoder(nn.Module):
         for level, width in zip(self.down[:-1], widths, strict=False):
             level.downsample = Downsample(width)
         self.mid = middle(widths[-1], num_groups=num_groups)
-        self.norm_out = nn.GroupNorm(num_groups, widths[-1], eps=1e-6)
+        self.norm_out = GroupNorm(num_groups, widths[-1], eps=1e-6, silu=True)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mid(self.down(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class Decoder(nn.Module):
@@ -169,14 +170,14 @@ class Decoder(nn.Module):
         )
         for level, width in zip(self.up[1:], widths[1:], strict=True):
             level.upsample = Upsample(width)
-        self.norm_out = nn.GroupNorm(num_groups, widths[0], eps=1e-6)
+        self.norm_out = GroupNorm(num_groups, widths[0], eps=1e-6, silu=True)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mid(self.conv_in(x))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class AutoencoderKL(nn.Module):

@@ -16,11 +16,11 @@ from ldm.models.attention import (
     BasicTransformerBlock,
     Conditioning,
     CrossAttention,
-    GroupNorm,
     SpatialTransformer,
     repeat_batch,
     zero_init,
 )
+from ldm.models.group_norm import GroupNorm
 from ldm.models.widths import check_widths
 
 

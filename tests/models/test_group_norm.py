@@ -11,10 +11,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="triton is not installed")
 
-from ldm.models.group_norm import group_norm  # noqa: E402  (the interpreter is chosen at the import)
+from ldm.models.group_norm_triton import group_norm  # noqa: E402  (the interpreter is chosen at the import)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(2, 32, 4, 8, 16), (1, 48, 5, 7, 16), (1, 80, 5, 16, 16), (2, 96, 1, 1, 8)]  # [N, C, H, W], groups
+SHAPES = [  # [N, C, H, W], groups
+    (2, 32, 4, 8, 16),
+    (1, 48, 5, 7, 16),
+    (1, 80, 5, 16, 16),
+    (2, 96, 1, 1, 8),
+    (1, 8, 129, 128, 4),
+]
 
 
 def of(
