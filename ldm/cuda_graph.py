@@ -5,25 +5,33 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm.models.attention import index_tensor, is_in_runs
 from ldm.models.unet import Prepared, UNetModel
 
 Work = Callable[[], None]
 Recorder = Callable[[Work, tuple[int, int] | None], tuple[Work, tuple[int, int] | None]]
+Prediction = Callable[[Tensor, Tensor, Prepared, Sequence[int]], Tensor]
 
 HOST_BOUND = 4 * 64 * 64  # items times cells of latents: above, a GPU takes longer than the host to launch
 
 
 def capture(work: Work, pool: tuple[int, int] | None = None) -> tuple[Work, tuple[int, int]]:
-    """Captures the kernels that `work` launches -> what launches them again, and the graph's memory pool."""
+    """Captures the kernels that `work` launches -> what launches them again, and the graph's memory pool.
+
+    What they read has to be kept by the caller.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         work()
     return graph.replay, graph.pool()
 
 
+def plain_prediction(unet: UNetModel) -> Prediction:
+    """x: [b, C, h, w], t: [b], what was prepared of P prompts, which each has: [B] -> [B, C, h, w]."""
+    return lambda x, t, prepared, rows: unet.predict(x, t, prepared.select(rows))
+
+
 class GraphedPrediction:
-    """`UNetModel.predict` of a sampling as a CUDA graph, captured at the second step of a kind.
+    """`plain_prediction` as a CUDA graph, captured at the second step of a kind.
 
     The kernels are the same, and so are the values. The graph keeps its memory from one sampling to the
     next, and is captured anew for another shape, other weights, or another precision.
@@ -36,23 +44,25 @@ class GraphedPrediction:
         self.unet = unet
         self.recorded = recorded
         self.device_type = device_type
+        self._plain = plain_prediction(unet)
         self._kind: tuple | None = None
         self._run: Work | None = None
 
     def __call__(self, x: Tensor, t: Tensor, prepared: Prepared, rows: Sequence[int]) -> Tensor:
-        """As `UNetModel.predict`. x: [b, C, h, w], t: [b], rows: [B] -> [B, C, h, w]."""
+        """As `plain_prediction`."""
         if x.device.type != self.device_type or len(rows) * x[0, 0].numel() > HOST_BOUND:
-            return self.unet.predict(x, t, prepared, rows)
+            return self._plain(x, t, prepared, rows)
         kind = self._kind_of(x, prepared, rows)
         if kind != self._kind:
             self._kind, self._run = kind, None  # the memory of the last one first
-            return self.unet.predict(x, t, prepared, rows)
+            return self._plain(x, t, prepared, rows)
         if self._run is None:
             self._capture(x, t, prepared, rows)
         self._x.copy_(x)
         self._t.copy_(t)
         if prepared is not self._last:
-            for kept, new in zip(self._prepared.tensors(), prepared.tensors(), strict=True):
+            selected = prepared.select(rows)
+            for kept, new in zip(self._prepared.tensors(), selected.tensors(), strict=True):
                 kept.copy_(new)
             self._last = prepared
         self._run()
@@ -60,12 +70,10 @@ class GraphedPrediction:
 
     def _capture(self, x: Tensor, t: Tensor, prepared: Prepared, rows: Sequence[int]) -> None:
         self._x, self._t = x.clone(), t.clone()
-        self._last, self._prepared = prepared, prepared.clone()
-        runs = is_in_runs(rows, len(prepared.contexts))
-        self._index = rows if runs else index_tensor(rows, x.device)  # a graph does not keep what it reads
+        self._last, self._prepared = prepared, prepared.select(rows).clone()
 
         def predict() -> None:
-            self._output = self.unet.predict(self._x, self._t, self._prepared, self._index)
+            self._output = self.unet.predict(self._x, self._t, self._prepared)
 
         self._run, _ = self.recorded(predict, None)
 

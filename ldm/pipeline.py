@@ -26,6 +26,7 @@ from ldm.diffusion.schedule import Spacing
 from ldm.errors import UserError
 from ldm.model_file import ModelFile
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.models.conditioning import TextEncoding
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 from ldm.precision import Precision, autocast_for
@@ -148,9 +149,9 @@ class Text2Image:
         with self._eval(precision), _heard(progress, total=len(prompts) * (len(levels) - 1)) as tell:
             sample = partial(ddim, eta=eta) if sampler == "ddim" else SAMPLERS[sampler]
             negative = None if guidance_scale == 1 else negative_prompt
-            pairs = self._contexts(prompts, negative, batch_size, chunked=long_prompts)
+            pairs = self._encodings(prompts, negative, batch_size, chunked=long_prompts)
             initial = None if init_image is None else self._posterior(init_image, shape)
-            for batch in _batches([len(context) for context, _ in pairs], batch_size):
+            for batch in _batches([encoding.context.shape[1] for encoding, _ in pairs], batch_size):
                 denoise = self._guided([pairs[i] for i in batch], levels, guidance_scale, batched_guidance)
                 noise = partial(self._noise, shape, [seeds[i] for i in batch])
                 x = sample(denoise, self._start(noise, initial, levels), levels, noise=noise, callback=tell)
@@ -183,10 +184,10 @@ class Text2Image:
             raise UserError(what, remedy=f"Choose from {1 / steps:.2g} to 1.")
         return levels[-kept - 1 :]
 
-    def _contexts(
+    def _encodings(
         self, prompts: Sequence[str], negative_prompt: str | None, batch_size: int, *, chunked: bool
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """The context of each prompt, and of the negative prompt, if any, beside it, both [N M, D].
+    ) -> list[tuple[TextEncoding, TextEncoding | None]]:
+        """The encoding of each prompt, and of the negative prompt, if any, beside it: contexts [1, N M, D].
 
         N is 1 or, `chunked`, as many chunks as the longer one has.
         """
@@ -199,7 +200,9 @@ class Text2Image:
         others = base.encode(negative, batch_size, chunked=chunked) if base else own
         fill = filler(own)
         fill_negative = filler(others) if base else fill
-        lengths = [max(len(own[prompt]), len(others[negative_prompt])) for prompt in prompts]
+        tokens = {text: encoding.context.shape[1] for text, encoding in own.items()}
+        least = others[negative_prompt].context.shape[1]
+        lengths = [max(tokens[prompt], least) for prompt in prompts]
         return [
             (fill(prompt, n), fill_negative(negative_prompt, n))
             for prompt, n in zip(prompts, lengths, strict=True)
@@ -207,12 +210,12 @@ class Text2Image:
 
     def _guided(
         self,
-        pairs: Sequence[tuple[Tensor, Tensor | None]],
+        pairs: Sequence[tuple[TextEncoding, TextEncoding | None]],
         levels: Sequence[Level],
         guidance_scale: float,
         batched: bool,
     ) -> Denoise:
-        """B pairs of contexts [M, D] -> a denoiser of B latents at these levels, but for the end."""
+        """B pairs of encodings -> a denoiser of B latents at these levels, but for the end."""
         levels = levels[:-1]
         prompts, negative = map(list, zip(*pairs, strict=True))
         guide = partial(classifier_free_guidance, guidance_scale=guidance_scale, batched=batched)

@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 from ldm.annotations import NonNegativeInt, PositiveInt
 from ldm.errors import UserError
+from ldm.models.conditioning import TextEncoding
 from ldm.models.widths import check_widths
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -219,6 +220,10 @@ class CLIPTextEncoder(nn.Module):
                 return list(range(first, first + len(vectors)))
             first += len(vectors)
         raise KeyError(word)
+
+    def encode(self, ids: Tensor) -> TextEncoding:
+        """ids: [B, M] -> what the UNet's conditioning is made of, of each prompt."""
+        return TextEncoding(self(ids))
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [B, M] -> context: [B, M, D]. Attention is causal, and padding is not masked."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,11 @@ from ldm.annotations import PositiveInt
 from ldm.errors import UserError
 from ldm.models.attention import (
     BasicTransformerBlock,
-    Conditioning,
-    CrossAttention,
     SpatialTransformer,
     repeat_batch,
     zero_init,
 )
+from ldm.models.conditioning import Conditioning
 from ldm.models.group_norm import GroupNorm
 from ldm.models.widths import check_widths
 
@@ -117,17 +116,29 @@ class Stage(nn.Sequential):
 
 
 class Prepared(NamedTuple):
-    """What the steps of one sampling share: P contexts [P, M, D], S timesteps, and what layers make of them.
+    """What the steps of one sampling share: conditioning, S timesteps, and what layers make of them.
 
-    keys_values: of each layer that attends to the contexts. shifts: [S, sum of out_channels], each residual
+    conditioning: with the keys and values of its contexts. shifts: [S, sum of out_channels], each residual
     block's in its columns. timesteps: [S] float32, which need not be whole numbers.
     """
 
-    contexts: Tensor
-    keys_values: Mapping[CrossAttention, tuple[Tensor, Tensor]]
+    conditioning: Conditioning
     shifts: Tensor
     timesteps: Tensor
     blocks: Sequence[ResBlock]
+
+    def select(self, prompt_index: Sequence[int]) -> Self:
+        """For B items; prompt_index: [B], which of the P prompts that were prepared each has."""
+        return self._replace(conditioning=self.conditioning.select(prompt_index))
+
+    def tensors(self) -> list[Tensor]:
+        """All that differ from sampling to sampling."""
+        return [*self.conditioning.tensors(), self.shifts, self.timesteps]
+
+    def clone(self) -> Self:
+        """A copy with memory of its own."""
+        copied = {"shifts": self.shifts.clone(), "timesteps": self.timesteps.clone()}
+        return self._replace(conditioning=self.conditioning.clone(), **copied)
 
     def time_embedding(self, timesteps: Tensor) -> TimeEmbedding:
         """timesteps: [b], of those prepared for; an error of the device where one is not."""
@@ -136,17 +147,6 @@ class Prepared(NamedTuple):
         shifts = self.shifts.index_select(0, row)
         widths = [block.out_channels for block in self.blocks]
         return TimeEmbedding(shifts, dict(zip(self.blocks, shifts.split(widths, dim=1), strict=True)))
-
-    def tensors(self) -> list[Tensor]:
-        """All that differ from sampling to sampling."""
-        pairs = (tensor for pair in self.keys_values.values() for tensor in pair)
-        return [self.contexts, self.shifts, self.timesteps, *pairs]
-
-    def clone(self) -> "Prepared":
-        """A copy with memory of its own."""
-        pairs = {layer: (k.clone(), v.clone()) for layer, (k, v) in self.keys_values.items()}
-        copied = (self.contexts.clone(), pairs, self.shifts.clone(), self.timesteps.clone())
-        return Prepared(*copied, self.blocks)
 
 
 class UNetModel(nn.Module):
@@ -241,50 +241,39 @@ class UNetModel(nn.Module):
             norm.fused = fused_group_norm
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
-    def prepare(self, contexts: Tensor, timesteps: Tensor) -> Prepared:
-        """contexts: [P, M, D], timesteps: [S] -> what `predict` takes in the contexts' place.
+    def prepare(self, conditioning: Conditioning, timesteps: Tensor) -> Prepared:
+        """Conditioning of P prompts, timesteps: [S] -> what `predict` takes in the conditioning's place.
 
         What depends on them alone is then computed once for all steps of a sampling.
         """
-        device, dtype = contexts.device, self.time_embed[0].weight.dtype
-        contexts = contexts.to(dtype)
+        told = conditioning.to(self.dtype)
         layers = [layer.attn2 for layer in self.modules() if isinstance(layer, BasicTransformerBlock)]
         blocks = [layer for layer in self.modules() if isinstance(layer, ResBlock)]
-        timesteps = timesteps.to(device, torch.float32)
-        emb = self._time_embedding(timesteps, dtype).emb
+        timesteps = timesteps.to(told.context.device, torch.float32)
+        emb = self._time_embedding(timesteps, self.dtype).emb
         return Prepared(
-            contexts,
-            keys_values={layer: layer.keys_values(contexts) for layer in layers},
+            told._replace(kept={layer: layer.keys_values(told.context) for layer in layers}),
             shifts=torch.cat([block.emb_layers(emb) for block in blocks], dim=1),
             timesteps=timesteps,
             blocks=blocks,
         )
 
-    def predict(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor | Prepared,
-        prompt_index: Sequence[int] | Tensor | None = None,
-    ) -> Tensor:
-        """`forward` in the network's own precision, whatever that of x and of the context is."""
-        dtype = self.time_embed[0].weight.dtype
-        if isinstance(context, Prepared):
-            return self(x.to(dtype), timesteps, context, prompt_index)
-        return self(x.to(dtype), timesteps, context.to(dtype), prompt_index)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, in which it computes."""
+        return self.time_embed[0].weight.dtype
 
-    def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor | Prepared,
-        prompt_index: Sequence[int] | Tensor | None = None,
-    ) -> Tensor:
-        """x: [b, C, h, w], timesteps: [b], whole or not, context: [P, M, D] -> [B, C, h, w].
+    def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
+        """`forward` in the network's own precision, whatever that of x and of the conditioning is."""
+        if isinstance(conditioning, Conditioning):
+            conditioning = conditioning.to(self.dtype)
+        return self(x.to(self.dtype), timesteps, conditioning)
 
-        prompt_index: [B], which of the P contexts each item has; None: one each (b = B = P). b less than B
-        is for guidance: x is repeated for each of the B / b runs of prompt_index, but only at the first
-        cross-attention, so the layers before it run once.
+    def forward(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
+        """x: [b, C, h, w], timesteps: [b], whole or not, conditioning of B items -> [B, C, h, w].
+
+        b less than B is for guidance: x is repeated for each of the B / b runs of items, but only at the
+        first cross-attention, so the layers before it run once.
         """
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise UserError(
@@ -292,14 +281,12 @@ class UNetModel(nn.Module):
                 remedy=f"Height and width must be multiples of {self.factor} cells.",
             )
         x = x.contiguous(memory_format=torch.channels_last)  # as the weights are
-        if isinstance(context, Prepared):
-            conditioning = Conditioning.of(context.contexts, prompt_index, context.keys_values)
-            time = context.time_embedding(timesteps)
+        if isinstance(conditioning, Prepared):
+            time, conditioning = conditioning.time_embedding(timesteps), conditioning.conditioning
         else:
-            conditioning, time = (
-                Conditioning.of(context, prompt_index),
-                self._time_embedding(timesteps, x.dtype),
-            )
+            time = self._time_embedding(timesteps, x.dtype)
+        if conditioning.vector is not None:
+            raise ValueError("this UNet takes no vector of an item")
         skips = []
         h, height = x, x.shape[2]
         for stage in self.input_blocks:

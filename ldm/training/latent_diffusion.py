@@ -1,9 +1,9 @@
 """DreamBooth's training step: `LatentDiffusion` holds the networks under the names of released files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -15,7 +15,6 @@ from ldm.annotations import (
     Node,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     Seed,
     Timesteps,
     Variance,
@@ -24,25 +23,24 @@ from ldm.checkpoints.embedding import embeddings_beside, save_embedding
 from ldm.checkpoints.layout import LEARNED_TOKENS
 from ldm.checkpoints.lora import lora_beside, merge_lora, save_lora
 from ldm.checkpoints.save import save_model
+from ldm.conditioner import Conditioner
 from ldm.config import instantiate
-from ldm.diffusion.loss import DreamBoothLoss, dreambooth_loss, min_snr_weights, mse_per_item
 from ldm.diffusion.process import DiscreteDiffusion, NoiseProcess
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.training.compiling import CompileMode, TrainingGraph
-from ldm.training.conditioning import Conditioner, each
 from ldm.training.cuda_graph import GraphedLoss, uses_cuda_graph
 from ldm.training.gradients import clip
+from ldm.training.objective import Loss, Objective
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
 from ldm.training.schema import TrainerOptions
 from ldm.training.sharding import Sharded, shard
 from ldm.training.step_log import StepMean, begins_step, is_logged
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
 from ldm.training.techniques import L2SP, LearnedToken, Reference
-
-PriorTarget = Literal["noise", "teacher"]
 
 
 class LatentDiffusion(pl.LightningModule):
@@ -58,14 +56,9 @@ class LatentDiffusion(pl.LightningModule):
         linear_start, linear_end, timesteps, beta_schedule: of the noise schedule.
         zero_terminal_snr: ends the schedule in noise alone (Lin et al. 2024), so that brightness is learnt
             too; not with "eps".
-        prior_loss_weight: lambda of eq. 2; 0 trains without prior preservation.
-        min_snr_gamma: weights the loss of every item by min-SNR-gamma; None leaves all timesteps equal.
-        min_snr_floor: added to these weights, in terms of x0 (see `min_snr_weights`).
+        objective: what predictions are compared with, and how errors become one loss.
         offset_noise: standard deviation of what is added to all of an item's noise in a channel, so that
             brightness is learnt too (Guttenberg 2023); 0.1 is usual.
-        l2_sp_weight: weight of the squared distance of the weights to the base's, which can stand in for
-            prior images (`num_priors` 0); logged as `train/l2_distance`.
-        prior_target: of the prior items: "noise", as of the subject's, or "teacher": the base's prediction.
         train_unet, train_text_encoder: which networks learn.
         text_encoder_steps: optimizer steps after which the text encoder stays as it is; None: it learns on.
         learned_token: node of a `LearnedToken`: textual inversion, with the networks or, where both are
@@ -85,6 +78,15 @@ class LatentDiffusion(pl.LightningModule):
         seed: of the run; all draws follow from it and the item's number.
     """
 
+    MOVED: ClassVar[Mapping[str, str]] = {
+        "prior_loss_weight": "objective.prior_loss_weight",
+        "prior_target": "objective.prior_target",
+        "l2_sp_weight": "objective.l2_sp_weight",
+        "l2_pull": "objective.l2_sp_weight",
+        "min_snr_gamma": "objective.weighting={target: ldm.training.objective.MinSNR, params: {gamma: 5}}",
+        "min_snr_floor": "objective.weighting={target: ldm.training.objective.MinSNR, params: {floor: 1}}",
+    }
+
     def __init__(
         self,
         *,
@@ -97,12 +99,8 @@ class LatentDiffusion(pl.LightningModule):
         timesteps: Timesteps = 1000,
         zero_terminal_snr: bool = False,
         beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear",
-        prior_loss_weight: NonNegativeFloat = 1.0,
-        min_snr_gamma: PositiveFloat | None = None,
-        min_snr_floor: NonNegativeFloat = 0.0,
+        objective: Objective | None = None,
         offset_noise: NonNegativeFloat = 0.0,
-        l2_sp_weight: NonNegativeFloat = 0.0,
-        prior_target: PriorTarget = "noise",
         train_unet: bool = True,
         train_text_encoder: bool = True,
         text_encoder_steps: NonNegativeInt | None = None,
@@ -137,11 +135,7 @@ class LatentDiffusion(pl.LightningModule):
             alphas_cumprod, parameterization=parameterization, offset_noise=offset_noise
         )
         self.seed = seed
-        self.prior_loss_weight = prior_loss_weight
-        self.min_snr_gamma = min_snr_gamma
-        self.min_snr_floor = min_snr_floor
-        self.l2_sp_weight = l2_sp_weight
-        self.prior_target = prior_target
+        self.objective = objective or Objective()
         self.text_encoder_steps = text_encoder_steps
         self.learned_token: LearnedToken | None = instantiate(learned_token) if learned_token else None
         text_rate = learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
@@ -164,7 +158,7 @@ class LatentDiffusion(pl.LightningModule):
         self._graphed: GraphedLoss | None = None
         self._l2_sp: L2SP | None = None
         self._reference: Reference | None = None
-        self._conditioner = Conditioner(self.cond_stage_model)
+        self.conditioner = Conditioner(self.cond_stage_model)
         self._step_mean = StepMean()
 
     @property
@@ -189,19 +183,13 @@ class LatentDiffusion(pl.LightningModule):
         """images: [B, 3, H, W] in [-1, 1] -> latent stats [B, 2C, h, w] of their latents."""
         return self.first_stage_model.encode(images.to(self.device)).latent_stats.contiguous()
 
-    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """B prompts -> the contexts [P, M, D] of the different ones, and which of them each has: [B].
+    def condition(self, prompts: Sequence[str], sizes: Tensor | None = None) -> Conditioning:
+        """The conditioning of B items by their prompts; sizes: [B, 6], as in `Conditioner.conditioning`.
 
         Equal prompts go through the text encoder once: in a call, or, where it is frozen, in the whole run.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._text_is_over):
-            return self._conditioner(prompts, frozen=not self._text_learns)
-
-    @property
-    def _learning(self) -> list[nn.Parameter]:
-        return [
-            p for module in self.trainable_modules.values() for p in module.parameters() if p.requires_grad
-        ]
+            return self.conditioner(prompts, sizes, frozen=not self._text_learns)
 
     @property
     def _text_learns(self) -> bool:
@@ -216,9 +204,9 @@ class LatentDiffusion(pl.LightningModule):
         """Keeps the base as it is, before a checkpoint replaces its weights."""
         if self.learned_token is not None and not self.cond_stage_model.learned_tokens:
             raise ValueError("call add_learned_token between loading the base and training")
-        if self.l2_sp_weight and stage == "fit":
+        if self.objective.l2_sp_weight and stage == "fit":
             self._l2_sp = L2SP(self.parameters())
-        if self.prior_target == "teacher" and stage == "fit":
+        if self.objective.prior_target == "teacher" and stage == "fit":
             how = {"lora": self.lora, "precision": getattr(self._trainer, "precision", "32-true")}
             self._reference = Reference(self.model["diffusion_model"], self.cond_stage_model, **how)
 
@@ -232,19 +220,21 @@ class LatentDiffusion(pl.LightningModule):
         text_encoder, new = self.cond_stage_model, self.learned_token
         if new is not None:
             text_encoder.add_token(new.word, text_encoder.token_embedding_of(new.init))
-            self._conditioner.forget()
+            self.conditioner.forget()
 
     def on_train_start(self) -> None:
         """Contexts of other weights, and ids on another device, are forgotten."""
-        self._conditioner.forget()
+        self.conditioner.forget()
         for kept in (self._l2_sp, self._reference):
             if kept is not None:
                 kept.to(self.device)
         processes = 1 if self._trainer is None else self._trainer.world_size
         if uses_cuda_graph(self.cuda_graph, self.device, self.fused_backward, processes):
+            modules = self.trainable_modules.values()
+            learning = [p for module in modules for p in module.parameters() if p.requires_grad]
             base = [] if self._reference is None else self._reference.unet.parameters()
-            fixed = (p for p in (*self.parameters(), *base) if not p.requires_grad)
-            self._graphed = GraphedLoss(self._losses, learning=self._learning, fixed=fixed)
+            fixed = [p for p in (*self.parameters(), *base) if not p.requires_grad]
+            self._graphed = GraphedLoss(self.losses, learning=learning, fixed=fixed)
 
     def on_train_end(self) -> None:
         self._graphed = None  # and the memory that it keeps
@@ -255,30 +245,30 @@ class LatentDiffusion(pl.LightningModule):
         shape = latent_shape(batch, channels=stage.embed_dim, factor=stage.factor)
         return batch | sample_randomness(batch, self.seed, shape, self.process)
 
-    def apply_model(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
-        """x: [B, C, h, w], t: [B], context: [P, M, D], rows: [B] -> the UNet's prediction [B, C, h, w]."""
+    def apply_model(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """x: [B, C, h, w], t: [B], conditioning of B items -> the UNet's prediction [B, C, h, w]."""
         compiled = self._graph is not None and torch.is_grad_enabled()
-        return (self._graph if compiled else self.networks["unet"]).predict(x, t, context, rows)
+        return (self._graph if compiled else self.networks["unet"]).predict(x, t, conditioning)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         loss = self._log_loss(batch, "train", batch_idx).total
         if self._l2_sp is not None:
             distance = self._l2_sp.distance()
             self.log("train/l2_distance", distance)
-            loss = loss + self.l2_sp_weight * distance
+            loss = loss + self.objective.l2_sp_weight * distance
         return loss
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """The same loss at draws that never change, because the items do not."""
         self._log_loss(batch, "val", batch_idx)
 
-    def _log_loss(self, batch: dict, stage: str, batch_idx: int) -> DreamBoothLoss:
+    def _log_loss(self, batch: dict, stage: str, batch_idx: int) -> Loss:
         per_item = self.loss_per_item(batch)
         self.item_losses = per_item.detach()
-        loss = dreambooth_loss(per_item, batch["is_prior"], self.prior_loss_weight)
+        is_prior = batch["is_prior"]
+        loss = self.objective.combine(per_item, {"subject": ~is_prior, "prior": is_prior})
         if stage == "val" or is_logged(self):
-            names = (f"{stage}/{name}" for name in ("loss", "subject_loss", "prior_loss"))
-            values = dict(zip(names, loss, strict=True))
+            values = loss.logs(stage)
             if stage == "train":
                 values = self._step_mean(values, begins=begins_step(self, batch_idx))
             self.log_dict(values, prog_bar=True, batch_size=len(per_item), sync_dist=True)  # over processes
@@ -290,60 +280,54 @@ class LatentDiffusion(pl.LightningModule):
             batch = self.on_before_batch_transfer(batch, 0)
         stats = batch["latent_stats"] if "latent_stats" in batch else self.encode_images(batch["image"])
         inputs = {"latent_stats": stats, "randomness": batch["randomness"]}
-        captions = batch["caption"]
+        captions, sizes = batch["caption"], batch.get("sizes")
         prompts = list(compress(captions, (stream == "prior" for _, stream in batch["stream_ids"])))
-        teaches = self._reference is not None and bool(prompts)
-        if teaches:
+        base = None
+        if self._reference is not None and prompts:
             inputs["prior_rows"] = batch["prior_rows"]
-        if self._graphed is not None and torch.is_grad_enabled():
-            if self._text_learns and not self._text_is_over:
-                inputs["ids"] = self._conditioner.ids_of(captions)
-            else:
-                inputs["context"] = each(*self.encode_prompts(captions))
-            if teaches:
-                inputs["base_context"] = each(*self._reference.encode(prompts))
-            return self._graphed(**inputs)
-        inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
-        inputs["context"], inputs["rows"] = self.encode_prompts(captions)
-        if teaches:
-            inputs["base_context"], inputs["base_rows"] = self._reference.encode(prompts)
-        return self._losses(**inputs)
+            of_priors = None if sizes is None else sizes[batch["prior_rows"].to(sizes.device)]
+            base = self._reference.condition(prompts, of_priors)
+        if self._graphed is None or not torch.is_grad_enabled():
+            inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
+            return self.losses(**inputs, told=self.condition(captions, sizes), base=base)
+        if self._text_learns and not self._text_is_over:
+            inputs |= {"ids": self.conditioner.ids_of(captions)} | ({} if sizes is None else {"sizes": sizes})
+        else:
+            inputs |= self.condition(captions, sizes).expanded().by_name("")
+        return self._graphed(**inputs, **({} if base is None else base.expanded().by_name("base_")))
 
-    def _losses(
+    def losses(
         self,
         *,
         latent_stats: Tensor,
         randomness: Tensor,
-        context: Tensor | None = None,
-        rows: Sequence[int] | None = None,
-        ids: Tensor | None = None,
         prior_rows: Tensor | None = None,
-        base_context: Tensor | None = None,
-        base_rows: Sequence[int] | None = None,
+        told: Conditioning | None = None,
+        base: Conditioning | None = None,
+        **tensors: Tensor,
     ) -> Tensor:
-        """`loss_per_item` of tensors on the device; without `rows` each item has a context of its own.
+        """`loss_per_item` of what is on the device.
 
-        ids: [B, M] in the place of contexts. prior_rows: [n], of the items whose target the base predicts.
+        prior_rows: [n], of the items whose target the base predicts, which is told `base` of them. In place
+        of `told` and `base` there may be their tensors, each item's own, or "ids" and "sizes".
         """
+        if "ids" in tensors:
+            encoding = self.cond_stage_model.encode(tensors["ids"])
+            told = self.conditioner.conditioning(encoding, None, tensors.get("sizes"))
+        elif told is None:
+            told = Conditioning.of(tensors["context"], vector=tensors.get("vector"))
+        if base is None and "base_context" in tensors:
+            base = Conditioning.of(tensors["base_context"], vector=tensors.get("base_vector"))
         posterior = DiagonalGaussian.from_latent_stats(latent_stats.float())
         timesteps, posterior_noise, noise = StepRandomness.views(randomness, posterior.mean.shape)
         x0 = posterior.sample(posterior_noise)
         noisy = self.process.add_noise(x0, noise, timesteps)
-        context = self.cond_stage_model(ids) if context is None else context
-        prediction = self.apply_model(noisy, timesteps, context, rows)
+        prediction = self.apply_model(noisy, timesteps, told)
         target = self.process.target(x0, noise, timesteps)
         if prior_rows is not None:
-            of_priors = noisy[prior_rows], timesteps[prior_rows]
-            kept = self._reference.predict_in(*of_priors, base_context, base_rows)
+            kept = self._reference.predict_told(noisy[prior_rows], timesteps[prior_rows], base)
             target = target.index_copy(0, prior_rows, kept.to(target))
-        return mse_per_item(prediction, target) * self.loss_weights(timesteps)
-
-    def loss_weights(self, timesteps: Tensor) -> Tensor:
-        """Weight of each item's loss by its own timestep -> [B]."""
-        if self.min_snr_gamma is None:
-            return torch.ones_like(timesteps, dtype=torch.float32)
-        gamma, floor = self.min_snr_gamma, self.min_snr_floor
-        return min_snr_weights(self.process, timesteps, gamma=gamma, floor=floor)
+        return self.objective.per_item(self.process, prediction, target, timesteps)
 
     def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
         """Refuses a Trainer, or its options, with which this module cannot learn."""

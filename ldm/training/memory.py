@@ -18,6 +18,7 @@ from torch.func import functional_call
 from ldm.config import instantiate, param_of, takes, with_params
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.latents import views_at_once
+from ldm.models.conditioning import Conditioning
 from ldm.training.before_after import evaluation_nodes
 from ldm.training.distributed import device_count
 from ldm.training.fused_backward import pending_gradient_bytes
@@ -110,7 +111,7 @@ def _copies_of_base(config: RunConfig, module: LatentDiffusion, data: DreamBooth
     networks = [module.networks[name] for name in ("unet", "text_encoder")]
     whole = sum(_size(network.parameters()) for network in networks)
     copies = whole * data.online_priors
-    if module.prior_target == "teacher" and module.lora is None:
+    if module.objective.prior_target == "teacher" and module.lora is None:
         layers = [layer for network in networks for layer in cast_by_autocast(network)]
         halved = _size(p for layer in layers for p in layer.parameters() if p.dtype == torch.float32) // 2
         copies += whole - (halved if config.trainer.precision in AUTOCAST else 0)
@@ -118,7 +119,7 @@ def _copies_of_base(config: RunConfig, module: LatentDiffusion, data: DreamBooth
     guided += [param_of(node, "guidance_base") for node in evaluation_nodes(config).values()]
     if any(guided) and module.lora is None:  # one copy for samples and metrics
         copies += whole
-    return copies + (_size(_learning(module)) if module.l2_sp_weight else 0)
+    return copies + (_size(_learning(module)) if module.objective.l2_sp_weight else 0)
 
 
 def encoding(config: RunConfig) -> int:
@@ -169,9 +170,10 @@ def _activations(module: LatentDiffusion, data: DreamBoothDataModule, *, precisi
         context = context.detach().requires_grad_(context.requires_grad)
         x = torch.zeros(subject + priors, module.networks["vae"].embed_dim, side, side)
         stages = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
-        weights, dtype = _without_data(unet), next(unet.parameters()).dtype
+        weights, dtype = _without_data(unet), unet.dtype
+        told = Conditioning.of(context.to(dtype), rows)
         with _saving(unet, weights | lora_weights, {stage: side for stage in stages}) as saved:
-            functional_call(unet, weights, (x.to(dtype), timesteps, context.to(dtype), rows))
+            functional_call(unet, weights, (x.to(dtype), timesteps, told))
         found["unet"] = sum(saved)
     return found
 

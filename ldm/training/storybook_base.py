@@ -4,7 +4,6 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ldm.diffusion.loss import mse_per_item
 from ldm.errors import UserError
 from ldm.models.autoencoder import DiagonalGaussian
 from ldm.randomness import ItemRNG
@@ -25,7 +24,7 @@ class StorybookBase(LatentDiffusion):
         left_out = {
             "train_text_encoder": self._text_learns,
             "learned_token": self.learned_token is not None,
-            "prior_target": self.prior_target != "noise",
+            "objective.prior_target": self.objective.prior_target != "noise",
         }
         for key in (key for key, present in left_out.items() if present):
             what = f"The storybook's base is trained without {key}"
@@ -58,14 +57,15 @@ class StorybookBase(LatentDiffusion):
         """Weighted denoising loss of each item -> [B] float32 (Ho et al. 2020, eq. 14)."""
         inputs = {name: batch[name] for name in ("latent_stats", "ids", "posterior", "noise", "timestep")}
         graphed = self._graphed is not None and torch.is_grad_enabled()
-        return (self._graphed if graphed else self._losses)(**inputs)
+        return (self._graphed if graphed else self.losses)(**inputs)
 
-    def _losses(
+    def losses(
         self, *, latent_stats: Tensor, ids: Tensor, posterior: Tensor, noise: Tensor, timestep: Tensor
     ) -> Tensor:
         """`loss_per_item` of the tensors of a batch."""
         x0 = DiagonalGaussian.from_latent_stats(latent_stats.float()).sample(posterior)
         noisy = self.process.add_noise(x0, noise, timestep)
-        prediction = self.apply_model(noisy, timestep, self.cond_stage_model(ids))
+        told = self.conditioner.conditioning(self.cond_stage_model.encode(ids), None)
+        prediction = self.apply_model(noisy, timestep, told)
         target = self.process.target(x0, noise, timestep)
-        return mse_per_item(prediction, target) * self.loss_weights(timestep)
+        return self.objective.per_item(self.process, prediction, target, timestep)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.annotations import PositiveFloat
+from ldm.conditioner import Conditioner
+from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA, lora_off
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
-from ldm.training.conditioning import Conditioner
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by the Trainer's precision
 
@@ -72,7 +73,7 @@ class Reference:
             for layer in (layer for network in networks for layer in cast_by_autocast(network)):
                 layer.to(AUTOCAST.get(precision))
         self.unet, text_encoder = networks
-        self.conditioner = Conditioner(text_encoder)
+        self.conditioner = Conditioner(text_encoder, without=self.loras)
 
     def to(self, device: torch.device) -> None:
         self.unet.to(device)
@@ -80,21 +81,20 @@ class Reference:
         self.conditioner.forget()
 
     @torch.no_grad()
-    def predict(self, x: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The base's prediction. x: [B, C, h, w], t: [B], B prompts -> [B, C, h, w]."""
-        return self.predict_in(x, t, *self.encode(prompts))
+    def predict(self, x: Tensor, t: Tensor, prompts: Sequence[str], sizes: Tensor | None = None) -> Tensor:
+        """The base's prediction. x: [B, C, h, w], t: [B], B prompts, sizes: [B, 6] -> [B, C, h, w]."""
+        return self.predict_told(x, t, self.condition(prompts, sizes))
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """B prompts -> the base's contexts [P, M, D] of the different ones, and which of them each has."""
-        with lora_off(*self.loras):
-            return self.conditioner(prompts, frozen=True)
+    def condition(self, prompts: Sequence[str], sizes: Tensor | None = None) -> Conditioning:
+        """The base's conditioning of B items by their prompts."""
+        return self.conditioner(prompts, sizes, frozen=True)
 
     @torch.no_grad()
-    def predict_in(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
-        """As `predict`, in contexts [P, M, D] of the base; without `rows` one each."""
+    def predict_told(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """As `predict`, of items that `condition` was told of."""
         with lora_off(*self.loras):
-            return self.unet.predict(x, t, context, rows)
+            return self.unet.predict(x, t, conditioning)
 
 
 def cast_by_autocast(network: nn.Module) -> list[nn.Module]:

@@ -11,17 +11,19 @@ from ldm.cuda_graph import capture
 from ldm.training import latent_diffusion
 from ldm.training.cuda_graph import GraphedLoss
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.objective import Objective
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LORA = {"target": "ldm.models.lora.LoRA", "params": {"rank": 4}}
+TEACHER = Objective(prior_target="teacher")
 CASES = {
     "full": {},
     "UNet alone": {"train_text_encoder": False},
     "LoRA": {"lora": LORA},
-    "teacher": {"prior_target": "teacher"},
-    "LoRA and teacher": {"lora": LORA, "prior_target": "teacher"},
+    "teacher": {"objective": TEACHER},
+    "LoRA and teacher": {"lora": LORA, "objective": TEACHER},
     "text encoder until step 0": {"text_encoder_steps": 0},
-    "L2-SP": {"l2_sp_weight": 0.1},
+    "L2-SP": {"objective": Objective(l2_sp_weight=0.1)},
 }
 
 

@@ -6,13 +6,15 @@ from torch import Tensor
 
 from ldm import randomness
 from ldm.checkpoints.layout import PREFIXES
+from ldm.models.conditioning import Conditioning
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.optimizers import adamw, lr_factor
+from tests.factories import build_module
 
 
 @pytest.fixture
 def module(tiny_config: dict, tiny_networks: dict) -> LatentDiffusion:
-    module = LatentDiffusion(**tiny_config, seed=7, prior_loss_weight=0.5)
+    module = build_module(tiny_config, seed=7, objective={"prior_loss_weight": 0.5})
     for name, network in module.networks.items():
         network.load_state_dict(tiny_networks[name].state_dict())
     return module
@@ -45,7 +47,7 @@ def reference_loss(module: LatentDiffusion, batch: dict, k: int) -> Tensor:
     t = torch.randint(1000, (1,), generator=draw["timestep"])
     noisy = module.process.add_noise(x0[None], noise[None], t)
     context = module.cond_stage_model(module.cond_stage_model.tokenize([batch["caption"][k]]))
-    return (module.apply_model(noisy, t, context) - noise).square().mean()
+    return (module.apply_model(noisy, t, Conditioning.of(context)) - noise).square().mean()
 
 
 def test_loss_is_subject_mean_plus_weighted_prior_mean(module: LatentDiffusion, batch: dict):
@@ -63,7 +65,7 @@ def test_an_item_draws_the_same_alone_and_differs_between_the_parts(module: Late
 
 
 def test_frozen_parts_get_no_gradient(tiny_config: dict, batch: dict):
-    module = LatentDiffusion(**tiny_config, train_text_encoder=False)
+    module = build_module(tiny_config, train_text_encoder=False)
     module.training_step(batch, 0).backward()
     assert all(p.grad is None for p in module.cond_stage_model.parameters())
     assert all(p.grad is None for p in module.networks["vae"].parameters())

@@ -9,19 +9,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ldm import conditioner
 from ldm.errors import UserError
-from ldm.training import conditioning
 from ldm.training.callbacks import OffloadVAE
 from ldm.training.device import device_of, temporarily_on
 from ldm.training.dreambooth import DreamBoothRun
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.schema import TrainerOptions
+from tests.factories import MIN_SNR, build_module
 
 PROMPTS = ["a photo of sks disc", "a photo of a disc", "a photo of sks disc"]
 
 
 def make(tiny_config: dict, tiny_networks: dict, **params) -> LatentDiffusion:
-    module = LatentDiffusion(**tiny_config, seed=7, **params)
+    module = build_module(tiny_config, seed=7, **params)
     for name, network in module.networks.items():
         network.load_state_dict(tiny_networks[name].state_dict())
     return module
@@ -52,11 +53,11 @@ def test_a_frozen_text_encoder_reads_each_prompt_once(tiny_config: dict, tiny_ne
     for step in range(3):
         assert torch.equal(frozen.loss_per_item(batch_of(3 * step)), plain.loss_per_item(batch_of(3 * step)))
     assert rows == [2]
-    contexts = [module.encode_prompts(["new", PROMPTS[1]])[0] for module in (frozen, plain)]
+    contexts = [module.condition(["new", PROMPTS[1]]).context for module in (frozen, plain)]
     assert torch.equal(contexts[0][1], contexts[1][1])
     assert rows == [2, 1]
     frozen.on_train_start()
-    frozen.encode_prompts(PROMPTS)
+    frozen.condition(PROMPTS)
     assert rows == [2, 1, 2]
 
 
@@ -94,19 +95,20 @@ def test_contexts_kept_by_validation_serve_training(tiny_config: dict, tiny_netw
 
 
 def test_contexts_do_not_pile_up(tiny_config: dict, tiny_networks: dict, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(conditioning, "KEPT_PROMPTS", 4)
+    monkeypatch.setattr(conditioner, "KEPT_PROMPTS", 4)
     module = make(tiny_config, tiny_networks, train_text_encoder=False)
     for k in range(6):
-        alone = module.encode_prompts([f"disc {k}"])[0]
-        assert torch.equal(module.encode_prompts([f"disc {k}", "disc"])[0][:1], alone)
-        assert len(module._conditioner.contexts) <= 4 and len(module._conditioner.ids) <= 4
+        alone = module.condition([f"disc {k}"]).context
+        assert torch.equal(module.condition([f"disc {k}", "disc"]).context[:1], alone)
+        assert len(module.conditioner.encodings) <= 4 and len(module.conditioner.ids) <= 4
 
 
 @pytest.mark.parametrize("train_text_encoder", [True, False])
 def test_a_step_never_reads_the_device(tiny_config: dict, train_text_encoder: bool):
     """On the meta device there is nothing to read: `.item()`, `.tolist()` and branches on tensors raise."""
     with torch.device("meta"):
-        module = LatentDiffusion(**tiny_config, train_text_encoder=train_text_encoder, min_snr_gamma=5.0)
+        objective = {"weighting": MIN_SNR}
+        module = build_module(tiny_config, train_text_encoder=train_text_encoder, objective=objective)
     module.to("meta")
     batch = module.on_before_batch_transfer(batch_of(0), 0)
     there = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}
@@ -146,7 +148,7 @@ def test_bfloat16_weights_learn_through_the_same_step(tiny_config: dict, tiny_ne
 
 
 def test_a_trainer_that_clips_is_refused_before_any_work(tiny_config: dict):
-    module = LatentDiffusion(**tiny_config, fused_backward=True)
+    module = build_module(tiny_config, fused_backward=True)
     module.check(TrainerOptions(max_steps=3))
     with pytest.raises(UserError, match="gradient_clip_val"):
         module.check(TrainerOptions(max_steps=3, gradient_clip_val=1.0))
@@ -171,7 +173,7 @@ def test_the_autoencoder_leaves_only_where_nothing_needs_it(cached: bool, online
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_autoencoder_comes_back_for_pictures_only(tiny_config: dict):
-    module = LatentDiffusion(**tiny_config).cuda()
+    module = build_module(tiny_config).cuda()
     OffloadVAE().on_fit_start(None, module)
     assert {p.device.type for p in module.networks["vae"].parameters()} == {"cpu"}
     with temporarily_on(module.networks["vae"], module.device):
