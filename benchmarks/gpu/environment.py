@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -21,7 +22,7 @@ LAYOUTS = (torch.channels_last, torch.contiguous_format)
 
 def env() -> None:
     """Versions, cores, shared memory, and what the device does at best."""
-    figures: dict[str, object] = {"cpus": len(os.sched_getaffinity(0))}
+    figures: dict[str, object] = {"date": str(date.today()), "cpus": len(os.sched_getaffinity(0))}
     for name in PACKAGES:
         try:
             figures[name] = version(name)

@@ -70,7 +70,8 @@ def page(results: Sequence[Mapping]) -> str:
     elif not gpus:
         lines += ["**These figures are a CPU's**, from a trial of the check: none is of a GPU.", ""]
     else:
-        lines += [f"Measured on: {', '.join(gpus)}. The plot is `gpu.svg`.", ""]
+        days = ", ".join(dict.fromkeys(row["date"] for row in results if "date" in row))
+        lines += [f"Measured on: {', '.join(gpus)}{days and f' ({days})'}. The plot is `gpu.svg`.", ""]
     lines += [HOW, "", "## Goals", "", *_goals(results if gpus else [])]
     for part in [*PARTS, *sorted({row["part"] for row in results} - set(PARTS))]:
         rows = [row for row in results if row["part"] == part]
