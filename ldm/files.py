@@ -131,13 +131,24 @@ def remove_leftovers(folder: Path) -> None:
 
 def write_section(path: Path, name: str, text: str) -> None:
     """Replaces the text between the comments <!-- name --> and <!-- /name --> of a Markdown file."""
+    before, _, after = _around_section(path, name)
+    with atomic_write(path) as temporary:
+        temporary.write_text(f"{before}\n{text}\n{after}", encoding="utf-8")
+
+
+def read_section(path: Path, name: str) -> str:
+    """The text between the comments <!-- name --> and <!-- /name --> of a Markdown file."""
+    return _around_section(path, name)[1]
+
+
+def _around_section(path: Path, name: str) -> tuple[str, str, str]:
+    """The text up to a section's first comment, inside the section, and from its last comment on."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, found, after = rest.partition(end)
+    inside, found, after = rest.partition(end)
     if not found:
         raise UserError(f"There is no section {begin} to {end}", where=path, remedy="Add both comments.")
-    with atomic_write(path) as temporary:
-        temporary.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    return before + begin, inside, end + after
 
 
 def _sync(path: Path) -> None:

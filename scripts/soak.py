@@ -3,8 +3,10 @@
     python scripts/soak.py --kills 100 [--base configs/dreambooth.yaml] [key.sub=value ...]
 
 Every attempt is a process that does what `main.py --resume auto` does, forked after the imports, so that
-SIGKILL strikes the work: after a random time, or just as a file is being written. The networks are the
-config's, made small, with random weights. The status is 1 if a single bit differs.
+SIGKILL strikes the work: after a random time, or just as a file is being written. Some are stopped and
+continued before (SIGSTOP, SIGCONT); beside some, scripts/generate_priors.py generates the same prior images,
+and is killed too. The networks are the config's, made small, with random weights. The status is 1 if a single
+bit differs.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -19,6 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
@@ -29,10 +33,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ldm.config import instantiate, param_of
 from ldm.data.images import load_image
 from ldm.evaluation.curves import read_curves
-from ldm.files import write_section
+from ldm.files import read_section, write_section
 from ldm.training.job import run_job
 from ldm.training.options import parse
 from ldm.training.resume import by_step, validate_checkpoint
+from scripts import generate_priors
 
 SMALL = [
     "model.params.unet.params.model_channels=16",
@@ -43,18 +48,24 @@ SMALL = [
     *("checkpoint_every=2", "ema_decay=0.9", "evaluation=null", "online_eval.every_steps=0"),
     *("samples.n=1", "samples.steps=2", "samples.every_steps=6"),
 ]
-PATTERNS = ["{priors}/*/.*.tmp", "logs/{name}*/checkpoints/.*.tmp", "logs/{name}*/.model*.tmp"]
-PATTERNS += ["logs/{name}*/samples/.*.tmp", "logs/{name}*/.[!m]*.tmp"]  # pictures; config, report, figures
+PATTERNS = ["{priors}/*/.*.tmp", "{latents}/.*.tmp", "logs/{name}*/checkpoints/.*.tmp"]
+PATTERNS += ["logs/{name}*/samples/.*.tmp", "logs/{name}*/.model*.tmp", "logs/{name}*/.report.html.*.tmp"]
+PATTERNS += ["logs/{name}*/.[!mr]*.tmp"]  # config, metrics
+PAUSED, BESIDE = 0.3, 0.5  # shares of the attempts
 LONGEST = 600  # seconds that an attempt may take before it counts as hanging
 FORK = multiprocessing.get_context("fork")
 STEPS = FORK.Value("i", 0)  # optimizer steps of all attempts at one run
 
 
-def attempt(words: list[str]) -> None:
-    """`main.py --resume auto`, in a process of its own; what it says goes to soak.log."""
+def speak_to_log() -> None:
     log = os.open("soak.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+
+
+def attempt(words: list[str]) -> None:
+    """`main.py --resume auto`, in a process of its own; what it says goes to soak.log."""
+    speak_to_log()
 
     def count(*_: object) -> None:
         STEPS.value += 1
@@ -62,6 +73,16 @@ def attempt(words: list[str]) -> None:
     register_optimizer_step_post_hook(count)
     try:
         run_job(parse(words), "auto")
+    except BaseException:
+        traceback.print_exc()
+        raise
+
+
+def prior_images(words: list[str]) -> None:
+    """`scripts/generate_priors.py`, the same way."""
+    speak_to_log()
+    try:
+        generate_priors.main(parse(words))
     except BaseException:
         traceback.print_exc()
         raise
@@ -86,33 +107,51 @@ def finished(process: multiprocessing.Process) -> None:
         raise SystemExit(f"an attempt ended with {process.exitcode}")
 
 
-def strike(process: multiprocessing.Process, moments: random.Random, seconds: float, name: str) -> bool:
+def strike(process: multiprocessing.Process, moments: random.Random, seconds: float, name: str) -> Counter:
     """Kills a process after a random time or, half the time, as a random file is written before then.
 
-    False if it ended by itself.
+    -> "kills": 1, unless it ended by itself; "pauses": 1 if it was stopped and continued before.
     """
     pattern, number = moments.choice([*[None] * len(PATTERNS), *PATTERNS]), moments.randint(1, 4)
-    start, wait, seen = time.monotonic(), moments.uniform(0, 0.7 * seconds), set()
+    start, wait, seen, done = time.monotonic(), moments.uniform(0, 0.7 * seconds), set(), Counter()
     wait = wait if pattern is None else seconds
+    pause = moments.uniform(0, wait) if moments.random() < PAUSED else wait
     while process.is_alive() and len(seen) < number and time.monotonic() - start < wait:
         if pattern is not None:
-            seen |= set(Path().glob(pattern.format(name=name, priors=f"priors-{name}")))
+            seen |= set(Path().glob(pattern.format(name=name, **folders(name))))
+        if time.monotonic() - start > pause and not done["pauses"]:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGSTOP)
+                time.sleep(moments.uniform(0, 0.5))
+                os.kill(process.pid, signal.SIGCONT)
+                done["pauses"] += 1
         time.sleep(0.0005)
     process.kill()
     process.join()
-    return process.exitcode == -signal.SIGKILL
+    done["kills"] += process.exitcode == -signal.SIGKILL
+    return done
 
 
-def phase(name: str, priors: int, steps: int) -> str:
-    """What a killed attempt was at, by what it left."""
+def folders(name: str) -> dict[str, str]:
+    """The folders that a run shares with others."""
+    return {"priors": f"priors-{name}", "latents": f"latents-{name}"}
+
+
+def phase(name: str, *, priors: int, latents: int, steps: int) -> str:
+    """What a killed attempt was at, by what it left and by how many files there are in the end."""
     left = [path.relative_to("logs").parts[1] for path in Path("logs").glob(f"{name}*/**/.*.tmp")]
     if "checkpoints" in left:
         return "writing a checkpoint"
+    if any(file.startswith(".report.html") for file in left):
+        return "writing the report"
     if left:
-        return "writing model, pictures or report"
-    if len(list(Path(f"priors-{name}").glob("*/*.safetensors"))) < priors:
-        writing = any(Path(f"priors-{name}").glob("*/.*.tmp"))
+        return "writing model, pictures or metrics"
+    shared = {what: Path(folder) for what, folder in folders(name).items()}
+    if len(list(shared["priors"].glob("*/*.safetensors"))) < priors:
+        writing = any(shared["priors"].glob("*/.*.tmp"))
         return "writing a prior image" if writing else "start and prior images"
+    if len(list(shared["latents"].glob("*.safetensors"))) < latents:
+        return "encoding latents" if shared["latents"].exists() else "samples before training"
     done = list(Path("logs").glob(f"{name}*/checkpoints/step-{steps:08d}.ckpt"))
     return "after training" if done else "training"
 
@@ -126,14 +165,20 @@ def left_by(name: str) -> dict[str, object]:
     clocks = ("train/images_per_second", "train/peak_memory_mib")
     curves = {k: v for k, v in read_curves(folder / "tensorboard").items() if k not in clocks}
     pictures = sorted([*folder.glob("samples/*.png"), *folder.glob("samples/before/*.png")])
-    priors = sorted(Path(f"priors-{name}").glob("*/[0-9]*"))
-    latents = {p.name: load_file(p) for p in priors if p.suffix == ".safetensors"}
+    shared = {what: Path(path) for what, path in folders(name).items()}
+    priors = [path for path in sorted(shared["priors"].glob("*/*")) if not path.name.startswith(".")]
+    kept = {
+        p.name: load_file(p) for p in [*priors, *shared["latents"].glob("*")] if p.suffix == ".safetensors"
+    }
+    page = (folder / "report.html").read_text(encoding="utf-8")
     return {
         "model": load_file(model),
         "checkpoint": state,
         "curves": curves,
         "pictures": {str(p.relative_to(folder)): load_image(p).tobytes() for p in pictures},
-        "priors": {p.name: p.read_bytes() for p in priors if p.name not in latents} | latents,
+        "priors": {p.name: p.read_bytes() for p in priors if p.name not in kept},
+        "latents": kept,
+        "report": [page.endswith("</html>\n"), *re.findall(r'src="data:image/[^"]*"', page)],
         "files": sorted(p.name for p in folder.iterdir()),
     }
 
@@ -158,40 +203,68 @@ def soak(words: list[str], *, kills: int, moments: random.Random) -> tuple[Count
     """Runs until they were killed `kills` times -> figures, and kills by phase."""
 
     def job_of(name: str) -> list[str]:
-        return [*words, f"name={name}", f"priors.folder=priors-{name}"]
+        shared = folders(name)
+        return [
+            *(*words, f"name={name}"),
+            *(f"priors.folder={shared['priors']}", f"data.params.cache_root={shared['latents']}"),
+        ]
 
     config = parse(job_of("whole"))
-    priors, steps = param_of(config.data, "num_priors"), config.trainer.max_steps
+    ends = {"priors": param_of(config.data, "num_priors"), "steps": config.trainer.max_steps}
     finished(forked(make_base, words))
     start = time.monotonic()
     finished(forked(attempt, job_of("whole")))
     seconds, whole = time.monotonic() - start, left_by("whole")
+    ends["latents"] = len(list(Path(folders("whole")["latents"]).glob("*.safetensors")))
     counts, phases = Counter(), Counter()
     while counts["kills"] < kills:
         counts["runs"] += 1
         name, STEPS.value = f"run{counts['runs']}", 0
         while True:
+            before = phase(name, **ends)
+            beside = "prior" in before and moments.random() < BESIDE
+            other = forked(prior_images, job_of(name)) if beside else None
             process = forked(attempt, job_of(name))
-            if counts["kills"] < kills and strike(process, moments, seconds, name):
-                counts["kills"] += 1
-                phases[phase(name, priors, steps)] += 1
+            done = strike(process, moments, seconds, name) if counts["kills"] < kills else Counter()
+            counts += done
+            if done["kills"]:
+                phases[phase(name, **ends)] += 1
                 counts["torn files"] += len(torn(name))
+            if other is not None and counts["kills"] < kills and moments.random() < 0.5:
+                other.kill()
+                other.join()
+                if other.exitcode == -signal.SIGKILL:
+                    counts["kills"] += 1
+                    phases["generating prior images beside the run"] += 1
+            elif other is not None:
+                finished(other)
+            if done["kills"]:
                 continue
             finished(process)
             break
         different = [what for what, value in left_by(name).items() if not equal(whole[what], value)]
         print(f"{name}: {counts['kills']} kills so far; different: {different or 'nothing'}", flush=True)
         counts["runs that differ"] += bool(different)
-        counts["steps"] += steps
-        counts["steps done again"] += STEPS.value - steps
+        counts["steps"] += ends["steps"]
+        counts["steps done again"] += STEPS.value - ends["steps"]
     return counts, phases
 
 
+KILLED = "killed: "
+FIGURES = ("kills", "pauses", "runs", "steps", "steps done again", "runs that differ", "torn files")
+
+
 def table(counts: Counter, phases: Counter) -> str:
-    names = ("kills", "runs", "steps", "steps done again", "runs that differ", "torn files")
-    rows = [f"| {name} | {counts[name]} |" for name in names]
-    rows += [f"| killed: {name} | {count} |" for name, count in phases.most_common()]
+    rows = [f"| {name} | {counts[name]} |" for name in FIGURES]
+    rows += [f"| {KILLED}{name} | {count} |" for name, count in phases.most_common()]
     return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def read_table(text: str) -> tuple[Counter, Counter]:
+    """What `table` wrote."""
+    rows = {name: int(count) for name, count in re.findall(r"^\| ([^|]+) \| (\d+) \|$", text, re.M)}
+    counts = Counter({name: count for name, count in rows.items() if name in FIGURES})
+    return counts, Counter({n.removeprefix(KILLED): c for n, c in rows.items() if n.startswith(KILLED)})
 
 
 if __name__ == "__main__":
@@ -202,6 +275,7 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--report", type=Path, help="Markdown file whose section `soak` gets the figures")
+    parser.add_argument("--add", action="store_true", help="the figures are added to those of the report")
     options, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
@@ -218,7 +292,11 @@ if __name__ == "__main__":
             raise
         finally:
             os.chdir(Path(__file__).parent)
+    failed = bool(counts["runs that differ"] or counts["torn files"])
     print(table(counts, phases))
     if report is not None:
+        if options.add:
+            earlier = read_table(read_section(report, "soak"))
+            counts, phases = counts + earlier[0], phases + earlier[1]
         write_section(report, "soak", table(counts, phases))
-    sys.exit(bool(counts["runs that differ"] or counts["torn files"]))
+    sys.exit(failed)

@@ -10,6 +10,7 @@ READ_PREFIXES = {  # diffusers' converter to kohya's keys has a 1, as in SDXL
     "text_encoder": (*NETWORK_PREFIXES["text_encoder"], "lora_te1_"),
 }
 PEFT_PREFIX = "base_model.model."  # of PEFT's own files, which hold one network
+LYCORIS_PREFIX = "lycoris_"  # of the LyCORIS library's wrapper around any one network
 ENDS = {
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
@@ -35,6 +36,7 @@ OTHER_ADAPTERS = {  # sign in a tensor's name -> what the file is
     r"\.(ia3_l|on_input$)": "an (IA)^3",
     r"\.vera_lambda": "a VeRA",
     r"\.[ab][12]\.weight$": "a GLoRA",
+    r"\.(q_layer|p_layer|lambda_layer)\b": "a T-LoRA",
     r"\.lora_mid\.": "a LoCon with Tucker decomposition",
     r"\.(diff|diff_b|w_norm|b_norm)$": "a LyCORIS of whole differences",
     r"\.lora_B\.(default\.)?bias$": "a LoRA with biases",
@@ -69,6 +71,7 @@ def lora_key(name: str) -> LoRAKey | None:
         prefix = next((prefix for prefix in prefixes if module.startswith(prefix)), None)
         if prefix is not None:
             network, module = each, module.removeprefix(prefix)
+    module = module.removeprefix(LYCORIS_PREFIX)
     module = re.sub(r"self_attn\.to_([qkv]|out)$", r"self_attn.\1_proj", module)
     if module.endswith(".to_out"):
         module += ".0"

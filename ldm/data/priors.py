@@ -167,6 +167,10 @@ class PriorSet:
         make_folder(self.folder)
         self._write_manifest(self.images(count))
 
+    def is_listed(self, count: int) -> bool:
+        """Whether manifest.json lists the first `count` images: a killed process may have left another."""
+        return self._listed().keys() >= set(range(count))
+
     def _read(self, index: int) -> PriorImage | None:
         kept, path = load_latents(self._latents_file(index)), self.image_path(index)
         if kept is None or kept[1].get("spec") != self.spec.hash or not path.is_file():
@@ -189,8 +193,20 @@ class PriorSet:
     def _require_finite(self, index: int, latents: Tensor) -> None:
         require_finite(latents, where=f"prior image {index}, seed {self.spec.seed + index}")
 
+    def _listed(self) -> dict[int, PriorImage]:
+        """The images that manifest.json lists, by number; none if it is not of this set."""
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+            images = [PriorImage(**image) for image in manifest["images"]]
+            numbers = [int(image.seed) - self.spec.seed for image in images]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return dict(zip(numbers, images, strict=True)) if manifest.get("spec") == asdict(self.spec) else {}
+
     def _write_manifest(self, present: dict[int, PriorImage]) -> None:
-        images = [asdict(present[i]) for i in sorted(present)]
+        """Lists these images, and those that another process or a run of more images has listed."""
+        others = {i: image for i, image in self._listed().items() if self.image_path(i).is_file()}
+        images = [asdict(image) for _, image in sorted((others | present).items())]
         with atomic_write(self.folder / "manifest.json") as temporary:
             temporary.write_text(json.dumps({"spec": asdict(self.spec), "images": images}, indent=2) + "\n")
 

@@ -96,6 +96,8 @@ def generate_priors(pipeline: Text2Image, priors: PriorSet, count: int, *, batch
     missing = len(priors.missing(count))
     distributed.barrier()  # until all have counted
     if missing == 0:
+        if distributed.rank() == 0 and not priors.is_listed(count):
+            priors.write_manifest(count)
         return 0
     generate = prior_generator(priors.spec, pipeline, batch_size=batch_size)
     rank, world_size = distributed.rank(), distributed.world_size()

@@ -201,6 +201,8 @@ ADAPTERS = {  # name of a tensor that the kind has -> what the file is called
     "base_model.model.mid_block.attentions.0.proj_in.ia3_l": r"an \(IA\)\^3",
     "base_model.model.mid_block.attentions.0.proj_in.hada_w1_a": "a LoHa",
     f"{LAYER}.lora_mid.weight": "a LoCon with Tucker decomposition",
+    f"{LAYER}.lambda_layer": "a T-LoRA",
+    f"{LAYER}.q_layer.weight": "a T-LoRA",
     f"{LAYER}.diff": "a LyCORIS of whole differences",
     "unet.mid_block.attentions.0.proj_in.lora_B.bias": "a LoRA with biases",
 }

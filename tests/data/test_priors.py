@@ -14,6 +14,7 @@ from PIL import Image
 from ldm.data.priors import PriorSet, PriorSpec
 from ldm.errors import UserError
 from ldm.files import file_sha256
+from ldm.training.sampling import generate_priors
 
 SPEC = PriorSpec(
     prompt="a photo of a dog",
@@ -134,6 +135,33 @@ def test_a_run_that_dies_while_drawing_is_taken_up(tmp_path):
     assert priors.missing(7) == [4, 5, 6]
     assert priors.generate_missing(7, Painter(), batch_size=4) == [4, 5, 6]
     assert_complete(priors, 7)
+
+
+@pytest.mark.parametrize("left", [None, "", "[]", '{"images": 3}', '{"images": [{"file": "0000.png"}]}'])
+def test_a_manifest_that_a_killed_process_left_is_rebuilt(tmp_path, left):
+    """It died after the last image, or wrote what it knew while another process had generated the rest."""
+    priors = PriorSet(tmp_path, SPEC)
+    priors.generate_missing(5, Painter(), batch_size=2)
+    manifest = priors.folder / "manifest.json"
+    manifest.unlink() if left is None else manifest.write_text(left)
+    assert generate_priors(None, priors, 5, batch_size=2) == 0
+    assert_complete(priors, 5)
+    assert generate_priors(None, priors, 3, batch_size=2) == 0  # fewer are wanted: all stay listed
+    priors.write_manifest(2)
+    assert_complete(priors, 5)
+
+
+def test_what_another_process_has_generated_stays_listed(tmp_path):
+    """It began when the set was empty, and is slower."""
+    slow, fast = PriorSet(tmp_path, SPEC), PriorSet(tmp_path, SPEC)
+
+    def generate(seeds: list[int]) -> list:
+        fast.generate_missing(5, Painter(), batch_size=5)
+        return Painter(limit=2 * (seeds[0] == 100))(seeds)
+
+    with pytest.raises(RuntimeError):
+        slow.generate_missing(5, generate, batch_size=2)
+    assert_complete(slow, 5)
 
 
 def test_a_run_that_dies_at_any_file_is_taken_up(tmp_path, monkeypatch):

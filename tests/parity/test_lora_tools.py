@@ -15,12 +15,9 @@ from torch import Tensor
 
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.lora import Layers, read_lora
-from ldm.checkpoints.save_folder import save_folder
 from ldm.errors import UserError
-from ldm.model_file import ModelFile
-from ldm.models.conditioning import Conditioning
+from tests.parity.conftest import TOLERANCE, ours, relative, theirs
 
-TOLERANCE = 1e-5  # of the largest output, float32
 UNET_LAYERS = ["to_q", "to_v", "to_out.0", "ff.net.2", "conv1", "proj_in"]
 TEXT_LAYERS = ["q_proj", "v_proj", "out_proj", "fc1"]
 SCALES: dict[str, dict[str, Any]] = {
@@ -34,16 +31,6 @@ SCALES: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"to_v": 5, "attn2.to_q": 3, "fc1": 1},
     },
 }
-PROMPT = "a photo of sks disc"
-
-
-@pytest.fixture
-def pipe(tiny_model_file: Path, tiny_tokenizer: Path, tmp_path: Path) -> StableDiffusionPipeline:
-    """The tiny model in diffusers."""
-    model = open_model(tiny_model_file)
-    how = {"config": model.config, "tokenizer": tiny_tokenizer, "size": 16}
-    folder = save_folder(tmp_path / "diffusers", model.state_dicts, **how)
-    return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
 
 
 def adapted(pipe: StableDiffusionPipeline, scale: dict[str, Any], *, text: bool = True) -> None:
@@ -59,29 +46,6 @@ def adapted(pipe: StableDiffusionPipeline, scale: dict[str, Any], *, text: bool 
 def states(pipe: StableDiffusionPipeline) -> dict[str, dict[str, Tensor]]:
     networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     return {name: get_peft_model_state_dict(network) for name, network in networks.items()}
-
-
-@torch.no_grad()
-def theirs(pipe: StableDiffusionPipeline) -> Tensor:
-    torch.manual_seed(1)
-    x = torch.randn(2, 4, 8, 8)
-    ids = pipe.tokenizer([PROMPT] * 2, padding="max_length", max_length=32, return_tensors="pt").input_ids
-    return pipe.unet(x, torch.tensor([1, 801]), pipe.text_encoder(ids)[0]).sample
-
-
-@torch.no_grad()
-def ours(model: Path, lora: Path | None) -> Tensor:
-    torch.manual_seed(1)
-    x = torch.randn(2, 4, 8, 8)
-    file = ModelFile(model)
-    file.fill(loras=[] if lora is None else [(lora, 1.0)])
-    text_encoder = file.networks["text_encoder"]
-    context = text_encoder(text_encoder.tokenize([PROMPT] * 2))
-    return file.networks["unet"].predict(x, torch.tensor([1, 801]), Conditioning.of(context))
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def by_diffusers(pipe: StableDiffusionPipeline, folder: Path) -> Path:

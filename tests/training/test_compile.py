@@ -1,6 +1,7 @@
 """The UNet's training graph is compiled by one key, and is the same network; nothing else is compiled."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.sampling import text2image
 from ldm.training.schema import TrainerOptions
 from tests.factories import build_module
-from tests.training.conftest import Job, curves_of
+from tests.training.conftest import At, Job, Killed, curves_of, differences, kill, state_of
 
 
 def test_compiling_keeps_names(tiny_config: dict):
@@ -28,7 +29,10 @@ def test_compiling_keeps_names(tiny_config: dict):
 
 
 def test_a_run_translates_one_graph(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Four steps, two validations and a sample: one translation, and the losses of the plain network."""
+    """Four steps, two validations and a sample: one translation, and the losses of the plain network.
+
+    Killed and resumed it is the same run to the bit.
+    """
     job(tmp_path / "plain")
     torch._dynamo.reset()
     counter = CompileCounter()
@@ -42,6 +46,28 @@ def test_a_run_translates_one_graph(job: Job, tmp_path: Path, monkeypatch: pytes
     for name in ("train/loss", "val/loss"):
         losses = [[loss for _, loss in curves_of(tmp_path / way)[name]] for way in ("plain", "compiled")]
         assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(set(losses[0])) > 1
+    again = killed_and_resumed(job, tmp_path / "again")
+    assert counter.frame_count == 3  # each process translates it
+    assert differences(compiled.state_dict(), again.state_dict()) == []
+    assert differences(state_of(tmp_path / "compiled", 4), state_of(tmp_path / "again", 4)) == []
+    assert curves_of(tmp_path / "again") == curves_of(tmp_path / "compiled")
+
+
+def killed_and_resumed(job: Job, folder: Path) -> LatentDiffusion:
+    torch._dynamo.reset()
+    with pytest.raises(Killed):
+        job(folder, callbacks=[At(2, kill)], params={"compile": "default"})
+    torch._dynamo.reset()
+    return job(folder, params={"compile": "default"})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_run_compiled_by_inductor_resumes_to_the_bit(job: Job, tmp_path: Path):
+    whole = job(tmp_path / "whole", params={"compile": "default"})
+    again = killed_and_resumed(job, tmp_path / "again")
+    assert differences(whole.state_dict(), again.state_dict()) == []
+    assert differences(state_of(tmp_path / "whole", 4), state_of(tmp_path / "again", 4)) == []
 
 
 def test_it_does_not_go_with_steps_in_the_backward_pass(tiny_config: dict):

@@ -5,7 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from torch import nn
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.training import run
@@ -28,6 +30,25 @@ class Scripted:
 
 def online_eval(*scores: float, patience: int = 0) -> OnlineEvalCallback:
     return OnlineEvalCallback(Scripted(list(scores)), OnlineEvalConfig(every_steps=2, early_stop=patience))
+
+
+class OfWeights(OnlineEvalCallback):
+    """Its score falls with the weights' distance from where they began: the first is the best."""
+
+    state_key = "OnlineEvalCallback"  # under which a run's history is found
+
+    def __init__(self, begun: dict[str, Tensor], *, killed_at: int = 0):
+        super().__init__(Scripted([]), OnlineEvalConfig(every_steps=2, early_stop=2))
+        self.before_after.after, self.begun, self.killed_at = self.look, begun, killed_at
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self.trainer, self.unet = trainer, module.networks["unet"]
+
+    def look(self) -> dict:
+        if self.trainer.global_step == self.killed_at:
+            raise Killed
+        apart = [(p - self.begun[name]).square().sum() for name, p in self.unet.named_parameters()]
+        return {"subject_fidelity": -float(torch.stack(apart).sum()), "intervals": {}}
 
 
 @pytest.fixture
@@ -77,6 +98,35 @@ def test_measuring_changes_nothing_and_is_taken_up(long_job, tmp_path: Path):
     again = long_job(tmp_path / "again", online_eval=online_eval(*scores[2:]), ema_decay=0.9)
     assert differences(plain.state_dict(), again.state_dict()) == []
     assert run.load_eval_history(tmp_path / "again") == run.load_eval_history(tmp_path / "measured")
+
+
+def test_ended_early_it_is_the_run_that_never_stopped_and_exports_the_same(long_job, tmp_path: Path):
+    """Killed within evaluations, the last one's included."""
+    begun, how = long_job.weights["unet"], {"ema_decay": 0.9, "checkpoint_every": 3, "checkpoints_kept": 1}
+
+    def exported(name: str) -> bytes:
+        module = long_job(tmp_path / name, online_eval=OfWeights(begun), **how)
+        rows = run.load_eval_history(tmp_path / name)
+        run.load_best_weights(module, tmp_path / name, rows[best_of(rows)]["step"])
+        path = tmp_path / name / "model.safetensors"
+        return module.export(path, dtype=torch.float32, metadata={}).read_bytes()
+
+    whole = exported("whole")
+    for step in (4, 6):
+        with pytest.raises(Killed):
+            long_job(tmp_path / "again", online_eval=OfWeights(begun, killed_at=step), **how)
+    assert exported("again") == whole and exported("again") == whole  # it is over, and says the same
+    folders = [tmp_path / name for name in ("whole", "again")]
+    histories = [run.load_eval_history(folder) for folder in folders]
+    assert histories[0] == histories[1] and [row["step"] for row in histories[0]] == [2, 4, 6]
+    assert best_of(histories[0]) == 0 and len({row["score"] for row in histories[0]}) == 3
+    kept = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in folders]
+    assert kept[0] == kept[1] and [name for name in kept[0] if name.endswith("ckpt")] == [
+        "step-00000002.ckpt",
+        "step-00000006.ckpt",
+    ]
+    assert differences(*[state_of(folder, 6) for folder in folders]) == []
+    assert curves_of(folders[0]) == curves_of(folders[1])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Exact resume: a run that was stopped anywhere and taken up is the one that never was, bit for bit."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,30 +18,29 @@ FROZEN_TEXT = {"train_text_encoder": False, "objective": {"weighting": MIN_SNR}}
 PULLED = {"objective": {"l2_sp_weight": 0.1}, "offset_noise": 0.1}
 NEW_WORD = {"target": "ldm.training.techniques.LearnedToken", "params": {"word": "sks", "init": "disc"}}
 WORD_AND_TEXT = {"learned_token": NEW_WORD, "text_encoder_steps": 2}
+WORD_ALONE = {"learned_token": NEW_WORD, "train_unet": False, "train_text_encoder": False}
+TAUGHT, HELD = {"prior_target": "teacher"}, {"prior_caption_dropout": 0.5}
 LORA = {"lora": {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}}
 
 
-@pytest.mark.parametrize(
-    "params, options, kills",
-    [
-        (EVERYTHING, {"ema_decay": 0.9, "checkpoint_every": 1}, range(8)),
-        (FROZEN_TEXT, {"checkpoint_every": 2}, [2, 5, 7]),
-        (PULLED, {"checkpoint_every": 1}, [3, 6]),
-        (LORA, {"checkpoint_every": 1}, [3, 6]),
-        (WORD_AND_TEXT, {"ema_decay": 0.9, "checkpoint_every": 1}, [3, 5]),
-    ],
-    ids=[
-        "all-learn-with-averages",
-        "frozen-text-encoder",
-        "pulled-to-the-base",
-        "lora",
-        "a-new-word-and-text-for-two-steps",
-    ],
-)
-def test_killed_in_any_micro_batch_it_is_the_run_that_never_stopped(
-    job: Job, tmp_path: Path, params: dict, options: dict, kills: Sequence[int]
-):
-    job = replace(job, accumulate=2)
+EVERY_STEP, AVERAGED = {"checkpoint_every": 1}, {"ema_decay": 0.9, "checkpoint_every": 1}
+HALF = AVERAGED | {"trainer": {"precision": "bf16-true"}}
+DECODED = {"cache_latents": False, "num_workers": 2, "crop": "random"}  # by processes, at every step
+CASES = {  # what is trained and how, and the micro-batches in which it is killed
+    "all-learn-with-averages": (EVERYTHING, AVERAGED, {}, range(8)),
+    "frozen-text-encoder": (FROZEN_TEXT, {"checkpoint_every": 2}, {}, [2, 5, 7]),
+    "pulled-to-the-base": (PULLED, EVERY_STEP, {}, [3, 6]),
+    "a-lora-and-its-teacher": (TAUGHT | LORA, EVERY_STEP, HELD, [3, 6]),
+    "a-new-word-and-text-for-two-steps": (WORD_AND_TEXT, AVERAGED, {}, [3, 5]),
+    "bfloat16-weights-pulled-and-taught": (EVERYTHING | PULLED | TAUGHT, HALF, HELD, [3]),
+    "a-new-word-alone-of-photos-decoded-by-processes": (WORD_ALONE, EVERY_STEP, DECODED, [4]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_in_any_micro_batch_it_is_the_run_that_never_stopped(job: Job, tmp_path: Path, case: str):
+    params, options, data, kills = CASES[case]
+    job = replace(job, accumulate=2, data=data)
     whole = job(tmp_path / "whole", params=params, **options)
     for micro_batch in kills:
         with pytest.raises(Killed):
