@@ -60,7 +60,7 @@ class Measurement:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def metrics(self) -> dict[str, float]:
-        return {name: round(_mean(rows), 4) for name, rows in self.values().items()}
+        return {name: round(float(rows.mean()), 4) for name, rows in self.values().items()}
 
     def shift(self, base: "Measurement") -> dict[str, float]:
         """How far the images of the class are from the base's."""
@@ -265,8 +265,4 @@ def without(prompt: str, identifier: str) -> str:
 
 
 def _intervals(measured: Measurement) -> dict[str, tuple[float, float]]:
-    return {name: bootstrap(rows, _mean) for name, rows in measured.values().items() if len(rows) > 1}
-
-
-def _mean(rows: Tensor) -> float:
-    return float(rows.mean())
+    return {name: bootstrap(rows) for name, rows in measured.values().items() if len(rows) > 1}

@@ -98,14 +98,10 @@ class Measurement:
 
         Diversity and shift have none: a resample repeats samples, which biases distances.
         """
-
-        def mean(rows: Tensor) -> float:
-            return float(rows.mean())
-
         return {
-            "subject_fidelity": bootstrap(self.fidelity, mean),
-            "prompt_fidelity": bootstrap(self.context, mean),
-            "class_drift": bootstrap(self.carries - base.carries, mean),
+            "subject_fidelity": bootstrap(self.fidelity),
+            "prompt_fidelity": bootstrap(self.context),
+            "class_drift": bootstrap(self.carries - base.carries),
         }
 
 
@@ -247,7 +243,7 @@ class StorybookEvaluation:
             values["class_carries_subject"] = carries_subject(read, subject.attributes)
             metrics["class_diversity"] = round(diversity(self.judge.features(of_class_pixels)), 4)
         metrics |= {name: round(float(rows.mean()), 4) for name, rows in values.items()}
-        intervals = {name: bootstrap(rows, lambda x: float(x.mean())) for name, rows in values.items()}
+        intervals = {name: bootstrap(rows) for name, rows in values.items()}
         return {**metrics, "intervals": intervals, "ceiling": {"subject_fidelity": subject.ceiling}}
 
     def examine(self, pipeline: Text2Image, *, samples: int) -> dict[str, float]:
