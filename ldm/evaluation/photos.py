@@ -10,6 +10,7 @@ the class and the model's, at the guidance scale and without guidance.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ from ldm.evaluation.metrics import bootstrap, frechet_distance
 from ldm.evaluation.protocol import (
     CLASS_SAMPLINGS,
     OTHER_SEEDS,
+    Better,
     GeneratedImage,
     Metrics,
     SubjectPrompts,
@@ -95,6 +97,12 @@ class PhotoEvaluation:
         diversity: measures DIV, which needs the extra `lpips`.
         device: of DINO, CLIP and LPIPS; None is the GPU where there is one.
     """
+
+    better: ClassVar[Mapping[str, Better]] = {
+        **dict.fromkeys(("dino", "clip_i", "clip_t", "div"), "higher"),
+        "pres": "lower",
+        **{f"class_shift_frechet{how}": "lower" for how in CLASS_SAMPLINGS},
+    }
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge
@@ -27,6 +27,7 @@ from ldm.evaluation.metrics import (
 from ldm.evaluation.protocol import (
     CLASS_SAMPLINGS,
     OTHER_SEEDS,
+    Better,
     GeneratedImage,
     Metrics,
     SubjectPrompts,
@@ -124,6 +125,16 @@ class StorybookEvaluation:
         batch_size: samples at a time, which decides none of them.
         judge_file: the judge's weights; None takes the shipped ones.
     """
+
+    better: ClassVar[Mapping[str, Better]] = {
+        **dict.fromkeys(("subject_fidelity", "prompt_fidelity", "diversity_ratio"), "higher"),
+        "class_drift": "lower",
+        **{
+            f"{name}{how}": "lower"
+            for name in ("class_shift", "class_shift_frechet")
+            for how in CLASS_SAMPLINGS
+        },
+    }
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from ldm.files import atomic_write
 from ldm.storybook.world import CLASSES, CONTEXTS, Scene, draw, same_subject, sample_scene
 
 SUBJECTS = {
@@ -28,7 +29,8 @@ def write_subject(folder: Path, subject: Scene, *, photos: int = PHOTOS) -> list
     for i in range(photos):
         scene = same_subject(subject, context=places[(first + 3 * i) % len(places)], seed=subject.seed + i)
         paths.append(folder / f"{i:02d}.png")
-        draw(scene, size=PIXELS).save(paths[-1])
+        with atomic_write(paths[-1]) as temporary:  # another process may be reading the same photo
+            draw(scene, size=PIXELS).save(temporary, format="PNG")
     return paths
 
 
