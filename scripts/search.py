@@ -3,8 +3,8 @@
     python scripts/search.py --base configs/dreambooth.yaml configs/searches/rate.yaml --processes 2
 
 Any number of processes may run the same command and share the trials, also on several machines with a folder
-in common. What is killed goes on when the command is run again. When all trials are done, or with --page at any
-time, writes logs/search-NAME/search.html, trials.csv and the best settings as configs to run.
+in common. What is killed goes on when the command is run again. When all trials are done, or with --page at
+any time, writes logs/search-NAME/search.html, trials.csv and the best settings as configs to run.
 """
 
 import argparse

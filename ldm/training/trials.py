@@ -1,7 +1,7 @@
 """The trials of a search, in a storage of Optuna's that any number of processes share.
 
-A trial belongs to the process that holds its lock, a file beside the storage. A killed process holds none, and
-the next one goes on with its trial, under the same number, from the checkpoints of its runs.
+A trial belongs to the process that holds its lock, a file beside the storage. A killed process holds none,
+and the next one goes on with its trial, under the same number, from the checkpoints of its runs.
 """
 
 import json
