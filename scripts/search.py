@@ -24,7 +24,6 @@ from ldm.errors import UserError
 from ldm.evaluation import search_page
 from ldm.training import signals
 from ldm.training.grid import run_in_processes, slug, write_text
-from ldm.training.options import merge
 from ldm.training.search import Search, check_search, overrides_of
 from ldm.training.trials import Trials, Worker
 
@@ -64,11 +63,12 @@ def publish(trials: Trials, command: str) -> list[Path]:
 
 
 def config_of(search: Search, result: search_page.Result) -> str:
-    """The whole config of a trial, on the subject of the config that the search began with."""
-    words = [*search.set, *overrides_of(result.settings)]
-    config = merge(search.base, words, literals={"name": f"{search.name}-{result.number:04d}"})
+    """The whole config of a trial's first run, by another name."""
+    words = overrides_of(result.settings)
+    config = search.first_job(search_page.trial_name(result.number), words).config.source
+    config["name"] = f"{search.name}-{result.number:04d}"
     lines = [f"# Trial {result.number} of the search {search.name}", *(f"# {word}" for word in words)]
-    return "\n".join([*lines, OmegaConf.to_yaml(config.source)])
+    return "\n".join([*lines, OmegaConf.to_yaml(config)])
 
 
 def sheet_of(search: Search, result: search_page.Result) -> Image.Image | None:
@@ -103,7 +103,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
-    signals.stop_at_once()
     for package in options.allow:
         allow(package)
     search = Search.read(options.search, base=options.base)
@@ -120,6 +119,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    signals.stop_at_once()
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -89,7 +89,6 @@ def parse() -> argparse.Namespace:
 
 
 def main(options: argparse.Namespace) -> None:
-    signals.stop_at_once()
     for package in options.allow:
         allow(package)
     sweeps = [read_sweep(path) for path in options.base]
@@ -110,6 +109,7 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    signals.stop_at_once()
     try:
         main(parse())
     except UserError as error:

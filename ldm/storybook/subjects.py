@@ -5,6 +5,7 @@ The shipped ones are made by `python -m ldm.storybook.subjects FOLDER`, a new on
 """
 
 import argparse
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +30,11 @@ def write_subject(folder: Path, subject: Scene, *, photos: int = PHOTOS) -> list
     for i in range(photos):
         scene = same_subject(subject, context=places[(first + 3 * i) % len(places)], seed=subject.seed + i)
         paths.append(folder / f"{i:02d}.png")
-        with atomic_write(paths[-1]) as temporary:  # another process may be reading the same photo
-            draw(scene, size=PIXELS).save(temporary, format="PNG")
+        png = io.BytesIO()
+        draw(scene, size=PIXELS).save(png, format="PNG")
+        if not paths[-1].exists() or paths[-1].read_bytes() != png.getvalue():
+            with atomic_write(paths[-1]) as temporary:  # another process may be reading the same photo
+                temporary.write_bytes(png.getvalue())
     return paths
 
 

@@ -199,7 +199,11 @@ def metrics_of(job: Job) -> dict | None:
         what = f"The {'settings have' if changed else 'base has'} changed since this run"
         remedy = "Remove the run's folder, or name the study or search anew."
         raise UserError(what, where=job.folder, remedy=remedy)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return _read_metrics(job)
+
+
+def _read_metrics(job: Job) -> dict:
+    return json.loads((job.folder / "metrics.json").read_text(encoding="utf-8"))
 
 
 def metric_of(metrics: Mapping[str, Any], name: str, *, where: Path) -> float:
@@ -219,10 +223,10 @@ def finish(job: Job, watch: Watch | None = None) -> dict:
         identical = find_identical_run(job)
         if identical is None:
             _train(job, watch)
-            return metrics_of(job)
+            return _read_metrics(job)
         print(f"as in {identical}", flush=True)
         _copy(identical, job)
-        metrics = metrics_of(job)
+        metrics = _read_metrics(job)
     for row in metrics.get("measures", ()) if watch else ():
         watch(row)
     return metrics
@@ -278,10 +282,8 @@ def time_left(jobs: Sequence[Job], *, processes: int) -> str:
     taken: dict[str, list[float]] = {}
     unfinished = []
     for job in jobs:
-        path = job.folder / "metrics.json"
-        if path.exists():
-            seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-            taken.setdefault(job.variant, []).append(sum(seconds.values()))
+        if (job.folder / "metrics.json").exists():
+            taken.setdefault(job.variant, []).append(sum(_read_metrics(job)["seconds"].values()))
         else:
             unfinished.append(job.variant)
     every = [seconds for group in taken.values() for seconds in group]

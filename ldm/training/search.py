@@ -17,7 +17,6 @@ from ldm.annotations import NonNegativeInt, PositiveInt, Seed
 from ldm.config import get_class
 from ldm.errors import UserError
 from ldm.training.grid import Grid, Job, better_of
-from ldm.training.options import merge
 from ldm.training.schema import RunConfig
 from ldm.training.validate import validate
 
@@ -153,8 +152,8 @@ class Search(Grid):
 
     @cached_property
     def config(self) -> RunConfig:
-        """The config that the search starts from, with `set`."""
-        return merge(self.base, self.set, literals={"name": f"{self.folder.name}/base"})
+        """The config that the search starts from, on its first subject."""
+        return self.first_job("base", ()).config
 
     def first_job(self, variant: str, overrides: Sequence[str]) -> Job:
         return self.job(variant, next(iter(self.subjects)), self.seeds[0], overrides)

@@ -208,10 +208,14 @@ class Trials:
             return {}
         evaluator = self.optuna.importance.PedAnovaImportanceEvaluator()
         found = {}
-        for k, (name, sign) in enumerate(zip(self.search.metrics, self.signs, strict=True)):
-            found[name] = self.optuna.importance.get_param_importances(
-                self.study, evaluator=evaluator, target=lambda trial, k=k, sign=sign: -sign * trial.values[k]
-            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns that low values are taken for good: they are, negated
+            for k, (name, sign) in enumerate(zip(self.search.metrics, self.signs, strict=True)):
+                found[name] = self.optuna.importance.get_param_importances(
+                    self.study,
+                    evaluator=evaluator,
+                    target=lambda trial, k=k, sign=sign: -sign * trial.values[k],
+                )
         return found
 
 
@@ -318,7 +322,7 @@ class Worker:
             jobs = self.search.jobs(trial_name(number), overrides_of(settings))
             validate(jobs[0].config)
         except UserError as error:
-            validate(self.search.first_job("base", ()).config)
+            validate(self.search.config)
             raise Refused(str(error)) from error
         return jobs
 
