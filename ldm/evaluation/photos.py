@@ -10,6 +10,7 @@ the class and the model's, at the guidance scale and without guidance.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ from ldm.evaluation.metrics import bootstrap, frechet_distance
 from ldm.evaluation.protocol import (
     CLASS_SAMPLINGS,
     OTHER_SEEDS,
+    Better,
     GeneratedImage,
     Metrics,
     SubjectPrompts,
@@ -60,7 +62,7 @@ class Measurement:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def metrics(self) -> dict[str, float]:
-        return {name: round(_mean(rows), 4) for name, rows in self.values().items()}
+        return {name: round(float(rows.mean()), 4) for name, rows in self.values().items()}
 
     def shift(self, base: "Measurement") -> dict[str, float]:
         """How far the images of the class are from the base's."""
@@ -95,6 +97,12 @@ class PhotoEvaluation:
         diversity: measures DIV, which needs the extra `lpips`.
         device: of DINO, CLIP and LPIPS; None is the GPU where there is one.
     """
+
+    better: ClassVar[Mapping[str, Better]] = {
+        **dict.fromkeys(("dino", "clip_i", "clip_t", "div"), "higher"),
+        "pres": "lower",
+        **{f"class_shift_frechet{how}": "lower" for how in CLASS_SAMPLINGS},
+    }
 
     def __init__(
         self,
@@ -265,8 +273,4 @@ def without(prompt: str, identifier: str) -> str:
 
 
 def _intervals(measured: Measurement) -> dict[str, tuple[float, float]]:
-    return {name: bootstrap(rows, _mean) for name, rows in measured.values().items() if len(rows) > 1}
-
-
-def _mean(rows: Tensor) -> float:
-    return float(rows.mean())
+    return {name: bootstrap(rows) for name, rows in measured.values().items() if len(rows) > 1}

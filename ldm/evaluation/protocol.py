@@ -1,13 +1,14 @@
 """Protocol of an `evaluation` in a config: metrics of the samples that a model generates of its subject."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from PIL import Image
 
 from ldm.pipeline import Text2Image
 
 Metrics = dict[str, Any]
+Better = Literal["higher", "lower"]
 OTHER_SEEDS = 100_000  # offset of the seeds of the noise floor
 # How the class is sampled for its shift, by the suffix of the metric's name. The empty prompt plays no part
 # without guidance.
@@ -43,6 +44,7 @@ def settings_of(evaluation: "Evaluation") -> dict[str, Any]:
 class Evaluation(Protocol):
     """`subject`, `measure` of the base and the trained model, then `summary`; or `measure_images` alone."""
 
+    better: ClassVar[Mapping[str, Better]]  # of the numbers that `summary` gives
     guidance_base: bool  # `measure` needs the base's unconditional prediction
     sampling: Mapping[str, Any]  # how images are generated, by the pipeline's arguments
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge
@@ -27,6 +27,7 @@ from ldm.evaluation.metrics import (
 from ldm.evaluation.protocol import (
     CLASS_SAMPLINGS,
     OTHER_SEEDS,
+    Better,
     GeneratedImage,
     Metrics,
     SubjectPrompts,
@@ -98,14 +99,10 @@ class Measurement:
 
         Diversity and shift have none: a resample repeats samples, which biases distances.
         """
-
-        def mean(rows: Tensor) -> float:
-            return float(rows.mean())
-
         return {
-            "subject_fidelity": bootstrap(self.fidelity, mean),
-            "prompt_fidelity": bootstrap(self.context, mean),
-            "class_drift": bootstrap(self.carries - base.carries, mean),
+            "subject_fidelity": bootstrap(self.fidelity),
+            "prompt_fidelity": bootstrap(self.context),
+            "class_drift": bootstrap(self.carries - base.carries),
         }
 
 
@@ -128,6 +125,16 @@ class StorybookEvaluation:
         batch_size: samples at a time, which decides none of them.
         judge_file: the judge's weights; None takes the shipped ones.
     """
+
+    better: ClassVar[Mapping[str, Better]] = {
+        **dict.fromkeys(("subject_fidelity", "prompt_fidelity", "diversity_ratio"), "higher"),
+        "class_drift": "lower",
+        **{
+            f"{name}{how}": "lower"
+            for name in ("class_shift", "class_shift_frechet")
+            for how in CLASS_SAMPLINGS
+        },
+    }
 
     def __init__(
         self,
@@ -247,7 +254,7 @@ class StorybookEvaluation:
             values["class_carries_subject"] = carries_subject(read, subject.attributes)
             metrics["class_diversity"] = round(diversity(self.judge.features(of_class_pixels)), 4)
         metrics |= {name: round(float(rows.mean()), 4) for name, rows in values.items()}
-        intervals = {name: bootstrap(rows, lambda x: float(x.mean())) for name, rows in values.items()}
+        intervals = {name: bootstrap(rows) for name, rows in values.items()}
         return {**metrics, "intervals": intervals, "ceiling": {"subject_fidelity": subject.ceiling}}
 
     def examine(self, pipeline: Text2Image, *, samples: int) -> dict[str, float]:

@@ -5,9 +5,11 @@ The shipped ones are made by `python -m ldm.storybook.subjects FOLDER`, a new on
 """
 
 import argparse
+import io
 from dataclasses import replace
 from pathlib import Path
 
+from ldm.files import atomic_write
 from ldm.storybook.world import CLASSES, CONTEXTS, Scene, draw, same_subject, sample_scene
 
 SUBJECTS = {
@@ -28,7 +30,11 @@ def write_subject(folder: Path, subject: Scene, *, photos: int = PHOTOS) -> list
     for i in range(photos):
         scene = same_subject(subject, context=places[(first + 3 * i) % len(places)], seed=subject.seed + i)
         paths.append(folder / f"{i:02d}.png")
-        draw(scene, size=PIXELS).save(paths[-1])
+        png = io.BytesIO()
+        draw(scene, size=PIXELS).save(png, format="PNG")
+        if not paths[-1].exists() or paths[-1].read_bytes() != png.getvalue():
+            with atomic_write(paths[-1]) as temporary:  # another process may be reading the same photo
+                temporary.write_bytes(png.getvalue())
     return paths
 
 

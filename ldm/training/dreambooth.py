@@ -23,7 +23,7 @@ from ldm.training.callbacks import LogFirstStepTime, OffloadVAE, Previews, Throu
 from ldm.training.device import peak_memory_mib
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.limits import limits_of
-from ldm.training.online_eval import OnlineEvalCallback, best_of
+from ldm.training.online_eval import OnlineEvalCallback, Watch, best_of
 from ldm.training.sampling import (
     base_denoiser,
     frozen,
@@ -41,7 +41,7 @@ SHOWN_PRIORS = 32  # in the report
 class DreamBoothRun:
     """A run on networks with the base's weights, by a validated config; call it once, for all phases.
 
-    base_hash: sha256 of the base.
+    base_hash: sha256 of the base. watch: sees each row of online evaluation.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class DreamBoothRun:
         folder: Path,
         *,
         base_hash: str,
+        watch: Watch | None = None,
     ):
         self.module = module
         self.data = data
@@ -69,7 +70,7 @@ class DreamBoothRun:
         self.online_eval: OnlineEvalCallback | None = None
         if config.online_eval.every_steps and judged:
             evaluation = self._before_after(nodes["online_eval"])
-            self.online_eval = OnlineEvalCallback(evaluation, config.online_eval)
+            self.online_eval = OnlineEvalCallback(evaluation, config.online_eval, watch)
         self.samples = config.samples
         self.sample_pipeline = self._pipeline(self.samples.guidance_base)  # of samples and previews
         self.prompts = [fill(prompt, **data.words) for prompt in self.samples.prompts]

@@ -6,18 +6,14 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
-from typing import IO, Any
+from typing import Any
 
 from ldm.config import load_config, to_container
 from ldm.errors import UserError
 from ldm.files import remove_leftovers, writing
 from ldm.training.find_run import find_run
+from ldm.training.locks import try_lock
 from ldm.training.resume import check_changes
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes in one run are not told apart there
-    fcntl = None
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +69,7 @@ def claimed(folder: Path) -> Iterator[None]:
     with writing(folder / MARKER):
         marker = (folder / MARKER).open("a")
     with marker as file:
-        if not _lock(file):
+        if not try_lock(file):
             what = "Another process is working on this run"
             raise UserError(what, where=folder, remedy="Wait for it, stop it, or start another run.")
         os.utime(folder / MARKER)
@@ -88,18 +84,7 @@ def find_unfinished(wanted: Path) -> Path | None:
     markers = [path for path in wanted.parent.glob(f"*/{MARKER}") if name.fullmatch(path.parent.name)]
     for marker in sorted(markers, key=lambda path: path.stat().st_mtime, reverse=True):
         with marker.open("a") as file:
-            if _lock(file):
+            if try_lock(file):
                 return marker.parent
         log.info("%s: another process is working on it", marker.parent)
     return None
-
-
-def _lock(file: IO[str]) -> bool:
-    """Locks a file, if it is not locked; the lock is released when the process ends."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -104,9 +104,19 @@ def inputs_of(data: DreamBoothDataModule, base: Mapping[str, Path]) -> RunInputs
         captions=_captions(data.subject_photos) if data.captions else {},
         prior_photos=_photos(given),
         prior_captions=_captions(given) if data.captions else {},
-        base={_base_name(part, path): base_hash(path) for part, path in base.items()},
+        base=_bases(base),
         held_out=_photos(data.held_out_photos),
     )
+
+
+def _bases(base: Mapping[str, Path]) -> dict[str, str]:
+    return {_base_name(part, path): base_hash(path) for part, path in base.items()}
+
+
+def has_changed_base(folder: Path, base: Mapping[str, Path]) -> bool:
+    """Whether the base of the run in `folder` is not what it was when the run began."""
+    before = read_inputs(folder)
+    return before is not None and before.base != _bases(base)
 
 
 def _base_name(part: str, path: Path) -> str:

@@ -17,15 +17,23 @@ from ldm.training.folder import claimed, folder_of
 from ldm.training.inputs import keep_inputs
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.memory import encoding, estimate, report
+from ldm.training.online_eval import Watch
 from ldm.training.recompute import with_checkpointing_chosen
 from ldm.training.schema import RunConfig
 from ldm.training.validate import validate
 
 
-def run_job(config: RunConfig, resume: str | None = None, *, allow_config_change: bool = False) -> list[Path]:
+def run_job(
+    config: RunConfig,
+    resume: str | None = None,
+    *,
+    allow_config_change: bool = False,
+    watch: Watch | None = None,
+) -> list[Path]:
     """Runs the job of a config, or continues the one in `resume` -> the paths of its results.
 
-    "auto" continues the newest unfinished run of the config's name, if there is one.
+    "auto" continues the newest unfinished run of the config's name, if there is one. watch: sees each row of
+    online evaluation, and what it raises ends the run, unfinished.
     """
     config = replace(config, trainer=distributed.join(config.trainer))
     validate(config)
@@ -40,10 +48,10 @@ def run_job(config: RunConfig, resume: str | None = None, *, allow_config_change
     with claimed(folder) if distributed.rank() == 0 else nullcontext():
         if distributed.rank() == 0:
             save_config(config.source, folder / "config.yaml")
-        return _train(config, folder, allow_change=allow_config_change)
+        return _train(config, folder, allow_change=allow_config_change, watch=watch)
 
 
-def _train(config: RunConfig, folder: Path, *, allow_change: bool) -> list[Path]:
+def _train(config: RunConfig, folder: Path, *, allow_change: bool, watch: Watch | None) -> list[Path]:
     """Loads the base, trains, exports -> the paths that rank 0 writes."""
     module, data = instantiate(config.model), instantiate(config.data)
     files, base_hash = run.base_files(config), ""
@@ -56,7 +64,7 @@ def _train(config: RunConfig, folder: Path, *, allow_change: bool) -> list[Path]
             module.add_learned_token()
             data.attach(encode=module.encode_images, vae_hash=base_hash)
     if isinstance(data, DreamBoothDataModule):
-        return DreamBoothRun(module, data, config, folder, base_hash=base_hash)()
+        return DreamBoothRun(module, data, config, folder, base_hash=base_hash, watch=watch)()
     run.fit(module, data, config, folder=folder, callbacks=[ThroughputLogger()])
     return [] if distributed.rank() else [run.export(module, config, folder, size=data.size)]
 

@@ -19,6 +19,10 @@ log = logging.getLogger(__name__)
 MOST_SKIPS = 30  # consecutive fp16 steps: the loss scale has then gone from 65536 to below 0.0001
 
 
+class NonFiniteError(UserError):
+    """A loss or a gradient is not finite: the settings are at fault, not the machine."""
+
+
 class AsyncHostCopy:
     """Asynchronous device-to-host copy; `read` waits for the copy, not for later work of the device."""
 
@@ -110,14 +114,14 @@ class NonFiniteGuard(pl.Callback):
         return self._running
 
 
-def _error(what: str, step: Step, items: list[tuple[int, str]], module: pl.LightningModule) -> UserError:
+def _error(what: str, step: Step, items: list[tuple[int, str]], module: pl.LightningModule) -> NonFiniteError:
     """The error for a step, with its items and their timesteps, if they have any."""
     names = [f"{stream} item {number}" for number, stream in items]
     if isinstance(module, LatentDiffusion):
         timesteps = torch.empty(len(items), dtype=torch.int64)
         module.process.sample_times(ItemRNG(module.seed, items), timesteps)
         names = [f"{name} at timestep {t}" for name, t in zip(names, timesteps.tolist(), strict=True)]
-    return UserError(
+    return NonFiniteError(
         f"The {what} of step {step.number} is not finite",
         where=", ".join(names),
         remedy="No later checkpoint was written. Lower the learning rate, or train in bf16-mixed or float32.",

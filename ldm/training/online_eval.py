@@ -1,7 +1,7 @@
 """Online evaluation: metrics of the subject and of its class during training."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +11,8 @@ from ldm.training.before_after import BeforeAfterEvaluation
 from ldm.training.device import temporarily_on
 from ldm.training.schema import OnlineEvalConfig, RunConfig
 
+Watch = Callable[[Mapping[str, float]], None]  # is shown each row; what it raises ends the training
+
 
 class OnlineEvalCallback(pl.Callback):
     """Evaluates the weights that would be exported (the average, if there is one) after validation.
@@ -19,9 +21,12 @@ class OnlineEvalCallback(pl.Callback):
     the evaluation's.
     """
 
-    def __init__(self, before_after: BeforeAfterEvaluation, config: OnlineEvalConfig):
+    def __init__(
+        self, before_after: BeforeAfterEvaluation, config: OnlineEvalConfig, watch: Watch | None = None
+    ):
         self.before_after = before_after
         self.config = config
+        self.watch = watch
         self.rows: list[dict[str, float]] = []
         self.seconds = 0.0  # spent on evaluation in this process
 
@@ -50,6 +55,8 @@ class OnlineEvalCallback(pl.Callback):
         self.rows.append({"step": step, **metrics})
         module.log_dict({f"measure/{name}": value for name, value in metrics.items()}, sync_dist=True)
         trainer.should_stop |= self._over()
+        if self.watch is not None:
+            self.watch(self.rows[-1])
 
     def latest(self, step: int) -> float | None:
         """The score at this step, if it was evaluated."""

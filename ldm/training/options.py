@@ -1,6 +1,7 @@
 """A command line -> the config of its run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ldm.config import allow, load_config
 from ldm.training.command import Command, read_command
@@ -11,9 +12,16 @@ def config_of(command: Command) -> RunConfig:
     """The merged and checked config. Raises UserError for a wrong file or key, type or number."""
     for package in command.allow:
         allow(package)
-    config = load_config(command.paths, command.dotlist, literals=command.literals)
-    given = [*(f"{key}={value}" for key, value in command.literals.items()), *command.dotlist]
-    return RunConfig.parse(config, paths=command.paths, dotlist=given)
+    return merge(command.paths, command.dotlist, literals=command.literals)
+
+
+def merge(
+    paths: Sequence[str | Path], dotlist: Sequence[str] = (), *, literals: Mapping[str, str | int]
+) -> RunConfig:
+    """Config files, then values as they are, then overrides -> the checked config (see `load_config`)."""
+    config = load_config(paths, dotlist, literals=literals)
+    given = [*(f"{key}={value}" for key, value in literals.items()), *dotlist]
+    return RunConfig.parse(config, paths=paths, dotlist=given)
 
 
 def parse(argv: Sequence[str], *, description: str | None = None) -> RunConfig:

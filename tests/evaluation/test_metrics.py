@@ -1,12 +1,16 @@
 """The figures against hand-counted readings and closed forms."""
 
+from statistics import NormalDist
+
 import pytest
 import torch
 
+from ldm.evaluation import metrics
 from ldm.evaluation.metrics import (
     bootstrap,
     carries_subject,
     diversity,
+    expanded_tail,
     frechet_distance,
     majority,
     matches,
@@ -51,7 +55,7 @@ def test_diversity_needs_a_pair():
 
 def test_bootstrap_matches_the_normal_interval_of_a_mean():
     values = torch.randn(400, generator=torch.Generator().manual_seed(1)) + 2
-    low, high = bootstrap(values, lambda rows: float(rows.mean()))
+    low, high = bootstrap(values)
     half = 1.96 * values.std() / 400**0.5
     assert low == pytest.approx(float(values.mean() - half), abs=0.02)
     assert high == pytest.approx(float(values.mean() + half), abs=0.02)
@@ -60,7 +64,33 @@ def test_bootstrap_matches_the_normal_interval_of_a_mean():
 def test_bootstrap_resamples_rows_not_single_values():
     """Two seeds that differ, each with equal prompts: as many prompts as one likes narrow nothing."""
     rows = torch.tensor([[0.0] * 50, [1.0] * 50])
-    assert bootstrap(rows, lambda r: float(r.mean())) == (0.0, 1.0)
+    assert bootstrap(rows) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (3, 4.30265), (6, 2.57058), (12, 2.20099), (31, 2.04227)])
+def test_the_tail_is_that_of_students_t(n: int, t: float):
+    """Against the printed quantiles of t at 0.975; for many rows it is the percentile interval's."""
+    assert expanded_tail(n) == pytest.approx(NormalDist().cdf(-t * (n / (n - 1)) ** 0.5), rel=1e-3)
+    assert expanded_tail(2000) == pytest.approx(0.025, rel=0.005)
+
+
+@pytest.mark.parametrize(("n", "least"), [(6, 0.90), (12, 0.93)])
+def test_few_rows_are_covered_better_than_by_percentiles(n: int, least: float):
+    """Of intervals of the mean of n normal numbers, how many hold the true one; percentiles: 85 and 92 %."""
+    generator = torch.Generator().manual_seed(n)
+    studies = torch.randn(1000, n, generator=generator)
+    held = [low <= 0 <= high for low, high in (bootstrap(values, resamples=1000) for values in studies)]
+    means = studies[:, torch.randint(n, (1000, n), generator=generator)].mean(2)
+    low, high = means.quantile(torch.tensor([0.025, 0.975]), dim=1)
+    expanded, percentile = sum(held) / 1000, float(((low <= 0) & (high >= 0)).float().mean())
+    assert expanded > least and abs(expanded - 0.95) < abs(percentile - 0.95) - 0.01
+
+
+def test_more_rows_than_fit_at_a_time_make_the_same_interval(monkeypatch: pytest.MonkeyPatch):
+    values = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    whole = bootstrap(values, resamples=500)
+    monkeypatch.setattr(metrics, "MOST_DRAWN", 64)
+    assert bootstrap(values, resamples=500) == whole
 
 
 def test_total_variation_by_hand():

@@ -1,6 +1,7 @@
 """Short trainings of tiny networks, each begun as a new process would begin it, and how to stop them."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
+from ldm.config import save_config
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.evaluation.curves import Curve, read_curves
-from ldm.training import run
+from ldm.training import grid, run
+from ldm.training.folder import MARKER, folder_of
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.schema import FitConfig, TrainerOptions
+from ldm.training.schema import FitConfig, RunConfig, TrainerOptions
 from tests.factories import build_module
 
 
@@ -157,3 +160,47 @@ def words(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folde
     }
     OmegaConf.save(OmegaConf.create(config), workdir / "tiny.yaml")
     return ["--base", "tiny.yaml"]
+
+
+@dataclass
+class ScriptedRuns:
+    """In place of `run_job`: folders, curves and metrics.json as a run leaves them, without a training.
+
+    metrics: config, share of the steps done -> the metrics then. before_step: name of the run, step -> what
+    happens to the process there. steps: (name of the run, step) for each that was made, in order.
+    """
+
+    metrics: Callable[[RunConfig, float], Mapping[str, float]]
+    before_step: Callable[[str, int], None] = lambda name, step: None
+    steps: list[tuple[str, int]] = field(default_factory=list)
+    length: int = 4
+
+    def __call__(self, config: RunConfig, resume: str, *, watch: Callable | None = None) -> None:
+        folder = folder_of(config.container, resume, allow_config_change=False)
+        save_config(config.source, folder / "config.yaml")
+        (folder / MARKER).touch()
+        kept = folder / "checkpoints" / "rows.json"
+        kept.parent.mkdir(exist_ok=True)
+        rows = json.loads(kept.read_text()) if kept.exists() else []
+        for step in range(len(rows) + 1, self.length + 1):
+            self.before_step(config.name, step)
+            rows.append({"step": step, **self.metrics(config, step / self.length)})
+            self.steps.append((config.name, step))
+            if watch is not None:
+                watch(rows[-1])
+            kept.write_text(json.dumps(rows))
+        metrics = {**self.metrics(config, 1.0), "measures": rows, "seconds": {"training": 10.0}}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        (folder / MARKER).unlink()
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ScriptedRuns]:
+    """Replaces the runs of studies and searches by `ScriptedRuns` of these arguments."""
+
+    def replace_runs(*args: Any, **options: Any) -> ScriptedRuns:
+        runs = ScriptedRuns(*args, **options)
+        monkeypatch.setattr(grid, "run_job", runs)
+        return runs
+
+    return replace_runs

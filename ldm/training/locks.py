@@ -1,0 +1,52 @@
+"""Locks on files, which end with the process that holds them, however it ends.
+
+The locks are POSIX's, which hold between machines on one network file system too. They are a process's, and
+closing a file ends its process's lock on it: who holds one does not open the file a second time.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from ldm.files import make_folder, writing
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes in one run are not told apart there
+    fcntl = None
+
+CAN_LOCK = fcntl is not None
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Locks a file, if it is not locked; the lock is released when the process ends."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Locks a file until the block is left -> whether no other process holds it."""
+    make_folder(path.parent)
+    with writing(path):
+        file = path.open("a")
+    with file:
+        yield try_lock(file)
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Waits for a file's lock, and holds it until the block is left."""
+    make_folder(path.parent)
+    with writing(path):
+        file = path.open("a")
+    with file:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
