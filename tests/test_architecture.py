@@ -25,6 +25,7 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
     "model_file": {"checkpoints", "config", "denoiser", "diffusion", "models"},
     "pipeline": {"denoiser", "diffusion", "model_file", "models", "precision"},
     "evaluation": {"pipeline", "precision", "diffusion", "storybook", "data"},
+    "reports": {"evaluation"},
     "training": {
         "checkpoints",
         "config",
@@ -35,6 +36,7 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
         "models",
         "pipeline",
         "precision",
+        "reports",
         "storybook",
     },
 }

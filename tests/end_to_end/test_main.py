@@ -84,6 +84,8 @@ def test_a_run_leaves_its_results_and_a_resumed_one_the_same_weights(job: list[s
     assert metrics["prior_images"] == 3 and set(metrics["seconds"]) >= {"prior_images", "training"}
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "a photo of sks disc" in page and page.count("data:image/") >= 4 + 3 + 4
+    assert "main.py --base tiny.yaml</dd>" in page and "<dd>3, each of 2 photos</dd>" in page
+    assert "<dd>learning_rate 0.001</dd>" in page and "tiny.safetensors, sha256" in page
     names = {p.name for p in (folder / "samples").iterdir()}
     assert names == {"00-00.png", "00-01.png", "before", "contact_sheet.png", "step-000002.png"}
 
@@ -162,6 +164,8 @@ def test_figures_on_the_way_choose_the_weights(job: list[str]):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert f"The score was best after step {best}" in page
     assert "With other sampling" in page and "no guidance" in page
+    assert set(metrics["measures_noise_floor"]) == set(metrics["noise_floor"])
+    assert page.count("(noise floor ") >= len(rows)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.evaluation.curves import Curve, read_curves
+from ldm.reports.curves import Curve, read_curves
 from ldm.training import run
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.schema import FitConfig, TrainerOptions
