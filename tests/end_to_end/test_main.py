@@ -16,6 +16,7 @@ from ldm.errors import UserError
 from ldm.storybook.subjects import SUBJECTS, write_subject
 from ldm.training.job import run_job
 from ldm.training.options import parse
+from tests.factories import run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,41 +24,15 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def job(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folder: Path) -> list[str]:
     """Command-line arguments of a DreamBooth job of 3 steps."""
-    config = {
-        "name": "tiny",
-        "seed": 5,
-        "base_checkpoint": str(tiny_model_file),
-        "checkpoint_every": 1,
-        "model": {
-            "target": "ldm.training.latent_diffusion.LatentDiffusion",
-            "params": tiny_config | {"learning_rate": 1e-3},
-        },
-        "data": {
-            "target": "ldm.data.dreambooth.DreamBoothDataModule",
-            "params": {
-                "subject_root": str(subject_folder),
-                "class_word": "disc",
-                "size": 16,
-                "batch_size": 2,
-                "num_priors": 3,
-            },
-        },
-        "priors": {"steps": 2, "guidance_scale": 2.0},
-        "trainer": {
-            "max_steps": 3,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "log_every_n_steps": 1,
-            "val_check_interval": 1,
-        },
-        "samples": {
-            "prompts": ["a photo of {identifier} {class_word}"],
-            "n": 2,
-            "steps": 2,
-            "every_steps": 2,
-        },
-        "export": {"dtype": "fp32"},
-    }
+    config = run_config(
+        tiny_config,
+        base=tiny_model_file,
+        subject=subject_folder,
+        name="tiny",
+        checkpoint_every=1,
+        trainer={"max_steps": 3, "val_check_interval": 1},
+        samples={"n": 2, "every_steps": 2},
+    )
     OmegaConf.save(OmegaConf.create(config), workdir / "tiny.yaml")
     return ["--base", "tiny.yaml"]
 
