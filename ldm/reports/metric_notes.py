@@ -47,6 +47,19 @@ def measured(metrics: Mapping[str, Any], key: str) -> Measured:
     return Measured(metrics[key], base, metrics.get("ceiling", {}).get(key), floor)
 
 
+def notes_of(metrics: Mapping[str, Any]) -> dict[str, MetricNote]:
+    """The metrics of `metrics.json` that have a card: those known here, then an evaluation's own."""
+    own = [key for key in metrics.get("base", {}) if isinstance(metrics.get(key), float)]
+    own = [key for key in own if key.removesuffix(UNGUIDED) not in METRICS]
+    known = {key: note for key, note in METRICS.items() if key in metrics}
+    return known | {key: _own_note(key, metrics[key], metrics["base"][key]) for key in own}
+
+
+def _own_note(key: str, *values: float) -> MetricNote:
+    name, scale = key.replace("_", " ").capitalize(), (min(0.0, *values), max(1.0, *values))
+    return MetricNote(name, "", "A metric of this run's own evaluation.", "", "", scale, lambda found: False)
+
+
 def signs_of_trouble(metrics: Mapping[str, Any]) -> Iterator[str]:
     """The metrics that show their sign of trouble, with or without guidance."""
     for key, note in METRICS.items():

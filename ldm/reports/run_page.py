@@ -11,7 +11,7 @@ from PIL import Image
 from ldm.files import atomic_write
 from ldm.reports.charts import chart, gauge, together
 from ldm.reports.curves import Curve, finite, is_flat
-from ldm.reports.metric_notes import METRICS, UNGUIDED, curve_notes, measured, signs_of_trouble
+from ldm.reports.metric_notes import METRICS, UNGUIDED, curve_notes, measured, notes_of, signs_of_trouble
 from ldm.reports.render import render
 from ldm.reports.thumbnails import Group, Picture, embed
 
@@ -112,14 +112,13 @@ def cards(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     troubled = set(signs_of_trouble(metrics))
     return [
         {
-            "note": METRICS[key],
+            "note": note,
             "value": f"{metrics[key]:.2f}",
-            "gauge": gauge(metrics[key], _tick(metrics, key), scale=METRICS[key].scale),
+            "gauge": gauge(metrics[key], _tick(metrics, key), scale=note.scale),
             "beside": list(_beside(metrics, key)),
             "trouble_seen": key in troubled,
         }
-        for key in METRICS
-        if key in metrics
+        for key, note in notes_of(metrics).items()
     ]
 
 
