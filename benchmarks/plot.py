@@ -1,7 +1,8 @@
 """Bars in SVG: what was measured, in groups of one case each."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
+
+from ldm.reports import svg
 
 BAR, GAP, LABEL, LENGTH = 20, 14, 430, 420  # pixels: a bar, between groups, the names' width, the longest bar
 COLOURS = ("#9aa7b8", "#3b7dd8", "#2b9e6b", "#c9762c")
@@ -14,36 +15,29 @@ def plot(
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
     longest = max([line or 0, 1e-9, *(value for values in groups.values() for value in values.values())])
     scale = LENGTH / longest
-    lines, y = [f'<text x="10" y="22" font-weight="bold">{escape(title)}</text>'], 36
-    lines += _legend(series, y)
+    parts, y = [svg.text((10, 22), title, font_weight="bold")], 36
+    parts += _legend(series, y)
     y = top = y + (BAR + GAP if len(series) > 1 else 0)
     for case, values in groups.items():
-        lines.append(f'<text x="10" y="{y + 15}">{escape(case)}</text>')
+        parts.append(svg.text((10, y + 15), case))
         for name, value in values.items():
-            length, colour = round(scale * value, 1), COLOURS[series.index(name) % len(COLOURS)]
-            lines.append(f'<rect x="{LABEL}" y="{y}" width="{length}" height="{BAR - 2}" fill="{colour}"/>')
-            lines.append(f'<text x="{LABEL + length + 6}" y="{y + 14}">{value:,.{digits}f}</text>')
+            length, colour = scale * value, COLOURS[series.index(name) % len(COLOURS)]
+            parts.append(svg.rect((LABEL, y), length, BAR - 2, fill=colour))
+            parts.append(svg.text((LABEL + length + 6, y + 14), f"{value:,.{digits}f}"))
             y += BAR
         y += GAP
     if line is not None:
-        x = round(LABEL + scale * line, 1)
-        lines.append(f'<line x1="{x}" y1="{top}" x2="{x}" y2="{y}" stroke="black" stroke-dasharray="4"/>')
-    width, height = LABEL + LENGTH + 80, y + 10
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        'font-family="sans-serif" font-size="13">'
-    )
-    return (
-        "\n".join([head, f'<rect width="{width}" height="{height}" fill="white"/>', *lines, "</svg>"]) + "\n"
-    )
+        x = LABEL + scale * line
+        parts.append(svg.line((x, top), (x, y), stroke="black", stroke_dasharray=4))
+    return svg.document(parts, LABEL + LENGTH + 80, y + 10, label=title)
 
 
 def _legend(series: Sequence[str], y: int) -> list[str]:
     if len(series) < 2:
         return []
-    lines, x = [], 10
+    parts, x = [], 10
     for name, colour in zip(series, COLOURS * len(series), strict=False):
-        lines.append(f'<rect x="{x}" y="{y}" width="14" height="14" fill="{colour}"/>')
-        lines.append(f'<text x="{x + 20}" y="{y + 12}">{escape(name)}</text>')
+        parts.append(svg.rect((x, y), 14, 14, fill=colour))
+        parts.append(svg.text((x + 20, y + 12), name))
         x += 40 + 8 * len(name)
-    return lines
+    return parts

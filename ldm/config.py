@@ -27,6 +27,8 @@ from ldm.errors import UserError
 from ldm.files import atomic_write
 
 ALLOWED = ["ldm.", "torch.optim.", "pytorch_lightning."]  # and what `allow` adds
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+INCLUDE = "include"  # of a file: others that it is merged over
 FROM_CODE = {"params", "optimizer"}  # arguments that code passes to optimizers and schedules
 RENAMED = {  # keys of latent-diffusion's configs and of earlier versions -> what they are called here
     "unet_config": "unet",
@@ -49,13 +51,14 @@ def load_config(
 ) -> DictConfig:
     """Merges YAML files from left to right, then values as they are, then `a.b=value` overrides.
 
-    `a.0=x` sets an entry of a list. A node that gets the target of an unrelated class loses the params that
-    it had. literals: dotted key -> a value that is not read as YAML.
+    A file may begin with `include: [others]`, over which it is merged. `a.0=x` sets an entry of a list. A
+    node that gets the target of an unrelated class loses the params that it had. literals: dotted key -> a
+    value that is not read as YAML.
     """
     config = OmegaConf.create({})
     for path in paths:
-        update = _read(Path(path))
-        config = OmegaConf.merge(_without_old_params(config, update), update)
+        for update in _read(Path(path)).values():
+            config = OmegaConf.merge(_without_old_params(config, update), update)
     for key, value in (literals or {}).items():
         OmegaConf.update(config, key, _escaped(value) if isinstance(value, str) else value)
     for item in dotlist:
@@ -354,7 +357,27 @@ def _escaped(text: str) -> str:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
-def _read(path: Path) -> DictConfig:
+def _read(path: Path, including: Sequence[Path] = ()) -> dict[Path, DictConfig]:
+    """A file and those that it includes, in the order in which they are merged: itself last.
+
+    An included name is one beside the file or, if nothing is there, in the repository's configs/.
+    """
+    own = _load(path)
+    names = OmegaConf.to_container(own).get(INCLUDE, [])
+    if not fits(names, str | list[str]):
+        raise UserError(f"`{INCLUDE}` should be a list of files", where=path)
+    if path.resolve() in including:
+        raise UserError("The config includes itself", where=path, remedy=f"Take `{INCLUDE}` off.")
+    files: dict[Path, DictConfig] = {}
+    for name in [names] if isinstance(names, str) else names:
+        beside = path.parent / name
+        found = _read(beside if beside.exists() else CONFIGS / name, (*including, path.resolve()))
+        files = {file: content for file, content in files.items() if file not in found} | found
+    own.pop(INCLUDE, None)
+    return files | {path: own}
+
+
+def _load(path: Path) -> DictConfig:
     if not path.is_file():
         names = [str(other) for other in path.parent.glob("*.y*ml")]
         raise UserError("There is no such config file", where=path, remedy=_nearest(str(path), names))
@@ -372,7 +395,8 @@ def _read(path: Path) -> DictConfig:
 
 def _origins(key: str, paths: Sequence[str | Path], dotlist: Sequence[str]) -> list[str]:
     """The files, then the overrides, that set a dotted key or else the node around it."""
-    origins = [str(path) for path in paths if _sets(_read(Path(path)), key)]
+    contents = [item for path in paths for item in _read(Path(path)).items()]
+    origins = [str(path) for path, content in contents if _sets(content, key)]
     origins += [item for item in dotlist if f"{item.partition('=')[0].strip()}.".startswith(f"{key}.")]
     around = key.rpartition(".")[0]
     return origins if origins or not around else _origins(around, paths, dotlist)

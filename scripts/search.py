@@ -21,7 +21,7 @@ from ldm.config import allow
 from ldm.contact_sheet import contact_sheet
 from ldm.data.images import load_image
 from ldm.errors import UserError
-from ldm.evaluation import search_page
+from ldm.reports import search_page
 from ldm.training import signals
 from ldm.training.grid import run_in_processes, slug, write_text
 from ldm.training.search import Search, check_search, overrides_of

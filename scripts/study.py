@@ -11,7 +11,7 @@ writes studies/NAME.csv, .md and .svg.
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -20,7 +20,8 @@ from ldm.config import allow
 from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.images import load_image
 from ldm.errors import UserError
-from ldm.evaluation import sweep_page
+from ldm.evaluation.statistics import Row
+from ldm.reports import sweep_page
 from ldm.training import signals
 from ldm.training.grid import Job, metric_of, metrics_of, run_in_processes, time_left, work, write_text
 from ldm.training.sweep import Sweep, baselines_of, jobs_of, read_sweep, rows_of
@@ -38,13 +39,25 @@ def publish(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:
             grouped.setdefault(name, []).append((row, metrics["seconds"]["training"]))
     rows = [row for group in grouped.values() for row, _ in group]
     seconds = {name: mean(spent for _, spent in group) for name, group in grouped.items()}
-    texts = {f"{sweep.name}.csv": sweep_page.to_csv(rows)}
-    plots = {f"{sweep.name}.svg": sweep_page.panels(rows, sweep.metrics)}
     folder.mkdir(parents=True, exist_ok=True)
     sheet = save_pictures(sweep, jobs, folder)
+    texts = texts_of(sweep, rows, seconds, pictures=[path.name for path in sheet])
+    return [*(write_text(folder / name, text) for name, text in texts.items()), *sheet]
+
+
+def texts_of(
+    sweep: Sweep, rows: Sequence[Row], seconds: Mapping[str, float], *, pictures: Sequence[str] = ()
+) -> dict[str, str]:
+    """The files of a study by name: its CSV, its page, its plots.
+
+    rows: as in the CSV. seconds: variant -> mean of its trainings. pictures: files of contact sheets.
+    """
+    plots = {f"{sweep.name}.svg": sweep_page.panels(rows, sweep.metrics)}
+    shown = {f"{sweep.name}.svg": sweep_page.panels_label(rows, sweep.metrics)}
     if sweep.frontier:
         plots[f"{sweep.name}-frontier.svg"] = sweep_page.frontier(rows, *sweep.frontier)
-    texts[f"{sweep.name}.md"] = sweep_page.page(
+        shown[f"{sweep.name}-frontier.svg"] = sweep_page.frontier_label(*sweep.frontier)
+    page = sweep_page.page(
         sweep.name,
         title=sweep.title,
         claim=sweep.claim,
@@ -54,10 +67,10 @@ def publish(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:
         rows=rows,
         metrics=sweep.metrics,
         seconds=seconds,
-        baselines=baselines_of(sweep, list(grouped)),
-        pictures=[*plots, *(path.name for path in sheet)],
+        baselines=baselines_of(sweep, list(seconds)),
+        pictures=shown | dict.fromkeys(pictures, f"Samples of {sweep.pictures}, a row for each variant"),
     )
-    return [*(write_text(folder / name, text) for name, text in (texts | plots).items()), *sheet]
+    return {f"{sweep.name}.csv": sweep_page.to_csv(rows), f"{sweep.name}.md": page, **plots}
 
 
 def save_pictures(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:

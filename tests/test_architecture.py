@@ -1,6 +1,7 @@
 """The house keeps its order: who imports whom, how long things may be, that all is typed."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -26,6 +27,7 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
     "model_file": {"checkpoints", "config", "denoiser", "diffusion", "models"},
     "pipeline": {"denoiser", "diffusion", "model_file", "models", "precision"},
     "evaluation": {"pipeline", "precision", "diffusion", "storybook", "data"},
+    "reports": {"evaluation"},
     "training": {
         "checkpoints",
         "conditioner",
@@ -37,6 +39,7 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
         "models",
         "pipeline",
         "precision",
+        "reports",
         "storybook",
     },
 }
@@ -150,6 +153,16 @@ for name in {sorted(MODULES)!r}:
     importlib.import_module(name)
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_the_page_of_the_architecture_names_what_is_there():
+    """docs/architecture.md: each path that it names exists, and its table is the one above."""
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    paths = set(re.findall(r"`([\w./-]+(?:/|\.\w+))`", page)) - {"model.safetensors", "report.html"}
+    assert len(paths) > 50 and {path for path in paths if not (ROOT / path).exists()} == set()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE)
+    assert {room: set(names.split(", ")) - {"nothing"} for room, names in rows} == MAY_IMPORT
+    assert LEAVES == set(re.findall(r"`ldm/(\w+)\.py`", page.split("From anywhere")[1].split("##")[0]))
 
 
 def test_the_table_can_fail(tmp_path):

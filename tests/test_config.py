@@ -68,6 +68,44 @@ def test_a_quoted_number_stays_text_through_override_and_save(write, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.yaml", "saved.yaml"]
 
 
+def test_a_file_is_merged_over_those_that_it_includes(write, tmp_path):
+    (tmp_path / "parts").mkdir()
+    write("a: {b: 1, c: 1, d: 1}\n", "parts/first.yaml")
+    write("include: first.yaml\na: {c: 2, d: 2}\n", "parts/second.yaml")
+    own = write("include: [parts/first.yaml, parts/second.yaml]\na: {d: 3}\n")
+    other = write("include: [parts/second.yaml]\n", "other.yaml")
+    assert load_config([own]) == {"a": {"b": 1, "c": 2, "d": 3}}
+    assert load_config([own, other]) == {"a": {"b": 1, "c": 2, "d": 2}}
+    assert load_config([other, own], ["a.b=4"]) == {"a": {"b": 4, "c": 2, "d": 3}}
+
+
+def test_included_files_of_the_repository_are_found_from_anywhere(write):
+    config = load_config([write("include: networks/sd1.yaml\n")])
+    assert config.model.params.unet.target == "ldm.models.unet.UNetModel"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("include: absent.yaml\n", r"no such config file \(.*absent\.yaml"),
+        ("include: [b.yaml]\n", r"includes itself \(.*[ab]\.yaml"),
+        ("include: {a: 1}\n", r"`include` should be a list of files \(.*a\.yaml"),
+        ("include: [1]\n", r"`include` should be a list of files \(.*a\.yaml"),
+        ("include:\n", r"`include` should be a list of files \(.*a\.yaml"),
+    ],
+)
+def test_an_include_that_cannot_be_followed(write, text, message):
+    write("include: a.yaml\n", "b.yaml")
+    with pytest.raises(UserError, match=message):
+        load_config([write(text)])
+
+
+def test_a_mistake_in_an_included_file_names_that_file(write):
+    write("lr: slow\n", "b.yaml")
+    path = write("include: b.yaml\nseed: 1\n")
+    assert "b.yaml" in refusal(load_config([path]), SCHEMA, paths=[path])
+
+
 def test_a_missing_file_names_the_nearest(write, tmp_path):
     write("", "dreambooth.yaml"), write("", "judge.yaml")
     with pytest.raises(UserError, match=r"dreamboth\.yaml.*Did you mean .*/dreambooth\.yaml`"):

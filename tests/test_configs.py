@@ -1,11 +1,13 @@
 """Every shipped YAML fits the constructors that it names, and its model builds (on the meta device)."""
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer
 
 from ldm.config import check, instantiate, load_config, to_container
@@ -17,6 +19,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MAIN = CONFIGS / "dreambooth.yaml"
 BASE = CONFIGS / "storybook/base.yaml"
 PRESETS = sorted([*(CONFIGS / "presets").glob("*.yaml"), *(CONFIGS / "studies/common").glob("*.yaml")])
+JOBS = sorted(CONFIGS.glob("*.yaml"))
 BASE_PRESETS = [CONFIGS / "storybook/base-gpu.yaml"]
 ALONE = sorted({*CONFIGS.glob("*.yaml"), *(CONFIGS / "storybook").glob("*.yaml")} - set(BASE_PRESETS))
 MERGES = [[path] for path in ALONE] + [[MAIN, preset] for preset in PRESETS]
@@ -74,12 +77,47 @@ def test_stable_diffusion_has_its_released_size(name, unet, text_encoder):
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])
 def test_each_value_of_stable_diffusion_is_commented(name):
-    lines = (CONFIGS / f"dreambooth-{name}.yaml").read_text(encoding="utf-8").splitlines()
-    values = [line for line in lines if ": " in line and not line.startswith("#")]
-    assert (
-        len(values) > 40
-        and [line for line in values if " # " not in line and "target: ldm." not in line] == []
-    )
+    lines = [line for path in included(CONFIGS / f"dreambooth-{name}.yaml") for line in lines_of(path)]
+    values = [line for line in lines if ": " in line and not line.lstrip().startswith("#")]
+    bare = [line for line in values if " # " not in line and not re.search("(target|include): ", line)]
+    assert len(values) > 40 and bare == []
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def included(path: Path) -> list[Path]:
+    """A file and those that it includes."""
+    names = OmegaConf.to_container(OmegaConf.load(path)).get("include", [])
+    beside = [path.parent / name for name in ([names] if isinstance(names, str) else names)]
+    files = [file if file.exists() else CONFIGS / file.relative_to(path.parent) for file in beside]
+    return [path, *(inner for file in files for inner in included(file))]
+
+
+def test_configs_of_runs_hold_only_what_differs():
+    assert {path.name: len(lines_of(path)) for path in JOBS if len(lines_of(path)) > 40} == {}
+    parts = {*(CONFIGS / "networks").glob("*.yaml"), *(CONFIGS / "common").glob("*.yaml")}
+    assert parts == {file for path in ALONE for file in included(path)} & parts  # none is left over
+    for part in parts:
+        keys = OmegaConf.to_container(OmegaConf.load(part))
+        assert "name" not in keys and "base_checkpoint" not in keys
+
+
+@pytest.mark.parametrize(
+    ("path", "digest"),
+    [
+        ("dreambooth.yaml", "c5f33d79c609ab0f"),
+        ("dreambooth-sd1.yaml", "dda7a76ed02ec4dc"),
+        ("dreambooth-sd2.yaml", "c68098da6c0dc971"),
+        ("storybook/base.yaml", "07525ff8e30cc2dd"),
+        ("storybook/text_encoder.yaml", "881e82b2e8beb98d"),
+    ],
+)
+def test_a_config_of_parts_says_what_it_said_in_one_piece(path: str, digest: str):
+    """Every key and value of the merged config. Who changes one on purpose writes the new digest here."""
+    merged = json.dumps(to_container(load_config([CONFIGS / path])), sort_keys=True)
+    assert hashlib.sha256(merged.encode()).hexdigest()[:16] == digest, merged
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])

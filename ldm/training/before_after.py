@@ -84,5 +84,9 @@ class BeforeAfterEvaluation:
         pipeline = MemoPipeline(self.pipeline, ImageMemo() if memo is None else memo)
         return self.evaluation.summary(self._measure(pipeline), self.base, self.subject)
 
+    def noise_floor(self) -> Mapping[str, float]:
+        """What the metrics of a shift are by chance, by this number of samples; call `before` first."""
+        return self.evaluation.summary(self.base, self.base, self.subject).get("noise_floor", {})
+
     def _measure(self, pipeline: MemoPipeline, *, is_base: bool = False) -> Any:
         return self.evaluation.measure(pipeline, subject=self.subject, prompts=self.prompts, is_base=is_base)

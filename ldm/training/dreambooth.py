@@ -10,13 +10,13 @@ import pytorch_lightning as pl
 from ldm.annotations import Node
 from ldm.data.caption_length import check_lengths, prompts_of
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.data.images import ImageFiles, load_image
+from ldm.data.images import ImageFiles
 from ldm.data.priors import PriorSet
 from ldm.data.prompts import fill
-from ldm.evaluation.curves import read_curves
 from ldm.evaluation.memo import ImageMemo
-from ldm.evaluation.report import EvalHistory, Report, Row, write_report
 from ldm.pipeline import Text2Image
+from ldm.reports.curves import read_curves
+from ldm.reports.run_page import Report, Row, write_report
 from ldm.training import distributed, run
 from ldm.training.before_after import BeforeAfterEvaluation, evaluation_nodes
 from ldm.training.callbacks import LogFirstStepTime, OffloadVAE, Previews, ThroughputLogger
@@ -24,6 +24,7 @@ from ldm.training.device import peak_memory_mib
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.limits import limits_of
 from ldm.training.online_eval import OnlineEvalCallback, Watch, best_of
+from ldm.training.run_facts import run_facts
 from ldm.training.sampling import (
     base_denoiser,
     frozen,
@@ -166,6 +167,7 @@ class DreamBoothRun:
         online = {"measures": history, "best_step": best} if history else {}
         if self.online_eval is not None:
             online["measures_seconds"] = round(self.online_eval.seconds, 2)  # of "training"
+            online["measures_noise_floor"] = self.online_eval.before_after.noise_floor()
         metrics = {
             **final,
             **({"evaluate_also": also} if also else {}),
@@ -187,16 +189,14 @@ class DreamBoothRun:
         previews = sorted(self.folder.glob("samples/step-*.png"))
         report = Report(
             title=f"{self.folder.name}: {self.data.subject_prompt}",
+            facts=run_facts(self.config, self.data, self.folder, base_hash=self.base_hash),
             subject=ImageFiles(photo.path for photo in self.data.subject_photos),
             priors=ImageFiles(photo.path for photo in priors),
             rows=[Row(prompt, old, new) for (prompt, old), (_, new) in pairs],
             metrics=metrics,
-            seconds=metrics["seconds"],
             curves=read_curves(self.folder / "tensorboard"),
             config=(self.folder / "config.yaml").read_text(encoding="utf-8"),
-            previews=[(int(path.stem.split("-")[1]), load_image(path)) for path in previews],
-            eval_history=EvalHistory(metrics.get("measures", []), metrics.get("best_step")),
-            also=metrics.get("evaluate_also", {}),
-            notes=[f"{note}." for note in self.notes],
+            previews=ImageFiles(previews),
+            preview_steps=[int(path.stem.split("-")[1]) for path in previews],
         )
         return write_report(self.folder / "report.html", report)

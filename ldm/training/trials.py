@@ -20,8 +20,8 @@ import torch
 
 from ldm.config import instantiate
 from ldm.errors import UserError
-from ldm.evaluation.search_page import Result, trial_name
 from ldm.files import make_folder
+from ldm.reports.search_page import Result, trial_name
 from ldm.training.grid import Job, drop_checkpoints, duration, finish, metric_of
 from ldm.training.inputs import base_hash
 from ldm.training.locks import claim, exclusive

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from ldm.config import load_config
 from ldm.errors import UserError
 from ldm.storybook.subjects import new_subject, write_subject
 from ldm.storybook.world import CONTEXTS, draw, same_subject
@@ -95,7 +96,7 @@ def a_run(folders: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "model.safetensors").symlink_to(find_file(evaluate.BASE))
     photos = {"subject_root": str(folders / "photos"), "class_word": "cat"}
-    config = OmegaConf.load(find_file("configs/dreambooth.yaml"))
+    config = load_config([find_file("configs/dreambooth.yaml")])
     own = {"name": "cat", "data": {"params": photos}, "evaluation": None, "samples": SAMPLES}
     OmegaConf.save(OmegaConf.merge(config, own), folder / "config.yaml")
     return folder

@@ -16,6 +16,7 @@ from ldm.errors import UserError
 from ldm.storybook.subjects import SUBJECTS, write_subject
 from ldm.training.job import run_job
 from ldm.training.options import parse
+from tests.factories import run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,41 +24,15 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def job(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folder: Path) -> list[str]:
     """Command-line arguments of a DreamBooth job of 3 steps."""
-    config = {
-        "name": "tiny",
-        "seed": 5,
-        "base_checkpoint": str(tiny_model_file),
-        "checkpoint_every": 1,
-        "model": {
-            "target": "ldm.training.latent_diffusion.LatentDiffusion",
-            "params": tiny_config | {"learning_rate": 1e-3},
-        },
-        "data": {
-            "target": "ldm.data.dreambooth.DreamBoothDataModule",
-            "params": {
-                "subject_root": str(subject_folder),
-                "class_word": "disc",
-                "size": 16,
-                "batch_size": 2,
-                "num_priors": 3,
-            },
-        },
-        "priors": {"steps": 2, "guidance_scale": 2.0},
-        "trainer": {
-            "max_steps": 3,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "log_every_n_steps": 1,
-            "val_check_interval": 1,
-        },
-        "samples": {
-            "prompts": ["a photo of {identifier} {class_word}"],
-            "n": 2,
-            "steps": 2,
-            "every_steps": 2,
-        },
-        "export": {"dtype": "fp32"},
-    }
+    config = run_config(
+        tiny_config,
+        base=tiny_model_file,
+        subject=subject_folder,
+        name="tiny",
+        checkpoint_every=1,
+        trainer={"max_steps": 3, "val_check_interval": 1},
+        samples={"n": 2, "every_steps": 2},
+    )
     OmegaConf.save(OmegaConf.create(config), workdir / "tiny.yaml")
     return ["--base", "tiny.yaml"]
 
@@ -84,6 +59,8 @@ def test_a_run_leaves_its_results_and_a_resumed_one_the_same_weights(job: list[s
     assert metrics["prior_images"] == 3 and set(metrics["seconds"]) >= {"prior_images", "training"}
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "a photo of sks disc" in page and page.count("data:image/") >= 4 + 3 + 4
+    assert "main.py --base tiny.yaml</dd>" in page and "<dd>3, each of 2 photos</dd>" in page
+    assert "<dd>learning_rate 0.001</dd>" in page and "tiny.safetensors, sha256" in page
     names = {p.name for p in (folder / "samples").iterdir()}
     assert names == {"00-00.png", "00-01.png", "before", "contact_sheet.png", "step-000002.png"}
 
@@ -162,6 +139,8 @@ def test_figures_on_the_way_choose_the_weights(job: list[str]):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert f"The score was best after step {best}" in page
     assert "With other sampling" in page and "no guidance" in page
+    assert set(metrics["measures_noise_floor"]) == set(metrics["noise_floor"])
+    assert page.count("(noise floor ") >= len(rows)
 
 
 @pytest.mark.parametrize(

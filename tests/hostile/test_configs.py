@@ -1,19 +1,20 @@
 """Configs from anywhere: each is built from or refused by key, before anything is built."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
+from ldm.config import load_config, to_container
 from ldm.errors import UserError
 from ldm.training.options import parse
 from tests.hostile.conftest import HOSTILE, outcome
 
 ROOT = Path(__file__).resolve().parents[2]
-WHOLE = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/dreambooth.yaml"))
+WHOLE = to_container(load_config([ROOT / "configs/dreambooth.yaml"]))
 
 FILES = {
     "an empty file": b"",
@@ -24,6 +25,10 @@ FILES = {
     "a Python object": b"name: !!python/object/apply:os.system ['true']\n",
     "a key twice": b"name: a\nname: b\n",
     "only a name": b"name: x\n",
+    "a file that includes itself": b"include: [bad.yaml]\n",
+    "a file that includes a device": b"include: [/dev/zero]\n",
+    "a file that includes no names": b"include: [[{a: 1}]]\n",
+    "a file that includes by a resolver": b'include: ["${oc.env:HOME}"]\n',
     "an anchor bomb": b"a: &a [x,x,x,x,x,x,x,x,x]\n"
     + b"".join(b"%c: &%c [*%c,*%c]\n" % (k + 1, k + 1, k, k) for k in range(ord("a"), ord("h"))),
 }
@@ -87,7 +92,7 @@ def leaves(node: dict, key: tuple = ()) -> list[tuple]:
 @settings(HOSTILE, max_examples=60)
 @given(key=st.sampled_from(leaves(WHOLE)), cut=st.integers(1, 4), value=VALUES)
 def test_any_value_anywhere(tmp_path: Path, key: tuple, cut: int, value: object):
-    config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/dreambooth.yaml"))
+    config = copy.deepcopy(WHOLE)
     node = config
     for name in key[:cut][:-1]:
         node = node[name]

@@ -13,12 +13,12 @@ from omegaconf import OmegaConf
 
 from ldm.config import save_config
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.evaluation.curves import Curve, read_curves
+from ldm.reports.curves import Curve, read_curves
 from ldm.training import grid, run
 from ldm.training.folder import MARKER, folder_of
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.schema import FitConfig, RunConfig, TrainerOptions
-from tests.factories import build_module
+from tests.factories import build_module, run_config
 
 
 class Killed(BaseException):
@@ -128,36 +128,15 @@ def differences(one: Any, other: Any, at: str = "") -> list[str]:
 
 @pytest.fixture
 def words(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folder: Path) -> list[str]:
-    config = {
-        "name": "one",
-        "seed": 5,
-        "base_checkpoint": str(tiny_model_file),
-        "model": {
-            "target": "ldm.training.latent_diffusion.LatentDiffusion",
-            "params": tiny_config | {"learning_rate": 1e-3},
-        },
-        "data": {
-            "target": "ldm.data.dreambooth.DreamBoothDataModule",
-            "params": {
-                "subject_root": str(subject_folder),
-                "class_word": "disc",
-                "size": 16,
-                "batch_size": 2,
-                "num_priors": 3,
-                "validation_batches": 1,
-            },
-        },
-        "priors": {"steps": 2, "guidance_scale": 2.0},
-        "trainer": {
-            "max_steps": 4,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "log_every_n_steps": 1,
-            "val_check_interval": 2,
-        },
-        "samples": {"prompts": ["a photo of {identifier} {class_word}"], "n": 1, "steps": 2},
-        "export": {"dtype": "fp32"},
-    }
+    config = run_config(
+        tiny_config,
+        base=tiny_model_file,
+        subject=subject_folder,
+        name="one",
+        data={"params": {"validation_batches": 1}},
+        trainer={"max_steps": 4, "val_check_interval": 2},
+        samples={"n": 1},
+    )
     OmegaConf.save(OmegaConf.create(config), workdir / "tiny.yaml")
     return ["--base", "tiny.yaml"]
 

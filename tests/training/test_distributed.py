@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from ldm.errors import UserError
-from ldm.evaluation.curves import read_curves
+from ldm.reports.curves import read_curves
 from ldm.training import distributed
 from ldm.training.job import run_job
 from ldm.training.options import parse

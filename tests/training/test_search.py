@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from ldm import config as configs
 from ldm.errors import UserError
-from ldm.evaluation.search_page import to_csv
+from ldm.reports.search_page import to_csv
 from ldm.training import grid, trials
 from ldm.training.non_finite import NonFiniteError
 from ldm.training.schema import RunConfig

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldm.config import save_config
 from ldm.errors import UserError
-from ldm.evaluation import sweep_page
+from ldm.reports import sweep_page
 from ldm.training.grid import identity
 from ldm.training.sweep import baselines_of, jobs_of, read_sweep
 from scripts import study
@@ -220,3 +220,18 @@ def test_plots_are_well_formed_and_inside_their_frame(plot: str):
     assert len(circles) >= 2
     for circle in circles:
         assert 0 <= float(circle.attrib["cx"]) <= width and 0 <= float(circle.attrib["cy"]) <= height
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_pages_are_made_of_their_csv(path: Path):
+    """The seconds of trainings are the only numbers of a page that its CSV has not."""
+    sweep, page = read_sweep(path), (ROOT / f"studies/{path.stem}.md").read_text(encoding="utf-8")
+    table = page.split("| variant |")[1].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")] for line in table]
+    seconds = {cell[1]: float(cell[-2]) for cell in cells}
+    rows = [
+        {name: value if name in ("variant", "subject") else json.loads(value) for name, value in row.items()}
+        for row in csv.DictReader((ROOT / f"studies/{path.stem}.csv").open())
+    ]
+    for name, text in study.texts_of(sweep, rows, seconds).items():
+        assert (ROOT / "studies" / name).read_text(encoding="utf-8") == text

@@ -4,16 +4,18 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ldm.evaluation.curves import chart
-from ldm.evaluation.report import PREVIEW_WIDTH, img_tag
 from ldm.evaluation.statistics import Row, mean_of
-from ldm.evaluation.sweep_page import frontier, spoken
+from ldm.reports.charts import chart
+from ldm.reports.render import render
+from ldm.reports.sweep_page import frontier, spoken
+from ldm.reports.thumbnails import Group, embed
+
+WIDTH, HEIGHT = 1100, 1400  # pixels: of a trial's sheet, at most
+MOST_BYTES = 4_000_000  # of all sheets together
 
 
 def trial_name(number: int) -> str:
@@ -65,45 +67,36 @@ def page(
     best: trial -> the config file of its settings. importances: metric -> key -> share. pictures: trial ->
     sheet of its samples.
     """
-    css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     finished = [result for result in results if result.state == "finished"]
-    parts = [f"<h1>{escape(title)}</h1>", f"<p>Made by <code>{escape(command)}</code>.</p>"]
-    parts.append(f"<h2>{'Best settings' if len(metrics) == 1 else 'The front'}</h2>")
-    for result in (result for result in finished if result.number in best):
-        said = "\n".join(f"{key}: {value}" for key, value in result.settings.items())
-        found = ", ".join(f"{spoken(metric)} {_value(result, metric)}" for metric in metrics)
-        parts.append(f"<p>Trial {result.number}: {found}; {escape(best[result.number])}</p>")
-        parts.append(f"<pre>{escape(said)}</pre>")
-    if finished and len(metrics) == 2:
-        shown = [row for r in finished if r.number in best or r.number == 0 for row in r.rows]
-        parts.append(frontier(shown, metrics[1], metrics[0]))
-    elif finished:
-        parts.append(chart([(r.number, r.mean(metrics[0])) for r in finished], label=spoken(metrics[0])))
-    parts.append("<h2>What mattered</h2>")
-    parts += [] if importances else ["<p>Too few trials are finished to tell.</p>"]
-    for metric, shares in importances.items():
-        rows = [[key, f"{share:.2f}"] for key, share in shares.items()]
-        parts.append(_table([f"share in {spoken(metric)}", ""], rows))
-    parts.append("<h2>Every trial</h2>")
     keys = list(dict.fromkeys(key for result in results for key in result.settings))
-    head = ["trial", *keys, *map(spoken, metrics), "s", ""]
-    lines = [
+    rows = [
         [r.number, *(r.settings.get(key, "") for key in keys), *(_value(r, m) for m in metrics)]
         + [f"{r.seconds:.0f}", r.state + (f": {r.why}" if r.why else "")]
         for r in results
     ]
-    parts.append(_table(head, lines))
-    for number, sheet in pictures.items():
-        shown = img_tag(sheet, width=PREVIEW_WIDTH)
-        parts.append(f'<details><summary>Trial {number}</summary><div class="wide">{shown}</div></details>')
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{css}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>"]
-    lines += [f"<tr>{''.join(f'<td>{escape(str(value))}</td>' for value in row)}</tr>" for row in rows]
-    return f"<table>{''.join(lines)}</table>"
+    groups = {n: Group([sheet], [f"Samples of trial {n}"], WIDTH, HEIGHT) for n, sheet in pictures.items()}
+    plot = ""
+    if finished and len(metrics) == 2:
+        shown = [row for r in finished if r.number in best or r.number == 0 for row in r.rows]
+        plot = frontier(shown, metrics[1], metrics[0])
+    elif finished:
+        plot = chart([(r.number, r.mean(metrics[0])) for r in finished], label=spoken(metrics[0]))
+    return render(
+        "search.html",
+        title=title,
+        command=command,
+        metrics=[spoken(metric) for metric in metrics],
+        keys=keys,
+        rows=rows,
+        best=[
+            (r, [_value(r, metric) for metric in metrics], best[r.number])
+            for r in finished
+            if r.number in best
+        ],
+        plot=plot,
+        importances={spoken(metric): shares for metric, shares in importances.items()},
+        pictures=embed(groups, most_bytes=MOST_BYTES),
+    )
 
 
 def _value(result: Result, metric: str) -> str:
