@@ -17,10 +17,11 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
     "diffusion": set(),
     "models": set(),
     "checkpoints": {"config"},
-    "config": set(),
+    "config": {"targets"},
     "data": set(),
     "storybook": {"data"},
     "precision": set(),
+    "targets": set(),
     "conditioner": {"models"},
     "denoiser": {"conditioner", "diffusion", "models"},
     "model_file": {"checkpoints", "config", "denoiser", "diffusion", "models"},
@@ -38,6 +39,7 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
         "pipeline",
         "precision",
         "storybook",
+        "targets",
     },
 }
 FILE_LINES, FUNCTION_LINES, NETWORK_INIT_LINES = 350, 40, 60

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ldm.annotations import (
     Builds,
-    Decay,
     Node,
     NonNegativeFloat,
     NonNegativeInt,
@@ -34,7 +33,9 @@ from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.training.compiling import CompileMode, TrainingGraph
 from ldm.training.gradients import clip
 from ldm.training.objective import Loss, Objective
-from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
+from ldm.training.optimizer_nodes import OptimizerNode, weights_dtype
+from ldm.training.optimizers import build_optimizer, check_optimizer, with_schedule
+from ldm.training.schedules import ScheduleNode, build_schedule
 from ldm.training.schema import TrainerOptions
 from ldm.training.sharding import Sharded, shard
 from ldm.training.step_log import StepMean, begins_step, is_logged
@@ -64,18 +65,21 @@ class LatentDiffusion(pl.LightningModule):
             switched off, alone. Its vectors are kept in `embeddings/WORD.safetensors`.
         learning_rate: of AdamW.
         text_encoder_learning_rate: None is the same.
-        weight_decay, betas: of AdamW (Loshchilov & Hutter 2019).
-        warmup_steps: optimizer steps in which the rates rise linearly from 0.
         optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
-            bfloat16 and rounds their updates stochastically.
-        fused_backward: each weight learns as soon as its gradient is there, which is then freed.
-        lr_schedule: after `warmup_steps` optimizer steps constant, a cosine to 0, or "wsd" (`lr_factor`).
+            bfloat16 and rounds their updates stochastically; or a node of any optimizer, as of torch.optim.
+            `FusedBackward` has one step each weight as soon as its gradient is there, which is then freed.
+        lr_schedule: "constant", "cosine", to 0, or "wsd"; or a node of one, with a warm-up (`Constant`).
         lora: node of a `LoRA`: what learns are factors beside the layers of UNet and text encoder.
         compile: mode in which torch.compile translates the UNet's training graph, at the first step.
         seed: of the run; all draws follow from it and the item's number.
     """
 
     MOVED: ClassVar[Mapping[str, str]] = {
+        "fused_backward": "optimizer={target: ldm.training.fused_backward.FusedBackward}",
+        "step_in_backward": "optimizer={target: ldm.training.fused_backward.FusedBackward}",
+        "betas": "optimizer={target: torch.optim.AdamW, params: {betas: [0.9, 0.999]}}",
+        "weight_decay": "optimizer={target: torch.optim.AdamW, params: {weight_decay: 0.01}}",
+        "warmup_steps": "lr_schedule={target: ldm.training.schedules.Constant, params: {warmup_steps: 9}}",
         "prior_loss_weight": "objective.prior_loss_weight",
         "prior_target": "objective.prior_target",
         "l2_sp_weight": "objective.l2_sp_weight",
@@ -104,12 +108,8 @@ class LatentDiffusion(pl.LightningModule):
         learned_token: Annotated[Node, Builds(LearnedToken)] | None = None,
         learning_rate: NonNegativeFloat = 1e-6,
         text_encoder_learning_rate: NonNegativeFloat | None = None,
-        weight_decay: NonNegativeFloat = 0.01,
-        betas: tuple[Decay, Decay] = (0.9, 0.999),
-        lr_schedule: LRSchedule = "constant",
-        warmup_steps: NonNegativeInt = 0,
-        optimizer: OptimizerName = "adamw",
-        fused_backward: bool = False,
+        optimizer: OptimizerNode = "adamw",
+        lr_schedule: ScheduleNode = "constant",
         lora: Annotated[Node, Builds(LoRA)] | None = None,
         compile: CompileMode | None = None,
         seed: Seed = 23,
@@ -136,7 +136,7 @@ class LatentDiffusion(pl.LightningModule):
         self.learned_token: LearnedToken | None = instantiate(learned_token) if learned_token else None
         text_rate = learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
         self.learning_rates = {"unet": learning_rate, "text_encoder": text_rate}
-        self.weight_decay, self.betas, self.lr_schedule = weight_decay, tuple(betas), lr_schedule
+        self.lr_schedule = build_schedule(lr_schedule)
         networks["vae"].requires_grad_(False)
         networks["unet"].requires_grad_(train_unet)
         networks["text_encoder"].requires_grad_(train_text_encoder)
@@ -144,11 +144,9 @@ class LatentDiffusion(pl.LightningModule):
         if self.lora is not None:
             self.lora.attach({name: networks[name] for name in ("unet", "text_encoder")})
         self.optimizer = optimizer
-        self.fused_backward = fused_backward
-        self.warmup_steps = warmup_steps
-        if optimizer == "adamw_bf16":
-            networks["unet"].to(torch.bfloat16)
-            networks["text_encoder"].to(torch.bfloat16)
+        if (dtype := weights_dtype(optimizer)) is not None:
+            networks["unet"].to(dtype)
+            networks["text_encoder"].to(dtype)
         self._graph = None if compile is None else TrainingGraph(networks["unet"], mode=compile)
         self._l2_sp: L2SP | None = None
         self._reference: Reference | None = None
@@ -279,33 +277,17 @@ class LatentDiffusion(pl.LightningModule):
 
     def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
         """Refuses a Trainer, or its options, with which this module cannot learn."""
-        check_optimizer(
-            name=self.optimizer,
-            fused_backward=self.fused_backward,
-            compiled=self._graph is not None,
-            accumulate=trainer.accumulate_grad_batches,
-            clip=trainer.gradient_clip_val,
-            precision=trainer.precision,
-            processes=processes,
-        )
+        check_optimizer(self.optimizer, trainer, compiled=self._graph is not None, processes=processes)
 
     def configure_optimizers(self) -> dict:
         self.check(self.trainer, processes=self.trainer.world_size)
         rates = self.learning_rates | (
             {"learned_token": self.learned_token.learning_rate} if self.learned_token else {}
         )
-        optimizer = adamw(
-            {name: (module, rates[name]) for name, module in self.trainable_modules.items()},
-            name=self.optimizer,
-            fused_backward=self.fused_backward,
-            seed=self.seed,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-            fused=self.trainer.precision != "16-mixed",  # there the scaler must see the gradients first
-        )
-        return with_schedule(
-            optimizer, self.lr_schedule, warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
-        )
+        groups = {name: (module, rates[name]) for name, module in self.trainable_modules.items()}
+        fused = self.trainer.precision != "16-mixed"  # there the scaler must see the gradients first
+        optimizer = build_optimizer(groups, self.optimizer, fused=fused, seed=self.seed)
+        return with_schedule(optimizer, self.lr_schedule, max_steps=self.trainer.max_steps)
 
     configure_gradient_clipping = clip
 

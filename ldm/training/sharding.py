@@ -85,7 +85,7 @@ def check_sharding(config: RunConfig) -> None:
         "online_eval.every_steps": bool(config.online_eval.every_steps),
         "samples.every_steps": bool(config.samples.every_steps),
         "trainer.precision": config.trainer.precision == "16-mixed",
-        "model.params.optimizer": params.get("optimizer") not in (None, "adamw"),
+        "model.params.optimizer": params.get("optimizer", "adamw") != "adamw",
         **{f"model.params.{key}": bool(params.get(key)) for key in ("lora", "compile", "learned_token")},
         "model.params.objective.l2_sp_weight": bool((params.get("objective") or {}).get("l2_sp_weight")),
     }

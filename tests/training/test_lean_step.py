@@ -16,7 +16,7 @@ from ldm.training.device import device_of, temporarily_on
 from ldm.training.dreambooth import DreamBoothRun
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.schema import TrainerOptions
-from tests.factories import MIN_SNR, build_module
+from tests.factories import LEAN, LEAN_BF16, MIN_SNR, build_module
 
 PROMPTS = ["a photo of sks disc", "a photo of a disc", "a photo of sks disc"]
 
@@ -136,7 +136,7 @@ def test_a_step_never_waits_for_the_gpu(tiny_config: dict, tiny_networks: dict):
 def test_bfloat16_weights_learn_through_the_same_step(tiny_config: dict, tiny_networks: dict):
     """The loss is float32's to bfloat16's rounding; schedule, draws and the autoencoder stay float32."""
     exact = make(tiny_config, tiny_networks)
-    rounded = make(tiny_config, tiny_networks, optimizer="adamw_bf16", fused_backward=True)
+    rounded = make(tiny_config, tiny_networks, optimizer=LEAN_BF16)
     assert {p.dtype for name in ("unet", "text_encoder") for p in rounded.networks[name].parameters()} == {
         torch.bfloat16
     }
@@ -148,7 +148,7 @@ def test_bfloat16_weights_learn_through_the_same_step(tiny_config: dict, tiny_ne
 
 
 def test_a_trainer_that_clips_is_refused_before_any_work(tiny_config: dict):
-    module = build_module(tiny_config, fused_backward=True)
+    module = build_module(tiny_config, optimizer=LEAN)
     module.check(TrainerOptions(max_steps=3))
     with pytest.raises(UserError, match="gradient_clip_val"):
         module.check(TrainerOptions(max_steps=3, gradient_clip_val=1.0))

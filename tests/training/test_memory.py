@@ -13,11 +13,12 @@ from ldm.data.latents import views_at_once
 from ldm.training import run
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.memory import MIB, encoding, estimate, report
-from ldm.training.optimizers import adamw
+from ldm.training.optimizer_nodes import steps_in_backward
+from ldm.training.optimizers import build_optimizer
 from ldm.training.peak import PeakBytes
 from ldm.training.schema import RunConfig
 from ldm.training.sizes import BLOCK, checkpoint_bytes, state_bytes
-from tests.factories import TAUGHT, build_module
+from tests.factories import LEAN_BF16, TAUGHT, build_module
 from tests.training.conftest import Job, state_of
 
 SIZE, BATCH = 16, 2
@@ -37,7 +38,7 @@ def config_of(
 def step(module: LatentDiffusion) -> None:
     """One forward and backward pass as training runs it, and the optimizer's."""
     parts = {"unet": (module.networks["unet"], 1e-4), "text_encoder": (module.cond_stage_model, 1e-4)}
-    optimizer = adamw(parts, name=module.optimizer, fused_backward=module.fused_backward)
+    optimizer = build_optimizer(parts, module.optimizer)
     batch = {
         "latent_stats": torch.rand(2 * BATCH, 8, SIZE // 2, SIZE // 2),
         "caption": ["a photo of sks disc"] * BATCH + ["a photo of a disc"] * BATCH,
@@ -76,7 +77,7 @@ def saved_bytes(module: LatentDiffusion, *, mixed: bool) -> int:
         {},
         {"train_text_encoder": False},
         {"optimizer": "adamw_bf16"},
-        {"optimizer": "adamw_bf16", "fused_backward": True},
+        {"optimizer": LEAN_BF16},
     ],
 )
 def test_weights_gradients_and_states_are_exact(tiny_config: dict, params: dict):
@@ -92,9 +93,9 @@ def test_weights_gradients_and_states_are_exact(tiny_config: dict, params: dict)
         states = [v for p in weights for v in module.state.get(p, {}).values() if torch.is_tensor(v)]
         assert needs[name].weights == sum(p.nbytes for p in weights)
         assert needs[name].states == sum(v.nbytes for v in states)
-        if not module.fused_backward:
+        if not steps_in_backward(module.optimizer):
             assert needs[name].gradients == sum(p.grad.nbytes for p in weights if p.grad is not None)
-    if module.fused_backward:
+    if steps_in_backward(module.optimizer):
         assert all(p.grad is None for p in module.parameters())
         assert max(held) <= needs["unet"].gradients < max(held) + max(p.nbytes for p in module.parameters())
         assert max(held) < sum(p.nbytes for p in module.parameters() if p.requires_grad) / 2
@@ -232,7 +233,7 @@ def test_copies_of_the_base_are_counted(tiny_config: dict, params: dict, online:
     [
         ({}, 0.9),
         ({"optimizer": "adamw_bf16"}, 0.9),
-        ({"optimizer": "adamw_bf16", "fused_backward": True}, None),
+        ({"optimizer": LEAN_BF16}, None),
         ({"train_text_encoder": False}, None),
         ({"lora": LORA}, 0.9),
     ],

@@ -14,7 +14,8 @@ from ldm.training import resume
 from tests.factories import MIN_SNR
 from tests.training.conftest import At, Job, Killed, curves_of, differences, kill, state_of
 
-EVERYTHING = {"train_text_encoder": True, "lr_schedule": "cosine", "warmup_steps": 2}
+COSINE = {"target": "ldm.training.schedules.Cosine", "params": {"warmup_steps": 2}}
+EVERYTHING = {"train_text_encoder": True, "lr_schedule": COSINE}
 FROZEN_TEXT = {"train_text_encoder": False, "objective": {"weighting": MIN_SNR}}
 PULLED = {"objective": {"l2_sp_weight": 0.1}, "offset_noise": 0.1}
 NEW_WORD = {"target": "ldm.training.techniques.LearnedToken", "params": {"word": "sks", "init": "disc"}}

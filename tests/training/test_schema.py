@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.checkpoints.save import DTYPES
-from ldm.config import get_class, load_config, param_of, save_config
+from ldm.config import load_config, param_of, save_config
 from ldm.errors import UserError
+from ldm.targets import get_class
 from ldm.training import job
 from ldm.training.job import run_job
 from ldm.training.options import parse
@@ -139,6 +140,9 @@ def test_every_number_has_a_range(target: str):
         assert free == [], kind
 
 
+ADAMW = "model.params.optimizer={target: ldm.training.fused_adamw.FusedAdamW, params: {"
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -147,15 +151,15 @@ def test_every_number_has_a_range(target: str):
             "model.params.objective.prior_loss_weight=-1",
             "model.params.timesteps=0",
         ),
-        *("model.params.betas=[0.9]", "model.params.betas=[0.9,1.0]", "model.params.text_encoder_steps=-1"),
+        *(f"{ADAMW}betas: [0.9]}}}}", f"{ADAMW}betas: [0.9, 1.0]}}}}", "model.params.text_encoder_steps=-1"),
         *(
-            "model.params.warmup_steps=-1",
+            "model.params.lr_schedule={target: ldm.training.schedules.WSD, params: {warmup_steps: -1}}",
             "model.params.linear_start=0",
             "model.params.objective.weighting.params.gamma=0",
         ),
         *(
             "model.params.timesteps=100000000000",
-            "model.params.weight_decay=.nan",
+            f"{ADAMW}weight_decay: .nan}}}}",
             "model.params.linear_end=1.0",
         ),
         *("model.params.learning_rate=.inf", "model.params.learning_rate=.nan", "model.params.seed=-1"),

@@ -17,8 +17,9 @@ from tests.factories import MIN_SNR, TAUGHT, build_module
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = """
-model.params.unet.params.model_channels=16 model.params.warmup_steps=2 data.params.batch_size=4
-data.params.captions_per_image=2 data.params.validation_items=4 trainer.devices=1 trainer.strategy=auto
+model.params.unet.params.model_channels=16 model.params.lr_schedule.params.warmup_steps=2
+data.params.batch_size=4 data.params.captions_per_image=2 data.params.validation_items=4
+trainer.devices=1 trainer.strategy=auto
 trainer.enable_progress_bar=false trainer.val_check_interval=2 checkpoint_every=2
 """.split()
 
