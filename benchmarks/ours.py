@@ -26,15 +26,15 @@ BEGIN_AT_ZERO = ("out_layers.3.weight", "proj_out.weight", "out.2.weight")
 def case_params(case: Case, *, compiled: bool | str = False) -> dict[str, Any]:
     """The params of the model section of a case; `compiled`: whether, or in which mode."""
     params = model_params(case.size) | {
-        "train_text_encoder": case.text,
-        "learning_rate": 1e-6,
-        "text_encoder_learning_rate": None,
+        "trainable": {"text_encoder": case.text, "learning_rate": 1e-6},
         "compile": "default" if compiled is True else compiled or None,
         "optimizer": {"target": FUSED_BACKWARD} if case.lean else "adamw",
     }
-    params["objective"] = params["objective"] | {"prior_target": "noise"}  # the paper's, and the peer's
+    objective = params.get("objective", {})
+    params["objective"] = objective | {"prior_target": "noise"}  # the paper's, and the peer's
     if case.lora:
-        params["lora"] = {"target": "ldm.models.lora.LoRA", "params": {"rank": LORA_RANK}}
+        lora = {"target": "ldm.models.lora.LoRA", "params": {"rank": LORA_RANK}}
+        params["trainable"] = params["trainable"] | {"lora": lora}
     if case.lean:
         unet = params["unet"]
         params["unet"] = unet | {"params": unet["params"] | {"use_checkpoint": RECOMPUTED}}

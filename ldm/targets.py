@@ -20,7 +20,6 @@ RENAMED = {  # keys of latent-diffusion's configs and of earlier versions -> wha
     "cond_stage_config": "text_encoder",
     "first_stage": "vae",
     "cond_stage": "text_encoder",
-    "new_word": "learned_token",
     "measures": "online_eval",
     "widen": "net2wider",
 }

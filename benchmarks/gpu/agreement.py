@@ -70,7 +70,7 @@ def _on(device: str, module: LatentDiffusion, batch: dict) -> dict:
 
 def _trained(**more: object) -> list[Tensor]:
     """The UNet after four steps."""
-    params = case_params(SMALL) | {"learning_rate": 1e-4} | more
+    params = case_params(SMALL) | {"trainable": {"text_encoder": True, "learning_rate": 1e-4}} | more
     training = Training(
         params, size=SMALL.size, batch=SMALL.batch, device=DEVICE, precision="32-true", clip=None
     )

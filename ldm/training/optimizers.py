@@ -49,7 +49,7 @@ def check_optimizer(
         remedy = f'Install it with `pip install -e ".[8bit]"`, or set {WHERE}=adamw.'
         raise UserError("8-bit AdamW needs bitsandbytes, which is not installed", where=WHERE, remedy=remedy)
     if "lr" in (node.get("params") or {}):
-        remedy = "Take it off, and set model.params.learning_rate."
+        remedy = "Take it off, and set model.params.trainable.learning_rate."
         raise UserError("The learning rates are the model's", where=f"{WHERE}.params.lr", remedy=remedy)
     if not node["target"].startswith("bitsandbytes."):
         _try(node)

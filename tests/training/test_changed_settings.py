@@ -49,7 +49,7 @@ def steps_of(job: Job, folder: Path, *, steps: int, **params) -> dict[int, dict[
 def test_what_a_resumed_optimizer_holds_is_what_the_new_config_says(
     job: Job, tmp_path: Path, schedule: str, optimizer: str
 ):
-    rates = {"learning_rate": 1e-4, "text_encoder_learning_rate": 3e-5}
+    rates = {"trainable": {"learning_rate": 1e-4, "text_encoder_learning_rate": 3e-5}}
     changed = {"target": SHORT[optimizer], "params": {"betas": [0.8, 0.9], "weight_decay": 0.2}}
     steps_of(job, tmp_path, steps=2, lr_schedule=warm(schedule, 1), optimizer=optimizer)
     seen = steps_of(job, tmp_path, steps=6, lr_schedule=schedule, optimizer=changed, **rates)
@@ -61,12 +61,13 @@ def test_what_a_resumed_optimizer_holds_is_what_the_new_config_says(
             assert tuple(groups[name]["betas"]) == (0.8, 0.9) and groups[name]["weight_decay"] == 0.2
 
 
-@pytest.mark.parametrize("change", [{"lora": LORA}, {"optimizer": LEAN}], ids=["lora", "fused_backward"])
+@pytest.mark.parametrize("change", [{"trainable": {"lora": LORA}}, {"optimizer": LEAN}], ids=["lora", "lean"])
 def test_every_way_of_stepping_takes_the_new_rate(job: Job, tmp_path: Path, change: dict):
     """With a rate of almost nothing the weights stay where the resumed run found them."""
     replace(job, steps=2)(tmp_path, params=change)
-    replace(job, steps=4)(tmp_path, params={**change, "learning_rate": 1e-12}, checkpoints_kept=3)
-    replace(job, steps=5)(tmp_path, params={**change, "learning_rate": 1e-2}, checkpoints_kept=3)
+    for steps, rate in ((4, 1e-12), (5, 1e-2)):
+        trainable = {**change.get("trainable", {}), "learning_rate": rate}
+        replace(job, steps=steps)(tmp_path, params={**change, "trainable": trainable}, checkpoints_kept=3)
     before, after, moved = (state_of(tmp_path, step)["state_dict"] for step in (2, 4, 5))
     assert max(float((after[k] - before[k]).abs().max()) for k in before) < 1e-9
     assert max(float((moved[k] - after[k]).abs().max()) for k in after) > 1e-4

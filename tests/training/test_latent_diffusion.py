@@ -65,7 +65,7 @@ def test_an_item_draws_the_same_alone_and_differs_between_the_parts(module: Late
 
 
 def test_frozen_parts_get_no_gradient(tiny_config: dict, batch: dict):
-    module = build_module(tiny_config, train_text_encoder=False)
+    module = build_module(tiny_config, trainable={"text_encoder": False})
     module.training_step(batch, 0).backward()
     assert all(p.grad is None for p in module.cond_stage_model.parameters())
     assert all(p.grad is None for p in module.networks["vae"].parameters())

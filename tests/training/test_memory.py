@@ -75,7 +75,7 @@ def saved_bytes(module: LatentDiffusion, *, mixed: bool) -> int:
     "params",
     [
         {},
-        {"train_text_encoder": False},
+        {"trainable": {"text_encoder": False}},
         {"optimizer": "adamw_bf16"},
         {"optimizer": LEAN_BF16},
     ],
@@ -102,8 +102,8 @@ def test_weights_gradients_and_states_are_exact(tiny_config: dict, params: dict)
 
 
 def test_a_lora_needs_gradients_and_states_for_its_factors_alone(tiny_config: dict):
-    needs, _ = estimate(config_of(tiny_config, lora=LORA, compile="default"))
-    module = build_module(tiny_config, lora=LORA)
+    needs, _ = estimate(config_of(tiny_config, trainable={"lora": LORA}, compile="default"))
+    module = build_module(tiny_config, trainable={"lora": LORA})
     factors = list(module.lora.parameters())
     size = sum(p.nbytes for p in factors)
     assert (needs["lora"].weights, needs["lora"].gradients) == (size, size)
@@ -116,8 +116,8 @@ def test_a_lora_needs_gradients_and_states_for_its_factors_alone(tiny_config: di
 @pytest.mark.parametrize("lora", [None, LORA], ids=["all", "lora"])
 def test_activations_are_what_the_graph_saves(tiny_config: dict, mixed: bool, lora: dict | None):
     trainer = {"precision": "bf16-mixed"} if mixed else {}
-    needs, _ = estimate(config_of(tiny_config, trainer=trainer, lora=lora))
-    counted = saved_bytes(build_module(tiny_config, lora=lora), mixed=mixed)
+    needs, _ = estimate(config_of(tiny_config, trainer=trainer, trainable={"lora": lora}))
+    counted = saved_bytes(build_module(tiny_config, trainable={"lora": lora}), mixed=mixed)
     assert sum(need.activations for need in needs.values()) == pytest.approx(counted, rel=0.05)
 
 
@@ -221,7 +221,7 @@ def test_copies_of_the_base_are_counted(tiny_config: dict, params: dict, online:
     config = config_of(tiny_config, **params, data={"online_priors": online})
     needs, _ = estimate(config)
     counted = needs["copies of the base"].weights if copies else 0
-    lora = {"lora": {"target": "ldm.models.lora.LoRA", "params": {}}}
+    lora = {"trainable": {"lora": {"target": "ldm.models.lora.LoRA", "params": {}}}}
     beside, _ = estimate(config_of(tiny_config, **params, **lora))
     assert "copies of the base" not in beside  # its factors are switched off instead
     learns = needs["unet"].gradients + needs["text_encoder"].gradients  # float32, as large as the weights
@@ -234,8 +234,8 @@ def test_copies_of_the_base_are_counted(tiny_config: dict, params: dict, online:
         ({}, 0.9),
         ({"optimizer": "adamw_bf16"}, 0.9),
         ({"optimizer": LEAN_BF16}, None),
-        ({"train_text_encoder": False}, None),
-        ({"lora": LORA}, 0.9),
+        ({"trainable": {"text_encoder": False}}, None),
+        ({"trainable": {"lora": LORA}}, 0.9),
     ],
     ids=["averaged", "bf16-averaged", "fused_backward", "unet", "lora-averaged"],
 )
