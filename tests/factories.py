@@ -9,11 +9,21 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 from torch import nn
 
+from ldm.annotations import Node
 from ldm.config import instantiate
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.optimizer_nodes import FUSED_BACKWARD, OptimizerNode
+
+
+def lean(optimizer: OptimizerNode) -> Node:
+    """The node of a fused backward pass."""
+    return {"target": FUSED_BACKWARD, "params": {"optimizer": optimizer}}
+
 
 SCHEDULE = {"beta_schedule": "scaled_linear", "linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000}
 MIN_SNR = {"target": "ldm.training.objective.MinSNR", "params": {"gamma": 5.0}}
+LEAN = lean("adamw")
+LEAN_BF16 = lean("adamw_bf16")
 TAUGHT = {"objective": {"prior_target": "teacher"}}
 
 

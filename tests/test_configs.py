@@ -138,8 +138,6 @@ def test_the_flags_of_the_command_line_reach_their_keys(name):
         ("model.params.unet_config.params.model_channels=32", "unet"),
         ("model.params.first_stage_config.params.ch=8", "vae"),
         ("model.params.cond_stage_config.params.max_length=32", "text_encoder"),
-        ("model.params.step_in_backward=true", "fused_backward"),
-        ("model.params.new_word.params.word=x", "learned_token"),
         ("measures.every_steps=5", "online_eval"),
     ],
 )

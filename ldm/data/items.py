@@ -28,7 +28,7 @@ from ldm.randomness import generator
 
 StreamName = Literal["subject", "prior"]
 Index = tuple[StreamName, int]  # (stream, item number)
-Item = dict[str, Tensor | str | bool | int]
+Item = dict[str, Tensor | str | int]
 VALIDATION_START = 2**32  # steps and items from here on are for validation; no run gets there
 
 
@@ -116,7 +116,7 @@ class Stream:
 
 
 class DreamBoothDataset(Dataset):
-    """Index -> {"latent_stats" [2z, h, w] or "image" [3, H, W] in [-1, 1], "caption", "is_prior", "item"}.
+    """Index -> {"latent_stats" [2z, h, w] or "image" [3, H, W] in [-1, 1], "caption", "stream", "item"}.
 
     online_priors: numbers of prior items -> latent stats [2z, h, w] of a new prior image for each.
     """
@@ -146,7 +146,7 @@ class DreamBoothDataset(Dataset):
         if item not in latent_stats:
             return self["prior", item]
         caption = self.streams["prior"].caption(item)
-        return {"latent_stats": latent_stats[item], "caption": caption, "is_prior": True, "item": item}
+        return {"latent_stats": latent_stats[item], "caption": caption, "stream": "prior", "item": item}
 
     def __getitem__(self, index: Index) -> Item:
         name, item = index
@@ -157,7 +157,7 @@ class DreamBoothDataset(Dataset):
             if self.latent_stats is None
             else {"latent_stats": self.latent_stats[view.key]}
         )
-        return {**shown, "caption": stream.caption(item), "is_prior": name == "prior", "item": item}
+        return {**shown, "caption": stream.caption(item), "stream": name, "item": item}
 
 
 class ItemBatches(Sampler[list[Index]]):

@@ -26,6 +26,7 @@ from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.objective import MinSNR, Objective
 from ldm.training.schema import RunConfig
 from ldm.training.techniques import LearnedToken
+from ldm.training.trainable import Trainable
 
 NODES = {  # where a node usually stands -> the class that its target names
     "model.params": LatentDiffusion,
@@ -34,8 +35,9 @@ NODES = {  # where a node usually stands -> the class that its target names
     "model.params.unet.params": UNetModel,
     "model.params.vae.params": AutoencoderKL,
     "model.params.text_encoder.params": CLIPTextEncoder,
-    "model.params.lora.params": LoRA,
-    "model.params.learned_token.params": LearnedToken,
+    "model.params.trainable": Trainable,
+    "model.params.trainable.lora.params": LoRA,
+    "model.params.trainable.learned_token.params": LearnedToken,
     "data.params": DreamBoothDataModule,
     "evaluation.params (storybook)": StorybookEvaluation,
     "evaluation.params (photos)": PhotoEvaluation,

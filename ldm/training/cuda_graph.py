@@ -2,19 +2,17 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ldm.cuda_graph import Recorder, capture
+from ldm.models.conditioning import Conditioning
+from ldm.training.optimizer_nodes import steps_in_backward
+from ldm.training.techniques import Reference
 
 WARM_UP = 3  # eager passes before a capture: libraries choose their kernels and workspaces in them
-
-
-def uses_cuda_graph(wanted: bool | None, device: torch.device, fused_backward: bool, processes: int) -> bool:
-    """Whether a run captures its step; `wanted` None: wherever it can."""
-    able = device.type == "cuda" and not fused_backward and processes == 1
-    return able if wanted is None else wanted
 
 
 class GraphedLoss:
@@ -59,6 +57,67 @@ class GraphedLoss:
         self._passes.run_forward()
         anchor = torch.ones((), requires_grad=True)
         return _Replay.apply(anchor, self._passes)
+
+
+def uses_cuda_graph(module: pl.LightningModule, trainer: pl.Trainer | None) -> bool:
+    """Whether a run captures its step: as `module.cuda_graph` says, or where it can."""
+    if module.cuda_graph is not None:
+        return module.cuda_graph
+    processes = 1 if trainer is None else trainer.world_size
+    return module.device.type == "cuda" and processes == 1 and not steps_in_backward(module.optimizer)
+
+
+def graphed_loss(
+    module: pl.LightningModule, function: Callable[..., Tensor], others: Iterable[nn.Parameter] = ()
+) -> GraphedLoss:
+    """A function of a module's batches by graphs. others: parameters that it reads besides the module's."""
+    learning = [p for part in module.trainable_modules.values() for p in part.parameters() if p.requires_grad]
+    fixed = [p for p in (*module.parameters(), *others) if not p.requires_grad]
+    return GraphedLoss(function, learning=learning, fixed=fixed)
+
+
+class GraphedStep:
+    """`LatentDiffusion.losses` by graphs, from a batch.
+
+    Each item gets its own context: the number of distinct ones in a batch would be part of the shapes.
+    """
+
+    def __init__(self, module: pl.LightningModule, reference: Reference | None):
+        self.module = module
+        self.reference = reference
+        base = () if reference is None else reference.unet.parameters()
+        self.graphed = graphed_loss(module, self._losses, base)
+
+    def __call__(self, batch: dict) -> Tensor:
+        """A batch as `on_before_batch_transfer` prepares it -> losses [B]."""
+        module, sizes = self.module, batch.get("sizes")
+        stats = batch["latent_stats"] if "latent_stats" in batch else module.encode_images(batch["image"])
+        tensors = {"latent_stats": stats, "randomness": batch["randomness"]}
+        if module.trainable.text_learns(module.networks) and module.trainable.text_learns_at(
+            module.global_step
+        ):
+            tensors["ids"] = module.conditioner.ids_of(batch["caption"])
+            tensors |= {} if sizes is None else {"sizes": sizes}
+        else:
+            tensors |= module.condition(batch["caption"], sizes).expanded().by_name("")
+        if self.reference is not None and batch["reference_items"]:
+            tensors["reference_rows"] = batch["reference_rows"]
+            tensors |= self.reference.condition_of(batch).expanded().by_name("reference_")
+        return self.graphed(**tensors)
+
+    def _losses(self, **tensors: Tensor) -> Tensor:
+        module = self.module
+        if "ids" in tensors:
+            encoding = module.cond_stage_model.encode(tensors["ids"])
+            told = module.conditioner.conditioning(encoding, None, tensors.get("sizes"))
+        else:
+            told = Conditioning.of(tensors["context"], vector=tensors.get("vector"))
+        batch = {"latent_stats": tensors["latent_stats"], "randomness": tensors["randomness"]}
+        batch["reference_rows"] = tensors.get("reference_rows", torch.empty(0))
+        if "reference_context" in tensors:
+            context, vector = tensors["reference_context"], tensors.get("reference_vector")
+            batch["reference_told"] = Conditioning.of(context, vector=vector)
+        return module.losses(batch, told)
 
 
 class _Passes:

@@ -1,27 +1,20 @@
 """DreamBooth's training step: `LatentDiffusion` holds the networks under the names of released files."""
 
-from collections.abc import Mapping, Sequence
-from itertools import compress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from ldm.annotations import (
-    Builds,
-    Decay,
     Node,
     NonNegativeFloat,
-    NonNegativeInt,
     Seed,
     Timesteps,
     Variance,
 )
-from ldm.checkpoints.embedding import embeddings_beside, save_embedding
-from ldm.checkpoints.layout import LEARNED_TOKENS
-from ldm.checkpoints.lora import lora_beside, merge_lora, save_lora
 from ldm.checkpoints.save import save_model
 from ldm.conditioner import Conditioner
 from ldm.config import instantiate
@@ -32,15 +25,18 @@ from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.training.compiling import CompileMode, TrainingGraph
-from ldm.training.cuda_graph import GraphedLoss, uses_cuda_graph
+from ldm.training.cuda_graph import GraphedStep, uses_cuda_graph
 from ldm.training.gradients import clip
 from ldm.training.objective import Loss, Objective
-from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
+from ldm.training.optimizer_nodes import OptimizerNode, weights_dtype
+from ldm.training.optimizers import build_optimizer, check_optimizer, with_schedule
+from ldm.training.schedules import ScheduleNode, build_schedule
 from ldm.training.schema import TrainerOptions
 from ldm.training.sharding import Sharded, shard
 from ldm.training.step_log import StepMean, begins_step, is_logged
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
-from ldm.training.techniques import L2SP, LearnedToken, Reference
+from ldm.training.techniques import L2SP, Reference
+from ldm.training.trainable import Trainable
 
 
 class LatentDiffusion(pl.LightningModule):
@@ -48,7 +44,7 @@ class LatentDiffusion(pl.LightningModule):
 
     Its state dict has the names of a Stable Diffusion file: `model.diffusion_model.*`, `first_stage_model.*`,
     `cond_stage_model.*`. A batch is a dict: "latent_stats" [B, 2C, h, w] or "image" [B, 3, H, W] in [-1, 1],
-    "caption" list of str, "is_prior" [B] bool, "item" [B] int64 (subject and prior items numbered apart).
+    "caption" list of str, "stream" list of "subject" and "prior", "item" [B] int64 (numbered in each stream).
 
     Args:
         unet, vae, text_encoder: nodes of the three networks.
@@ -59,26 +55,31 @@ class LatentDiffusion(pl.LightningModule):
         objective: what predictions are compared with, and how errors become one loss.
         offset_noise: standard deviation of what is added to all of an item's noise in a channel, so that
             brightness is learnt too (Guttenberg 2023); 0.1 is usual.
-        train_unet, train_text_encoder: which networks learn.
-        text_encoder_steps: optimizer steps after which the text encoder stays as it is; None: it learns on.
-        learned_token: node of a `LearnedToken`: textual inversion, with the networks or, where both are
-            switched off, alone. Its vectors are kept in `embeddings/WORD.safetensors`.
-        learning_rate: of AdamW.
-        text_encoder_learning_rate: None is the same.
-        weight_decay, betas: of AdamW (Loshchilov & Hutter 2019).
-        warmup_steps: optimizer steps in which the rates rise linearly from 0.
+        trainable: which parameters learn, and at which rates.
         optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
-            bfloat16 and rounds their updates stochastically.
-        fused_backward: each weight learns as soon as its gradient is there, which is then freed.
-        lr_schedule: after `warmup_steps` optimizer steps constant, a cosine to 0, or "wsd" (`lr_factor`).
-        lora: node of a `LoRA`: what learns are factors beside the layers of UNet and text encoder.
+            bfloat16 and rounds their updates stochastically; or a node of any optimizer, as of torch.optim.
+            `FusedBackward` has one step each weight as soon as its gradient is there, which is then freed.
+        lr_schedule: "constant", "cosine", to 0, or "wsd"; or a node of one, with a warm-up (`Constant`).
         compile: mode in which torch.compile translates the UNet's training graph, at the first step.
-        cuda_graph: a step's forward and backward pass are launched as CUDA graphs (`GraphedLoss`). None: on a
+        cuda_graph: a step's forward and backward pass are launched as CUDA graphs (`GraphedStep`). None: on a
             GPU, where one process trains without a fused backward pass.
         seed: of the run; all draws follow from it and the item's number.
     """
 
     MOVED: ClassVar[Mapping[str, str]] = {
+        "train_unet": "trainable.unet",
+        "train_text_encoder": "trainable.text_encoder",
+        "text_encoder_steps": "trainable.text_encoder_steps",
+        "learning_rate": "trainable.learning_rate",
+        "text_encoder_learning_rate": "trainable.text_encoder_learning_rate",
+        "lora": "trainable.lora",
+        "learned_token": "trainable.learned_token",
+        "new_word": "trainable.learned_token",
+        "fused_backward": "optimizer={target: ldm.training.fused_backward.FusedBackward}",
+        "step_in_backward": "optimizer={target: ldm.training.fused_backward.FusedBackward}",
+        "betas": "optimizer={target: torch.optim.AdamW, params: {betas: [0.9, 0.999]}}",
+        "weight_decay": "optimizer={target: torch.optim.AdamW, params: {weight_decay: 0.01}}",
+        "warmup_steps": "lr_schedule={target: ldm.training.schedules.Constant, params: {warmup_steps: 9}}",
         "prior_loss_weight": "objective.prior_loss_weight",
         "prior_target": "objective.prior_target",
         "l2_sp_weight": "objective.l2_sp_weight",
@@ -101,19 +102,9 @@ class LatentDiffusion(pl.LightningModule):
         beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear",
         objective: Objective | None = None,
         offset_noise: NonNegativeFloat = 0.0,
-        train_unet: bool = True,
-        train_text_encoder: bool = True,
-        text_encoder_steps: NonNegativeInt | None = None,
-        learned_token: Annotated[Node, Builds(LearnedToken)] | None = None,
-        learning_rate: NonNegativeFloat = 1e-6,
-        text_encoder_learning_rate: NonNegativeFloat | None = None,
-        weight_decay: NonNegativeFloat = 0.01,
-        betas: tuple[Decay, Decay] = (0.9, 0.999),
-        lr_schedule: LRSchedule = "constant",
-        warmup_steps: NonNegativeInt = 0,
-        optimizer: OptimizerName = "adamw",
-        fused_backward: bool = False,
-        lora: Annotated[Node, Builds(LoRA)] | None = None,
+        trainable: Trainable | None = None,
+        optimizer: OptimizerNode = "adamw",
+        lr_schedule: ScheduleNode = "constant",
         compile: CompileMode | None = None,
         cuda_graph: bool | None = None,
         seed: Seed = 23,
@@ -136,26 +127,17 @@ class LatentDiffusion(pl.LightningModule):
         )
         self.seed = seed
         self.objective = objective or Objective()
-        self.text_encoder_steps = text_encoder_steps
-        self.learned_token: LearnedToken | None = instantiate(learned_token) if learned_token else None
-        text_rate = learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
-        self.learning_rates = {"unet": learning_rate, "text_encoder": text_rate}
-        self.weight_decay, self.betas, self.lr_schedule = weight_decay, tuple(betas), lr_schedule
-        networks["vae"].requires_grad_(False)
-        networks["unet"].requires_grad_(train_unet)
-        networks["text_encoder"].requires_grad_(train_text_encoder)
-        self.lora: LoRA | None = instantiate(lora) if lora else None
-        if self.lora is not None:
-            self.lora.attach({name: networks[name] for name in ("unet", "text_encoder")})
+        self.trainable = trainable or Trainable()
+        self.trainable.attach(networks)
+        self.lora: LoRA | None = self.trainable.lora  # a module, whose weights checkpoints keep
+        self.lr_schedule = build_schedule(lr_schedule)
         self.optimizer = optimizer
-        self.fused_backward = fused_backward
-        self.warmup_steps = warmup_steps
-        if optimizer == "adamw_bf16":
-            networks["unet"].to(torch.bfloat16)
-            networks["text_encoder"].to(torch.bfloat16)
+        if (dtype := weights_dtype(optimizer)) is not None:
+            networks["unet"].to(dtype)
+            networks["text_encoder"].to(dtype)
         self._graph = None if compile is None else TrainingGraph(networks["unet"], mode=compile)
         self.cuda_graph = cuda_graph
-        self._graphed: GraphedLoss | None = None
+        self.graphed_step: Callable[[dict], Tensor] | None = None
         self._l2_sp: L2SP | None = None
         self._reference: Reference | None = None
         self.conditioner = Conditioner(self.cond_stage_model)
@@ -173,10 +155,7 @@ class LatentDiffusion(pl.LightningModule):
     @property
     def trainable_modules(self) -> dict[str, nn.Module]:
         """What the optimizer changes for each network: the network itself, or the factors beside it."""
-        modules = self.networks if self.lora is None else self.lora.layers
-        text = self.cond_stage_model.transformer if self.lora is None else modules["text_encoder"]
-        tokens = {} if self.learned_token is None else {"learned_token": self.cond_stage_model.learned_tokens}
-        return {"unet": modules["unet"], "text_encoder": text, **tokens}
+        return self.trainable.modules(self.networks)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -188,25 +167,18 @@ class LatentDiffusion(pl.LightningModule):
 
         Equal prompts go through the text encoder once: in a call, or, where it is frozen, in the whole run.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._text_is_over):
-            return self.conditioner(prompts, sizes, frozen=not self._text_learns)
-
-    @property
-    def _text_learns(self) -> bool:
-        modules = (module for name, module in self.trainable_modules.items() if name != "unet")
-        return any(p.requires_grad for module in modules for p in module.parameters())
-
-    @property
-    def _text_is_over(self) -> bool:
-        return self.text_encoder_steps is not None and self.global_step >= self.text_encoder_steps
+        learns = self.trainable.text_learns_at(self.global_step)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            frozen = not self.trainable.text_learns(self.networks)
+            return self.conditioner(prompts, sizes, frozen=frozen)
 
     def setup(self, stage: str) -> None:
         """Keeps the base as it is, before a checkpoint replaces its weights."""
-        if self.learned_token is not None and not self.cond_stage_model.learned_tokens:
+        if self.trainable.learned_token is not None and not self.cond_stage_model.learned_tokens:
             raise ValueError("call add_learned_token between loading the base and training")
         if self.objective.l2_sp_weight and stage == "fit":
             self._l2_sp = L2SP(self.parameters())
-        if self.objective.prior_target == "teacher" and stage == "fit":
+        if self.objective.needs_reference and stage == "fit":
             how = {"lora": self.lora, "precision": getattr(self._trainer, "precision", "32-true")}
             self._reference = Reference(self.model["diffusion_model"], self.cond_stage_model, **how)
 
@@ -217,10 +189,8 @@ class LatentDiffusion(pl.LightningModule):
 
     def add_learned_token(self) -> None:
         """Lets prompts hold the new word, if there is one. To be called when the base's weights are there."""
-        text_encoder, new = self.cond_stage_model, self.learned_token
-        if new is not None:
-            text_encoder.add_token(new.word, text_encoder.token_embedding_of(new.init))
-            self.conditioner.forget()
+        self.trainable.add_token(self.networks)
+        self.conditioner.forget()
 
     def on_train_start(self) -> None:
         """Contexts of other weights, and ids on another device, are forgotten."""
@@ -228,22 +198,25 @@ class LatentDiffusion(pl.LightningModule):
         for kept in (self._l2_sp, self._reference):
             if kept is not None:
                 kept.to(self.device)
-        processes = 1 if self._trainer is None else self._trainer.world_size
-        if uses_cuda_graph(self.cuda_graph, self.device, self.fused_backward, processes):
-            modules = self.trainable_modules.values()
-            learning = [p for module in modules for p in module.parameters() if p.requires_grad]
-            base = [] if self._reference is None else self._reference.unet.parameters()
-            fixed = [p for p in (*self.parameters(), *base) if not p.requires_grad]
-            self._graphed = GraphedLoss(self.losses, learning=learning, fixed=fixed)
+        if uses_cuda_graph(self, self._trainer):
+            self.graphed_step = self.build_graphed_step()
 
     def on_train_end(self) -> None:
-        self._graphed = None  # and the memory that it keeps
+        self.graphed_step = None  # and the memory that it keeps
+
+    def build_graphed_step(self) -> Callable[[dict], Tensor]:
+        """The losses of a batch by CUDA graphs."""
+        return GraphedStep(self, self._reference)
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
-        """Adds what is read or drawn on the CPU while the items are there (see `sample_randomness`)."""
+        """Adds what is read or drawn on the CPU while the items are there.
+
+        See `sample_randomness` and `Objective.select`.
+        """
         stage = self.first_stage_model
         shape = latent_shape(batch, channels=stage.embed_dim, factor=stage.factor)
-        return batch | sample_randomness(batch, self.seed, shape, self.process)
+        drawn = sample_randomness(batch, self.seed, shape, self.process)
+        return batch | drawn | self.objective.select(batch)
 
     def apply_model(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """x: [B, C, h, w], t: [B], conditioning of B items -> the UNet's prediction [B, C, h, w]."""
@@ -263,10 +236,10 @@ class LatentDiffusion(pl.LightningModule):
         self._log_loss(batch, "val", batch_idx)
 
     def _log_loss(self, batch: dict, stage: str, batch_idx: int) -> Loss:
+        batch = self._prepared(batch)
         per_item = self.loss_per_item(batch)
         self.item_losses = per_item.detach()
-        is_prior = batch["is_prior"]
-        loss = self.objective.combine(per_item, {"subject": ~is_prior, "prior": is_prior})
+        loss = self.objective.combine(per_item, batch["stream_masks"])
         if stage == "val" or is_logged(self):
             values = loss.logs(stage)
             if stage == "train":
@@ -276,88 +249,50 @@ class LatentDiffusion(pl.LightningModule):
 
     def loss_per_item(self, batch: dict) -> Tensor:
         """Weighted denoising loss of each item -> [B] float32 (Ho et al. 2020, eq. 14)."""
-        if "randomness" not in batch:
-            batch = self.on_before_batch_transfer(batch, 0)
+        batch = self._prepared(batch)
+        if self.graphed_step is not None and torch.is_grad_enabled():
+            return self.graphed_step(batch)
+        return self.losses(batch, self.condition(batch["caption"], batch.get("sizes")))
+
+    def losses(self, batch: dict, told: Conditioning) -> Tensor:
+        """`loss_per_item`, given the conditioning."""
+        x0, t, noise = self.sample_latents(batch)
+        x_t = self.process.add_noise(x0, noise, t)
+        prediction = self.apply_model(x_t, t, told)
+        target = self.with_reference(self.process.target(x0, noise, t), batch, x_t, t)
+        return self.objective.per_item(self.process, prediction, target, t)
+
+    def sample_latents(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents of the items, timesteps and noise: [B, C, h, w], [B] int64, [B, C, h, w]."""
         stats = batch["latent_stats"] if "latent_stats" in batch else self.encode_images(batch["image"])
-        inputs = {"latent_stats": stats, "randomness": batch["randomness"]}
-        captions, sizes = batch["caption"], batch.get("sizes")
-        prompts = list(compress(captions, (stream == "prior" for _, stream in batch["stream_ids"])))
-        base = None
-        if self._reference is not None and prompts:
-            inputs["prior_rows"] = batch["prior_rows"]
-            of_priors = None if sizes is None else sizes[batch["prior_rows"].to(sizes.device)]
-            base = self._reference.condition(prompts, of_priors)
-        if self._graphed is None or not torch.is_grad_enabled():
-            inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
-            return self.losses(**inputs, told=self.condition(captions, sizes), base=base)
-        if self._text_learns and not self._text_is_over:
-            inputs |= {"ids": self.conditioner.ids_of(captions)} | ({} if sizes is None else {"sizes": sizes})
-        else:
-            inputs |= self.condition(captions, sizes).expanded().by_name("")
-        return self._graphed(**inputs, **({} if base is None else base.expanded().by_name("base_")))
+        posterior = DiagonalGaussian.from_latent_stats(stats.float())
+        randomness = batch["randomness"].to(self.device, non_blocking=True)
+        t, posterior_noise, noise = StepRandomness.views(randomness, posterior.mean.shape)
+        return posterior.sample(posterior_noise), t, noise
 
-    def losses(
-        self,
-        *,
-        latent_stats: Tensor,
-        randomness: Tensor,
-        prior_rows: Tensor | None = None,
-        told: Conditioning | None = None,
-        base: Conditioning | None = None,
-        **tensors: Tensor,
-    ) -> Tensor:
-        """`loss_per_item` of what is on the device.
+    def with_reference(self, target: Tensor, batch: dict, x_t: Tensor, t: Tensor) -> Tensor:
+        """The target [B, C, h, w], but the base's prediction for the items of streams that learn it."""
+        if self._reference is None or not len(batch["reference_rows"]):
+            return target
+        rows = batch["reference_rows"].to(self.device, non_blocking=True)
+        told = batch.get("reference_told") or self._reference.condition_of(batch)
+        kept = self._reference.predict_told(x_t[rows], t[rows], told)
+        return target.index_copy(0, rows, kept.to(target))
 
-        prior_rows: [n], of the items whose target the base predicts, which is told `base` of them. In place
-        of `told` and `base` there may be their tensors, each item's own, or "ids" and "sizes".
-        """
-        if "ids" in tensors:
-            encoding = self.cond_stage_model.encode(tensors["ids"])
-            told = self.conditioner.conditioning(encoding, None, tensors.get("sizes"))
-        elif told is None:
-            told = Conditioning.of(tensors["context"], vector=tensors.get("vector"))
-        if base is None and "base_context" in tensors:
-            base = Conditioning.of(tensors["base_context"], vector=tensors.get("base_vector"))
-        posterior = DiagonalGaussian.from_latent_stats(latent_stats.float())
-        timesteps, posterior_noise, noise = StepRandomness.views(randomness, posterior.mean.shape)
-        x0 = posterior.sample(posterior_noise)
-        noisy = self.process.add_noise(x0, noise, timesteps)
-        prediction = self.apply_model(noisy, timesteps, told)
-        target = self.process.target(x0, noise, timesteps)
-        if prior_rows is not None:
-            kept = self._reference.predict_told(noisy[prior_rows], timesteps[prior_rows], base)
-            target = target.index_copy(0, prior_rows, kept.to(target))
-        return self.objective.per_item(self.process, prediction, target, timesteps)
+    def _prepared(self, batch: dict) -> dict:
+        """A batch that no Trainer has handed over gets what it lacks."""
+        return batch if "stream_masks" in batch else self.on_before_batch_transfer(batch, 0)
 
     def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
         """Refuses a Trainer, or its options, with which this module cannot learn."""
-        check_optimizer(
-            name=self.optimizer,
-            fused_backward=self.fused_backward,
-            compiled=self._graph is not None,
-            accumulate=trainer.accumulate_grad_batches,
-            clip=trainer.gradient_clip_val,
-            precision=trainer.precision,
-            processes=processes,
-        )
+        check_optimizer(self.optimizer, trainer, compiled=self._graph is not None, processes=processes)
 
     def configure_optimizers(self) -> dict:
         self.check(self.trainer, processes=self.trainer.world_size)
-        rates = self.learning_rates | (
-            {"learned_token": self.learned_token.learning_rate} if self.learned_token else {}
-        )
-        optimizer = adamw(
-            {name: (module, rates[name]) for name, module in self.trainable_modules.items()},
-            name=self.optimizer,
-            fused_backward=self.fused_backward,
-            seed=self.seed,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-            fused=self.trainer.precision != "16-mixed",  # there the scaler must see the gradients first
-        )
-        return with_schedule(
-            optimizer, self.lr_schedule, warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
-        )
+        groups = self.trainable.param_groups(self.networks)
+        fused = self.trainer.precision != "16-mixed"  # there the scaler must see the gradients first
+        optimizer = build_optimizer(groups, self.optimizer, fused=fused, seed=self.seed)
+        return with_schedule(optimizer, self.lr_schedule, max_steps=self.trainer.max_steps)
 
     configure_gradient_clipping = clip
 
@@ -371,17 +306,8 @@ class LatentDiffusion(pl.LightningModule):
     def export(self, path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> Path:
         """Writes one Stable Diffusion file of all three networks and the schedule.
 
-        Where a LoRA learns it is merged in that file, and alone in `loras/RUN.safetensors` beside it; a new
-        word is alone in `embeddings/WORD.safetensors`.
+        A LoRA and a new word are in files of their own beside it too (`Trainable.export`).
         """
-        state_dicts = {name: network.state_dict() for name, network in self.networks.items()}
-        text = state_dicts["text_encoder"]
-        state_dicts["text_encoder"] = {k: x for k, x in text.items() if not k.startswith(LEARNED_TOKENS)}
-        for word, vectors in self.cond_stage_model.learned_tokens.items():
-            save_embedding(embeddings_beside(path), word, vectors, metadata=metadata)
-        if self.lora is not None:
-            layers = self.lora.weights()
-            save_lora(lora_beside(path), layers, state_dicts, dtype=dtype, metadata=metadata)
-            state_dicts = merge_lora(state_dicts, layers)
+        state_dicts = self.trainable.export(path, self.networks, dtype=dtype, metadata=metadata)
         alphas_cumprod = self.process.alphas_cumprod.cpu()
         return save_model(path, state_dicts, alphas_cumprod=alphas_cumprod, dtype=dtype, metadata=metadata)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ldm.config import allow, load_config
+from ldm.config import load_config
+from ldm.targets import allow
 from ldm.training.command import Command, read_command
 from ldm.training.schema import RunConfig
 

@@ -1,5 +1,7 @@
 """Training of the storybook's base: the UNet of a small Stable Diffusion, on a stream of captioned images."""
 
+from collections.abc import Callable
+
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -7,8 +9,11 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.models.autoencoder import DiagonalGaussian
 from ldm.randomness import ItemRNG
+from ldm.training.cuda_graph import graphed_loss
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.schema import TrainerOptions
+
+PREPARED = ("latent_stats", "ids", "posterior", "noise", "timestep")  # of a batch: what its loss is made of
 
 
 class StorybookBase(LatentDiffusion):
@@ -22,9 +27,9 @@ class StorybookBase(LatentDiffusion):
         """Refuses options that this shorter step does not support."""
         super().check(trainer, processes=processes)
         left_out = {
-            "train_text_encoder": self._text_learns,
-            "learned_token": self.learned_token is not None,
-            "objective.prior_target": self.objective.prior_target != "noise",
+            "trainable.text_encoder": self.trainable.text_learns(self.networks),
+            "trainable.learned_token": self.trainable.learned_token is not None,
+            "objective.prior_target": self.objective.needs_reference,
         }
         for key in (key for key, present in left_out.items() if present):
             what = f"The storybook's base is trained without {key}"
@@ -45,7 +50,7 @@ class StorybookBase(LatentDiffusion):
         rng.randn("posterior", posterior)
         self.process.sample_noise(rng, noise)
         self.process.sample_times(rng, timestep)
-        rest = {key: value for key, value in batch.items() if key != "caption"}
+        rest = {key: value for key, value in batch.items() if key != "caption"} | self.objective.select(batch)
         ids = self.cond_stage_model.tokenize(batch["caption"])
         return rest | {"ids": ids, "posterior": posterior, "noise": noise, "timestep": timestep}
 
@@ -53,16 +58,20 @@ class StorybookBase(LatentDiffusion):
         """The random numbers are in the batch already."""
         return batch
 
+    def build_graphed_step(self) -> Callable[[dict], Tensor]:
+        graphed = graphed_loss(self, self.losses_of)
+        return lambda batch: graphed(**{name: batch[name] for name in PREPARED})
+
     def loss_per_item(self, batch: dict) -> Tensor:
         """Weighted denoising loss of each item -> [B] float32 (Ho et al. 2020, eq. 14)."""
-        inputs = {name: batch[name] for name in ("latent_stats", "ids", "posterior", "noise", "timestep")}
-        graphed = self._graphed is not None and torch.is_grad_enabled()
-        return (self._graphed if graphed else self.losses)(**inputs)
+        if self.graphed_step is not None and torch.is_grad_enabled():
+            return self.graphed_step(batch)
+        return self.losses_of(**{name: batch[name] for name in PREPARED})
 
-    def losses(
+    def losses_of(
         self, *, latent_stats: Tensor, ids: Tensor, posterior: Tensor, noise: Tensor, timestep: Tensor
     ) -> Tensor:
-        """`loss_per_item` of the tensors of a batch."""
+        """`loss_per_item` of what a batch holds."""
         x0 = DiagonalGaussian.from_latent_stats(latent_stats.float()).sample(posterior)
         noisy = self.process.add_noise(x0, noise, timestep)
         told = self.conditioner.conditioning(self.cond_stage_model.encode(ids), None)

@@ -90,6 +90,13 @@ class Reference:
         """The base's conditioning of B items by their prompts."""
         return self.conditioner(prompts, sizes, frozen=True)
 
+    def condition_of(self, batch: dict) -> Conditioning:
+        """Of the items of a batch whose target the base predicts (see `Objective.select`)."""
+        sizes = batch.get("sizes")
+        if sizes is not None:
+            sizes = sizes[batch["reference_rows"].to(sizes.device, non_blocking=True)]
+        return self.condition([batch["caption"][k] for k in batch["reference_items"]], sizes)
+
     @torch.no_grad()
     def predict_told(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """As `predict`, of items that `condition` was told of."""

@@ -8,22 +8,21 @@ import torch
 from torch import Tensor
 
 from ldm.cuda_graph import capture
-from ldm.training import latent_diffusion
+from ldm.training import cuda_graph
 from ldm.training.cuda_graph import GraphedLoss
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.objective import Objective
+from tests.factories import TAUGHT, build_module
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-LORA = {"target": "ldm.models.lora.LoRA", "params": {"rank": 4}}
-TEACHER = Objective(prior_target="teacher")
+LORA = {"trainable": {"lora": {"target": "ldm.models.lora.LoRA", "params": {"rank": 4}}}}
 CASES = {
     "full": {},
-    "UNet alone": {"train_text_encoder": False},
-    "LoRA": {"lora": LORA},
-    "teacher": {"objective": TEACHER},
-    "LoRA and teacher": {"lora": LORA, "objective": TEACHER},
-    "text encoder until step 0": {"text_encoder_steps": 0},
-    "L2-SP": {"objective": Objective(l2_sp_weight=0.1)},
+    "UNet alone": {"trainable": {"text_encoder": False}},
+    "LoRA": LORA,
+    "teacher": TAUGHT,
+    "LoRA and teacher": LORA | TAUGHT,
+    "text encoder until step 0": {"trainable": {"text_encoder_steps": 0}},
+    "L2-SP": {"objective": {"l2_sp_weight": 0.1}},
 }
 
 
@@ -39,14 +38,14 @@ def batch_of(first: int, items: int = 3) -> dict:
     return {
         "latent_stats": torch.rand(items, 8, 8, 8, generator=generator),
         "caption": prompts[:items],
-        "is_prior": torch.tensor([False, True, True, False])[:items],
+        "stream": ["subject", "prior", "prior", "subject"][:items],
         "item": torch.arange(first, first + items),
     }
 
 
 def module_of(config: dict, networks: dict, device: str, *, graphed: bool, **params) -> LatentDiffusion:
     torch.manual_seed(0)
-    module = LatentDiffusion(**config, seed=7, cuda_graph=graphed, **params)
+    module = build_module(config, seed=7, cuda_graph=graphed, **params)
     for name, network in module.networks.items():
         network.load_state_dict(networks[name].state_dict())
     module.setup("fit")
@@ -76,7 +75,7 @@ def test_losses_and_gradients_are_the_plain_ones(
     """Over several steps, two micro-batches each, and other shapes in between."""
 
     recorded = again if device == "cpu" else capture
-    monkeypatch.setattr(latent_diffusion, "GraphedLoss", partial(GraphedLoss, recorded=recorded))
+    monkeypatch.setattr(cuda_graph, "GraphedLoss", partial(GraphedLoss, recorded=recorded))
     plain = module_of(tiny_config, tiny_networks, device, graphed=False, **params)
     graphed = module_of(tiny_config, tiny_networks, device, graphed=True, **params)
     for first, items in ((0, 3), (20, 3), (40, 4)):

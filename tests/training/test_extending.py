@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from ldm import config as configs
+from ldm import targets
 from ldm.config import instantiate
 from ldm.errors import UserError
 from ldm.evaluation.protocol import CLASS_SAMPLINGS
@@ -31,7 +31,7 @@ def mine(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (workdir / name).write_text(text)
     (workdir / "configs").symlink_to(ROOT / "configs")
     monkeypatch.syspath_prepend(str(workdir))
-    monkeypatch.setattr(configs, "ALLOWED", list(configs.ALLOWED))
+    monkeypatch.setattr(targets, "ALLOWED", list(targets.ALLOWED))
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     return workdir
@@ -133,6 +133,16 @@ def batch_of(count: int) -> dict:
     return {
         "latent_stats": torch.rand(count, 8, 8, 8, generator=torch.Generator().manual_seed(0)),
         "caption": ["a", "b"] * (count // 2),
-        "is_prior": torch.tensor([False, True] * (count // 2)),
+        "stream": ["subject", "prior"] * (count // 2),
         "item": torch.arange(count) + 3,
     }
+
+
+def test_every_config_of_the_page_is_one(mine: Path):
+    blocks = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) > 1
+    for block in blocks:
+        (mine / "block.yaml").write_text(block)
+        config = parse(["--base", "configs/dreambooth.yaml", "block.yaml", "--allow", "mine"])
+        params = config.model["params"]
+        assert OmegaConf.merge(params, OmegaConf.create(block).model.params) == params

@@ -8,7 +8,7 @@ from ldm import randomness
 from ldm.checkpoints.layout import PREFIXES
 from ldm.models.conditioning import Conditioning
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.optimizers import adamw, lr_factor
+from ldm.training.optimizers import build_optimizer
 from tests.factories import build_module
 
 
@@ -28,7 +28,7 @@ def batch() -> dict:
     return {
         "latent_stats": latent_stats,
         "caption": ["a photo of sks disc"] * 2 + ["a photo of a disc"] * 2,
-        "is_prior": torch.tensor([False, False, True, True]),
+        "stream": ["subject", "subject", "prior", "prior"],
         "item": torch.tensor([4, 5, 4, 5]),
     }
 
@@ -39,7 +39,7 @@ def one_item(batch: dict, k: int) -> dict:
 
 def reference_loss(module: LatentDiffusion, batch: dict, k: int) -> Tensor:
     """The loss of item k, by hand."""
-    part, item = ("prior" if batch["is_prior"][k] else "subject"), int(batch["item"][k])
+    part, item = batch["stream"][k], int(batch["item"][k])
     draw = {p: randomness.generator(7, item, f"{part}/{p}") for p in ("posterior", "noise", "timestep")}
     mean, std = batch["latent_stats"][k].chunk(2)
     x0 = mean + std * torch.randn(mean.shape, generator=draw["posterior"])
@@ -60,12 +60,12 @@ def test_an_item_draws_the_same_alone_and_differs_between_the_parts(module: Late
     together = module.loss_per_item(batch)
     alone = torch.cat([module.loss_per_item(one_item(batch, k)) for k in range(4)])
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=0)
-    other_part = one_item(batch, 0) | {"is_prior": torch.tensor([True])}
+    other_part = one_item(batch, 0) | {"stream": ["prior"]}
     assert not torch.allclose(module.loss_per_item(other_part), together[:1], rtol=1e-3)
 
 
 def test_frozen_parts_get_no_gradient(tiny_config: dict, batch: dict):
-    module = build_module(tiny_config, train_text_encoder=False)
+    module = build_module(tiny_config, trainable={"text_encoder": False})
     module.training_step(batch, 0).backward()
     assert all(p.grad is None for p in module.cond_stage_model.parameters())
     assert all(p.grad is None for p in module.networks["vae"].parameters())
@@ -81,12 +81,5 @@ def test_state_dict_has_the_names_of_a_released_file(module: LatentDiffusion):
 
 def test_each_part_has_its_learning_rate(module: LatentDiffusion):
     parts = {"unet": (module.networks["unet"], 1e-3), "text_encoder": (module.cond_stage_model, 1e-5)}
-    groups = adamw(parts).param_groups
+    groups = build_optimizer(parts).param_groups
     assert [(group["name"], group["lr"]) for group in groups] == [("unet", 1e-3), ("text_encoder", 1e-5)]
-
-
-def test_learning_rate_schedules_in_closed_form():
-    cosine = lr_factor("cosine", warmup_steps=10, max_steps=110)
-    assert [cosine(0), cosine(9)] == [0.1, 1.0]
-    assert cosine(60) == pytest.approx(0.5) and cosine(110) == pytest.approx(0, abs=1e-12)
-    assert lr_factor("constant", warmup_steps=0, max_steps=5)(4) == 1.0

@@ -10,17 +10,19 @@ import torch
 from ldm.config import instantiate
 from ldm.errors import UserError
 from ldm.training import resume
-from tests.factories import MIN_SNR
+from tests.factories import MIN_SNR, TAUGHT
 from tests.training.conftest import At, Job, Killed, curves_of, differences, kill, state_of
 
-EVERYTHING = {"train_text_encoder": True, "lr_schedule": "cosine", "warmup_steps": 2}
-FROZEN_TEXT = {"train_text_encoder": False, "objective": {"weighting": MIN_SNR}}
+COSINE = {"target": "ldm.training.schedules.Cosine", "params": {"warmup_steps": 2}}
+EVERYTHING = {"lr_schedule": COSINE}
+FROZEN_TEXT = {"trainable": {"text_encoder": False}, "objective": {"weighting": MIN_SNR}}
 PULLED = {"objective": {"l2_sp_weight": 0.1}, "offset_noise": 0.1}
 NEW_WORD = {"target": "ldm.training.techniques.LearnedToken", "params": {"word": "sks", "init": "disc"}}
-WORD_AND_TEXT = {"learned_token": NEW_WORD, "text_encoder_steps": 2}
-WORD_ALONE = {"learned_token": NEW_WORD, "train_unet": False, "train_text_encoder": False}
-TAUGHT, HELD = {"prior_target": "teacher"}, {"prior_caption_dropout": 0.5}
-LORA = {"lora": {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}}
+WORD_AND_TEXT = {"trainable": {"learned_token": NEW_WORD, "text_encoder_steps": 2}}
+WORD_ALONE = {"trainable": {"learned_token": NEW_WORD, "unet": False, "text_encoder": False}}
+HELD = {"prior_caption_dropout": 0.5}
+PULLED_AND_TAUGHT = {"objective": {"l2_sp_weight": 0.1, "prior_target": "teacher"}, "offset_noise": 0.1}
+LORA = {"trainable": {"lora": {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}}}
 
 
 EVERY_STEP, AVERAGED = {"checkpoint_every": 1}, {"ema_decay": 0.9, "checkpoint_every": 1}
@@ -32,7 +34,7 @@ CASES = {  # what is trained and how, and the micro-batches in which it is kille
     "pulled-to-the-base": (PULLED, EVERY_STEP, {}, [3, 6]),
     "a-lora-and-its-teacher": (TAUGHT | LORA, EVERY_STEP, HELD, [3, 6]),
     "a-new-word-and-text-for-two-steps": (WORD_AND_TEXT, AVERAGED, {}, [3, 5]),
-    "bfloat16-weights-pulled-and-taught": (EVERYTHING | PULLED | TAUGHT, HALF, HELD, [3]),
+    "bfloat16-weights-pulled-and-taught": (EVERYTHING | PULLED_AND_TAUGHT, HALF, HELD, [3]),
     "a-new-word-alone-of-photos-decoded-by-processes": (WORD_ALONE, EVERY_STEP, DECODED, [4]),
 }
 
@@ -155,7 +157,7 @@ def test_weights_of_other_networks_are_refused_by_name_and_shape(job: Job, tmp_p
 def test_other_learning_parts_are_refused(job: Job, tmp_path: Path):
     replace(job, steps=1)(tmp_path)
     with pytest.raises(UserError, match=r"The checkpoint has \d+ trainable weights, the module \d+"):
-        job(tmp_path, params={"train_text_encoder": False})
+        job(tmp_path, params={"trainable": {"text_encoder": False}})
 
 
 def test_changes_are_named_key_by_key(tmp_path: Path, caplog: pytest.LogCaptureFixture):
