@@ -53,7 +53,7 @@ MANY_ARGUMENTS = {  # "ldm/file.py:function" -> why it takes more; a network's c
     "ldm/data/dreambooth.py:__init__": "the keys of a config's section",
     "ldm/evaluation/photos.py:__init__": "the keys of a config's section",
     "ldm/evaluation/storybook.py:__init__": "the keys of a config's section",
-    "ldm/evaluation/sweep_page.py:page": "the parts of a page, by name",
+    "ldm/reports/sweep_page.py:page": "the parts of a page, by name",
     "ldm/pipeline.py:__call__": "what a notebook sets, by name",
     "ldm/training/latent_diffusion.py:__init__": "the keys of a config's section",
 }
@@ -153,7 +153,10 @@ def test_functions_take_few_arguments():
 
 def test_every_function_is_annotated():
     bare = []
+    kernels = {"jit", "triton.jit"}  # of Triton, whose arguments are pointers and numbers of the device
     for path, node in functions():
+        if kernels & {ast.unparse(decorator) for decorator in node.decorator_list}:
+            continue
         arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
         arguments += [argument for argument in (node.args.vararg, node.args.kwarg) if argument]
         named = [a for a in arguments if a.arg not in ("self", "cls")]
@@ -174,7 +177,7 @@ def test_the_library_imports_without_diffusers():
     script = f"""
 import importlib, sys
 sys.modules["diffusers"] = None  # importing it now raises ImportError
-for name in {sorted(MODULES)!r}:
+for name in {sorted(MODULES - {"ldm.models.group_norm_triton"})!r}:  # Triton is where a GPU is
     importlib.import_module(name)
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

@@ -90,12 +90,10 @@ def test_losses_and_gradients_are_the_plain_ones(
                     p.mul_(0.999) if p.requires_grad else None
 
 
-def test_values_of_a_step_outlive_the_next(tiny_config: dict, tiny_networks: dict, monkeypatch):
-    monkeypatch.setattr(
-        latent_diffusion,
-        "GraphedLoss",
-        lambda *args, **options: GraphedLoss(*args, **options, recorded=again),
-    )
+def test_values_of_a_step_outlive_the_next(
+    tiny_config: dict, tiny_networks: dict, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cuda_graph, "GraphedLoss", partial(GraphedLoss, recorded=again))
     module = module_of(tiny_config, tiny_networks, "cpu", graphed=True)
     first = module.loss_per_item(batch_of(0))
     kept = first.detach().clone()
