@@ -65,10 +65,32 @@ def page(
     best: trial -> the config file of its settings. importances: metric -> key -> share. pictures: trial ->
     sheet of its samples.
     """
+    kind = "Best settings" if len(metrics) == 1 else "The front"
+    sections = {
+        kind: _best(results, best, metrics),
+        "What mattered": "".join(
+            _table(
+                [f"share in {spoken(metric)}", ""], [[key, f"{share:.2f}"] for key, share in shares.items()]
+            )
+            for metric, shares in importances.items()
+        )
+        or "<p>Too few trials are finished to tell.</p>",
+        "Every trial": _trials(results, metrics),
+    }
+    body = f"<h1>{escape(title)}</h1><p>Made by <code>{escape(command)}</code>.</p>"
+    body += "".join(f"<h2>{name}</h2>{html}" for name, html in sections.items())
+    for number, sheet in pictures.items():
+        shown = img_tag(sheet, width=PREVIEW_WIDTH)
+        body += f'<details><summary>Trial {number}</summary><div class="wide">{shown}</div></details>'
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{css}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+
+
+def _best(results: Sequence[Result], best: Mapping[int, str], metrics: Sequence[str]) -> str:
+    """The best trials' settings; then the front beside the first trial, or the metric of every trial."""
     finished = [result for result in results if result.state == "finished"]
-    parts = [f"<h1>{escape(title)}</h1>", f"<p>Made by <code>{escape(command)}</code>.</p>"]
-    parts.append(f"<h2>{'Best settings' if len(metrics) == 1 else 'The front'}</h2>")
+    parts = []
     for result in (result for result in finished if result.number in best):
         said = "\n".join(f"{key}: {value}" for key, value in result.settings.items())
         found = ", ".join(f"{spoken(metric)} {_value(result, metric)}" for metric in metrics)
@@ -79,25 +101,18 @@ def page(
         parts.append(frontier(shown, metrics[1], metrics[0]))
     elif finished:
         parts.append(chart([(r.number, r.mean(metrics[0])) for r in finished], label=spoken(metrics[0])))
-    parts.append("<h2>What mattered</h2>")
-    parts += [] if importances else ["<p>Too few trials are finished to tell.</p>"]
-    for metric, shares in importances.items():
-        rows = [[key, f"{share:.2f}"] for key, share in shares.items()]
-        parts.append(_table([f"share in {spoken(metric)}", ""], rows))
-    parts.append("<h2>Every trial</h2>")
+    return "".join(parts)
+
+
+def _trials(results: Sequence[Result], metrics: Sequence[str]) -> str:
+    """A table with a line per trial."""
     keys = list(dict.fromkeys(key for result in results for key in result.settings))
-    head = ["trial", *keys, *map(spoken, metrics), "s", ""]
     lines = [
         [r.number, *(r.settings.get(key, "") for key in keys), *(_value(r, m) for m in metrics)]
         + [f"{r.seconds:.0f}", r.state + (f": {r.why}" if r.why else "")]
         for r in results
     ]
-    parts.append(_table(head, lines))
-    for number, sheet in pictures.items():
-        shown = img_tag(sheet, width=PREVIEW_WIDTH)
-        parts.append(f'<details><summary>Trial {number}</summary><div class="wide">{shown}</div></details>')
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{css}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    return _table(["trial", *keys, *map(spoken, metrics), "s", ""], lines)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
