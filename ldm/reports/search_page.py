@@ -69,34 +69,38 @@ def page(
     """
     finished = [result for result in results if result.state == "finished"]
     keys = list(dict.fromkeys(key for result in results for key in result.settings))
-    rows = [
-        [r.number, *(r.settings.get(key, "") for key in keys), *(_value(r, m) for m in metrics)]
-        + [f"{r.seconds:.0f}", r.state + (f": {r.why}" if r.why else "")]
-        for r in results
-    ]
     groups = {n: Group([sheet], [f"Samples of trial {n}"], WIDTH, HEIGHT) for n, sheet in pictures.items()}
-    plot = ""
-    if finished and len(metrics) == 2:
-        shown = [row for r in finished if r.number in best or r.number == 0 for row in r.rows]
-        plot = frontier(shown, metrics[1], metrics[0])
-    elif finished:
-        plot = chart([(r.number, r.mean(metrics[0])) for r in finished], label=spoken(metrics[0]))
+    shown = [(r, [_value(r, m) for m in metrics], best[r.number]) for r in finished if r.number in best]
     return render(
         "search.html",
         title=title,
         command=command,
         metrics=[spoken(metric) for metric in metrics],
         keys=keys,
-        rows=rows,
-        best=[
-            (r, [_value(r, metric) for metric in metrics], best[r.number])
-            for r in finished
-            if r.number in best
-        ],
-        plot=plot,
+        rows=[_line(result, keys, metrics) for result in results],
+        best=shown,
+        plot=_plot(finished, best, metrics),
         importances={spoken(metric): shares for metric, shares in importances.items()},
         pictures=embed(groups, most_bytes=MOST_BYTES),
     )
+
+
+def _line(result: Result, keys: Sequence[str], metrics: Sequence[str]) -> list[Any]:
+    """A trial's line of the table."""
+    settings = [result.settings.get(key, "") for key in keys]
+    state = result.state + (f": {result.why}" if result.why else "")
+    values = [_value(result, metric) for metric in metrics]
+    return [result.number, *settings, *values, f"{result.seconds:.0f}", state]
+
+
+def _plot(finished: Sequence[Result], best: Mapping[int, str], metrics: Sequence[str]) -> str:
+    """The front beside the first trial, or the metric of every trial."""
+    if finished and len(metrics) == 2:
+        shown = [row for r in finished if r.number in best or r.number == 0 for row in r.rows]
+        return frontier(shown, metrics[1], metrics[0])
+    if finished:
+        return chart([(r.number, r.mean(metrics[0])) for r in finished], label=spoken(metrics[0]))
+    return ""
 
 
 def _value(result: Result, metric: str) -> str:

@@ -178,7 +178,8 @@ def _identity_of(path: Path) -> dict[str, Any]:
 
 def find_identical_run(job: Job) -> Path | None:
     """The folder of an identical run that another study or search has finished."""
-    folders = (path.parent for path in sorted(Path("logs").glob("*-*/*--*--*/metrics.json")))
+    folders = (path.parent for path in sorted(Path("logs").glob("*-*/[!.]*--*--*/metrics.json")))
+    folders = (folder for folder in folders if not (folder / MARKER).exists())
     wanted = identity(job.config.container)
     same = (f for f in folders if _identity_of((f / "config.yaml").resolve()) == wanted)
     return next((f for f in same if not _on_another_base(f, job.config)), None)
@@ -246,7 +247,7 @@ def _copy(identical: Path, job: Job) -> None:
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = job.folder.with_name(f".{job.folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(identical, temporary)
+    shutil.copytree(identical, temporary, ignore=shutil.ignore_patterns("checkpoints"))
     save_config(job.config.source, temporary / "config.yaml")
     shutil.rmtree(job.folder, ignore_errors=True)
     temporary.rename(job.folder)

@@ -103,11 +103,19 @@ def test_a_run_of_another_study_is_copied_whole(study: tuple, script: Script, wo
     work(sweep, jobs)
     (workdir / "other.yaml").write_text(yaml.safe_dump(CONTENT, sort_keys=False))
     (job, other, *_) = jobs_of(read_sweep(workdir / "other.yaml"))
-    (job.folder.parent / f".{job.folder.name}.tmp").mkdir(parents=True)  # an earlier copy was killed
+    killed = job.folder.parent / f".{job.folder.name}.tmp"  # an earlier copy
+    killed.mkdir(parents=True)
+    (killed / "metrics.json").touch()
+    (jobs[0].folder / "checkpoints").mkdir()  # about to be removed by who has made the run
     made, rows = len(runs.steps), []
     metrics = finish(job, watch=rows.append)
     assert len(runs.steps) == made and metrics == metrics_of(jobs[0]) == metrics_of(job)
     assert rows == metrics["measures"] and len(rows) == 4
+    assert not (job.folder / "checkpoints").exists() and not killed.exists()
+    (jobs[1].folder / MARKER).touch()  # its report is still to be written
+    assert find_identical_run(other) is None
+    (jobs[1].folder / MARKER).unlink()
+    assert find_identical_run(other) == jobs[1].folder
     kept = RunInputs(base={"base.safetensors": "of another base"})
     for run in (jobs[0].folder, jobs[1].folder):
         (run / "inputs.json").write_text(json.dumps(vars(kept)))

