@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
     add(
         "--guidance_scale",
         type=float,
-        help="1: no guidance; None: as for the samples of the model's run, else 7.5",
+        help="1: no guidance; None: as for the samples of the model's run, else 7.5, or 5 for SDXL",
     )
     add("--sampler", choices=SAMPLERS, help="None: as for the samples of the model's run, else ddim")
     add(
@@ -120,8 +120,8 @@ def main(options: argparse.Namespace) -> None:
     path, precision = find_model(options.model), resolve_precision(options.precision, options.device)
     print(f"model: {path}")
     config = to_container(load_config([options.config])) if options.config else None
-    said = open_model(path, vae=options.vae, config=config).metadata
-    words = taught_words(said)
+    model = open_model(path, vae=options.vae, config=config)
+    words = taught_words(model.metadata)
     words |= {name: getattr(options, name) for name in words if getattr(options, name)}
     prompts = options.prompt + (read_prompts(options.prompts, **words) if options.prompts else [])
     init_image = load_image(options.init_image) if options.init_image else None
@@ -132,7 +132,8 @@ def main(options: argparse.Namespace) -> None:
     place = {"device": options.device, "dtype": DTYPES[precision]}
     pipeline = Text2Image.from_file(path, config=config, **place, **added)
     settings = {name: getattr(options, name) for name in SETTINGS}
-    settings |= {name: usual for name, usual in sampling_defaults(said).items() if settings[name] is None}
+    usual = sampling_defaults(model.metadata, model.family)
+    settings |= {name: value for name, value in usual.items() if settings[name] is None}
     settings |= {side: pipeline.default_size for side in ("height", "width") if settings[side] is None}
     about = settings | {"model": name_of(path), "model_hash": pipeline.model_hash, "precision": precision}
     if init_image:

@@ -12,11 +12,19 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = sorted((ROOT / "ldm").rglob("*.py"))
 ENTRIES = [path for path in [ROOT / "main.py", *sorted((ROOT / "scripts").glob("*.py"))] if path.exists()]
 
-LEAVES = {"annotations", "errors", "files", "randomness", "contact_sheet"}  # may be imported from anywhere
+LEAVES = {
+    "annotations",
+    "errors",
+    "files",
+    "lazy",
+    "randomness",
+    "contact_sheet",
+}  # may be imported from anywhere
 MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
     "diffusion": set(),
     "models": set(),
-    "checkpoints": {"config"},
+    "families": {"config", "models"},
+    "checkpoints": {"config", "families"},
     "config": set(),
     "data": set(),
     "storybook": {"data"},

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.diffusers_names import rename, unet_table
-from ldm.checkpoints.infer_config import unet_shape
-from ldm.checkpoints.layout import is_sd2
 from ldm.checkpoints.lora_names import (
     NETWORK_PREFIXES,
     PEFT_PREFIX,
@@ -27,8 +25,12 @@ from ldm.checkpoints.lora_names import (
 )
 from ldm.checkpoints.lora_scale import LoraScale, adapter_file, read_scale
 from ldm.checkpoints.save import cast_tensors, write_tensors
-from ldm.checkpoints.tensors import Lazy, is_plain, read_tensors
+from ldm.checkpoints.tensors import is_plain, read_tensors
 from ldm.errors import UserError
+from ldm.families.known import family_of
+from ldm.families.sd.family import SD2
+from ldm.families.shapes import unet_shape
+from ldm.lazy import Lazy
 
 Style = Literal["kohya", "peft"]
 StateDicts = Mapping[str, Mapping[str, Tensor]]  # network -> its tensors, see `layout.split`
@@ -58,7 +60,8 @@ def save_lora(
                 found = {"lora_A.weight": down, "lora_B.weight": up * (alpha / len(down))}
             tensors |= {f"{name}.{end}": tensor for end, tensor in found.items()}
     about = _about(layers, metadata or {}, style) | {"ss_output_name": Path(path).stem}
-    about |= {"ss_v2": str(is_sd2(state_dicts)), "ss_base_model_version": _version(state_dicts, about)}
+    about["ss_v2"] = str(family_of(state_dicts) is SD2)
+    about["ss_base_model_version"] = _version(state_dicts, about)
     write_tensors(path, cast_tensors(tensors, dtype), metadata=about)
     return Path(path)
 
@@ -195,6 +198,6 @@ def _about(layers: Layers, metadata: Mapping[str, str], style: Style) -> dict[st
 
 def _version(state_dicts: StateDicts, metadata: Mapping[str, str]) -> str:
     """kohya's name of the base's family, by which A1111 sorts LoRAs."""
-    if not is_sd2(state_dicts):
+    if family_of(state_dicts) is not SD2:
         return "sd_v1"
     return "sd_v2_v" if metadata.get("modelspec.prediction_type") == "v" else "sd_v2"

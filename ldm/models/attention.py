@@ -59,6 +59,13 @@ class Conditioning(NamedTuple):
             return cls(context, len(prompt_index), None, kept)
         return cls(context, len(prompt_index), index_tensor(prompt_index, context.device), kept)
 
+    def prompt_of_items(self) -> Tensor:
+        """[B] int64, which of the contexts each item has."""
+        if self.index is not None:
+            return self.index
+        rows = torch.arange(len(self.context), device=self.context.device)
+        return rows.repeat_interleave(self.items // len(self.context))
+
 
 def index_tensor(prompt_index: Sequence[int], device: torch.device) -> Tensor:
     """[B] int64 on the device, copied without waiting for it."""

@@ -53,7 +53,7 @@ class LearnedTokens(nn.Module):
 
 
 class CLIPTextEncoder(nn.Module):
-    """Prompts -> token ids [B, M] (`tokenize`) -> context [B, M, D] (`forward`).
+    """Prompts -> token ids [B, M] (`tokenize`) -> context [B, M, D] (`forward`), pooled [B, P] (`encode`).
 
     The defaults are SD 1.x. The weights have SD's names, `transformer.text_model.*`, for which `transformer`
     is an `nn.ModuleDict`: the CLIPTextModel of transformers 5 no longer has the level `text_model`.
@@ -62,8 +62,10 @@ class CLIPTextEncoder(nn.Module):
     num_hidden_layers: transformer blocks. num_attention_heads: of each. max_length: tokens of a prompt, M.
     hidden_act: activation of the MLPs, by transformers' name.
     bos_token_id, eos_token_id: begin and end a prompt.
-    layer: whose output is the context, "last" (SD 1.x) or "penultimate" (SD 2.x); the final layer norm is
-        applied in both cases.
+    layer: whose output is the context, "last" (SD 1.x) or "penultimate" (SD 2.x), both after the final layer
+        norm, or "penultimate_hidden", without it (SDXL).
+    projection_dim: width P of the pooled vector, a linear map of the last layer's output at eos, after the
+        final norm (SDXL's second encoder); None: there is none.
     tokenizer: folder with vocab.json and merges.txt, or a name on the Hugging Face hub.
     pad_token_id: pads prompts to max_length; None = eos_token_id (SD 1.x), 0 in SD 2.x.
     use_checkpoint: gradient checkpointing of each layer. None: a training run chooses; else none.
@@ -79,7 +81,8 @@ class CLIPTextEncoder(nn.Module):
         num_attention_heads: PositiveInt = 12,
         max_length: PositiveInt = 77,
         hidden_act: str = "quick_gelu",
-        layer: Literal["last", "penultimate"] = "last",
+        layer: Literal["last", "penultimate", "penultimate_hidden"] = "last",
+        projection_dim: PositiveInt | None = None,
         tokenizer: str = "openai/clip-vit-large-patch14",
         bos_token_id: NonNegativeInt = 49406,
         eos_token_id: NonNegativeInt = 49407,
@@ -95,7 +98,8 @@ class CLIPTextEncoder(nn.Module):
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self.pad_token_id = eos_token_id if pad_token_id is None else pad_token_id
         self.tokenizer_name, self.use_checkpoint = tokenizer, use_checkpoint
-        self.depth = num_hidden_layers - (layer == "penultimate")
+        self.layer = layer
+        self.depth = num_hidden_layers - (layer != "last")
         config = CLIPTextConfig(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
@@ -110,6 +114,10 @@ class CLIPTextEncoder(nn.Module):
             attn_implementation="sdpa",
         )
         self.transformer = nn.ModuleDict({"text_model": CLIPTextModel(config)})
+        self.text_projection: nn.Parameter | None = None  # [D, P], applied from the right as in OpenCLIP
+        if projection_dim is not None:
+            self.text_projection = nn.Parameter(torch.empty(hidden_size, projection_dim))
+            nn.init.normal_(self.text_projection, std=hidden_size**-0.5)
         self.learned_tokens = LearnedTokens()  # their ids begin at `vocab_size`
 
     @cached_property
@@ -148,6 +156,16 @@ class CLIPTextEncoder(nn.Module):
         """Token embeddings of a known word -> [n, D]."""
         ids = torch.tensor(self._tokenize(word).ids)
         return self.transformer["text_model"].embeddings.token_embedding.weight[ids.to(self.device)]
+
+    @property
+    def context_dim(self) -> int:
+        """Width of the context."""
+        return self.transformer["text_model"].config.hidden_size
+
+    @property
+    def pooled_dim(self) -> int | None:
+        """Width of the pooled vector, if there is one."""
+        return None if self.text_projection is None else self.text_projection.shape[1]
 
     @property
     def device(self) -> torch.device:
@@ -222,14 +240,27 @@ class CLIPTextEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [B, M] -> context: [B, M, D]. Attention is causal, and padding is not masked."""
+        return self.encode(ids)[0]
+
+    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """ids: [B, M] -> context: [B, M, D], and the pooled vector [B, P], if there is a projection."""
         text_model = self.transformer["text_model"]
-        h = text_model.embeddings(inputs_embeds=self._embed(ids))
-        for layer in text_model.encoder.layers[: self.depth]:
+        layers, norm = text_model.encoder.layers, text_model.final_layer_norm
+        h = self._through(layers[: self.depth], text_model.embeddings(inputs_embeds=self._embed(ids)))
+        context = h if self.layer == "penultimate_hidden" else norm(h)
+        if self.text_projection is None:
+            return context, None
+        last = self._through(layers[self.depth :], h)
+        eos = (ids == self.eos_token_id).int().argmax(dim=1)  # the first one; learned tokens have higher ids
+        return context, norm(last[torch.arange(len(ids), device=ids.device), eos]) @ self.text_projection
+
+    def _through(self, layers: Iterable[nn.Module], h: Tensor) -> Tensor:
+        for layer in layers:
             if self.use_checkpoint and torch.is_grad_enabled():
                 h = checkpoint(layer, h, None, is_causal=True, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = layer(h, None, is_causal=True)
-        return text_model.final_layer_norm(h)
+        return h
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Token embeddings. ids: [B, M] -> [B, M, D]; learned tokens have the ids from `vocab_size` on."""

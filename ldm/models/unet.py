@@ -1,4 +1,4 @@
-"""The denoising UNet of Stable Diffusion 1.x and 2.x (Rombach et al. 2022), in its released names."""
+"""The denoising UNet of Stable Diffusion 1.x, 2.x (Rombach et al. 2022) and XL, in its released names."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from ldm.models.attention import (
     repeat_batch,
     zero_init,
 )
-from ldm.models.widths import check_widths
+from ldm.models.widths import check_widths, depth_of_levels
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -115,11 +115,16 @@ class Stage(nn.Sequential):
         return x
 
 
+def _mlp(in_features: int, emb: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_features, emb), nn.SiLU(), nn.Linear(emb, emb))
+
+
 class Prepared(NamedTuple):
     """What the steps of one sampling share: P contexts [P, M, D], S timesteps, and what layers make of them.
 
     keys_values: of each layer that attends to the contexts. shifts: [S, sum of out_channels], each residual
-    block's in its columns. timesteps: [S] float32, which need not be whole numbers.
+    block's in its columns; [P S, sum] where each context has a vector. timesteps: [S] float32, which need not
+    be whole numbers.
     """
 
     contexts: Tensor
@@ -128,10 +133,16 @@ class Prepared(NamedTuple):
     timesteps: Tensor
     blocks: Sequence[ResBlock]
 
-    def time_embedding(self, timesteps: Tensor) -> TimeEmbedding:
-        """timesteps: [b], of those prepared for; an error of the device where one is not."""
+    def time_embedding(self, timesteps: Tensor, prompts: Tensor | None = None) -> TimeEmbedding:
+        """timesteps: [b], of those prepared for; an error of the device where one is not.
+
+        prompts: [B], the number of each item's context, where these have vectors -> of B items.
+        """
+        if prompts is not None:
+            timesteps = repeat_batch(timesteps, len(prompts))
         same = timesteps.float()[:, None] == self.timesteps  # [b, S]
-        row = torch.where(same.any(dim=1), same.int().argmax(dim=1), len(self.timesteps))
+        first = 0 if prompts is None else prompts * len(self.timesteps)
+        row = torch.where(same.any(dim=1), first + same.int().argmax(dim=1), len(self.shifts))
         shifts = self.shifts.index_select(0, row)
         widths = [block.out_channels for block in self.blocks]
         return TimeEmbedding(shifts, dict(zip(self.blocks, shifts.split(widths, dim=1), strict=True)))
@@ -144,7 +155,9 @@ class UNetModel(nn.Module):
     channel_mult: width of each level over `model_channels`; level l works on h / 2**l cells.
     attention_resolutions: the downsampling factors (1, 2, 4, ...) that have transformers.
     num_res_blocks: residual blocks of each level. num_heads: of every attention.
-    context_dim: width of the text encoder's output. transformer_depth: blocks of each transformer.
+    context_dim: width of the text encoder's output. transformer_depth: blocks of each transformer, or of
+        those of each level (SDXL: 1, 2, 10, the first of a level without any); the last is the middle's too.
+    adm_in_channels: width of the vector beside the timestep (SDXL: pooled text and sizes); None: no vector.
     use_linear_in_transformer: its outer projections are linear layers (SD 2.x), not convolutions.
     num_groups: of group norms.
     num_head_channels: width of a head (SD 2.x); where given, it replaces `num_heads` (SD 1.x).
@@ -164,59 +177,64 @@ class UNetModel(nn.Module):
         num_heads: PositiveInt = 8,
         num_head_channels: PositiveInt | None = None,
         context_dim: PositiveInt = 768,
-        transformer_depth: PositiveInt = 1,
+        transformer_depth: PositiveInt | Sequence[PositiveInt] = 1,
+        adm_in_channels: PositiveInt | None = None,
         use_linear_in_transformer: bool = False,
         use_checkpoint: bool | Sequence[int] | None = False,
         num_groups: PositiveInt = 32,
     ):
         super().__init__()
-        widths = [model_channels, *(mult * model_channels for mult in channel_mult)]
-        check_widths("unet", widths, num_groups=num_groups)
+        widths = [mult * model_channels for mult in channel_mult]
+        check_widths("unet", [model_channels, *widths], num_groups=num_groups)
         attended = [
-            mult * model_channels
-            for level, mult in enumerate(channel_mult)
-            if 2**level in attention_resolutions or level == len(channel_mult) - 1
+            width
+            for level, width in enumerate(widths)
+            if 2**level in attention_resolutions or level == len(widths) - 1
         ]
         heads = {"num_head_channels": num_head_channels} if num_head_channels else {"num_heads": num_heads}
         check_widths("unet", attended, **heads)
+        depths = depth_of_levels(transformer_depth, levels=len(widths))
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.context_dim = context_dim
+        self.adm_in_channels = adm_in_channels
         self.use_checkpoint = use_checkpoint
         self.factor = 2 ** (len(channel_mult) - 1)
         emb = 4 * model_channels
         res_block = partial(ResBlock, emb_channels=emb, num_groups=num_groups)
 
-        def transformer(width: int) -> SpatialTransformer:
+        def transformer(width: int, level: int) -> SpatialTransformer:
             return SpatialTransformer(
                 width,
                 num_heads=width // num_head_channels if num_head_channels else num_heads,
                 context_dim=context_dim,
-                depth=transformer_depth,
+                depth=depths[level],
                 use_linear=use_linear_in_transformer,
                 num_groups=num_groups,
             )
 
         def stage(in_width: int, out_width: int, level: int) -> Stage:
-            attention = [transformer(out_width)] if 2**level in attention_resolutions else []
+            attention = [transformer(out_width, level)] if 2**level in attention_resolutions else []
             return Stage(res_block(in_width, out_width), *attention)
 
-        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.time_embed = _mlp(model_channels, emb)
+        if adm_in_channels is not None:
+            self.label_emb = nn.Sequential(_mlp(adm_in_channels, emb))
         width = model_channels
         self.input_blocks = nn.ModuleList([Stage(conv3x3(in_channels, width))])
         skips = [width]  # widths of the skip connections to the output blocks
-        for level, mult in enumerate(channel_mult):
+        for level, level_width in enumerate(widths):
             if level > 0:
                 self.input_blocks.append(Stage(Downsample(width)))
                 skips.append(width)
             for _ in range(num_res_blocks):
-                self.input_blocks.append(stage(width, width := mult * model_channels, level))
+                self.input_blocks.append(stage(width, width := level_width, level))
                 skips.append(width)
-        self.middle_block = Stage(res_block(width, width), transformer(width), res_block(width, width))
+        self.middle_block = Stage(res_block(width, width), transformer(width, -1), res_block(width, width))
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for level, level_width in reversed(list(enumerate(widths))):
             for _ in range(num_res_blocks + 1):
-                self.output_blocks.append(stage(width + skips.pop(), width := mult * model_channels, level))
+                self.output_blocks.append(stage(width + skips.pop(), width := level_width, level))
             if level > 0:
                 self.output_blocks[-1].append(Upsample(width))
 
@@ -225,8 +243,8 @@ class UNetModel(nn.Module):
         )
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
-    def prepare(self, contexts: Tensor, timesteps: Tensor) -> Prepared:
-        """contexts: [P, M, D], timesteps: [S] -> what `predict` takes in the contexts' place.
+    def prepare(self, contexts: Tensor, timesteps: Tensor, vectors: Tensor | None = None) -> Prepared:
+        """contexts: [P, M, D], timesteps: [S], vectors: [P, V] -> what `predict` takes as context.
 
         What depends on them alone is then computed once for all steps of a sampling.
         """
@@ -235,7 +253,9 @@ class UNetModel(nn.Module):
         layers = [layer.attn2 for layer in self.modules() if isinstance(layer, BasicTransformerBlock)]
         blocks = [layer for layer in self.modules() if isinstance(layer, ResBlock)]
         timesteps = timesteps.to(device, torch.float32)
-        emb = self._time_embedding(timesteps, dtype).emb
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+        if self._takes(vectors):
+            emb = (self.label_emb(vectors.to(device, dtype))[:, None] + emb).flatten(0, 1)
         return Prepared(
             contexts,
             keys_values={layer: layer.keys_values(contexts) for layer in layers},
@@ -250,12 +270,14 @@ class UNetModel(nn.Module):
         timesteps: Tensor,
         context: Tensor | Prepared,
         prompt_index: Sequence[int] | None = None,
+        vector: Tensor | None = None,
     ) -> Tensor:
-        """`forward` in the network's own precision, whatever that of x and of the context is."""
+        """`forward` in the network's own precision, whatever that of x, context and vector is."""
         dtype = self.time_embed[0].weight.dtype
         if isinstance(context, Prepared):
             return self(x.to(dtype), timesteps, context, prompt_index)
-        return self(x.to(dtype), timesteps, context.to(dtype), prompt_index)
+        vector = None if vector is None else vector.to(dtype)
+        return self(x.to(dtype), timesteps, context.to(dtype), prompt_index, vector)
 
     def forward(
         self,
@@ -263,12 +285,14 @@ class UNetModel(nn.Module):
         timesteps: Tensor,
         context: Tensor | Prepared,
         prompt_index: Sequence[int] | None = None,
+        vector: Tensor | None = None,
     ) -> Tensor:
         """x: [b, C, h, w], timesteps: [b], whole or not, context: [P, M, D] -> [B, C, h, w].
 
         prompt_index: [B], which of the P contexts each item has; None: one each (b = B = P). b less than B
         is for guidance: x is repeated for each of the B / b runs of prompt_index, but only at the first
         cross-attention, so the layers before it run once.
+        vector: [B, V], with `adm_in_channels` V, unless Prepared has it; x is then repeated at the entrance.
         """
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise UserError(
@@ -278,12 +302,13 @@ class UNetModel(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)  # as the weights are
         if isinstance(context, Prepared):
             conditioning = Conditioning.of(context.contexts, prompt_index, context.keys_values)
-            time = context.time_embedding(timesteps)
+            prompts = None if self.adm_in_channels is None else conditioning.prompt_of_items()
+            time = context.time_embedding(timesteps, prompts)
         else:
-            conditioning, time = (
-                Conditioning.of(context, prompt_index),
-                self._time_embedding(timesteps, x.dtype),
-            )
+            conditioning = Conditioning.of(context, prompt_index)
+            time = self._time_embedding(timesteps, x.dtype, vector)
+        if self.adm_in_channels is not None:
+            x = repeat_batch(x, conditioning.items)
         skips = []
         h, height = x, x.shape[2]
         for stage in self.input_blocks:
@@ -295,8 +320,21 @@ class UNetModel(nn.Module):
             h = self._run(stage, h, time, conditioning, height // h.shape[2])
         return self.out(h)
 
-    def _time_embedding(self, timesteps: Tensor, dtype: torch.dtype) -> TimeEmbedding:
-        return TimeEmbedding(self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype)))
+    def _time_embedding(
+        self, timesteps: Tensor, dtype: torch.dtype, vector: Tensor | None = None
+    ) -> TimeEmbedding:
+        """timesteps: [b] -> of b items; given a vector [B, V], of B."""
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+        return TimeEmbedding(
+            repeat_batch(emb, len(vector)) + self.label_emb(vector) if self._takes(vector) else emb
+        )
+
+    def _takes(self, vector: Tensor | None) -> bool:
+        """Whether there is a vector beside the timestep. ValueError for one that does not fit."""
+        width = None if vector is None else vector.shape[1]
+        if width != self.adm_in_channels:
+            raise ValueError(f"the UNet takes a vector of width {self.adm_in_channels}, not {width}")
+        return vector is not None
 
     def recomputes(self, factor: int) -> bool:
         """Whether the stages at this downsampling factor use gradient checkpointing."""

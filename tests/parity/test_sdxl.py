@@ -1,0 +1,166 @@
+"""Stable Diffusion XL against diffusers and transformers at reduced width: networks and files."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldm.checkpoints.load import init_on_meta, load_state_dicts, open_model
+from ldm.config import instantiate
+from ldm.errors import UserError
+from ldm.families.sdxl.conditioning import size_vector
+from scripts import convert
+from tests.families import tiny_sdxl
+from tests.families.tiny_sdxl import relative_error
+
+TOLERANCE = 1e-5  # of the largest output, float32
+PROMPTS = ["a dog", "a red dog on it"]
+SIZES = torch.tensor([[1003.0, 3003, 5, 9, 1024, 768], [512, 640, 0, 0, 512, 640]])
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_tokenizer: Path) -> StableDiffusionXLPipeline:
+    return tiny_sdxl.pipeline(tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sdxl.saved(pipe, tmp_path_factory.mktemp("sdxl") / "diffusers", tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> dict[str, nn.Module]:
+    return networks(folder)
+
+
+def networks(path: Path) -> dict[str, nn.Module]:
+    model = open_model(path)
+    with init_on_meta():
+        built = {name: instantiate(model.config[name]) for name in ("unet", "vae", "text_encoder")}
+    load_state_dicts(built, model.state_dicts)
+    return {name: network.eval() for name, network in built.items()}
+
+
+def theirs(pipe: StableDiffusionXLPipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    context, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device="cpu")
+    return context, pooled
+
+
+def run_convert(*words: str | Path) -> Path:
+    return convert.main(convert.parse([str(word) for word in words]))
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@torch.no_grad()
+def test_contexts_and_pooled_vectors_equal_diffusers(pipe, ours):
+    encoders = ours["text_encoder"]
+    context, pooled = encoders(encoders.tokenize(PROMPTS))
+    expected = theirs(pipe, PROMPTS)
+    assert context.shape == (2, 16, 24 + 32) and pooled.shape == (2, 20)
+    for mine, reference in zip((context, pooled), expected, strict=True):
+        assert relative_error(mine, reference) <= TOLERANCE
+        assert relative_error(mine.flip(0), reference) > 10 * TOLERANCE
+
+
+def test_an_exclamation_mark_stays_what_it_is(pipe, ours):
+    """The second encoder is padded with the id of "!"; only in diffusers is every "!" then that id."""
+    encoders = ours["text_encoder"]
+    vocabulary, eos = encoders.clip_g.tokenizer.get_vocab(), encoders.clip_g.eos_token_id
+    first, second = encoders.tokenize(["a !"])[0].tolist()
+    assert first[1:5] == [vocabulary["a</w>"], vocabulary["!</w>"], eos, eos]
+    assert second[1:5] == [vocabulary["a</w>"], vocabulary["!</w>"], eos, 0]
+    assert pipe.tokenizer_2("a !").input_ids[2] == 0
+
+
+@torch.no_grad()
+def test_the_unet_equals_diffusers(pipe, ours):
+    torch.manual_seed(1)
+    x, t = torch.randn(2, 4, 16, 8), torch.tensor([1, 801])
+    context, pooled = theirs(pipe, PROMPTS)
+    expected = pipe.unet(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": SIZES}).sample
+    vector = size_vector(pooled, SIZES)
+    assert relative_error(ours["unet"](x, t, context, vector=vector), expected) <= TOLERANCE
+    for k in range(6):  # every number, and the pooled vector, reach the prediction
+        other = SIZES.clone()
+        other[0, k] += 64
+        moved = ours["unet"](x, t, context, vector=size_vector(pooled, other))
+        assert relative_error(moved, expected) > 10 * TOLERANCE
+    moved = ours["unet"](x, t, context, vector=size_vector(pooled.flip(0), SIZES))
+    assert relative_error(moved, expected) > 10 * TOLERANCE
+
+
+def test_folders_and_files_and_back_are_equal_to_the_bit(folder, tmp_path):
+    """folder -> .safetensors -> folder -> .ckpt -> .safetensors by the command."""
+    chain = [folder, *(tmp_path / name for name in ("a.safetensors", "b", "c.ckpt", "d.safetensors"))]
+    for source, target in pairwise(chain):
+        assert run_convert(source, target) == target
+    first, last = load_file(chain[1]), load_file(chain[4])
+    assert_equal(last, first)
+    for name in ("unet", "vae"):
+        file = f"{name}/diffusion_pytorch_model.safetensors"
+        assert_equal(load_file(chain[2] / file), load_file(folder / file))
+    for name in ("text_encoder", "text_encoder_2"):
+        own, reference = (load_file(place / name / "model.safetensors") for place in (chain[2], folder))
+        reference = {
+            n if "projection" in n else f"text_model.{n.removeprefix('text_model.')}": t
+            for n, t in reference.items()
+        }
+        assert_equal(own, reference)
+
+
+@pytest.fixture(scope="module")
+def single_file(folder, tmp_path_factory) -> Path:
+    return run_convert(folder, tmp_path_factory.mktemp("single") / "xl.safetensors")
+
+
+def assert_same_weights(pipe: StableDiffusionXLPipeline, reference: StableDiffusionXLPipeline) -> None:
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        own, other = getattr(pipe, name).state_dict(), getattr(reference, name).state_dict()
+        assert_equal(own, other)
+
+
+def test_our_single_file_opens_in_diffusers(pipe, folder, single_file):
+    read = StableDiffusionXLPipeline.from_single_file(
+        single_file, config=str(folder), local_files_only=True, add_watermarker=False
+    )
+    assert_same_weights(read, pipe)
+
+
+def test_our_folder_opens_in_diffusers(pipe, single_file, tmp_path):
+    written = run_convert(single_file, tmp_path / "xl")
+    read = StableDiffusionXLPipeline.from_pretrained(written, local_files_only=True, add_watermarker=False)
+    assert_same_weights(read, pipe)
+    for own, reference in zip(theirs(read, PROMPTS), theirs(pipe, PROMPTS), strict=True):
+        assert torch.equal(own, reference)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_files_in_half_precision_are_read(single_file, tmp_path, dtype):
+    half = run_convert(single_file, tmp_path / "half.safetensors", "--dtype", dtype)
+    dtypes = {tensor.dtype for tensor in load_file(half).values()}
+    assert dtypes == {torch.float16 if dtype == "fp16" else torch.bfloat16}
+    read, exact = networks(half), networks(single_file)
+    for name in read:
+        for own, reference in zip(read[name].parameters(), exact[name].parameters(), strict=True):
+            assert torch.allclose(own, reference, rtol=2**-8, atol=1e-6)
+
+
+def test_a_file_without_a_vae_is_completed_by_one(folder, single_file, tmp_path):
+    tensors = load_file(single_file)
+    with safe_open(single_file, "pt") as file:
+        metadata = file.metadata()
+    bare = tmp_path / "bare.safetensors"
+    save_file({n: t for n, t in tensors.items() if not n.startswith("first_stage_model.")}, bare, metadata)
+    with pytest.raises(UserError, match="--vae FILE"):
+        run_convert(bare, tmp_path / "b.safetensors")
+    whole = run_convert(bare, tmp_path / "whole.safetensors", "--vae", folder / "vae")
+    assert_equal(load_file(whole), tensors)
