@@ -104,8 +104,8 @@ def work(case: Case) -> tuple[int, int]:
         else:
             module.requires_grad_(False)
             x = torch.empty(case.batch, module.networks["vae"].embed_dim, side, side, device="meta")
-            prompts = module.encode_prompts([PRIOR, SUBJECT] * len(x))  # two different ones, as of guidance
-            module.apply_model(x, torch.zeros(len(x), device="meta"), *prompts)
+            told = module.condition([PRIOR, SUBJECT] * len(x))  # two different ones, as of guidance
+            module.apply_model(x, torch.zeros(len(x), device="meta"), told)
     flops = counter.get_total_flops() * max(1, case.steps)
     if case.kind == "sample":
         with FlopCounterMode(display=False) as counter:

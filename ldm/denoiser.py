@@ -1,6 +1,5 @@
 """Denoiser: UNet and text encoder, which predict what noisy latents would be without noise, given prompts."""
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -8,18 +7,19 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioner import Conditioner
 from ldm.diffusion.guidance import ConditionalDenoise
 from ldm.diffusion.process import Level, NoiseProcess
 from ldm.errors import UserError
+from ldm.families.sdxl.conditioning import Sizes
+from ldm.models.conditioning import TextEncoding
 from ldm.models.lora import LoRA, lora_off
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import Prepared, UNetModel
 
-log = logging.getLogger(__name__)
-
 
 class Denoiser:
-    """Prompts -> contexts -> denoised latents; the networks keep their device and dtype.
+    """Prompts -> conditioning -> denoised latents; the networks keep their device and dtype.
 
     process: of the noise that the UNet was trained on. model_hash: sha256 of the weights' file, if there is
     one. without: LoRAs of these networks that are off in all predictions, which are then those of the base,
@@ -40,53 +40,40 @@ class Denoiser:
         self.process = process
         self.model_hash = model_hash
         self.without = tuple(without)
-        self._warned: set[str] = set()  # prompts that were truncated
+        self.conditioner = Conditioner(text_encoder, without=self.without)
 
     @property
     def networks(self) -> tuple[nn.Module, nn.Module]:
         return self.unet, self.text_encoder
 
-    def encode(self, texts: Sequence[str], batch_size: int, *, chunked: bool) -> dict[str, Tensor]:
-        """Encodes each distinct text once -> its context [N M, D], in the UNet's device and dtype.
-
-        N is 1, or, if `chunked`, the number of the text's chunks; otherwise long texts are truncated, with a
-        warning.
-        """
-        unique, text_encoder = list(dict.fromkeys(texts)), self.text_encoder
-        for text in [] if chunked else unique:
-            cut = None if text in self._warned else text_encoder.truncated_tail(text)
-            if cut is not None:
-                self._warned.add(text)
-                log.warning("Only %d tokens fit: %r of %r is cut off", text_encoder.max_length, cut, text)
-        ids = [
-            text_encoder.tokenize_chunks(text) if chunked else text_encoder.tokenize([text])
-            for text in unique
-        ]
-        batches = torch.cat(ids).to(placement(text_encoder)[0]).split(batch_size)
-        with lora_off(*self.without):
-            rows = torch.cat([text_encoder(batch).to(*placement(self.unet)) for batch in batches])
-        chunks = rows.split([len(own) for own in ids])
-        return {text: own.flatten(0, 1) for text, own in zip(unique, chunks, strict=True)}
+    def encode(
+        self, texts: Sequence[str | None], batch_size: int, *, chunked: bool
+    ) -> dict[str | None, TextEncoding]:
+        """As `Conditioner.encode`, in the UNet's device and dtype."""
+        encodings = self.conditioner.encode(texts, batch_size, chunked=chunked)
+        return {text: encoding.to(*placement(self.unet)) for text, encoding in encodings.items()}
 
     def conditioned(
-        self, contexts: Sequence[Tensor], levels: Sequence[Level]
+        self, encodings: Sequence[TextEncoding], levels: Sequence[Level], sizes: Sizes | None = None
     ) -> tuple[ConditionalDenoise, list[int]]:
-        """B contexts [M, D] -> a denoiser by indices of the distinct ones, and the B indices.
+        """B encodings of a prompt -> a denoiser by indices of the distinct ones, and the B indices.
 
-        Contexts are distinct if they are different tensors. levels: of all predictions; what depends only on
-        them and on the contexts is computed here, once.
+        Encodings are distinct if they are different objects. levels: of all predictions; what depends only on
+        them and on the prompts is computed here, once. sizes: of all items, where the UNet takes a vector.
         """
-        unique = list({id(context): context for context in contexts}.values())
-        number = {id(context): i for i, context in enumerate(unique)}
+        unique = list({id(encoding): encoding for encoding in encodings}.values())
+        number = {id(encoding): i for i, encoding in enumerate(unique)}
+        numbers = None if sizes is None else torch.tensor([sizes.numbers()] * len(unique))
+        told = self.conditioner.conditioning(TextEncoding.cat(unique), range(len(unique)), numbers)
         with lora_off(*self.without):
-            prepared = self.unet.prepare(torch.stack(unique), torch.tensor([level.t for level in levels]))
-        return partial(self._denoise, prepared), [number[id(context)] for context in contexts]
+            prepared = self.unet.prepare(told, torch.tensor([level.t for level in levels]))
+        return partial(self._denoise, prepared), [number[id(encoding)] for encoding in encodings]
 
     def _denoise(self, prepared: Prepared, x: Tensor, level: Level, rows: Sequence[int]) -> Tensor:
         """x: [b, C, h, w], B rows -> x0 [B, C, h, w] float32; the UNet computes in its own precision."""
         t = torch.full((len(x),), level.t, device=x.device)
         with lora_off(*self.without):
-            prediction = self.unet.predict(x, t, prepared, rows).float()
+            prediction = self.unet.predict(x, t, prepared.select(rows)).float()
         runs = prediction.unflatten(0, (-1, len(x)))  # [B / b, b, C, h, w]
         return self.process.denoised(runs, x, level).flatten(0, 1)
 
@@ -100,6 +87,7 @@ def require_same_kind(model: Denoiser, base: Denoiser) -> None:
             "latent channels": unet.in_channels,
             "channels at the first level": unet.model_channels,
             "context width": unet.context_dim,
+            "vector's width": unet.adm_in_channels,
         }
 
     ours, theirs = kind(model), kind(base)
@@ -110,16 +98,18 @@ def require_same_kind(model: Denoiser, base: Denoiser) -> None:
         raise UserError(what, where="guidance_base", remedy="Name the model that this one was tuned from.")
 
 
-def filler(contexts: Mapping[str, Tensor]) -> Callable[[str, int], Tensor]:
-    """-> a function: text, length in tokens -> context [n, D], padded by empty chunks, as by AUTOMATIC1111.
+def filler(encodings: Mapping[str | None, TextEncoding]) -> Callable[[str | None, int], TextEncoding]:
+    """-> a function: text, length in tokens -> its encoding, with a context [1, length, D].
 
-    contexts: those of `Denoiser.encode`, including "".
+    It is padded by empty chunks, as by AUTOMATIC1111; None, which is no text, by itself. encodings: those of
+    `Denoiser.encode`, including "".
     """
 
     @cache
-    def filled(text: str, length: int) -> Tensor:
-        missing = (length - len(contexts[text])) // len(contexts[""])
-        return torch.cat([contexts[text], *[contexts[""]] * missing])
+    def filled(text: str | None, length: int) -> TextEncoding:
+        own, empty = encodings[text].context, encodings["" if text is not None else None].context
+        missing = (length - own.shape[1]) // empty.shape[1]
+        return encodings[text]._replace(context=torch.cat([own, *[empty] * missing], dim=1))
 
     return filled
 

@@ -17,6 +17,7 @@ from ldm.denoiser import Denoiser
 from ldm.diffusion.process import DiscreteDiffusion, NoiseProcess
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
+from ldm.families.sdxl.family import SDXL
 from ldm.models.lora import LoRA
 
 SCHEDULE = ("beta_schedule", "linear_start", "linear_end", "timesteps", "zero_terminal_snr")
@@ -53,6 +54,8 @@ class ModelFile:
         )
         with init_on_meta():
             self.networks = {name: instantiate(params[name]).to(dtype) for name in names}
+        if self.model.family is SDXL and dtype == torch.float16 and "vae" in self.networks:
+            self.networks["vae"].float()  # float16 overflows in it
         if self.model.tokenizer is not None and config is None:
             self.networks["text_encoder"].tokenizer_name = str(self.model.tokenizer)
 

@@ -5,7 +5,7 @@ A sample is a function of its own seed and prompt, independent of the rest of th
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -24,11 +24,13 @@ from ldm.diffusion.process import Level, NoiseProcess
 from ldm.diffusion.samplers import DEFAULT_SPACING, ENDS_CLEAN, SAMPLERS, Callback, ddim
 from ldm.diffusion.schedule import Spacing
 from ldm.errors import UserError
+from ldm.families.sdxl.conditioning import Sizes
 from ldm.model_file import ModelFile
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.models.conditioning import TextEncoding
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
-from ldm.precision import Precision, autocast_for
+from ldm.precision import Precision, autocast_for, without_float16
 from ldm.randomness import randn
 
 log = logging.getLogger(__name__)
@@ -118,7 +120,7 @@ class Text2Image:
         prompts: str | Sequence[str],
         *,
         seeds: Sequence[int] | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         steps: int = 50,
         guidance_scale: float = 7.5,
         eta: float = 0.0,
@@ -126,6 +128,7 @@ class Text2Image:
         spacing: Spacing | None = None,
         height: int | None = None,
         width: int | None = None,
+        sizes: Sizes | None = None,
         init_image: Image.Image | None = None,
         strength: float = 0.75,
         long_prompts: bool = False,
@@ -136,19 +139,21 @@ class Text2Image:
     ) -> list[Sample]:
         """One sample for each prompt and its seed (0, 1, ...), or of one string for each seed, in batches.
 
-        `spacing` None: what suits the sampler. `init_image`: of img2img, cropped, for the last `strength` of
-        the steps. `long_prompts`: encode in chunks. `progress`: a bar, or a callable that gets step counts.
+        `negative_prompt` None: SDXL's zeros, else "". `spacing` None: as suits the sampler. `sizes`: told to
+        SDXL. `init_image`: of img2img, for the last `strength` of the steps. `long_prompts`: encode in
+        chunks. `progress`: a bar, or a callable that gets step counts.
         """
-        prompts, seeds = _checked(prompts, seeds, sampler=sampler, eta=eta, batch_size=batch_size)
+        prompts, seeds, sample = _checked(prompts, seeds, sampler=sampler, eta=eta, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
         levels = self._levels(sampler, steps, spacing, None if init_image is None else strength)
         with self._eval(precision), _heard(progress, total=len(prompts) * (len(levels) - 1)) as tell:
-            sample = partial(ddim, eta=eta) if sampler == "ddim" else SAMPLERS[sampler]
-            negative = None if guidance_scale == 1 else negative_prompt
-            pairs = self._contexts(prompts, negative, batch_size, chunked=long_prompts)
+            told = Sizes.told(sizes, *(n * self.vae.factor for n in shape[1:]), to=self.unet)
+            how = (levels, guidance_scale, batched_guidance, told)
+            negative = () if guidance_scale == 1 else (self.negative(negative_prompt),)
+            pairs = self._encodings(prompts, negative, batch_size, chunked=long_prompts)
             initial = None if init_image is None else self._posterior(init_image, shape)
-            for batch in _batches([len(context) for context, _ in pairs], batch_size):
-                denoise = self._guided([pairs[i] for i in batch], levels, guidance_scale, batched_guidance)
+            for batch in _batches([encoding.context.shape[1] for encoding, _ in pairs], batch_size):
+                denoise = self._guided([pairs[i] for i in batch], *how)
                 noise = partial(self._noise, shape, [seeds[i] for i in batch])
                 x = sample(denoise, self._start(noise, initial, levels), levels, noise=noise, callback=tell)
                 samples |= zip(batch, zip(self._decode(x), _outside(x), strict=True), strict=True)
@@ -180,47 +185,53 @@ class Text2Image:
             raise UserError(what, remedy=f"Choose from {1 / steps:.2g} to 1.")
         return levels[-kept - 1 :]
 
-    def _contexts(
-        self, prompts: Sequence[str], negative_prompt: str | None, batch_size: int, *, chunked: bool
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """The context of each prompt, and of the negative prompt, if any, beside it, both [N M, D].
+    def negative(self, prompt: str | None) -> str | None:
+        """The text of the unconditional prediction; None is SDXL's zeros, elsewhere the empty prompt."""
+        return self.text_encoder.unconditional if prompt is None else prompt
 
-        N is 1 or, `chunked`, as many chunks as the longer one has.
+    def _encodings(
+        self, prompts: Sequence[str], negative: Sequence[str | None], batch_size: int, *, chunked: bool
+    ) -> list[tuple[TextEncoding, TextEncoding | None]]:
+        """The encoding of each prompt, and of the negative prompt, if any, beside it: contexts [1, N M, D].
+
+        negative: it alone, or nothing. N is 1 or, `chunked`, as many chunks as the longer one has.
         """
         model, base = self.denoiser, self.guidance_base
-        if negative_prompt is None:
+        if not negative:
             own = model.encode(prompts, batch_size, chunked=chunked)
             return [(own[prompt], None) for prompt in prompts]
-        negative = [negative_prompt, ""]
         own = model.encode([*([] if base else negative), "", *prompts], batch_size, chunked=chunked)
-        others = base.encode(negative, batch_size, chunked=chunked) if base else own
+        others = base.encode([*negative, ""], batch_size, chunked=chunked) if base else own
         fill = filler(own)
         fill_negative = filler(others) if base else fill
-        lengths = [max(len(own[prompt]), len(others[negative_prompt])) for prompt in prompts]
+        tokens = {text: encoding.context.shape[1] for text, encoding in own.items()}
+        least = others[negative[0]].context.shape[1]
+        lengths = [max(tokens[prompt], least) for prompt in prompts]
         return [
-            (fill(prompt, n), fill_negative(negative_prompt, n))
+            (fill(prompt, n), fill_negative(negative[0], n))
             for prompt, n in zip(prompts, lengths, strict=True)
         ]
 
     def _guided(
         self,
-        pairs: Sequence[tuple[Tensor, Tensor | None]],
+        pairs: Sequence[tuple[TextEncoding, TextEncoding | None]],
         levels: Sequence[Level],
         guidance_scale: float,
         batched: bool,
+        sizes: Sizes | None,
     ) -> Denoise:
-        """B pairs of contexts [M, D] -> a denoiser of B latents at these levels, but for the end."""
+        """B pairs of encodings -> a denoiser of B latents at these levels, but for the end."""
         levels = levels[:-1]
         prompts, negative = map(list, zip(*pairs, strict=True))
         guide = partial(classifier_free_guidance, guidance_scale=guidance_scale, batched=batched)
         if negative[0] is None:
-            denoise, numbers = self.denoiser.conditioned(prompts, levels)
+            denoise, numbers = self.denoiser.conditioned(prompts, levels, sizes)
             return guide(denoise, numbers, [])
         if self.guidance_base is None:
-            denoise, numbers = self.denoiser.conditioned([*negative, *prompts], levels)
+            denoise, numbers = self.denoiser.conditioned([*negative, *prompts], levels, sizes)
             return guide(denoise, numbers[len(pairs) :], numbers[: len(pairs)])
-        base, unconditional = self.guidance_base.conditioned(negative, levels)
-        denoise, numbers = self.denoiser.conditioned(prompts, levels)
+        base, unconditional = self.guidance_base.conditioned(negative, levels, sizes)
+        denoise, numbers = self.denoiser.conditioned(prompts, levels, sizes)
         return guide(denoise, numbers, unconditional, base=base)
 
     def _posterior(self, image: Image.Image, shape: Sequence[int]) -> DiagonalGaussian:
@@ -228,7 +239,8 @@ class Text2Image:
         factor = self.vae.factor
         image = ImageOps.fit(image.convert("RGB"), (shape[2] * factor, shape[1] * factor), Image.LANCZOS)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0) / 127.5 - 1
-        latent_stats = self.vae.encode(pixels.to(*placement(self.vae))).latent_stats.float()
+        with self._vae_precision():
+            latent_stats = self.vae.encode(pixels.to(*placement(self.vae))).latent_stats.float()
         return DiagonalGaussian.from_latent_stats(latent_stats.to(placement(self.unet)[0]))
 
     def _start(
@@ -247,11 +259,17 @@ class Text2Image:
     def _decode(self, latents: Tensor) -> list[Image.Image]:
         """[B, C, h, w] -> B images, decoded one by one: batches take more memory and no less time."""
         place = placement(self.vae)
-        pixels = torch.cat([self.vae.decode(one.to(*place)).float() for one in latents.split(1)])
+        with self._vae_precision():
+            pixels = torch.cat([self.vae.decode(one.to(*place)).float() for one in latents.split(1)])
         if not pixels.isfinite().all():
             log.warning("An image has values that are not finite: try fp32 or bf16")
         levels = ((pixels.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return [Image.fromarray(image.numpy()) for image in rearrange(levels, "b c h w -> b h w c").cpu()]
+
+    def _vae_precision(self) -> AbstractContextManager[object]:
+        """SDXL's VAE computes in bfloat16 or float32: float16 overflows, and images come out black."""
+        xl = self.unet.adm_in_channels is not None
+        return without_float16(placement(self.vae)[0]) if xl else nullcontext()
 
     @contextmanager
     def _eval(self, precision: Precision) -> Iterator[None]:
@@ -280,8 +298,11 @@ def find_model(path: Path | None = None) -> Path:
 
 def _checked(
     prompts: str | Sequence[str], seeds: Sequence[int] | None, *, sampler: str, eta: float, batch_size: int
-) -> tuple[Sequence[str], Sequence[int]]:
-    """Prompts and seeds as they are meant: a string is one prompt for all seeds, which count from 0."""
+) -> tuple[Sequence[str], Sequence[int], Callable[..., Tensor]]:
+    """Prompts and seeds as they are meant, and the sampler.
+
+    A string is one prompt for all seeds, which count from 0.
+    """
     if isinstance(prompts, str):
         prompts = [prompts] * (1 if seeds is None else len(seeds))
     seeds = range(len(prompts)) if seeds is None else seeds
@@ -297,7 +318,7 @@ def _checked(
         raise UserError(f"eta {eta} is impossible", remedy="Choose from 0 to 1.")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is impossible", remedy="Choose 1 or more.")
-    return prompts, seeds
+    return prompts, seeds, partial(ddim, eta=eta) if sampler == "ddim" else SAMPLERS[sampler]
 
 
 @contextmanager

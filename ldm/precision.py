@@ -1,5 +1,7 @@
 """Precision of the networks while sampling: that of their weights, or a lower one under autocast."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -27,3 +29,12 @@ def autocast_for(precision: Precision, *networks: nn.Module) -> torch.autocast:
     dtype = LOWER.get(resolve_precision(precision, device))
     lowers = dtype is not None and any(weight.dtype == torch.float32 for weight in weights)
     return torch.autocast(device.type, dtype=dtype, enabled=lowers)
+
+
+@contextmanager
+def without_float16(device: torch.device) -> Iterator[None]:
+    """Inside `with`, float16 autocast is off; bfloat16, which has the range of float32, stays."""
+    lowers = torch.is_autocast_enabled(device.type)
+    half = lowers and torch.get_autocast_dtype(device.type) == torch.float16
+    with torch.autocast(device.type, enabled=False) if half else nullcontext():
+        yield

@@ -29,9 +29,9 @@ def test_the_sides_start_from_the_same_networks(folder):
     counts = [sum(p.numel() for p in side.learning) for side in (mine, theirs)]
     assert counts[0] == counts[1] > 1e7
     x, t = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
-    context = mine.module.encode_prompts(["a photo of sks dog", "a photo of a dog"])
+    told = mine.module.condition(["a photo of sks dog", "a photo of a dog"])
     with torch.no_grad():
-        one = mine.module.apply_model(x, t, *context)
+        one = mine.module.apply_model(x, t, told)
         other = theirs.unet(x, t, theirs.text(theirs.ids)[0], return_dict=False)[0]
     assert F.mse_loss(one, other) < 1e-8 * other.square().mean()
 

@@ -16,6 +16,7 @@ from ldm.diffusion.process import DiscreteDiffusion
 from ldm.diffusion.samplers import transfer
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
+from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA, lora_off
 from ldm.pipeline import Sample, Text2Image
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -83,7 +84,7 @@ def test_one_step_is_the_mix_of_both_predictions(tiny_networks, parameterization
     def eps(networks: dict[str, nn.Module], prompt: str) -> torch.Tensor:
         context = networks["text_encoder"](networks["text_encoder"].tokenize([prompt]))
         t = torch.ones(2, dtype=torch.int64)
-        prediction = networks["unet"](x, t, context.expand(2, -1, -1))
+        prediction = networks["unet"](x, t, Conditioning.of(context, [0, 0]))
         return prediction if parameterization == "eps" else first.a * prediction + first.s * x
 
     of_base = eps(tiny_networks, "blur")
@@ -122,19 +123,19 @@ def test_networks_without_a_lora_s_factors_are_their_own_base(tiny_networks):
 
 
 def test_factors_are_off_inside_alone_and_on_after_an_error(tiny_networks):
-    x, t, context = torch.ones(1, 4, 8, 8), torch.tensor([9]), torch.ones(1, 3, 32)
+    x, t, told = torch.ones(1, 4, 8, 8), torch.tensor([9]), Conditioning.of(torch.ones(1, 3, 32))
     unet = tiny_networks["unet"]
     with torch.no_grad():
-        bare = unet(x, t, context)
+        bare = unet(x, t, told)
         lora = with_factors(tiny_networks)
-        changed = unet(x, t, context)
+        changed = unet(x, t, told)
         with pytest.raises(KeyError), lora_off(lora):
-            assert torch.equal(unet(x, t, context), bare)
+            assert torch.equal(unet(x, t, told), bare)
             with lora_off(lora):
                 pass
-            assert torch.equal(unet(x, t, context), bare)
+            assert torch.equal(unet(x, t, told), bare)
             raise KeyError
-        assert torch.equal(unet(x, t, context), changed) and not torch.equal(changed, bare)
+        assert torch.equal(unet(x, t, told), changed) and not torch.equal(changed, bare)
 
 
 @pytest.mark.parametrize("lora", [None, {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}])

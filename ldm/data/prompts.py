@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.errors import UserError
@@ -118,9 +117,3 @@ def _read_text(path: Path) -> str:
         raise UserError(
             f"The text cannot be read: {error}", where=path, remedy="Save it as UTF-8."
         ) from error
-
-
-def distinct(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
-    """B prompts -> the P different ones, in order of appearance, and the index of each among them [B]."""
-    unique = list(dict.fromkeys(prompts))
-    return unique, [unique.index(prompt) for prompt in prompts]

@@ -1,12 +1,12 @@
 """Self-attention over latent cells, cross-attention to the prompt (Rombach et al. 2022, sec. 3.3)."""
 
-from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ldm.models.conditioning import Conditioning
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
@@ -30,46 +30,6 @@ class GroupNorm(nn.GroupNorm):
 def repeat_batch(x: Tensor, size: int) -> Tensor:
     """The batch repeated along its first dimension. [b, ...] -> [size, ...]; size is a multiple of b."""
     return x if len(x) == size else torch.cat([x] * (size // len(x)))  # `repeat` would lose the layout
-
-
-class Conditioning(NamedTuple):
-    """Text conditioning of B items: P contexts [P, M, D], and index [B] int64, which of them each item has.
-
-    index None: the items lie in P runs of B / P, one for each context in its order. kept: keys and values of
-    these contexts for each layer, if they were computed before (`CrossAttention.keys_values`).
-    """
-
-    context: Tensor
-    items: int
-    index: Tensor | None = None
-    kept: "Mapping[CrossAttention, tuple[Tensor, Tensor]] | None" = None
-
-    @classmethod
-    def of(
-        cls,
-        context: Tensor,
-        prompt_index: Sequence[int] | None = None,
-        kept: "Mapping[CrossAttention, tuple[Tensor, Tensor]] | None" = None,
-    ) -> Self:
-        """prompt_index: [B], the number of each item's context; None: as many items as contexts."""
-        if prompt_index is None:
-            return cls(context, len(context), None, kept)
-        run = len(prompt_index) // len(context)
-        if list(prompt_index) == [i for i in range(len(context)) for _ in range(run)]:
-            return cls(context, len(prompt_index), None, kept)
-        return cls(context, len(prompt_index), index_tensor(prompt_index, context.device), kept)
-
-    def prompt_of_items(self) -> Tensor:
-        """[B] int64, which of the contexts each item has."""
-        if self.index is not None:
-            return self.index
-        rows = torch.arange(len(self.context), device=self.context.device)
-        return rows.repeat_interleave(self.items // len(self.context))
-
-
-def index_tensor(prompt_index: Sequence[int], device: torch.device) -> Tensor:
-    """[B] int64 on the device, copied without waiting for it."""
-    return torch.tensor(prompt_index).to(device, non_blocking=True)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -102,10 +62,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Conditioning | None = None) -> Tensor:
         """Without prompts, x attends to itself. Items of one prompt share its keys and values."""
-        context, _, index, kept = Conditioning.of(x) if conditioning is None else conditioning
-        k, v = self.keys_values(context) if kept is None else kept[self]
-        if index is not None:
-            k, v = k.index_select(0, index), v.index_select(0, index)  # quicker back through than k[index]
+        told = Conditioning.of(x) if conditioning is None else conditioning
+        k, v = self.keys_values(told.context) if told.kept is None else told.kept[self]
+        if told.index is not None:  # index_select: quicker back through than k[index]
+            k, v = k.index_select(0, told.index), v.index_select(0, told.index)
         q = self.to_q(x)
         q = self._heads(q.reshape(len(k), -1, q.shape[2]))  # a run of items is one long item
         return self.to_out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
@@ -194,12 +154,11 @@ class SpatialTransformer(nn.Module):
         h = self.proj_in(_cells(h)) if self.use_linear else _cells(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, conditioning)
-        prompt_index = x.shape[2]
-        h = (
-            _feature_map(self.proj_out(h), prompt_index)
-            if self.use_linear
-            else self.proj_out(_feature_map(h, prompt_index))
-        )
+        height = x.shape[2]
+        if self.use_linear:
+            h = _feature_map(self.proj_out(h), height)
+        else:
+            h = self.proj_out(_feature_map(h, height))
         return repeat_batch(x, len(h)) + h
 
 
@@ -208,6 +167,6 @@ def _cells(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _feature_map(x: Tensor, prompt_index: int) -> Tensor:
+def _feature_map(x: Tensor, height: int) -> Tensor:
     """[B, h w, C] of h rows -> [B, C, h, w], a channels_last view."""
-    return x.unflatten(1, (prompt_index, -1)).permute(0, 3, 1, 2)
+    return x.unflatten(1, (height, -1)).permute(0, 3, 1, 2)

@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 from ldm.annotations import NonNegativeInt, PositiveInt
 from ldm.errors import UserError
+from ldm.models.conditioning import TextEncoding
 from ldm.models.widths import check_widths
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -53,7 +54,7 @@ class LearnedTokens(nn.Module):
 
 
 class CLIPTextEncoder(nn.Module):
-    """Prompts -> token ids [B, M] (`tokenize`) -> context [B, M, D] (`forward`), pooled [B, P] (`encode`).
+    """Prompts -> token ids [B, M] (`tokenize`) -> context [B, M, D], pooled [B, P] (`encode`).
 
     The defaults are SD 1.x. The weights have SD's names, `transformer.text_model.*`, for which `transformer`
     is an `nn.ModuleDict`: the CLIPTextModel of transformers 5 no longer has the level `text_model`.
@@ -70,6 +71,8 @@ class CLIPTextEncoder(nn.Module):
     pad_token_id: pads prompts to max_length; None = eos_token_id (SD 1.x), 0 in SD 2.x.
     use_checkpoint: gradient checkpointing of each layer. None: a training run chooses; else none.
     """
+
+    unconditional: str | None = ""  # the text of no prompt
 
     def __init__(
         self,
@@ -158,6 +161,16 @@ class CLIPTextEncoder(nn.Module):
         return self.transformer["text_model"].embeddings.token_embedding.weight[ids.to(self.device)]
 
     @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        return self.transformer["text_model"].encoder.layers
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """The shape of a prompt's ids."""
+        return (self.max_length,)
+
+    @property
     def context_dim(self) -> int:
         """Width of the context."""
         return self.transformer["text_model"].config.hidden_size
@@ -238,21 +251,26 @@ class CLIPTextEncoder(nn.Module):
             first += len(vectors)
         raise KeyError(word)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids: [B, M] -> context: [B, M, D]. Attention is causal, and padding is not masked."""
-        return self.encode(ids)[0]
+    def encode(self, ids: Tensor) -> TextEncoding:
+        """ids: [B, M] -> what the UNet's conditioning is made of, of each prompt."""
+        found = self(ids)  # not `forward`: FSDP and hooks act on calls
+        return TextEncoding(found) if isinstance(found, Tensor) else TextEncoding(*found)
 
-    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """ids: [B, M] -> context: [B, M, D], and the pooled vector [B, P], if there is a projection."""
+    def forward(self, ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """ids: [B, M] -> context: [B, M, D], and with a projection the pooled vector [B, P].
+
+        Attention is causal, and padding is not masked.
+        """
         text_model = self.transformer["text_model"]
         layers, norm = text_model.encoder.layers, text_model.final_layer_norm
         h = self._through(layers[: self.depth], text_model.embeddings(inputs_embeds=self._embed(ids)))
         context = h if self.layer == "penultimate_hidden" else norm(h)
         if self.text_projection is None:
-            return context, None
+            return context
         last = self._through(layers[self.depth :], h)
         eos = (ids == self.eos_token_id).int().argmax(dim=1)  # the first one; learned tokens have higher ids
-        return context, norm(last[torch.arange(len(ids), device=ids.device), eos]) @ self.text_projection
+        pooled = norm(last[torch.arange(len(ids), device=ids.device), eos]) @ self.text_projection
+        return context, pooled
 
     def _through(self, layers: Iterable[nn.Module], h: Tensor) -> Tensor:
         for layer in layers:

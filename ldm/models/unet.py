@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,12 @@ from ldm.annotations import PositiveInt
 from ldm.errors import UserError
 from ldm.models.attention import (
     BasicTransformerBlock,
-    Conditioning,
-    CrossAttention,
     GroupNorm,
     SpatialTransformer,
     repeat_batch,
     zero_init,
 )
+from ldm.models.conditioning import Conditioning
 from ldm.models.widths import check_widths, depth_of_levels
 
 
@@ -120,28 +119,32 @@ def _mlp(in_features: int, emb: int) -> nn.Sequential:
 
 
 class Prepared(NamedTuple):
-    """What the steps of one sampling share: P contexts [P, M, D], S timesteps, and what layers make of them.
+    """What the steps of one sampling share: conditioning, S timesteps, and what layers make of them.
 
-    keys_values: of each layer that attends to the contexts. shifts: [S, sum of out_channels], each residual
-    block's in its columns; [P S, sum] where each context has a vector. timesteps: [S] float32, which need not
+    conditioning: with the keys and values of its contexts. shifts: [S, sum of out_channels], each residual
+    block's in its columns; [P S, sum] where each prompt has a vector. timesteps: [S] float32, which need not
     be whole numbers.
     """
 
-    contexts: Tensor
-    keys_values: Mapping[CrossAttention, tuple[Tensor, Tensor]]
+    conditioning: Conditioning
     shifts: Tensor
     timesteps: Tensor
     blocks: Sequence[ResBlock]
 
-    def time_embedding(self, timesteps: Tensor, prompts: Tensor | None = None) -> TimeEmbedding:
+    def select(self, prompt_index: Sequence[int]) -> Self:
+        """For B items; prompt_index: [B], which of the P prompts that were prepared each has."""
+        return self._replace(conditioning=self.conditioning.select(prompt_index))
+
+    def time_embedding(self, timesteps: Tensor) -> TimeEmbedding:
         """timesteps: [b], of those prepared for; an error of the device where one is not.
 
-        prompts: [B], the number of each item's context, where these have vectors -> of B items.
+        -> of b items, or, where each prompt has a vector, of the B that this is for.
         """
-        if prompts is not None:
-            timesteps = repeat_batch(timesteps, len(prompts))
-        same = timesteps.float()[:, None] == self.timesteps  # [b, S]
-        first = 0 if prompts is None else prompts * len(self.timesteps)
+        first = 0
+        if self.conditioning.vector is not None:
+            first = self.conditioning.prompt_of_items() * len(self.timesteps)  # [B]
+            timesteps = repeat_batch(timesteps, len(first))
+        same = timesteps.float()[:, None] == self.timesteps  # [b or B, S]
         row = torch.where(same.any(dim=1), first + same.int().argmax(dim=1), len(self.shifts))
         shifts = self.shifts.index_select(0, row)
         widths = [block.out_channels for block in self.blocks]
@@ -243,56 +246,41 @@ class UNetModel(nn.Module):
         )
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
-    def prepare(self, contexts: Tensor, timesteps: Tensor, vectors: Tensor | None = None) -> Prepared:
-        """contexts: [P, M, D], timesteps: [S], vectors: [P, V] -> what `predict` takes as context.
+    def prepare(self, conditioning: Conditioning, timesteps: Tensor) -> Prepared:
+        """Conditioning of P prompts, timesteps: [S] -> what `predict` takes in the conditioning's place.
 
         What depends on them alone is then computed once for all steps of a sampling.
         """
-        device, dtype = contexts.device, self.time_embed[0].weight.dtype
-        contexts = contexts.to(dtype)
+        told = conditioning.to(self.dtype)
         layers = [layer.attn2 for layer in self.modules() if isinstance(layer, BasicTransformerBlock)]
         blocks = [layer for layer in self.modules() if isinstance(layer, ResBlock)]
-        timesteps = timesteps.to(device, torch.float32)
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
-        if self._takes(vectors):
-            emb = (self.label_emb(vectors.to(device, dtype))[:, None] + emb).flatten(0, 1)
+        timesteps = timesteps.to(told.context.device, torch.float32)
+        emb = self._sinusoids(timesteps, self.dtype)
+        if self._takes(told.vector):
+            emb = (self.label_emb(told.vector)[:, None] + emb).flatten(0, 1)
         return Prepared(
-            contexts,
-            keys_values={layer: layer.keys_values(contexts) for layer in layers},
+            told._replace(kept={layer: layer.keys_values(told.context) for layer in layers}),
             shifts=torch.cat([block.emb_layers(emb) for block in blocks], dim=1),
             timesteps=timesteps,
             blocks=blocks,
         )
 
-    def predict(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor | Prepared,
-        prompt_index: Sequence[int] | None = None,
-        vector: Tensor | None = None,
-    ) -> Tensor:
-        """`forward` in the network's own precision, whatever that of x, context and vector is."""
-        dtype = self.time_embed[0].weight.dtype
-        if isinstance(context, Prepared):
-            return self(x.to(dtype), timesteps, context, prompt_index)
-        vector = None if vector is None else vector.to(dtype)
-        return self(x.to(dtype), timesteps, context.to(dtype), prompt_index, vector)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, in which it computes."""
+        return self.time_embed[0].weight.dtype
 
-    def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor | Prepared,
-        prompt_index: Sequence[int] | None = None,
-        vector: Tensor | None = None,
-    ) -> Tensor:
-        """x: [b, C, h, w], timesteps: [b], whole or not, context: [P, M, D] -> [B, C, h, w].
+    def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
+        """`forward` in the network's own precision, whatever that of x and of the conditioning is."""
+        if isinstance(conditioning, Conditioning):
+            conditioning = conditioning.to(self.dtype)
+        return self(x.to(self.dtype), timesteps, conditioning)
 
-        prompt_index: [B], which of the P contexts each item has; None: one each (b = B = P). b less than B
-        is for guidance: x is repeated for each of the B / b runs of prompt_index, but only at the first
-        cross-attention, so the layers before it run once.
-        vector: [B, V], with `adm_in_channels` V, unless Prepared has it; x is then repeated at the entrance.
+    def forward(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
+        """x: [b, C, h, w], timesteps: [b], whole or not, conditioning of B items -> [B, C, h, w].
+
+        b less than B is for guidance: x is repeated for each of the B / b runs of items, but only at the
+        first cross-attention, so the layers before it run once; where items have a vector, at the entrance.
         """
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise UserError(
@@ -300,13 +288,10 @@ class UNetModel(nn.Module):
                 remedy=f"Height and width must be multiples of {self.factor} cells.",
             )
         x = x.contiguous(memory_format=torch.channels_last)  # as the weights are
-        if isinstance(context, Prepared):
-            conditioning = Conditioning.of(context.contexts, prompt_index, context.keys_values)
-            prompts = None if self.adm_in_channels is None else conditioning.prompt_of_items()
-            time = context.time_embedding(timesteps, prompts)
+        if isinstance(conditioning, Prepared):
+            time, conditioning = conditioning.time_embedding(timesteps), conditioning.conditioning
         else:
-            conditioning = Conditioning.of(context, prompt_index)
-            time = self._time_embedding(timesteps, x.dtype, vector)
+            time = self._time_embedding(timesteps, conditioning.vector, x.dtype)
         if self.adm_in_channels is not None:
             x = repeat_batch(x, conditioning.items)
         skips = []
@@ -320,20 +305,22 @@ class UNetModel(nn.Module):
             h = self._run(stage, h, time, conditioning, height // h.shape[2])
         return self.out(h)
 
-    def _time_embedding(
-        self, timesteps: Tensor, dtype: torch.dtype, vector: Tensor | None = None
-    ) -> TimeEmbedding:
+    def _time_embedding(self, timesteps: Tensor, vector: Tensor | None, dtype: torch.dtype) -> TimeEmbedding:
         """timesteps: [b] -> of b items; given a vector [B, V], of B."""
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
-        return TimeEmbedding(
-            repeat_batch(emb, len(vector)) + self.label_emb(vector) if self._takes(vector) else emb
-        )
+        emb = self._sinusoids(timesteps, dtype)
+        if self._takes(vector):
+            emb = repeat_batch(emb, len(vector)) + self.label_emb(vector)
+        return TimeEmbedding(emb)
+
+    def _sinusoids(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
 
     def _takes(self, vector: Tensor | None) -> bool:
         """Whether there is a vector beside the timestep. ValueError for one that does not fit."""
         width = None if vector is None else vector.shape[1]
         if width != self.adm_in_channels:
-            raise ValueError(f"the UNet takes a vector of width {self.adm_in_channels}, not {width}")
+            wanted = f"a vector of width {self.adm_in_channels}" if self.adm_in_channels else "no vector"
+            raise ValueError(f"this UNet takes {wanted} of an item, not {width}")
         return vector is not None
 
     def recomputes(self, factor: int) -> bool:

@@ -1,12 +1,13 @@
 """torch.compile for the training step alone: one graph, for which nothing else has to wait."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ldm.models.attention import index_tensor, repeat_batch
+from ldm.models.attention import repeat_batch
+from ldm.models.conditioning import Conditioning
 from ldm.models.unet import UNetModel
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -28,10 +29,8 @@ class TrainingGraph:
         self.unet = unet
         self.compiled = torch.compile(unet, mode=mode, backend=backend, dynamic=False)
 
-    def predict(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """As `UNetModel.predict`, for training."""
-        if rows is not None:
-            x, t = repeat_batch(x, len(rows)), repeat_batch(t, len(rows))
-            context = context.index_select(0, index_tensor(rows, context.device))
-        dtype = self.unet.time_embed[0].weight.dtype
-        return self.compiled(x.to(dtype), t, context.to(dtype), None)
+        x, t = repeat_batch(x, conditioning.items), repeat_batch(t, conditioning.items)
+        dtype = self.unet.dtype
+        return self.compiled(x.to(dtype), t, conditioning.expanded().to(dtype))

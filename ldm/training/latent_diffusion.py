@@ -24,15 +24,16 @@ from ldm.checkpoints.embedding import embeddings_beside, save_embedding
 from ldm.checkpoints.layout import LEARNED_TOKENS
 from ldm.checkpoints.lora import lora_beside, merge_lora, save_lora
 from ldm.checkpoints.save import save_model
+from ldm.conditioner import Conditioner
 from ldm.config import instantiate
 from ldm.diffusion.loss import DreamBoothLoss, dreambooth_loss, min_snr_weights, mse_per_item
 from ldm.diffusion.process import DiscreteDiffusion, NoiseProcess
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.training.compiling import CompileMode, TrainingGraph
-from ldm.training.conditioning import Conditioner
 from ldm.training.gradients import clip
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
 from ldm.training.schema import TrainerOptions
@@ -158,7 +159,7 @@ class LatentDiffusion(pl.LightningModule):
         self._graph = None if compile is None else TrainingGraph(networks["unet"], mode=compile)
         self._l2_sp: L2SP | None = None
         self._reference: Reference | None = None
-        self._conditioner = Conditioner(self.cond_stage_model)
+        self.conditioner = Conditioner(self.cond_stage_model)
         self._step_mean = StepMean()
 
     @property
@@ -183,14 +184,14 @@ class LatentDiffusion(pl.LightningModule):
         """images: [B, 3, H, W] in [-1, 1] -> latent stats [B, 2C, h, w] of their latents."""
         return self.first_stage_model.encode(images.to(self.device)).latent_stats.contiguous()
 
-    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """B prompts -> the contexts [P, M, D] of the different ones, and which of them each has: [B].
+    def condition(self, prompts: Sequence[str], sizes: Tensor | None = None) -> Conditioning:
+        """The conditioning of B items by their prompts; sizes: [B, 6], as in `Conditioner.conditioning`.
 
         Equal prompts go through the text encoder once: in a call, or, where it is frozen, in the whole run.
         """
         over = self.text_encoder_steps is not None and self.global_step >= self.text_encoder_steps
         with torch.set_grad_enabled(torch.is_grad_enabled() and not over):
-            return self._conditioner(prompts, frozen=not self._text_learns)
+            return self.conditioner(prompts, sizes, frozen=not self._text_learns)
 
     @property
     def _text_learns(self) -> bool:
@@ -217,11 +218,11 @@ class LatentDiffusion(pl.LightningModule):
         text_encoder, new = self.cond_stage_model, self.learned_token
         if new is not None:
             text_encoder.add_token(new.word, text_encoder.token_embedding_of(new.init))
-            self._conditioner.forget()
+            self.conditioner.forget()
 
     def on_train_start(self) -> None:
         """Contexts of other weights, and ids on another device, are forgotten."""
-        self._conditioner.forget()
+        self.conditioner.forget()
         for kept in (self._l2_sp, self._reference):
             if kept is not None:
                 kept.to(self.device)
@@ -232,10 +233,10 @@ class LatentDiffusion(pl.LightningModule):
         shape = latent_shape(batch, channels=stage.embed_dim, factor=stage.factor)
         return batch | sample_randomness(batch, self.seed, shape, self.process)
 
-    def apply_model(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
-        """x: [B, C, h, w], t: [B], context: [P, M, D], rows: [B] -> the UNet's prediction [B, C, h, w]."""
+    def apply_model(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """x: [B, C, h, w], t: [B], conditioning of B items -> the UNet's prediction [B, C, h, w]."""
         compiled = self._graph is not None and torch.is_grad_enabled()
-        return (self._graph if compiled else self.networks["unet"]).predict(x, t, context, rows)
+        return (self._graph if compiled else self.networks["unet"]).predict(x, t, conditioning)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         loss = self._log_loss(batch, "train", batch_idx).total
@@ -273,12 +274,13 @@ class LatentDiffusion(pl.LightningModule):
         timesteps, posterior_noise, noise = StepRandomness.views(randomness, posterior.mean.shape)
         x0 = posterior.sample(posterior_noise)
         noisy = self.process.add_noise(x0, noise, timesteps)
-        prediction = self.apply_model(noisy, timesteps, *self.encode_prompts(batch["caption"]))
+        prediction = self.apply_model(noisy, timesteps, self.condition(batch["caption"], batch.get("sizes")))
         target = self.process.target(x0, noise, timesteps)
         prompts = list(compress(batch["caption"], (stream == "prior" for _, stream in batch["stream_ids"])))
         if self._reference is not None and prompts:
             rows = batch["prior_rows"].to(self.device, non_blocking=True)
-            kept = self._reference.predict(noisy[rows], timesteps[rows], prompts)
+            sizes = batch["sizes"][rows] if "sizes" in batch else None
+            kept = self._reference.predict(noisy[rows], timesteps[rows], prompts, sizes)
             target = target.index_copy(0, rows, kept.to(target))
         return mse_per_item(prediction, target) * self.loss_weights(timesteps)
 

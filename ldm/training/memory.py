@@ -18,6 +18,7 @@ from torch.func import functional_call
 from ldm.config import instantiate, param_of, takes, with_params
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.latents import views_at_once
+from ldm.models.conditioning import Conditioning
 from ldm.training.before_after import evaluation_nodes
 from ldm.training.distributed import device_count
 from ldm.training.fused_backward import pending_gradient_bytes
@@ -169,9 +170,10 @@ def _activations(module: LatentDiffusion, data: DreamBoothDataModule, *, precisi
         context = context.detach().requires_grad_(context.requires_grad)
         x = torch.zeros(subject + priors, module.networks["vae"].embed_dim, side, side)
         stages = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
-        weights, dtype = _without_data(unet), next(unet.parameters()).dtype
+        weights, dtype = _without_data(unet), unet.dtype
+        told = Conditioning.of(context.to(dtype), rows)
         with _saving(unet, weights | lora_weights, {stage: side for stage in stages}) as saved:
-            functional_call(unet, weights, (x.to(dtype), timesteps, context.to(dtype), rows))
+            functional_call(unet, weights, (x.to(dtype), timesteps, told))
         found["unet"] = sum(saved)
     return found
 

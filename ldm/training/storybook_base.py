@@ -59,6 +59,8 @@ class StorybookBase(LatentDiffusion):
         posterior = DiagonalGaussian.from_latent_stats(batch["latent_stats"].float())
         x0, noise, timesteps = posterior.sample(batch["posterior"]), batch["noise"], batch["timestep"]
         noisy = self.process.add_noise(x0, noise, timesteps)
-        prediction = self.apply_model(noisy, timesteps, self.cond_stage_model(batch["ids"]))
+        encoding = self.cond_stage_model.encode(batch["ids"])
+        told = self.conditioner.conditioning(encoding, range(len(x0)))
+        prediction = self.apply_model(noisy, timesteps, told)
         target = self.process.target(x0, noise, timesteps)
         return mse_per_item(prediction, target) * self.loss_weights(timesteps)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.annotations import PositiveFloat
+from ldm.conditioner import Conditioner
 from ldm.models.lora import LoRA, lora_off
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
-from ldm.training.conditioning import Conditioner
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by the Trainer's precision
 
@@ -72,7 +72,7 @@ class Reference:
             for layer in (layer for network in networks for layer in cast_by_autocast(network)):
                 layer.to(AUTOCAST.get(precision))
         self.unet, text_encoder = networks
-        self.conditioner = Conditioner(text_encoder)
+        self.conditioner = Conditioner(text_encoder, without=self.loras)
 
     def to(self, device: torch.device) -> None:
         self.unet.to(device)
@@ -80,10 +80,11 @@ class Reference:
         self.conditioner.forget()
 
     @torch.no_grad()
-    def predict(self, x: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The base's prediction. x: [B, C, h, w], t: [B], B prompts -> [B, C, h, w]."""
+    def predict(self, x: Tensor, t: Tensor, prompts: Sequence[str], sizes: Tensor | None = None) -> Tensor:
+        """The base's prediction. x: [B, C, h, w], t: [B], B prompts, sizes: [B, 6] -> [B, C, h, w]."""
+        told = self.conditioner(prompts, sizes, frozen=True)
         with lora_off(*self.loras):
-            return self.unet.predict(x, t, *self.conditioner(prompts, frozen=True))
+            return self.unet.predict(x, t, told)
 
 
 def cast_by_autocast(network: nn.Module) -> list[nn.Module]:

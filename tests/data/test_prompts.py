@@ -9,7 +9,6 @@ from ldm.data.prompts import (
     REPOSITORY,
     SUBJECT_TEMPLATE,
     check_prompts,
-    distinct,
     fill,
     read_caption,
     read_prompts,
@@ -97,8 +96,3 @@ def test_prompt_files(tmp_path):
 )
 def test_shipped_prompts_are_found_by_name(file):
     assert read_prompts(file.stem, **WORDS) == read_prompts(file, **WORDS)
-
-
-def test_equal_prompts_have_one_number():
-    assert distinct(["b", "a", "b", "c", "a"]) == (["b", "a", "c"], [0, 1, 0, 2, 1])
-    assert distinct([]) == ([], [])

@@ -7,6 +7,7 @@ import torch
 
 from ldm.evaluation.storybook import ClassImages, StorybookEvaluation
 from ldm.evaluation.storybook_limits import pixels_of
+from ldm.models.conditioning import Conditioning
 from ldm.pipeline import Text2Image
 from ldm.training.job import run_job
 from ldm.training.options import parse
@@ -35,7 +36,8 @@ def moved(model: Text2Image, base: Text2Image, *, guidance_scale: float) -> floa
     guided = []
     for draw in (model, base):
         contexts = draw.text_encoder(draw.text_encoder.tokenize(["", "a photo of a dog"]))
-        empty, of_class = (draw.unet.predict(x, t, contexts, [row] * len(x)) for row in (0, 1))
+        told = [Conditioning.of(contexts, [row] * len(x)) for row in (0, 1)]
+        empty, of_class = (draw.unet.predict(x, t, prompt) for prompt in told)
         guided.append(empty + guidance_scale * (of_class - empty))
     return float((guided[0] - guided[1]).norm() / guided[1].norm())
 

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from ldm.models.attention import GEGLU, Conditioning, CrossAttention, SpatialTransformer, attend
+from ldm.models.attention import GEGLU, CrossAttention, SpatialTransformer, attend
+from ldm.models.conditioning import Conditioning
 
 
 @pytest.mark.parametrize("context_dim", [None, 6], ids=["self", "cross"])

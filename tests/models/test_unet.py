@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from ldm.errors import UserError
+from ldm.models.conditioning import Conditioning
 from ldm.models.unet import ResBlock, UNetModel, timestep_embedding
 from tests.checkpoints import sd_v1
 
@@ -32,6 +33,12 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
     torch.manual_seed(1)
     x, context = torch.randn(2, 4, 8, 6), torch.randn(2, 7, 12)  # the same numbers in every dtype
     return x.to(dtype), torch.tensor([3, 700]), context.to(dtype)
+
+
+def predict(unet: UNetModel, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """For `inputs`, each with a context of its own."""
+    x, timesteps, context = inputs(dtype)
+    return unet(x, timesteps, Conditioning.of(context))
 
 
 def test_sd1_names_and_counts():
@@ -70,7 +77,7 @@ def test_timestep_embedding():
 @torch.no_grad()
 def test_a_fresh_network_predicts_zero_and_its_blocks_are_the_identity():
     unet = UNetModel(**TINY)
-    assert not unet(*inputs()).any()
+    assert not predict(unet).any()
     block = ResBlock(16, 16, emb_channels=8, num_groups=8)
     x = torch.randn(2, 16, 4, 4)
     assert torch.equal(block(x, torch.randn(2, 16)), x)
@@ -99,7 +106,7 @@ def test_gradient_checkpointing_changes_nothing(mode, chosen):
         unet.input_blocks[0].requires_grad_(False)
         x, timesteps, context = inputs()
         context.requires_grad_()
-        output = unet(x, timesteps, context)
+        output = unet(x, timesteps, Conditioning.of(context))
         output.square().sum().backward()
         gradients = {name: p.grad for name, p in unet.named_parameters() if p.requires_grad}
         assert all(gradient is not None for gradient in gradients.values())
@@ -120,7 +127,7 @@ def test_gradient_checkpointing_keeps_fewer_activations():
         unet = build(use_checkpoint=use_checkpoint)
         weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = unet(*inputs())
+            output = predict(unet)
         assert output.requires_grad
         return sum(size for pointer, size in sizes.items() if pointer not in weights)
 
@@ -132,17 +139,17 @@ def test_gradient_checkpointing_keeps_fewer_activations():
 def test_each_item_is_computed_by_itself():
     unet = build()
     x, timesteps, context = inputs()
-    both = unet(x, timesteps, context)
-    alone = unet(x[1:], timesteps[1:], context[1:])
+    both = unet(x, timesteps, Conditioning.of(context))
+    alone = unet(x[1:], timesteps[1:], Conditioning.of(context[1:]))
     torch.testing.assert_close(both[1:], alone, rtol=1e-5, atol=1e-5)
-    assert (both - unet(x, timesteps.flip(0), context)).abs().max() > 1e-2
+    assert (both - unet(x, timesteps.flip(0), Conditioning.of(context))).abs().max() > 1e-2
 
 
 def shared(unet: UNetModel, rows: list[int]) -> list[torch.Tensor]:
     """Output of two latents under two prompts each, and all gradients: of what is there once."""
     x, timesteps, context = inputs(torch.float64)
     context.requires_grad_()
-    output = unet.predict(x, timesteps, context, rows)
+    output = unet.predict(x, timesteps, Conditioning.of(context, rows))
     output.square().sum().backward()
     return [output.detach(), context.grad, *(p.grad for p in unet.parameters())]
 
@@ -156,7 +163,7 @@ def test_items_share_prompts_and_what_comes_before_them(resolutions, use_checkpo
     unet, plain = (build(**options).double() for _ in range(2))
     x, timesteps, context = inputs(torch.float64)
     context.requires_grad_()
-    expected = plain(torch.cat([x, x]), torch.cat([timesteps, timesteps]), context[rows])
+    expected = plain(torch.cat([x, x]), torch.cat([timesteps, timesteps]), Conditioning.of(context[rows]))
     expected.square().sum().backward()
     found = shared(unet, rows)
     assert found[0].shape == (4, 4, 8, 6)
@@ -180,17 +187,17 @@ def test_what_is_shared_is_computed_once():
             lambda _, inputs, output, name=name: seen.update({name: (len(inputs[0]), len(output))})
         )
     x, timesteps, context = inputs()
-    unet(x, timesteps, context, [0, 0, 1, 1, 0, 0])
+    unet(x, timesteps, Conditioning.of(context, [0, 0, 1, 1, 0, 0]))
     assert seen == {"block": (2, 2), "self": (2, 2), "cross": (6, 6), "keys": (2, 2)}
 
 
 @torch.no_grad()
 def test_half_precision_and_autocast_follow_float32():
     unet = build()
-    expected = unet(*inputs())
+    expected = predict(unet)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast = unet(*inputs())
-    half = unet.to(torch.bfloat16)(*inputs(torch.bfloat16))
+        autocast = predict(unet)
+    half = predict(unet.to(torch.bfloat16), dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     for output in (autocast, half):
         assert (output.float() - expected).abs().max() < 0.1 * expected.abs().max()
@@ -198,7 +205,7 @@ def test_half_precision_and_autocast_follow_float32():
 
 def test_latents_that_cannot_be_halved_are_refused():
     with pytest.raises(UserError, match="7 x 6 cells .*multiples of 2"):
-        build()(torch.randn(1, 4, 7, 6), torch.tensor([0]), torch.randn(1, 7, 12))
+        build()(torch.randn(1, 4, 7, 6), torch.tensor([0]), Conditioning.of(torch.randn(1, 7, 12)))
 
 
 @pytest.mark.parametrize("use_linear", [False, True])
@@ -208,27 +215,36 @@ def test_prepared_contexts_and_timesteps_predict_the_same(rows, use_linear):
     """To rounding, as embeddings of all timesteps are one product; keys and values are computed once."""
     unet = build(use_linear_in_transformer=use_linear, attention_resolutions=(1, 2)).double()
     x, _, contexts = inputs(torch.float64)
+    own, told = Conditioning.of(contexts), Conditioning.of(contexts, rows)
+    rows = range(2) if rows is None else rows
     counted = []
     for name, layer in unet.named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v", "emb_layers.1", "time_embed.2")):
             layer.register_forward_hook(lambda *_, name=name: counted.append(name))
-    expected = [unet.predict(x, torch.tensor([t, t]), contexts, rows) for t in (901, 3, 444)]
+    expected = [unet.predict(x, torch.tensor([t, t]), told) for t in (901, 3, 444)]
     each = len(counted) // 3
     counted.clear()
-    prepared = unet.prepare(contexts, torch.tensor([901, 444, 3]))
+    prepared = unet.prepare(own, torch.tensor([901, 444, 3]))
     assert len(counted) == len(set(counted)) == each
     for t, wanted in zip((901, 3, 444), expected, strict=True):
-        found = unet.predict(x, torch.tensor([t, t]), prepared, rows)
+        found = unet.predict(x, torch.tensor([t, t]), prepared.select(rows))
         assert (found - wanted).abs().max() <= 1e-12 * wanted.abs().max()
     assert len(counted) == each
-    both = unet.predict(x, torch.tensor([901, 3]), prepared, rows)
-    wanted = unet.predict(x, torch.tensor([901, 3]), contexts, rows)
+    both = unet.predict(x, torch.tensor([901, 3]), prepared.select(rows))
+    wanted = unet.predict(x, torch.tensor([901, 3]), told)
     assert (both - wanted).abs().max() <= 1e-12 * wanted.abs().max()
-    between = unet.prepare(contexts, torch.tensor([901.25, 444.5]))
-    found = unet.predict(x, torch.tensor([444.5, 901.25]), between, rows)
-    wanted = unet.predict(x, torch.tensor([444.5, 901.25]), contexts, rows)
+    between = unet.prepare(own, torch.tensor([901.25, 444.5])).select(rows)
+    found = unet.predict(x, torch.tensor([444.5, 901.25]), between)
+    wanted = unet.predict(x, torch.tensor([444.5, 901.25]), told)
     assert (found - wanted).abs().max() <= 1e-12 * wanted.abs().max()
-    assert (found - unet.predict(x, torch.tensor([444, 901]), contexts, rows)).abs().max() > 1e-6
+    assert (found - unet.predict(x, torch.tensor([444, 901]), told)).abs().max() > 1e-6
     for unknown in (445, 902, 444.5):
         with pytest.raises((IndexError, RuntimeError)):
-            unet.predict(x, torch.tensor([unknown, unknown]), prepared, rows)
+            unet.predict(x, torch.tensor([unknown, unknown]), prepared.select(rows))
+
+
+def test_a_vector_of_an_item_is_not_ignored():
+    x, timesteps, context = inputs()
+    told = Conditioning.of(context, vector=torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="no vector"):
+        build()(x, timesteps, told)

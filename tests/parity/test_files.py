@@ -22,6 +22,7 @@ from ldm.checkpoints.save_folder import save_folder
 from ldm.config import instantiate
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
+from ldm.models.conditioning import Conditioning
 from ldm.pipeline import Text2Image
 from scripts import convert
 
@@ -134,8 +135,9 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 def assert_computes_the_same(ours: dict[str, nn.Module], pipe: StableDiffusionPipeline) -> None:
     torch.manual_seed(1)
     x, context, t = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.tensor([1, 801])
-    assert relative_error(ours["unet"](x, t, context), pipe.unet(x, t, context).sample) <= TOLERANCE
-    assert relative_error(ours["unet"](x, t + 1, context), pipe.unet(x, t, context).sample) > 10 * TOLERANCE
+    told, prediction = Conditioning.of(context), pipe.unet(x, t, context).sample
+    assert relative_error(ours["unet"](x, t, told), prediction) <= TOLERANCE
+    assert relative_error(ours["unet"](x, t + 1, told), prediction) > 10 * TOLERANCE
     pixels, scale = torch.rand(2, 3, 16, 16), pipe.vae.config.scaling_factor
     mean = pipe.vae.encode(pixels).latent_dist.mean * scale
     assert relative_error(ours["vae"].encode(pixels).mean, mean) <= TOLERANCE

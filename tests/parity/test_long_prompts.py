@@ -72,14 +72,14 @@ def test_a_short_prompt_is_one_chunk_and_each_chunk_is_encoded_alone(tiny_networ
     process = DiscreteDiffusion(torch.linspace(0.99, 0.01, 1000))
     t2i = Text2Image(**tiny_networks, process=process, default_size=16)
     long = "the big red dog here, " + "b" * 25
-    (context, unconditional), (short, _) = t2i._contexts([long, "a dog"], "mud", 4, chunked=True)
+    (encoding, negative), (short, _) = t2i._encodings([long, "a dog"], "mud", 4, chunked=True)
     parts = [
         text_encoder(text_encoder.tokenize([part])) for part in ("the big red dog here,", "b" * 25, "mud", "")
     ]
     with torch.no_grad():
-        torch.testing.assert_close(context, torch.cat(parts[:2], dim=1)[0])
-        torch.testing.assert_close(unconditional, torch.cat(parts[2:], dim=1)[0])
-    assert len(short) == 32 and len(context) == 64
+        torch.testing.assert_close(encoding.context, torch.cat(parts[:2], dim=1))
+        torch.testing.assert_close(negative.context, torch.cat(parts[2:], dim=1))
+    assert short.context.shape[1] == 32 and encoding.context.shape[1] == 64
 
 
 def test_a_picture_is_the_same_beside_a_longer_prompt(tiny_networks, caplog):

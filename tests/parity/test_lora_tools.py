@@ -18,6 +18,7 @@ from ldm.checkpoints.lora import Layers, read_lora
 from ldm.checkpoints.save_folder import save_folder
 from ldm.errors import UserError
 from ldm.model_file import ModelFile
+from ldm.models.conditioning import Conditioning
 
 TOLERANCE = 1e-5  # of the largest output, float32
 UNET_LAYERS = ["to_q", "to_v", "to_out.0", "ff.net.2", "conv1", "proj_in"]
@@ -76,7 +77,7 @@ def ours(model: Path, lora: Path | None) -> Tensor:
     file.fill(loras=[] if lora is None else [(lora, 1.0)])
     text_encoder = file.networks["text_encoder"]
     context = text_encoder(text_encoder.tokenize([PROMPT] * 2))
-    return file.networks["unet"].predict(x, torch.tensor([1, 801]), context, [0, 1])
+    return file.networks["unet"].predict(x, torch.tensor([1, 801]), Conditioning.of(context))
 
 
 def relative(a: Tensor, b: Tensor) -> float:

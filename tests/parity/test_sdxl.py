@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ldm.checkpoints.load import init_on_meta, load_state_dicts, open_model
 from ldm.config import instantiate
 from ldm.errors import UserError
-from ldm.families.sdxl.conditioning import size_vector
+from ldm.families.sdxl.conditioning import Sizes, size_vector
+from ldm.models.conditioning import Conditioning
+from ldm.pipeline import Text2Image
 from scripts import convert
 from tests.families import tiny_sdxl
 from tests.families.tiny_sdxl import relative_error
@@ -87,15 +89,16 @@ def test_the_unet_equals_diffusers(pipe, ours):
     x, t = torch.randn(2, 4, 16, 8), torch.tensor([1, 801])
     context, pooled = theirs(pipe, PROMPTS)
     expected = pipe.unet(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": SIZES}).sample
-    vector = size_vector(pooled, SIZES)
-    assert relative_error(ours["unet"](x, t, context, vector=vector), expected) <= TOLERANCE
+
+    def predicted(pooled: Tensor, sizes: Tensor) -> Tensor:
+        return ours["unet"](x, t, Conditioning.of(context, vector=size_vector(pooled, sizes)))
+
+    assert relative_error(predicted(pooled, SIZES), expected) <= TOLERANCE
     for k in range(6):  # every number, and the pooled vector, reach the prediction
         other = SIZES.clone()
         other[0, k] += 64
-        moved = ours["unet"](x, t, context, vector=size_vector(pooled, other))
-        assert relative_error(moved, expected) > 10 * TOLERANCE
-    moved = ours["unet"](x, t, context, vector=size_vector(pooled.flip(0), SIZES))
-    assert relative_error(moved, expected) > 10 * TOLERANCE
+        assert relative_error(predicted(pooled, other), expected) > 10 * TOLERANCE
+    assert relative_error(predicted(pooled.flip(0), SIZES), expected) > 10 * TOLERANCE
 
 
 def test_folders_and_files_and_back_are_equal_to_the_bit(folder, tmp_path):
@@ -164,3 +167,31 @@ def test_a_file_without_a_vae_is_completed_by_one(folder, single_file, tmp_path)
         run_convert(bare, tmp_path / "b.safetensors")
     whole = run_convert(bare, tmp_path / "whole.safetensors", "--vae", folder / "vae")
     assert_equal(load_file(whole), tensors)
+
+
+PICTURE = {"height": 32, "width": 48}
+TOLD = {"original_size": (40, 72), "crops_coords_top_left": (3, 5), "target_size": (56, 24)}
+
+
+@pytest.mark.parametrize("negative", [None, "", "mud"], ids=["zeros", "empty", "mud"])
+@torch.no_grad()
+def test_ten_steps_with_guidance_equal_diffusers(pipe, folder, negative, monkeypatch):
+    """Euler's steps, at sizes that all differ: no negative prompt is zeros, an empty one is encoded."""
+    ours = Text2Image.from_file(folder)
+    start = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(ours, "_noise", lambda shape, seeds, purpose: start)
+    asked = {"num_inference_steps": 10, "guidance_scale": 4.0, "negative_prompt": negative, **PICTURE, **TOLD}
+    reference = pipe("a red dog", latents=start.clone(), output_type="latent", **asked).images
+    sizes = Sizes(TOLD["original_size"], TOLD["crops_coords_top_left"], TOLD["target_size"])
+    settings = {
+        "steps": 10,
+        "guidance_scale": 4.0,
+        "negative_prompt": negative,
+        "sampler": "euler",
+        **PICTURE,
+    }
+    for batched in (True, False):
+        sample = ours("a red dog", sizes=sizes, spacing="leading", batched_guidance=batched, **settings)[0]
+        assert relative_error(sample.latents[None], reference) <= 1e-4
+    usual = ours("a red dog", spacing="leading", **settings)[0]
+    assert relative_error(usual.latents[None], reference) > 1e-3

@@ -21,6 +21,7 @@ from ldm.checkpoints.load import open_model
 from ldm.checkpoints.save import save_model
 from ldm.config import instantiate, load_config, to_container
 from ldm.diffusion.schedule import make_alphas_cumprod
+from ldm.models.conditioning import Conditioning
 from ldm.pipeline import Text2Image
 from scripts import convert
 from tests.checkpoints import sd_v1, sd_v2
@@ -114,7 +115,7 @@ def drawn_here(t2i: Text2Image, latents: Tensor | None = None) -> dict[str, Tens
     context, pixels = t2i.text_encoder(t2i.text_encoder.tokenize([PROMPT])), t2i.vae.decode(latents)
     return {
         "context": context,
-        "prediction": t2i.unet(start(), torch.tensor([501]), context),
+        "prediction": t2i.unet(start(), torch.tensor([501]), Conditioning.of(context)),
         "pixels": pixels,
         "mean": t2i.vae.encode(pixels).mean,
         "latents": latents,

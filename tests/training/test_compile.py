@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from ldm.errors import UserError
+from ldm.models.conditioning import Conditioning
 from ldm.training import latent_diffusion
 from ldm.training.compiling import TrainingGraph
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -51,7 +52,7 @@ def test_it_does_not_go_with_steps_in_the_backward_pass(tiny_config: dict):
 def outcome(module: LatentDiffusion) -> list[Tensor]:
     torch.manual_seed(0)
     x, t, context = torch.randn(3, 4, 8, 8), torch.tensor([3, 700, 1]), torch.randn(2, 32, 32)
-    output = module.apply_model(x, t, context, [0, 1, 0])
+    output = module.apply_model(x, t, Conditioning.of(context, [0, 1, 0]))
     output.square().sum().backward()
     return [output.detach(), *(p.grad for p in module.networks["unet"].parameters())]
 

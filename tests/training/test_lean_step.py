@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ldm import conditioner
 from ldm.errors import UserError
-from ldm.training import conditioning
 from ldm.training.callbacks import OffloadVAE
 from ldm.training.device import device_of, temporarily_on
 from ldm.training.dreambooth import DreamBoothRun
@@ -52,11 +52,11 @@ def test_a_frozen_text_encoder_reads_each_prompt_once(tiny_config: dict, tiny_ne
     for step in range(3):
         assert torch.equal(frozen.loss_per_item(batch_of(3 * step)), plain.loss_per_item(batch_of(3 * step)))
     assert rows == [2]
-    contexts = [module.encode_prompts(["new", PROMPTS[1]])[0] for module in (frozen, plain)]
+    contexts = [module.condition(["new", PROMPTS[1]]).context for module in (frozen, plain)]
     assert torch.equal(contexts[0][1], contexts[1][1])
     assert rows == [2, 1]
     frozen.on_train_start()
-    frozen.encode_prompts(PROMPTS)
+    frozen.condition(PROMPTS)
     assert rows == [2, 1, 2]
 
 
@@ -94,12 +94,12 @@ def test_contexts_kept_by_validation_serve_training(tiny_config: dict, tiny_netw
 
 
 def test_contexts_do_not_pile_up(tiny_config: dict, tiny_networks: dict, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(conditioning, "KEPT_PROMPTS", 4)
+    monkeypatch.setattr(conditioner, "KEPT_PROMPTS", 4)
     module = make(tiny_config, tiny_networks, train_text_encoder=False)
     for k in range(6):
-        alone = module.encode_prompts([f"disc {k}"])[0]
-        assert torch.equal(module.encode_prompts([f"disc {k}", "disc"])[0][:1], alone)
-        assert len(module._conditioner.contexts) <= 4 and len(module._conditioner.ids) <= 4
+        alone = module.condition([f"disc {k}"]).context
+        assert torch.equal(module.condition([f"disc {k}", "disc"]).context[:1], alone)
+        assert len(module.conditioner.encodings) <= 4 and len(module.conditioner.ids) <= 4
 
 
 @pytest.mark.parametrize("train_text_encoder", [True, False])

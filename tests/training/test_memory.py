@@ -62,9 +62,9 @@ def saved_bytes(module: LatentDiffusion, *, mixed: bool) -> int:
         return tensor
 
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed), saved_tensors_hooks(keep, lambda t: t):
-        prompts = module.encode_prompts(["sks disc", "sks disc", "a disc", "a disc"])
+        told = module.condition(["sks disc", "sks disc", "a disc", "a disc"])
         x, t = torch.zeros(2 * BATCH, 4, SIZE // 2, SIZE // 2), torch.zeros(2 * BATCH, dtype=torch.int64)
-        output = module.apply_model(x, t, *prompts)
+        output = module.apply_model(x, t, told)
     assert output.requires_grad
     return sum(size for pointer, size in kept.items() if pointer not in own)
 

@@ -1,7 +1,6 @@
 """Techniques that a config can switch on: off they change nothing, on they do what their formula says."""
 
 import copy
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from ldm.checkpoints.embedding import read_embedding
 from ldm.checkpoints.load import read_checkpoint
 from ldm.errors import UserError
+from ldm.models.conditioning import Conditioning
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.techniques import Reference
 from tests.training.conftest import state_of
@@ -38,10 +38,10 @@ def build(tiny_config: dict, tiny_networks: dict, **settings: object) -> LatentD
 class SeenNoise(LatentDiffusion):
     """Keeps what the loss compared the prediction with: eps is the noise itself."""
 
-    def apply_model(self, x: Tensor, t: Tensor, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+    def apply_model(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         a = self.process.alphas_cumprod[t].view(-1, 1, 1, 1)
         self.noise = (x - a.sqrt() * self.x0) / (1 - a).sqrt()
-        return super().apply_model(x, t, context, rows)
+        return super().apply_model(x, t, conditioning)
 
 
 def noise_of(config: dict, batch: dict, **settings: object) -> Tensor:
@@ -63,7 +63,7 @@ def test_a_loras_teacher_is_the_network_without_its_factors(tiny_config, tiny_ne
     prediction = taught._reference.predict(x, t, prompts)
     assert torch.equal(prediction, copied.predict(x, t, prompts))
     with torch.no_grad():
-        moved = taught.apply_model(x, t, *taught.encode_prompts(prompts))
+        moved = taught.apply_model(x, t, taught.condition(prompts))
     assert (moved - prediction).abs().max() > 0.01
 
 

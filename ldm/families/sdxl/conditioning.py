@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.models.unet import timestep_embedding
+from ldm.errors import UserError
+from ldm.models.unet import UNetModel, timestep_embedding
 
 NUMBER_WIDTH = 256  # sinusoids of each number
 
@@ -22,6 +23,19 @@ class Sizes(NamedTuple):
     def of_sample(cls, height: int, width: int) -> "Sizes":
         """What a sampled image usually is told to be: an uncropped original of its own size."""
         return cls((height, width), (0, 0), (height, width))
+
+    @classmethod
+    def told(cls, sizes: "Sizes | None", height: int, width: int, *, to: UNetModel) -> "Sizes | None":
+        """What a UNet is told of samples of this size: `sizes`, or what is usual. None: it takes no vector.
+
+        Raises UserError for sizes that it cannot be told.
+        """
+        if to.adm_in_channels is not None:
+            return sizes or cls.of_sample(height, width)
+        if sizes is not None:
+            what = "Only Stable Diffusion XL is told an original size, a crop and a target size"
+            raise UserError(what, where="sizes", remedy="Leave them out.")
+        return None
 
     def numbers(self) -> list[int]:
         """[6] in the order in which the UNet takes them."""

@@ -10,6 +10,7 @@ from ldm.annotations import Node
 from ldm.config import instantiate
 from ldm.errors import UserError
 from ldm.families.sdxl.family import CLIP_G, CLIP_L
+from ldm.models.conditioning import TextEncoding
 from ldm.models.text_encoder import CLIPTextEncoder
 
 SIZES_L = {"projection_dim": None}
@@ -17,7 +18,7 @@ SIZES_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 
 
 
 class SDXLTextEncoders(nn.Module):
-    """Prompts -> token ids [B, 2, M] (`tokenize`) -> context [B, M, D1 + D2] and pooled [B, P] (`forward`).
+    """Prompts -> token ids [B, 2, M] (`tokenize`) -> context [B, M, D1 + D2], pooled [B, P] (`encode`).
 
     The context is CLIP-L's beside bigG's, each the hidden state before the last layer, without the final
     norm; the pooled vector is bigG's. Both read the same tokens; bigG's are padded with 0. The names of the
@@ -26,6 +27,8 @@ class SDXLTextEncoders(nn.Module):
     clip_l, clip_g: nodes of `CLIPTextEncoder`; None: of the released sizes. use_checkpoint: gradient
     checkpointing of each layer, in both. None: a training run chooses; else none.
     """
+
+    unconditional: str | None = None  # no prompt and a dropped caption are zeros, context and pooled vector
 
     def __init__(
         self,
@@ -55,6 +58,16 @@ class SDXLTextEncoders(nn.Module):
     @property
     def pooled_dim(self) -> int:
         return self.clip_g.pooled_dim
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The transformer blocks of both."""
+        return [layer for encoder in self.embedders for layer in encoder.layers]
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """The shape of a prompt's ids."""
+        return (2, self.max_length)
 
     @property
     def max_length(self) -> int:
@@ -94,10 +107,14 @@ class SDXLTextEncoders(nn.Module):
         """The end of the prompt that `tokenize` truncates; None if all of it fits."""
         return self.clip_l.truncated_tail(prompt)
 
+    def encode(self, ids: Tensor) -> TextEncoding:
+        """ids: [B, 2, M] -> what the UNet's conditioning is made of, of each prompt."""
+        return TextEncoding(*self(ids))
+
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids: [B, 2, M] -> context [B, M, D1 + D2], pooled [B, P]."""
-        first, _ = self.clip_l.encode(ids[:, 0])
-        second, pooled = self.clip_g.encode(ids[:, 1])
+        first = self.clip_l(ids[:, 0])
+        second, pooled = self.clip_g(ids[:, 1])
         return torch.cat([first, second.to(first.dtype)], dim=2), pooled
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:

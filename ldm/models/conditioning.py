@@ -1,0 +1,107 @@
+"""What the UNet is told besides latents and timestep: its items' prompts, and a vector of each item."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+KeysValues = Mapping[nn.Module, tuple[Tensor, Tensor]]  # of each cross-attention, [P, heads, M, c] both
+
+
+class TextEncoding(NamedTuple):
+    """What a text encoder makes of P prompts: the context [P, M, D] of their tokens.
+
+    pooled: [P, V], of each prompt as a whole, from encoders that give it.
+    """
+
+    context: Tensor
+    pooled: Tensor | None = None
+
+    @classmethod
+    def cat(cls, encodings: Sequence[Self]) -> Self:
+        """Those of several lists of prompts, one after the other."""
+        pooled = [one.pooled for one in encodings if one.pooled is not None]
+        return cls(torch.cat([one.context for one in encodings]), torch.cat(pooled) if pooled else None)
+
+    def split(self, sizes: Sequence[int]) -> list[Self]:
+        """The reverse of `cat`. sizes: how many prompts each has."""
+        contexts = self.context.split(list(sizes))
+        pooled = [None] * len(sizes) if self.pooled is None else self.pooled.split(list(sizes))
+        return [type(self)(*pair) for pair in zip(contexts, pooled, strict=True)]
+
+    def joined(self) -> Self:
+        """N chunks of one prompt -> that prompt's: context [1, N M, D], pooled [1, V] of the first chunk."""
+        pooled = None if self.pooled is None else self.pooled[:1]
+        return type(self)(self.context.flatten(0, 1).unsqueeze(0), pooled)
+
+    def zeroed(self) -> Self:
+        """Zeros of the same shapes."""
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        return type(self)(torch.zeros_like(self.context), pooled)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        return type(self)(self.context.to(device, dtype), pooled)
+
+
+class Conditioning(NamedTuple):
+    """Conditioning of B items: P contexts [P, M, D], and index [B] int64, which of them each item has.
+
+    index None: the items lie in P runs of B / P, one for each context in its order. vector [B, V]: of each
+    item, for a UNet that takes one (Podell et al. 2023, sec. 2.2); None elsewhere. kept: keys and values of
+    these contexts for each layer, if they were computed before.
+    """
+
+    context: Tensor
+    items: int
+    index: Tensor | None = None
+    vector: Tensor | None = None
+    kept: KeysValues | None = None
+
+    @classmethod
+    def of(
+        cls, context: Tensor, prompt_index: Sequence[int] | None = None, *, vector: Tensor | None = None
+    ) -> Self:
+        """prompt_index: [B], the number of each item's context; None: as many items as contexts."""
+        if prompt_index is None:
+            return cls(context, len(context), vector=vector)
+        items, run = len(prompt_index), len(prompt_index) // len(context)
+        if list(prompt_index) == [i for i in range(len(context)) for _ in range(run)]:
+            return cls(context, items, vector=vector)
+        return cls(context, items, index_tensor(prompt_index, context.device), vector)
+
+    def select(self, prompt_index: Sequence[int]) -> Self:
+        """From the conditioning of P prompts, one each, that of B items; prompt_index: [B], as in `of`."""
+        vector = self.vector
+        if vector is not None:
+            vector = vector.index_select(0, index_tensor(prompt_index, vector.device))
+        return self.of(self.context, prompt_index, vector=vector)._replace(kept=self.kept)
+
+    def expanded(self) -> Self:
+        """The same with a context for each item, [B, M, D]."""
+        index = self.prompt_of_items()
+        return self._replace(context=self.context.index_select(0, index), index=None, kept=None)
+
+    def prompt_of_items(self) -> Tensor:
+        """[B] int64, which of the contexts each item has."""
+        if self.index is not None:
+            return self.index
+        rows = torch.arange(len(self.context), device=self.context.device)
+        return rows.repeat_interleave(self.items // len(self.context))
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same with context and vector in this dtype."""
+        vector = None if self.vector is None else self.vector.to(dtype)
+        return self._replace(context=self.context.to(dtype), vector=vector)
+
+
+def index_tensor(prompt_index: Sequence[int], device: torch.device) -> Tensor:
+    """[B] int64 on the device, copied without waiting for it."""
+    return torch.tensor(prompt_index).to(device, non_blocking=True)
+
+
+def distinct(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """B prompts -> the P different ones, in order of appearance, and the index of each among them [B]."""
+    unique = list(dict.fromkeys(prompts))
+    return unique, [unique.index(prompt) for prompt in prompts]

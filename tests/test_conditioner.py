@@ -1,0 +1,77 @@
+"""One path from prompts to what the UNet is told: indices, chunks, and a vector of each item."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioner import Conditioner
+from ldm.models.conditioning import Conditioning, TextEncoding, distinct
+from ldm.models.unet import timestep_embedding
+
+PROMPTS = ["a dog", "a red cat", "a dog", ""]
+
+
+class Pooling(nn.Module):
+    """A text encoder that gives a vector of the prompt as a whole too: the mean of its context."""
+
+    def __init__(self, text_encoder: nn.Module):
+        super().__init__()
+        self.inner = text_encoder
+        self.tokenize, self.tokenize_chunks = text_encoder.tokenize, text_encoder.tokenize_chunks
+        self.device = text_encoder.device
+        self.unconditional = ""
+
+    def encode(self, ids: Tensor) -> TextEncoding:
+        context = self.inner(ids)
+        return TextEncoding(context, context.mean(1))
+
+
+def test_equal_prompts_have_one_number():
+    assert distinct(["b", "a", "b", "c", "a"]) == (["b", "a", "c"], [0, 1, 0, 2, 1])
+    assert distinct([]) == ([], [])
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 1, 1], [1, 1, 0, 1], [0, 1], [1, 0]])
+def test_expanded_each_item_has_its_own(rows: list[int]):
+    context = torch.randn(2, 3, 4)
+    told = Conditioning.of(context, rows)
+    assert (told.index is None) == (rows == sorted(rows))
+    assert torch.equal(told.expanded().context, context[rows]) and told.expanded().index is None
+    assert told.expanded().items == told.items == len(rows)
+    vector = torch.randn(2, 5)
+    selected = Conditioning.of(context, vector=vector).select(rows)
+    assert torch.equal(selected.vector, vector[rows])
+    assert torch.equal(selected.expanded().context, context[rows])
+
+
+@torch.no_grad()
+def test_training_and_sampling_encode_alike(tiny_networks: dict[str, nn.Module]):
+    """To rounding in the batch's size: what a cache kept, what is encoded anew, and one chunk."""
+    conditioner = Conditioner(tiny_networks["text_encoder"])
+    anew, kept = conditioner(PROMPTS), conditioner(PROMPTS, frozen=True)
+    assert torch.equal(anew.context, kept.context) and anew.context.shape == (3, 32, 32)
+    assert torch.equal(conditioner(PROMPTS, frozen=True).context, kept.context)
+    for chunked in (False, True):
+        found = conditioner.encode(PROMPTS, 2, chunked=chunked)
+        assert list(found) == ["a dog", "a red cat", ""]
+        for one, context in zip(found.values(), anew.context, strict=True):
+            torch.testing.assert_close(one.context[0], context)
+    long = conditioner.encode(["a red cat " * 9], 2, chunked=True)["a red cat " * 9]
+    assert long.context.shape == (1, 96, 32) and long.pooled is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_vector_is_the_prompts_with_the_items_sizes(tiny_networks: dict[str, nn.Module], frozen: bool):
+    text_encoder = Pooling(tiny_networks["text_encoder"])
+    conditioner, sizes = Conditioner(text_encoder), torch.arange(24).reshape(4, 6)
+    for _ in range(2):
+        told = conditioner(PROMPTS, sizes, frozen=frozen)
+        numbers = timestep_embedding(sizes.flatten(), 256).reshape(4, 6 * 256)
+        assert told.vector.shape == (4, 32 + 6 * 256) and torch.equal(told.vector[:, 32:], numbers)
+        own = torch.stack([text_encoder.encode(text_encoder.tokenize([p])).pooled[0] for p in PROMPTS])
+        torch.testing.assert_close(told.vector[:, :32], own)
+    long = conditioner.encode(["a red cat " * 9], 2, chunked=True)["a red cat " * 9]
+    torch.testing.assert_close(long.pooled[0], long.context[0, :32].mean(0))
+    with pytest.raises(ValueError, match="sizes"):
+        conditioner(PROMPTS)
