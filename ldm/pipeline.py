@@ -5,7 +5,7 @@ A sample is a function of its own seed and prompt, independent of the rest of th
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -30,7 +30,7 @@ from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.conditioning import TextEncoding
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
-from ldm.precision import Precision, autocast_for, without_float16
+from ldm.precision import Precision, autocast_for, vae_precision
 from ldm.randomness import randn
 
 log = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ class Text2Image:
         factor = self.vae.factor
         image = ImageOps.fit(image.convert("RGB"), (shape[2] * factor, shape[1] * factor), Image.LANCZOS)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0) / 127.5 - 1
-        with self._vae_precision():
+        with vae_precision(self.unet, placement(self.vae)[0]):
             latent_stats = self.vae.encode(pixels.to(*placement(self.vae))).latent_stats.float()
         return DiagonalGaussian.from_latent_stats(latent_stats.to(placement(self.unet)[0]))
 
@@ -259,17 +259,12 @@ class Text2Image:
     def _decode(self, latents: Tensor) -> list[Image.Image]:
         """[B, C, h, w] -> B images, decoded one by one: batches take more memory and no less time."""
         place = placement(self.vae)
-        with self._vae_precision():
+        with vae_precision(self.unet, placement(self.vae)[0]):
             pixels = torch.cat([self.vae.decode(one.to(*place)).float() for one in latents.split(1)])
         if not pixels.isfinite().all():
             log.warning("An image has values that are not finite: try fp32 or bf16")
         levels = ((pixels.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return [Image.fromarray(image.numpy()) for image in rearrange(levels, "b c h w -> b h w c").cpu()]
-
-    def _vae_precision(self) -> AbstractContextManager[object]:
-        """SDXL's VAE computes in bfloat16 or float32: float16 overflows, and images come out black."""
-        xl = self.unet.adm_in_channels is not None
-        return without_float16(placement(self.vae)[0]) if xl else nullcontext()
 
     @contextmanager
     def _eval(self, precision: Precision) -> Iterator[None]:

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ldm.models.unet import UNetModel
+
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,8 +34,14 @@ def autocast_for(precision: Precision, *networks: nn.Module) -> torch.autocast:
 
 
 @contextmanager
-def without_float16(device: torch.device) -> Iterator[None]:
-    """Inside `with`, float16 autocast is off; bfloat16, which has the range of float32, stays."""
+def vae_precision(unet: UNetModel, device: torch.device) -> Iterator[None]:
+    """Around a VAE's work: without float16 autocast, if it is SDXL's, by its UNet.
+
+    SDXL's VAE overflows in float16, and images come out black; bfloat16, which has float32's range, stays.
+    """
+    if unet.adm_in_channels is None:
+        yield
+        return
     lowers = torch.is_autocast_enabled(device.type)
     half = lowers and torch.get_autocast_dtype(device.type) == torch.float16
     with torch.autocast(device.type, enabled=False) if half else nullcontext():

@@ -85,7 +85,7 @@ def main(options: argparse.Namespace) -> Path:
     metadata = file_metadata(model.config, title=options.source.stem, size=size) | dict(model.metadata)
     if sharded:
         parts = {name: cast_tensors(part, dtype) for name, part in model.state_dicts.items()}
-        tensors = join(parts, alphas_cumprod)
+        tensors = join(parts, alphas_cumprod, v_prediction=model.config["parameterization"] == "v")
         max_bytes = options.max_file_mib * 2**20
         return write_shards(options.target, tensors, max_bytes=max_bytes, metadata=metadata)[-1]
     return save_model(

@@ -107,7 +107,7 @@ def split(state_dict: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
             encoders[name.removeprefix(sdxl.PREFIX)] = name
         elif network is not None:
             inner = _own_name(name.removeprefix(PREFIXES[network]))
-            if not inner.endswith(".position_ids") and not inner.startswith(NOT_WEIGHTS):
+            if not inner.endswith(".position_ids") and not is_no_weight(inner):
                 if inner in tables[network]:
                     raise UserError(f"`{name}` is in the file under two names")
                 tables[network][inner] = name
@@ -127,12 +127,15 @@ def split(state_dict: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
 
 
 def join(
-    state_dicts: Mapping[str, Mapping[str, Tensor]], alphas_cumprod: Tensor | None = None
+    state_dicts: Mapping[str, Mapping[str, Tensor]],
+    alphas_cumprod: Tensor | None = None,
+    *,
+    v_prediction: bool = False,
 ) -> dict[str, Tensor]:
     """State dicts of the networks -> one under SD's names, with what else a released file holds.
 
     That is the 12 schedule buffers, given `alphas_cumprod` [T] (not SDXL's); position ids (SD 1.x and XL);
-    OPENCLIP_REST (SD 2.x and XL), see `ldm.families`.
+    OPENCLIP_REST (SD 2.x and XL), see `ldm.families`; and the marks of SDXL's v-prediction.
     """
     state_dicts, family = dict(state_dicts), family_of(state_dicts)
     rest, text_encoder = state_dicts.pop(OPENCLIP_REST, {}), state_dicts.get("text_encoder")
@@ -147,11 +150,18 @@ def join(
         for name, tensor in inner.items()
     }
     if not family.has_schedule:
+        ends_in_noise = alphas_cumprod is not None and not alphas_cumprod[-1].any()
+        joined |= sdxl.marks(v_prediction=v_prediction, zero_terminal_snr=ends_in_noise)
         alphas_cumprod = None
     positions = state_dicts.get("text_encoder", {}).get(POSITION_EMBEDDING)  # [M, D]
     if positions is not None:
         joined[PREFIXES["text_encoder"] + POSITION_IDS] = torch.arange(len(positions)).unsqueeze(0)
     return joined if alphas_cumprod is None else joined | schedule_buffers(alphas_cumprod)
+
+
+def is_no_weight(inner: str) -> bool:
+    """Whether a name inside a network is of what only a run's checkpoint or a training has."""
+    return inner.startswith(NOT_WEIGHTS) or f".{LEARNED_TOKENS}" in inner
 
 
 def schedule_buffers(alphas_cumprod: Tensor) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ldm.checkpoints import folder, infer_config, layout, run_checkpoint
+from ldm.checkpoints.embedding import Embeddings
 from ldm.checkpoints.known import check_known, read_known
 from ldm.checkpoints.lora import merge_lora
 from ldm.checkpoints.shards import INDEX, read_shards, shard_files
@@ -47,7 +48,7 @@ class Model:
     known: Mapping[str, Any]
     given_size: int | None = None
     tokenizer: Path | None = None
-    learned_tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    learned_tokens: Mapping[str, Embeddings] = field(default_factory=dict)
     prediction: str | None = None
     distilled: str | None = None
 

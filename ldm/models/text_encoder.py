@@ -102,6 +102,9 @@ class CLIPTextEncoder(nn.Module):
         self.pad_token_id = eos_token_id if pad_token_id is None else pad_token_id
         self.tokenizer_name, self.use_checkpoint = tokenizer, use_checkpoint
         self.layer = layer
+        self.context_dim = hidden_size
+        self.pooled_dim = projection_dim
+        self.token_shape = (max_length,)  # of a prompt's ids
         self.depth = num_hidden_layers - (layer != "last")
         config = CLIPTextConfig(
             vocab_size=vocab_size,
@@ -144,6 +147,9 @@ class CLIPTextEncoder(nn.Module):
         is known already, a `new` one also to the tokenizer, or if the embeddings have another width.
         """
         weight = self.transformer["text_model"].embeddings.token_embedding.weight
+        if not isinstance(vectors, Tensor):
+            what = f"The embedding of `{word}` is one of Stable Diffusion XL, for its two text encoders"
+            raise UserError(what, where=word, remedy="Use one of the model's own family.")
         if vectors.ndim != 2 or vectors.shape[1] != weight.shape[1]:
             what = f"The vectors of `{word}` have the shape {list(vectors.shape)}"
             raise UserError(what, where=word, remedy=f"This text encoder takes [n, {weight.shape[1]}].")
@@ -161,24 +167,19 @@ class CLIPTextEncoder(nn.Module):
         return self.transformer["text_model"].embeddings.token_embedding.weight[ids.to(self.device)]
 
     @property
+    def encoders(self) -> list["CLIPTextEncoder"]:
+        """It alone; SDXL has two."""
+        return [self]
+
+    @property
+    def weights(self) -> nn.Module:
+        """All weights but those of learned tokens."""
+        return self.transformer
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The transformer blocks."""
         return self.transformer["text_model"].encoder.layers
-
-    @property
-    def token_shape(self) -> tuple[int, ...]:
-        """The shape of a prompt's ids."""
-        return (self.max_length,)
-
-    @property
-    def context_dim(self) -> int:
-        """Width of the context."""
-        return self.transformer["text_model"].config.hidden_size
-
-    @property
-    def pooled_dim(self) -> int | None:
-        """Width of the pooled vector, if there is one."""
-        return None if self.text_projection is None else self.text_projection.shape[1]
 
     @property
     def device(self) -> torch.device:

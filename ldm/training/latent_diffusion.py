@@ -33,6 +33,7 @@ from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
+from ldm.precision import vae_precision
 from ldm.training.compiling import CompileMode, TrainingGraph
 from ldm.training.gradients import clip
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
@@ -70,9 +71,8 @@ class LatentDiffusion(pl.LightningModule):
         text_encoder_steps: optimizer steps after which the text encoder stays as it is; None: it learns on.
         learned_token: node of a `LearnedToken`: textual inversion, with the networks or, where both are
             switched off, alone. Its vectors are kept in `embeddings/WORD.safetensors`.
-        learning_rate: of AdamW.
+        learning_rate, weight_decay, betas: of AdamW (Loshchilov & Hutter 2019).
         text_encoder_learning_rate: None is the same.
-        weight_decay, betas: of AdamW (Loshchilov & Hutter 2019).
         warmup_steps: optimizer steps in which the rates rise linearly from 0.
         optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
             bfloat16 and rounds their updates stochastically.
@@ -175,14 +175,15 @@ class LatentDiffusion(pl.LightningModule):
     def trainable_modules(self) -> dict[str, nn.Module]:
         """What the optimizer changes for each network: the network itself, or the factors beside it."""
         modules = self.networks if self.lora is None else self.lora.layers
-        text = self.cond_stage_model.transformer if self.lora is None else modules["text_encoder"]
+        text = self.cond_stage_model.weights if self.lora is None else modules["text_encoder"]
         tokens = {} if self.learned_token is None else {"learned_token": self.cond_stage_model.learned_tokens}
         return {"unet": modules["unet"], "text_encoder": text, **tokens}
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """images: [B, 3, H, W] in [-1, 1] -> latent stats [B, 2C, h, w] of their latents."""
-        return self.first_stage_model.encode(images.to(self.device)).latent_stats.contiguous()
+        with vae_precision(self.networks["unet"], self.device):
+            return self.first_stage_model.encode(images.to(self.device)).latent_stats.contiguous()
 
     def condition(self, prompts: Sequence[str], sizes: Tensor | None = None) -> Conditioning:
         """The conditioning of B items by their prompts; sizes: [B, 6], as in `Conditioner.conditioning`.
@@ -338,7 +339,7 @@ class LatentDiffusion(pl.LightningModule):
         """
         state_dicts = {name: network.state_dict() for name, network in self.networks.items()}
         text = state_dicts["text_encoder"]
-        state_dicts["text_encoder"] = {k: x for k, x in text.items() if not k.startswith(LEARNED_TOKENS)}
+        state_dicts["text_encoder"] = {k: x for k, x in text.items() if LEARNED_TOKENS not in k}
         for word, vectors in self.cond_stage_model.learned_tokens.items():
             save_embedding(embeddings_beside(path), word, vectors, metadata=metadata)
         if self.lora is not None:

@@ -17,6 +17,7 @@ from ldm.config import instantiate, param_of
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.prompts import fill
 from ldm.errors import UserError
+from ldm.families.sdxl.conditioning import vector_width
 from ldm.files import require_space
 from ldm.training import distributed, run
 from ldm.training.before_after import evaluation_nodes
@@ -98,16 +99,20 @@ def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> N
 def _check_networks(module: LatentDiffusion) -> None:
     """Refuses networks that do not fit one another."""
     unet, vae, text = (module.networks[name] for name in ("unet", "vae", "text_encoder"))
-    width = text.transformer["text_model"].config.hidden_size
     pairs = {
         "unet.params.in_channels": (unet.in_channels, vae.embed_dim, "vae.params.embed_dim"),
         "unet.params.out_channels": (unet.out[-1].out_channels, vae.embed_dim, "vae.params.embed_dim"),
-        "unet.params.context_dim": (unet.context_dim, width, "text_encoder.params.hidden_size"),
+        "unet.params.context_dim": (unet.context_dim, text.context_dim, "text_encoder.params.hidden_size"),
     }
-    if max(text.bos_token_id, text.eos_token_id, text.pad_token_id) >= text.vocab_size:
-        what = f"A special token is not among the {text.vocab_size} of the vocabulary"
-        where, remedy = "model.params.text_encoder.params", "Set vocab_size, and the ids of the tokens."
-        raise UserError(what, where=where, remedy=remedy)
+    if unet.adm_in_channels is not None or text.pooled_dim is not None:
+        vector = None if text.pooled_dim is None else vector_width(text.pooled_dim)
+        wanted = "pooled vector of text_encoder, with six numbers"
+        pairs["unet.params.adm_in_channels"] = (unet.adm_in_channels, vector, wanted)
+    for one in text.encoders:
+        if max(one.bos_token_id, one.eos_token_id, one.pad_token_id) >= one.vocab_size:
+            what = f"A special token is not among the {one.vocab_size} of the vocabulary"
+            where, remedy = "model.params.text_encoder.params", "Set vocab_size, and the ids of the tokens."
+            raise UserError(what, where=where, remedy=remedy)
     for key, (own, wanted, other) in pairs.items():
         if own != wanted:
             where, remedy = f"model.params.{key}", "Give them the same number."

@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.checkpoints.load import init_on_meta, load_state_dicts, open_model
+from ldm.checkpoints.lora import read_lora, save_lora
 from ldm.config import instantiate
 from ldm.errors import UserError
 from ldm.families.sdxl.conditioning import Sizes, size_vector
 from ldm.models.conditioning import Conditioning
+from ldm.models.lora import LoRA
 from ldm.pipeline import Text2Image
 from scripts import convert
 from tests.families import tiny_sdxl
@@ -195,3 +197,45 @@ def test_ten_steps_with_guidance_equal_diffusers(pipe, folder, negative, monkeyp
         assert relative_error(sample.latents[None], reference) <= 1e-4
     usual = ours("a red dog", spacing="leading", **settings)[0]
     assert relative_error(usual.latents[None], reference) > 1e-3
+
+
+@pytest.mark.parametrize("style", ["kohya", "peft"])
+@torch.no_grad()
+def test_our_lora_in_diffusers_changes_what_ours_does(folder, pipe, style, tmp_path):
+    """In SGM's names of the UNet's blocks, or in PEFT's; read by us it is the same again."""
+    built, model = networks(folder), open_model(folder)
+    for name in ("unet", "text_encoder"):
+        built[name].requires_grad_(True)
+    lora = LoRA(
+        rank=2, alpha=1.0, unet=["attention", "feed_forward", "projections"], text_encoder=["attention"]
+    )
+    lora.attach({name: built[name] for name in ("unet", "text_encoder")})
+    torch.manual_seed(3)
+    for parameter in lora.parameters():
+        nn.init.normal_(parameter, std=0.15)
+    file = save_lora(
+        tmp_path / "mine.safetensors", lora.weights(), model.state_dicts, style=style, dtype=None
+    )
+    reference = StableDiffusionXLPipeline.from_pretrained(
+        folder, local_files_only=True, add_watermarker=False
+    )
+    reference.load_lora_weights(file.parent, weight_name=file.name)
+
+    x, t = torch.randn(2, 4, 16, 8), torch.tensor([1, 801])
+    context, pooled = theirs(reference, PROMPTS)
+    encoding = built["text_encoder"].encode(built["text_encoder"].tokenize(PROMPTS))
+    assert relative_error(encoding.context, context) <= TOLERANCE
+    assert relative_error(encoding.pooled, pooled) <= TOLERANCE
+    told = Conditioning.of(context, vector=size_vector(pooled, SIZES))
+    expected = reference.unet(
+        x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": SIZES}
+    ).sample
+    assert relative_error(built["unet"](x, t, told), expected) <= TOLERANCE
+    assert relative_error(theirs(pipe, PROMPTS)[1], pooled) > 10 * TOLERANCE
+
+    again = read_lora(file, model.state_dicts)
+    for network, layers in lora.weights().items():
+        assert again[network].keys() == layers.keys()
+        for layer, (down, up, alpha) in layers.items():
+            own = again[network][layer]
+            assert torch.allclose(own[1] @ own[0] * (own[2] / 2), up @ down * (alpha / 2), atol=1e-6)

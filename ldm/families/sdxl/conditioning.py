@@ -42,6 +42,11 @@ class Sizes(NamedTuple):
         return [*self.original, *self.crop, *self.target]
 
 
+def vector_width(pooled: int) -> int:
+    """The width of the UNet's vector, by that of the pooled one."""
+    return pooled + len(Sizes.of_sample(1, 1).numbers()) * NUMBER_WIDTH
+
+
 def size_vector(pooled: Tensor, sizes: Tensor) -> Tensor:
     """pooled: [B, P], sizes: [B, 6] -> the UNet's vector [B, P + 6 * 256], float32.
 

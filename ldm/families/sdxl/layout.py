@@ -56,6 +56,12 @@ def marked(names: Iterable[str]) -> dict[str, object]:
     return {key: value for mark, said in MARKS.items() if mark in names for key, value in said.items()}
 
 
+def marks(*, v_prediction: bool, zero_terminal_snr: bool) -> dict[str, Tensor]:
+    """The tensors that mark a file of such training, for clients that know nothing of its metadata."""
+    present = {"v_pred": v_prediction, "ztsnr": v_prediction and zero_terminal_snr}
+    return {mark: torch.ones(1) for mark in MARKS if present[mark]}
+
+
 def distilled_word(text: str) -> str | None:
     """A word in a title or file name that tells of a model distilled to few steps."""
     return next((word for word in DISTILLED if word in text.lower()), None)

@@ -1,6 +1,6 @@
 """SDXL's two text encoders as one network: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 (Podell et al. 2023)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -9,12 +9,31 @@ from torch import Tensor, nn
 from ldm.annotations import Node
 from ldm.config import instantiate
 from ldm.errors import UserError
-from ldm.families.sdxl.family import CLIP_G, CLIP_L
+from ldm.families.sdxl.family import CLIP_G, CLIP_L, ENCODERS
 from ldm.models.conditioning import TextEncoding
-from ldm.models.text_encoder import CLIPTextEncoder
+from ldm.models.text_encoder import CLIPTextEncoder, LearnedTokens
 
 SIZES_L = {"projection_dim": None}
 SIZES_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "projection_dim": 1280}
+
+
+class PairedTokens(nn.Module):
+    """The learned tokens of both encoders: a word's embeddings are {"clip_l": [n, D1], "clip_g": [n, D2]}."""
+
+    def __init__(self, clip_l: LearnedTokens, clip_g: LearnedTokens):
+        super().__init__()
+        self.clip_l = clip_l
+        self.clip_g = clip_g
+
+    @property
+    def words(self) -> list[str]:
+        return self.clip_l.words
+
+    def __len__(self) -> int:
+        return len(self.clip_l)
+
+    def items(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        return ((word, {"clip_l": self.clip_l[word], "clip_g": self.clip_g[word]}) for word in self.words)
 
 
 class SDXLTextEncoders(nn.Module):
@@ -58,6 +77,36 @@ class SDXLTextEncoders(nn.Module):
     @property
     def pooled_dim(self) -> int:
         return self.clip_g.pooled_dim
+
+    @property
+    def encoders(self) -> list[CLIPTextEncoder]:
+        return list(self.embedders)
+
+    @property
+    def weights(self) -> nn.Module:
+        """All weights but those of learned tokens."""
+        both = nn.ModuleList([encoder.transformer for encoder in self.embedders])
+        both.register_parameter("text_projection", self.clip_g.text_projection)
+        return both
+
+    @property
+    def learned_tokens(self) -> PairedTokens:
+        return PairedTokens(self.clip_l.learned_tokens, self.clip_g.learned_tokens)
+
+    def add_token(self, word: str, vectors: Mapping[str, Tensor], *, new: bool = True) -> None:
+        """Adds a word to both vocabularies, see `CLIPTextEncoder.add_token` and `PairedTokens`."""
+        if not isinstance(vectors, Mapping) or len({len(own) for own in vectors.values()}) != 1:
+            what = f"The embedding of `{word}` is not one for both text encoders of Stable Diffusion XL"
+            raise UserError(what, where=word, remedy="Use one of the model's own family.")
+        for key, encoder in zip(ENCODERS, self.embedders, strict=True):
+            encoder.add_token(word, vectors[key], new=new)
+
+    def token_embedding_of(self, word: str) -> dict[str, Tensor]:
+        """Token embeddings of a known word, in both encoders."""
+        return {
+            key: encoder.token_embedding_of(word)
+            for key, encoder in zip(ENCODERS, self.embedders, strict=True)
+        }
 
     @property
     def layers(self) -> list[nn.Module]:
