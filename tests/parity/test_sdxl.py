@@ -199,26 +199,22 @@ def test_ten_steps_with_guidance_equal_diffusers(pipe, folder, negative, monkeyp
     assert relative_error(usual.latents[None], reference) > 1e-3
 
 
+LAYERS = {"unet": ["attention", "feed_forward", "projections"], "text_encoder": ["attention"]}
+
+
 @pytest.mark.parametrize("style", ["kohya", "peft"])
 @torch.no_grad()
 def test_our_lora_in_diffusers_changes_what_ours_does(folder, pipe, style, tmp_path):
     """In SGM's names of the UNet's blocks, or in PEFT's; read by us it is the same again."""
-    built, model = networks(folder), open_model(folder)
-    for name in ("unet", "text_encoder"):
-        built[name].requires_grad_(True)
-    lora = LoRA(
-        rank=2, alpha=1.0, unet=["attention", "feed_forward", "projections"], text_encoder=["attention"]
-    )
-    lora.attach({name: built[name] for name in ("unet", "text_encoder")})
+    built, files = networks(folder), open_model(folder).state_dicts
+    adapted = {name: built[name].requires_grad_(True) for name in LAYERS}
+    lora = LoRA(rank=2, alpha=1.0, **LAYERS)
+    lora.attach(adapted)
     torch.manual_seed(3)
     for parameter in lora.parameters():
         nn.init.normal_(parameter, std=0.15)
-    file = save_lora(
-        tmp_path / "mine.safetensors", lora.weights(), model.state_dicts, style=style, dtype=None
-    )
-    reference = StableDiffusionXLPipeline.from_pretrained(
-        folder, local_files_only=True, add_watermarker=False
-    )
+    file = save_lora(tmp_path / "mine.safetensors", lora.weights(), files, style=style, dtype=None)
+    reference = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
     reference.load_lora_weights(file.parent, weight_name=file.name)
 
     x, t = torch.randn(2, 4, 16, 8), torch.tensor([1, 801])
@@ -227,13 +223,12 @@ def test_our_lora_in_diffusers_changes_what_ours_does(folder, pipe, style, tmp_p
     assert relative_error(encoding.context, context) <= TOLERANCE
     assert relative_error(encoding.pooled, pooled) <= TOLERANCE
     told = Conditioning.of(context, vector=size_vector(pooled, SIZES))
-    expected = reference.unet(
-        x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": SIZES}
-    ).sample
+    added = {"text_embeds": pooled, "time_ids": SIZES}
+    expected = reference.unet(x, t, context, added_cond_kwargs=added).sample
     assert relative_error(built["unet"](x, t, told), expected) <= TOLERANCE
     assert relative_error(theirs(pipe, PROMPTS)[1], pooled) > 10 * TOLERANCE
 
-    again = read_lora(file, model.state_dicts)
+    again = read_lora(file, files)
     for network, layers in lora.weights().items():
         assert again[network].keys() == layers.keys()
         for layer, (down, up, alpha) in layers.items():
