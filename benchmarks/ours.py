@@ -11,12 +11,14 @@ from benchmarks.cases import LORA_RANK, PRIOR, SUBJECT, Case, model_params, pixe
 from benchmarks.timing import Answer, serve, timed_by_callback
 from ldm.checkpoints.infer_config import model_config
 from ldm.checkpoints.save_folder import save_folder
+from ldm.config import instantiate
 from ldm.models.text_encoder import load_tokenizer
 from ldm.pipeline import Text2Image
 from ldm.training.callbacks import OffloadVAE
 from ldm.training.latent_diffusion import LatentDiffusion
 
 RECOMPUTED = [1, 2]  # levels of the UNet, where it is lean: the finest have the largest activations
+TARGET = "ldm.training.latent_diffusion.LatentDiffusion"
 BEGIN_AT_ZERO = ("out_layers.3.weight", "proj_out.weight", "out.2.weight")
 
 
@@ -26,10 +28,10 @@ def case_params(case: Case, *, compiled: bool | str = False) -> dict[str, Any]:
         "train_text_encoder": case.text,
         "learning_rate": 1e-6,
         "text_encoder_learning_rate": None,
-        "prior_target": "noise",  # the paper's, and the peer's
         "compile": "default" if compiled is True else compiled or None,
         "fused_backward": case.lean,
     }
+    params["objective"] = params["objective"] | {"prior_target": "noise"}  # the paper's, and the peer's
     if case.lora:
         params["lora"] = {"target": "ldm.models.lora.LoRA", "params": {"rank": LORA_RANK}}
     if case.lean:
@@ -42,7 +44,7 @@ def build(params: Mapping[str, Any], *, device: str = "cpu") -> LatentDiffusion:
     """Networks of random weights, the same at each call."""
     torch.manual_seed(0)
     with torch.device(device):
-        module = LatentDiffusion(**params)
+        module = instantiate({"target": TARGET, "params": params})
     for name, parameter in module.networks["unet"].named_parameters():
         if name.endswith(BEGIN_AT_ZERO):  # a UNet whose output is 0 would have no work for its gradients
             noise = torch.randn(parameter.shape, device=parameter.device)  # bf16 draws another stream

@@ -54,6 +54,14 @@ def node_kind(annotation: Any) -> type | None:
     return object if annotation is Node else None
 
 
+def section_kind(annotation: Any) -> type | None:
+    """The class of ours that annotates a parameter, for which a config has a mapping of its parameters."""
+    if typing.get_origin(annotation) in (Union, UnionType):
+        return next((kind for kind in map(section_kind, typing.get_args(annotation)) if kind), None)
+    is_class = inspect.isclass(annotation) and not typing.is_typeddict(annotation)
+    return annotation if is_class and annotation.__module__.startswith("ldm.") else None
+
+
 def fits(value: Any, annotation: Any) -> bool:
     """Whether a value fits an annotation: an int fits float, a bool does not fit int."""
     kind, inner = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
@@ -98,4 +106,6 @@ def named(annotation: Any) -> str:
         return f"{kind.__name__} of {', '.join(map(named, inner))}"
     if annotation is Node:
         return "a mapping with a `target`"
+    if section_kind(annotation) is not None:
+        return f"a mapping of the keys of {annotation.__name__}"
     return "None" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))

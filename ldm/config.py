@@ -22,7 +22,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.annotations import Node, fits, named, node_kind
+from ldm.annotations import Node, fits, named, node_kind, section_kind
 from ldm.errors import UserError
 from ldm.files import atomic_write
 
@@ -34,7 +34,6 @@ RENAMED = {  # keys of latent-diffusion's configs and of earlier versions -> wha
     "cond_stage_config": "text_encoder",
     "first_stage": "vae",
     "cond_stage": "text_encoder",
-    "l2_pull": "l2_sp_weight",
     "step_in_backward": "fused_backward",
     "new_word": "learned_token",
     "measures": "online_eval",
@@ -50,11 +49,13 @@ def load_config(
 ) -> DictConfig:
     """Merges YAML files from left to right, then values as they are, then `a.b=value` overrides.
 
-    `a.0=x` sets an entry of a list. literals: dotted key -> a value that is not read as YAML.
+    `a.0=x` sets an entry of a list. A node that gets the target of an unrelated class loses the params that
+    it had. literals: dotted key -> a value that is not read as YAML.
     """
     config = OmegaConf.create({})
     for path in paths:
-        config = OmegaConf.merge(config, _read(Path(path)))
+        update = _read(Path(path))
+        config = OmegaConf.merge(_without_old_params(config, update), update)
     for key, value in (literals or {}).items():
         OmegaConf.update(config, key, _escaped(value) if isinstance(value, str) else value)
     for item in dotlist:
@@ -63,11 +64,39 @@ def load_config(
             raise UserError(f"`{item}` is not an override", remedy="Write it as `key.sub=value`.")
         try:
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+            update = OmegaConf.create()
+            OmegaConf.update(update, key.strip(), parsed["value"])
+            config = _without_old_params(config, update)
             OmegaConf.update(config, key.strip(), parsed["value"])
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
             raise UserError(f"The override `{item}` cannot be applied: {_first_line(error)}") from error
     to_container(config)  # raises for a missing value or an interpolation that does not resolve
     return config
+
+
+def _without_old_params(config: DictConfig, update: DictConfig) -> DictConfig:
+    """The config without the params of nodes whose target becomes a class that is not derived from theirs."""
+    merged = OmegaConf.to_container(config, resolve=False)
+
+    def clean(old: Any, new: Any) -> None:
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            return
+        if "target" in old and new.get("target", old["target"]) != old["target"]:
+            if not _is_derived(new["target"], old["target"]):
+                old.pop("params", None)
+        for name in new.keys() & old.keys():
+            clean(old[name], new[name])
+
+    clean(merged, OmegaConf.to_container(update, resolve=False))
+    return OmegaConf.create(merged)
+
+
+def _is_derived(target: Any, other: Any) -> bool:
+    """Whether a target names a class that is derived from another; true of what `check` will refuse."""
+    try:
+        return issubclass(get_class(target), get_class(other))
+    except UserError:
+        return True
 
 
 def save_config(config: DictConfig, path: str | Path) -> Path:
@@ -122,7 +151,33 @@ def instantiate(node: DictConfig | Mapping[str, Any], **from_code: Any) -> Any:
     Nodes inside params are passed on as dicts, for the class to build.
     """
     own = to_container(node)
-    return get_class(own.get("target"))(**{**(own.get("params") or {}), **from_code})
+    kind = get_class(own.get("target"))
+    return kind(**{**_built(kind, own.get("params") or {}), **from_code})
+
+
+def _built(kind: type, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The params of a class, where a mapping stands for the class that annotates it as that object."""
+    hints = _hints(kind)
+    sections = {name: section_kind(hints.get(name, Any)) for name in params}
+    return {
+        name: section(**_built(section, value))
+        if (section := sections[name]) and isinstance(value, dict)
+        else value
+        for name, value in params.items()
+    }
+
+
+def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
+    """The constructor's parameters; where it passes `**params` on, those of the class above too."""
+    found = dict(inspect.signature(kind).parameters)
+    for base in kind.__mro__[1:]:
+        if not any(p.kind == p.VAR_KEYWORD for p in found.values()):
+            break
+        if "__init__" in vars(base) and base is not object:
+            above = list(inspect.signature(base).parameters.values())
+            found = {name: p for name, p in found.items() if p.kind != p.VAR_KEYWORD}
+            found = {p.name: p for p in above} | found
+    return found
 
 
 def param_of(node: Node, name: str) -> Any:
@@ -130,12 +185,12 @@ def param_of(node: Node, name: str) -> Any:
     params = node.get("params") or {}
     if name in params:
         return params[name]
-    return inspect.signature(get_class(node["target"])).parameters[name].default
+    return parameters_of(get_class(node["target"]))[name].default
 
 
 def takes(node: Node, name: str) -> bool:
     """Whether the class of a node has a parameter of this name."""
-    return name in inspect.signature(get_class(node["target"])).parameters
+    return name in parameters_of(get_class(node["target"]))
 
 
 def with_params(node: Node, params: Mapping[str, Any]) -> Node:
@@ -219,9 +274,13 @@ def _check_params(kind: type, params: Any, key: str) -> Iterator[UserError]:
     known = {p.name: p for p in signature if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in signature)
     refused: Mapping[str, str] = getattr(kind, "REFUSED", {})  # name -> why it is no parameter here
+    moved: Mapping[str, str] = getattr(kind, "MOVED", {})  # name -> what is written instead, beside it
     for name, value in params.items():
         where = f"{key}.{name}"
-        if name in known or takes_any:
+        if name in moved:
+            remedy = f"Write `{key}.{moved[name]}`."
+            yield UserError(f"`{name}` has moved", where=where, remedy=remedy)
+        elif name in known or takes_any:
             yield from _check_value(value, hints.get(name, Any), where)
         elif name in refused:
             yield UserError(f"`{name}` cannot be set: {refused[name]}", where=where, remedy="Take it off.")
@@ -234,15 +293,25 @@ def _check_params(kind: type, params: Any, key: str) -> Iterator[UserError]:
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    """Annotations of the constructor; none if they use types that only a type checker imports."""
-    try:
-        return typing.get_type_hints(kind.__init__, include_extras=True)
-    except NameError:
-        return {}
+    """Annotations of the constructor, and of those above that its `**params` go to.
+
+    Without those that use types which only a type checker imports.
+    """
+    found: dict[str, Any] = {}
+    for base in reversed([base for base in kind.__mro__ if "__init__" in vars(base)]):
+        try:
+            found |= typing.get_type_hints(base.__init__, include_extras=True)
+        except NameError:
+            continue
+    return {name: found[name] for name in parameters_of(kind) if name in found}
 
 
 def _check_value(value: Any, annotation: Any, key: str) -> Iterator[UserError]:
     """Errors in a value: its type, its range, and the nodes anywhere inside it."""
+    section = section_kind(annotation)
+    if section is not None and isinstance(value, dict):
+        yield from _check_params(section, value, key)
+        return
     if not fits(value, annotation):
         yield UserError(f"{value!r} ({type(value).__name__}) should be {named(annotation)}", where=key)
     elif isinstance(value, float) and not math.isfinite(value):

@@ -9,8 +9,17 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning import Trainer
 
-from ldm.config import check, get_class, instantiate, load_config, save_config, to_container
+from ldm.config import (
+    check,
+    get_class,
+    instantiate,
+    load_config,
+    parameters_of,
+    save_config,
+    to_container,
+)
 from ldm.errors import UserError
+from ldm.training.latent_diffusion import LatentDiffusion
 
 SCHEMA = {"model": dict, "optimizer": dict, "trainer": Trainer, "seed": int, "lr": float, "name": str | None}
 ADAMW = {"target": "torch.optim.AdamW", "params": {"lr": 1e-4}}
@@ -250,3 +259,28 @@ def test_import_is_light():
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_another_class_brings_its_own_params(tmp_path: Path):
+    """A derived class keeps those that are there; an unrelated one begins anew, by file or by override."""
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("node: {target: torch.optim.AdamW, params: {lr: 1, eps: 2}}\n")
+    for target, kept in (
+        ("torch.optim.SGD", {}),
+        ("ldm.training.fused_adamw.FusedAdamW", {"lr": 1, "eps": 2}),
+    ):
+        two.write_text(f"node: {{target: {target}, params: {{foreach: true}}}}\n")
+        wanted = {"target": target, "params": kept | {"foreach": True}}
+        assert load_config([one, two]).node == wanted
+        whole = f"node={{target: {target}, params: {{foreach: true}}}}"
+        assert load_config([one], [whole]).node == wanted
+        apart = [f"node.target={target}", "node.params.foreach=true"]
+        assert load_config([one], apart).node == wanted
+
+
+def test_a_subclass_has_the_parameters_that_it_passes_on():
+    class Mine(LatentDiffusion):
+        def __init__(self, *, mine: int = 1, **params: object):
+            super().__init__(**params)
+
+    assert {"mine", "unet", "seed"} <= parameters_of(Mine).keys() and "params" not in parameters_of(Mine)

@@ -1,5 +1,6 @@
 """Every shipped YAML fits the constructors that it names, and its model builds (on the meta device)."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from pytorch_lightning import Trainer
 
 from ldm.config import check, instantiate, load_config, to_container
 from ldm.errors import UserError
+from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.options import parse
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -98,7 +100,6 @@ def test_the_flags_of_the_command_line_reach_their_keys(name):
         ("model.params.unet_config.params.model_channels=32", "unet"),
         ("model.params.first_stage_config.params.ch=8", "vae"),
         ("model.params.cond_stage_config.params.max_length=32", "text_encoder"),
-        ("model.params.l2_pull=0.1", "l2_sp_weight"),
         ("model.params.step_in_backward=true", "fused_backward"),
         ("model.params.new_word.params.word=x", "learned_token"),
         ("measures.every_steps=5", "online_eval"),
@@ -107,3 +108,16 @@ def test_the_flags_of_the_command_line_reach_their_keys(name):
 def test_a_renamed_key_is_refused_with_its_new_name(override, name):
     with pytest.raises(UserError, match=f"Did you mean `{name}`"):
         parse(["--base", str(MAIN), override])
+
+
+def test_a_key_that_has_moved_is_refused_with_its_new_place():
+    """What the message tells to write is accepted, but for the value."""
+    for key, moved in LatentDiffusion.MOVED.items():
+        with pytest.raises(UserError, match=re.escape(f"`{key}` has moved (model.params.{key}")) as found:
+            parse(["--base", str(MAIN), f"model.params.{key}=1"])
+        assert f"Write `model.params.{moved}`" in str(found.value)
+        if "=" in moved:
+            parse(["--base", str(MAIN), f"model.params.{moved}"])
+        else:
+            with pytest.raises(UserError, match=re.escape(f"(model.params.{moved}")):
+                parse(["--base", str(MAIN), f"model.params.{moved}={{a: 1}}"])

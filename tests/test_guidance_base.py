@@ -19,8 +19,8 @@ from ldm.errors import UserError
 from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA, lora_off
 from ldm.pipeline import Sample, Text2Image
-from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.sampling import base_denoiser, text2image
+from tests.factories import build_module
 
 PROCESS = DiscreteDiffusion(make_alphas_cumprod())
 PROMPTS = ["a dog", "a red cat", "a dog", "a car", "a dog"]
@@ -141,7 +141,7 @@ def test_factors_are_off_inside_alone_and_on_after_an_error(tiny_networks):
 @pytest.mark.parametrize("lora", [None, {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}])
 def test_the_base_of_a_run_is_kept_while_the_run_learns(tiny_config, tiny_networks, lora):
     torch.manual_seed(0)
-    module = LatentDiffusion(**tiny_config, lora=lora)
+    module = build_module(tiny_config, lora=lora)
     for name, network in module.networks.items():
         network.load_state_dict(tiny_networks[name].state_dict())
     base = base_denoiser(module)
@@ -219,6 +219,6 @@ def test_a_base_of_another_family_is_refused(tiny_networks, tiny_config):
     wide = copy.deepcopy(tiny_config)
     wide["unet"]["params"]["context_dim"] = 48
     wide["text_encoder"]["params"]["hidden_size"] = 48
-    base = base_denoiser(LatentDiffusion(**wide))
+    base = base_denoiser(build_module(wide))
     with pytest.raises(UserError, match="its context width: 48, not 32.*Name the model that this one was"):
         pipeline(tiny_networks, base)

@@ -11,7 +11,6 @@ from ldm.diffusion.process import DiscreteDiffusion
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.pipeline import Text2Image
 from ldm.precision import autocast_for, resolve_precision
-from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.sampling import (
     PriorsConfig,
     SamplesConfig,
@@ -20,6 +19,7 @@ from ldm.training.sampling import (
     prior_set,
     text2image,
 )
+from tests.factories import build_module
 
 SMALL = {"steps": 4, "height": 16, "width": 24, "guidance_scale": 3.0}
 
@@ -78,7 +78,7 @@ def test_networks_in_a_lower_dtype_keep_it(pipeline):
 @pytest.mark.parametrize("mixed", [False, True])
 def test_drawing_leaves_a_training_run_as_it_was(tiny_config, tiny_networks, mixed):
     """Loss and gradients to the bit, inside the autocast of a run too."""
-    module = LatentDiffusion(**tiny_config).train()
+    module = build_module(tiny_config).train()
     for name, network in module.networks.items():
         network.load_state_dict(tiny_networks[name].state_dict())
     batch = {

@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.annotations import named, node_kind
+from ldm.annotations import named, node_kind, section_kind
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.evaluation.photos import PhotoEvaluation
 from ldm.evaluation.storybook import StorybookEvaluation
@@ -23,11 +23,14 @@ from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.objective import MinSNR, Objective
 from ldm.training.schema import RunConfig
 from ldm.training.techniques import LearnedToken
 
 NODES = {  # where a node usually stands -> the class that its target names
     "model.params": LatentDiffusion,
+    "model.params.objective": Objective,
+    "model.params.objective.weighting.params": MinSNR,
     "model.params.unet.params": UNetModel,
     "model.params.vae.params": AutoencoderKL,
     "model.params.text_encoder.params": CLIPTextEncoder,
@@ -108,7 +111,7 @@ def _defaults(kind: type) -> Iterator[tuple[str, Any]]:
 
 
 def _kind(hint: Any) -> str:
-    if is_dataclass(hint):
+    if is_dataclass(hint) or section_kind(hint) is not None:
         return "section, below"
     return "node" if node_kind(hint) else named(hint).replace("NoneType", "null").replace("None", "null")
 

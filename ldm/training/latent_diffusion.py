@@ -1,9 +1,9 @@
 """DreamBooth's training step: `LatentDiffusion` holds the networks under the names of released files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -15,7 +15,6 @@ from ldm.annotations import (
     Node,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     Seed,
     Timesteps,
     Variance,
@@ -26,7 +25,6 @@ from ldm.checkpoints.lora import lora_beside, merge_lora, save_lora
 from ldm.checkpoints.save import save_model
 from ldm.conditioner import Conditioner
 from ldm.config import instantiate
-from ldm.diffusion.loss import DreamBoothLoss, dreambooth_loss, min_snr_weights, mse_per_item
 from ldm.diffusion.process import DiscreteDiffusion, NoiseProcess
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
@@ -36,14 +34,13 @@ from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.precision import vae_precision
 from ldm.training.compiling import CompileMode, TrainingGraph
 from ldm.training.gradients import clip
+from ldm.training.objective import Loss, Objective
 from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
 from ldm.training.schema import TrainerOptions
 from ldm.training.sharding import Sharded, shard
 from ldm.training.step_log import StepMean, begins_step, is_logged
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
 from ldm.training.techniques import L2SP, LearnedToken, Reference
-
-PriorTarget = Literal["noise", "teacher"]
 
 
 class LatentDiffusion(pl.LightningModule):
@@ -59,14 +56,9 @@ class LatentDiffusion(pl.LightningModule):
         linear_start, linear_end, timesteps, beta_schedule: of the noise schedule.
         zero_terminal_snr: ends the schedule in noise alone (Lin et al. 2024), so that brightness is learnt
             too; not with "eps".
-        prior_loss_weight: lambda of eq. 2; 0 trains without prior preservation.
-        min_snr_gamma: weights the loss of every item by min-SNR-gamma; None leaves all timesteps equal.
-        min_snr_floor: added to these weights, in terms of x0 (see `min_snr_weights`).
+        objective: what predictions are compared with, and how errors become one loss.
         offset_noise: standard deviation of what is added to all of an item's noise in a channel, so that
             brightness is learnt too (Guttenberg 2023); 0.1 is usual.
-        l2_sp_weight: weight of the squared distance of the weights to the base's, which can stand in for
-            prior images (`num_priors` 0); logged as `train/l2_distance`.
-        prior_target: of the prior items: "noise", as of the subject's, or "teacher": the base's prediction.
         train_unet, train_text_encoder: which networks learn.
         text_encoder_steps: optimizer steps after which the text encoder stays as it is; None: it learns on.
         learned_token: node of a `LearnedToken`: textual inversion, with the networks or, where both are
@@ -83,6 +75,15 @@ class LatentDiffusion(pl.LightningModule):
         seed: of the run; all draws follow from it and the item's number.
     """
 
+    MOVED: ClassVar[Mapping[str, str]] = {
+        "prior_loss_weight": "objective.prior_loss_weight",
+        "prior_target": "objective.prior_target",
+        "l2_sp_weight": "objective.l2_sp_weight",
+        "l2_pull": "objective.l2_sp_weight",
+        "min_snr_gamma": "objective.weighting={target: ldm.training.objective.MinSNR, params: {gamma: 5}}",
+        "min_snr_floor": "objective.weighting={target: ldm.training.objective.MinSNR, params: {floor: 1}}",
+    }
+
     def __init__(
         self,
         *,
@@ -95,12 +96,8 @@ class LatentDiffusion(pl.LightningModule):
         timesteps: Timesteps = 1000,
         zero_terminal_snr: bool = False,
         beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear",
-        prior_loss_weight: NonNegativeFloat = 1.0,
-        min_snr_gamma: PositiveFloat | None = None,
-        min_snr_floor: NonNegativeFloat = 0.0,
+        objective: Objective | None = None,
         offset_noise: NonNegativeFloat = 0.0,
-        l2_sp_weight: NonNegativeFloat = 0.0,
-        prior_target: PriorTarget = "noise",
         train_unet: bool = True,
         train_text_encoder: bool = True,
         text_encoder_steps: NonNegativeInt | None = None,
@@ -134,11 +131,7 @@ class LatentDiffusion(pl.LightningModule):
             alphas_cumprod, parameterization=parameterization, offset_noise=offset_noise
         )
         self.seed = seed
-        self.prior_loss_weight = prior_loss_weight
-        self.min_snr_gamma = min_snr_gamma
-        self.min_snr_floor = min_snr_floor
-        self.l2_sp_weight = l2_sp_weight
-        self.prior_target = prior_target
+        self.objective = objective or Objective()
         self.text_encoder_steps = text_encoder_steps
         self.learned_token: LearnedToken | None = instantiate(learned_token) if learned_token else None
         text_rate = learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
@@ -203,9 +196,9 @@ class LatentDiffusion(pl.LightningModule):
         """Keeps the base as it is, before a checkpoint replaces its weights."""
         if self.learned_token is not None and not self.cond_stage_model.learned_tokens:
             raise ValueError("call add_learned_token between loading the base and training")
-        if self.l2_sp_weight and stage == "fit":
+        if self.objective.l2_sp_weight and stage == "fit":
             self._l2_sp = L2SP(self.parameters())
-        if self.prior_target == "teacher" and stage == "fit":
+        if self.objective.prior_target == "teacher" and stage == "fit":
             how = {"lora": self.lora, "precision": getattr(self._trainer, "precision", "32-true")}
             self._reference = Reference(self.model["diffusion_model"], self.cond_stage_model, **how)
 
@@ -244,20 +237,20 @@ class LatentDiffusion(pl.LightningModule):
         if self._l2_sp is not None:
             distance = self._l2_sp.distance()
             self.log("train/l2_distance", distance)
-            loss = loss + self.l2_sp_weight * distance
+            loss = loss + self.objective.l2_sp_weight * distance
         return loss
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """The same loss at draws that never change, because the items do not."""
         self._log_loss(batch, "val", batch_idx)
 
-    def _log_loss(self, batch: dict, stage: str, batch_idx: int) -> DreamBoothLoss:
+    def _log_loss(self, batch: dict, stage: str, batch_idx: int) -> Loss:
         per_item = self.loss_per_item(batch)
         self.item_losses = per_item.detach()
-        loss = dreambooth_loss(per_item, batch["is_prior"], self.prior_loss_weight)
+        is_prior = batch["is_prior"]
+        loss = self.objective.combine(per_item, {"subject": ~is_prior, "prior": is_prior})
         if stage == "val" or is_logged(self):
-            names = (f"{stage}/{name}" for name in ("loss", "subject_loss", "prior_loss"))
-            values = dict(zip(names, loss, strict=True))
+            values = loss.logs(stage)
             if stage == "train":
                 values = self._step_mean(values, begins=begins_step(self, batch_idx))
             self.log_dict(values, prog_bar=True, batch_size=len(per_item), sync_dist=True)  # over processes
@@ -283,14 +276,7 @@ class LatentDiffusion(pl.LightningModule):
             sizes = batch["sizes"][rows] if "sizes" in batch else None
             kept = self._reference.predict(noisy[rows], timesteps[rows], prompts, sizes)
             target = target.index_copy(0, rows, kept.to(target))
-        return mse_per_item(prediction, target) * self.loss_weights(timesteps)
-
-    def loss_weights(self, timesteps: Tensor) -> Tensor:
-        """Weight of each item's loss by its own timestep -> [B]."""
-        if self.min_snr_gamma is None:
-            return torch.ones_like(timesteps, dtype=torch.float32)
-        gamma, floor = self.min_snr_gamma, self.min_snr_floor
-        return min_snr_weights(self.process, timesteps, gamma=gamma, floor=floor)
+        return self.objective.per_item(self.process, prediction, target, timesteps)
 
     def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
         """Refuses a Trainer, or its options, with which this module cannot learn."""

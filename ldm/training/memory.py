@@ -111,7 +111,7 @@ def _copies_of_base(config: RunConfig, module: LatentDiffusion, data: DreamBooth
     networks = [module.networks[name] for name in ("unet", "text_encoder")]
     whole = sum(_size(network.parameters()) for network in networks)
     copies = whole * data.online_priors
-    if module.prior_target == "teacher" and module.lora is None:
+    if module.objective.prior_target == "teacher" and module.lora is None:
         layers = [layer for network in networks for layer in cast_by_autocast(network)]
         halved = _size(p for layer in layers for p in layer.parameters() if p.dtype == torch.float32) // 2
         copies += whole - (halved if config.trainer.precision in AUTOCAST else 0)
@@ -119,7 +119,7 @@ def _copies_of_base(config: RunConfig, module: LatentDiffusion, data: DreamBooth
     guided += [param_of(node, "guidance_base") for node in evaluation_nodes(config).values()]
     if any(guided) and module.lora is None:  # one copy for samples and metrics
         copies += whole
-    return copies + (_size(_learning(module)) if module.l2_sp_weight else 0)
+    return copies + (_size(_learning(module)) if module.objective.l2_sp_weight else 0)
 
 
 def encoding(config: RunConfig) -> int:

@@ -86,10 +86,8 @@ def check_sharding(config: RunConfig) -> None:
         "samples.every_steps": bool(config.samples.every_steps),
         "trainer.precision": config.trainer.precision == "16-mixed",
         "model.params.optimizer": params.get("optimizer") not in (None, "adamw"),
-        **{
-            f"model.params.{key}": bool(params.get(key))
-            for key in ("lora", "l2_sp_weight", "compile", "learned_token")
-        },
+        **{f"model.params.{key}": bool(params.get(key)) for key in ("lora", "compile", "learned_token")},
+        "model.params.objective.l2_sp_weight": bool((params.get("objective") or {}).get("l2_sp_weight")),
     }
     found = ", ".join(key for key, present in refused.items() if present)
     if found:

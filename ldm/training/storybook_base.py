@@ -4,7 +4,6 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ldm.diffusion.loss import mse_per_item
 from ldm.errors import UserError
 from ldm.models.autoencoder import DiagonalGaussian
 from ldm.randomness import ItemRNG
@@ -25,7 +24,7 @@ class StorybookBase(LatentDiffusion):
         left_out = {
             "train_text_encoder": self._text_learns,
             "learned_token": self.learned_token is not None,
-            "prior_target": self.prior_target != "noise",
+            "objective.prior_target": self.objective.prior_target != "noise",
         }
         for key in (key for key, present in left_out.items() if present):
             what = f"The storybook's base is trained without {key}"
@@ -63,4 +62,4 @@ class StorybookBase(LatentDiffusion):
         told = self.conditioner.conditioning(encoding, range(len(x0)))
         prediction = self.apply_model(noisy, timesteps, told)
         target = self.process.target(x0, noise, timesteps)
-        return mse_per_item(prediction, target) * self.loss_weights(timesteps)
+        return self.objective.per_item(self.process, prediction, target, timesteps)

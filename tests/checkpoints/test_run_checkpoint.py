@@ -17,6 +17,7 @@ from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.run import base_files, load_base
 from ldm.training.schema import RunConfig, TrainerOptions
 from scripts import convert
+from tests.factories import build_module
 
 TARGET = "ldm.training.latent_diffusion.LatentDiffusion"
 LORA = {"target": "ldm.models.lora.LoRA", "params": {"rank": 4, "alpha": 6.0}}
@@ -34,7 +35,7 @@ def files_of(**base: object) -> dict[str, Path]:
 
 def trained(params: dict, run: Path) -> LatentDiffusion:
     """A module with random weights, its checkpoint in a run's folder, and the run's config."""
-    module = LatentDiffusion(**params)
+    module = build_module(params)
     module.add_learned_token()
     torch.manual_seed(4)
     for parameter in module.parameters():

@@ -1,9 +1,10 @@
-"""The loss: subject and prior means apart, weights on their own items."""
+"""The arithmetic of the loss: errors by item, means by stream, min-SNR weights."""
 
 import pytest
 import torch
+from torch import Tensor
 
-from ldm.diffusion.loss import dreambooth_loss, min_snr_weights, mse_per_item
+from ldm.diffusion.loss import mean_per_item, mean_where, min_snr_weights, squared_error
 from ldm.diffusion.process import DiscreteDiffusion
 from ldm.diffusion.schedule import make_alphas_cumprod
 
@@ -11,39 +12,27 @@ ALPHAS = make_alphas_cumprod()
 EPS = DiscreteDiffusion(ALPHAS)
 
 
+def mse_per_item(prediction: Tensor, target: Tensor) -> Tensor:
+    return mean_per_item(squared_error(prediction, target))
+
+
 def test_mse_keeps_items_apart_and_in_float32():
     prediction = torch.tensor([[[1.0, 3.0]], [[0.0, 0.0]]], dtype=torch.bfloat16)
     target = torch.tensor([[[0.0, 0.0]], [[0.0, 2.0]]], dtype=torch.bfloat16)
+    assert squared_error(prediction, target).tolist() == [[[1.0, 9.0]], [[0.0, 4.0]]]
     losses = mse_per_item(prediction, target)
     assert losses.tolist() == [5.0, 2.0] and losses.dtype == torch.float32
 
 
 def test_mse_refuses_shapes_that_would_broadcast():
     with pytest.raises(ValueError, match=r"\(2, 4\).*\(1, 4\)"):
-        mse_per_item(torch.zeros(2, 4), torch.zeros(1, 4))
+        squared_error(torch.zeros(2, 4), torch.zeros(1, 4))
 
 
-def test_total_is_subject_mean_plus_weighted_prior_mean():
-    per_item, is_prior = torch.tensor([1.0, 3.0, 10.0, 20.0, 30.0]), torch.tensor([0, 0, 1, 1, 1]).bool()
-    loss = dreambooth_loss(per_item, is_prior, 0.5)
-    assert (loss.subject.item(), loss.prior.item(), loss.total.item()) == (2.0, 20.0, 12.0)
-    shuffled = torch.tensor([2, 0, 4, 1, 3])
-    assert dreambooth_loss(per_item[shuffled], is_prior[shuffled], 0.5).total.item() == 12.0
-
-
-@pytest.mark.parametrize("prior", [False, True])
-def test_a_part_without_items_is_zero(prior):
-    loss = dreambooth_loss(torch.tensor([2.0, 4.0]), torch.full((2,), prior), 0.5)
-    assert (loss.subject.item(), loss.prior.item()) == ((0.0, 3.0) if prior else (3.0, 0.0))
-    assert loss.total.item() == (1.5 if prior else 3.0)
-
-
-def test_a_broken_item_of_one_part_leaves_the_other_parts_gradient_alone():
-    per_item = torch.tensor([1.0, 2.0], requires_grad=True)
-    dreambooth_loss(per_item, torch.tensor([False, True]), 0.25).total.backward()
-    assert per_item.grad.tolist() == [1.0, 0.25]
-    loss = dreambooth_loss(torch.tensor([1.0, float("inf")]), torch.tensor([False, True]), 1.0)
-    assert loss.subject.item() == 1.0 and loss.prior.isinf()
+def test_the_mean_of_a_stream_is_that_of_its_items():
+    per_item = torch.tensor([1.0, 3.0, 10.0])
+    assert mean_where(per_item, torch.tensor([True, True, False])).item() == 2.0
+    assert mean_where(per_item, torch.zeros(3, dtype=torch.bool)).item() == 0.0
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
@@ -70,14 +59,6 @@ def test_min_snr_weighs_the_same_x0_error_alike_in_every_parameterization(parame
 def test_min_snr_leaves_eps_alone_where_little_signal_is_left():
     weights = min_snr_weights(EPS, torch.tensor([10, 999]), gamma=5.0)
     assert weights[1].item() == 1.0 and weights[0].item() < 0.05
-
-
-def test_weights_meet_their_own_items():
-    """Subject items at one timestep, prior at another: each half carries the weight of its own."""
-    timesteps, is_prior = torch.tensor([10, 10, 999, 999]), torch.tensor([False, False, True, True])
-    weights = min_snr_weights(EPS, timesteps, gamma=5.0)
-    loss = dreambooth_loss(weights * torch.ones(4), is_prior, 1.0)
-    assert loss.subject.item() == pytest.approx(weights[0].item()) and loss.prior.item() == 1.0
 
 
 def test_a_floor_adds_that_share_of_the_error_in_x0():

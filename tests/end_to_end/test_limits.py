@@ -23,7 +23,8 @@ SHORT = [
     *("data.params.num_priors=0", "data.params.prior_caption_dropout=0", "trainer.val_check_interval=1"),
     *("data.params.batch_size=1", "data.params.validation_batches=1", "samples.n=1", "samples.steps=1"),
     *("samples.every_steps=0", "online_eval.every_steps=1", "evaluation.params.steps=1", "ema_decay=null"),
-    *("evaluation.params.seeds=1", "evaluation.params.class_samples=2", "model.params.prior_target=noise"),
+    *("evaluation.params.seeds=1", "evaluation.params.class_samples=2"),
+    "model.params.objective.prior_target=noise",
     *("online_eval.params={seeds: 1, class_samples: 2}", "trainer.enable_progress_bar=false"),
     "data.params.subject_root=photos",
 ]

@@ -106,7 +106,7 @@ def test_a_run_leaves_its_results_and_a_resumed_one_the_same_weights(job: list[s
 
 def test_online_priors_a_teacher_and_a_new_word(job: list[str]):
     """All through one job, stopped and taken up; its pictures need the word that stands beside the model."""
-    words = ["data.params.online_priors=true", "model.params.prior_target=teacher"]
+    words = ["data.params.online_priors=true", "model.params.objective.prior_target=teacher"]
     words += ["data.params.prior_caption_dropout=0.5"]
     words += ["data.params.identifier=<my-disc>", "model.params.learned_token.params.word=<my-disc>"]
     words += ["model.params.learned_token.target=ldm.training.techniques.LearnedToken"]
@@ -128,7 +128,7 @@ def test_online_priors_a_teacher_and_a_new_word(job: list[str]):
 
 
 def test_a_run_without_prior_images(job: list[str]):
-    paths = run_job(parse([*job, "data.params.num_priors=0", "model.params.l2_sp_weight=0.1"]))
+    paths = run_job(parse([*job, "data.params.num_priors=0", "model.params.objective.l2_sp_weight=0.1"]))
     assert all(path.exists() for path in paths) and not Path("priors").exists()
     assert json.loads(Path("logs/tiny/metrics.json").read_text())["prior_images"] == 0
 

@@ -27,7 +27,7 @@ def metrics(prior_loss_weight: int) -> dict[str, float]:
     words = [
         f"name={name}",
         f"data.params.subject_root={photos}",
-        f"model.params.prior_loss_weight={prior_loss_weight}",
+        f"model.params.objective.prior_loss_weight={prior_loss_weight}",
         *SHORT,
     ]
     run_job(parse(["--base", str(ROOT / "configs/dreambooth.yaml"), *words]))

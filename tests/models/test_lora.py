@@ -9,6 +9,7 @@ from ldm.config import check, instantiate
 from ldm.errors import UserError
 from ldm.models.lora import LoRA, LoRALayer
 from ldm.training.latent_diffusion import LatentDiffusion
+from tests.factories import build_module
 
 NODE = {"target": "ldm.models.lora.LoRA"}
 EVERY = {
@@ -19,7 +20,7 @@ EVERY = {
 
 def make(tiny_config: dict, tiny_networks: dict, lora: dict | None, **params) -> LatentDiffusion:
     node = None if lora is None else NODE | {"params": lora}
-    module = LatentDiffusion(**tiny_config, seed=7, lora=node, **params)
+    module = build_module(tiny_config, seed=7, lora=node, **params)
     for name, network in module.networks.items():
         network.load_state_dict(tiny_networks[name].state_dict())
     return module

@@ -85,7 +85,7 @@ def test_the_tolerance_tells_neighbours_apart():
     other_heads = build(**SD1 | {"num_heads": 8})
     assert relative_error(unet(x, timesteps + 1, Conditioning.of(context)), output) > 10 * TOLERANCE
     assert relative_error(unet(x, timesteps, Conditioning.of(context[:, :-1])), output) > 10 * TOLERANCE
-    assert relative_error(other_heads(x, timesteps, context), output) > 10 * TOLERANCE
+    assert relative_error(other_heads(x, timesteps, Conditioning.of(context)), output) > 10 * TOLERANCE
 
 
 def test_gradients_equal_diffusers():

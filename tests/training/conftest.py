@@ -15,6 +15,7 @@ from ldm.evaluation.curves import Curve, read_curves
 from ldm.training import run
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.schema import FitConfig, TrainerOptions
+from tests.factories import build_module
 
 
 class Killed(BaseException):
@@ -60,7 +61,7 @@ class Job:
         """Trains on in `folder` -> the module afterwards."""
         folder.mkdir(exist_ok=True)
         torch.manual_seed(7)  # as main.py does: factors of a LoRA begin at random
-        module = LatentDiffusion(**self.config, **{"seed": 7, "learning_rate": 1e-3, **(params or {})})
+        module = build_module(self.config, **{"seed": 7, "learning_rate": 1e-3, **(params or {})})
         for name, network in module.networks.items():
             network.load_state_dict(self.weights[name])
         module.add_learned_token()

@@ -15,12 +15,13 @@ from ldm.training.compiling import TrainingGraph
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.sampling import text2image
 from ldm.training.schema import TrainerOptions
+from tests.factories import build_module
 from tests.training.conftest import Job, curves_of
 
 
 def test_compiling_keeps_names(tiny_config: dict):
-    plain = LatentDiffusion(**tiny_config)
-    compiled = LatentDiffusion(**tiny_config, compile="default")
+    plain = build_module(tiny_config)
+    compiled = build_module(tiny_config, compile="default")
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     assert dict(compiled.named_modules()).keys() == dict(plain.named_modules()).keys()
     assert len(list(compiled.parameters())) == len(list(plain.parameters()))
@@ -44,7 +45,7 @@ def test_a_run_translates_one_graph(job: Job, tmp_path: Path, monkeypatch: pytes
 
 
 def test_it_does_not_go_with_steps_in_the_backward_pass(tiny_config: dict):
-    module = LatentDiffusion(**tiny_config, compile="default", fused_backward=True)
+    module = build_module(tiny_config, compile="default", fused_backward=True)
     with pytest.raises(UserError, match="all gradients at its end.*fused_backward=false"):
         module.check(TrainerOptions(max_steps=3))
 
@@ -60,7 +61,7 @@ def outcome(module: LatentDiffusion) -> list[Tensor]:
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_compiled_network_is_the_plain_one(tiny_config: dict, tiny_networks: dict, backend: str):
     """Outputs and gradients are the eager ones, to rounding in float32."""
-    plain = LatentDiffusion(**tiny_config)
+    plain = build_module(tiny_config)
     plain.networks["unet"].load_state_dict(tiny_networks["unet"].state_dict())
     compiled = copy.deepcopy(plain)
     compiled._graph = TrainingGraph(compiled.networks["unet"], backend=backend)

@@ -10,12 +10,12 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ldm import config as configs
-from ldm.config import instantiate
 from ldm.errors import UserError
-from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.options import parse
+from tests.factories import build_module
 
 ROOT = Path(__file__).resolve().parents[2]
+WEIGHTING = "model.params.objective.weighting"
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 
 
@@ -35,7 +35,8 @@ WORDS = ("--base", "configs/dreambooth.yaml", "mine.yaml")
 
 
 def test_a_config_alone_lets_nothing_in(mine: Path):
-    with pytest.raises(UserError, match=r"`mine\.P2` is not an allowed target \(model\.target.*--allow"):
+    refused = rf"`mine\.P2` is not an allowed target \({re.escape(WEIGHTING)}\.target.*--allow"
+    with pytest.raises(UserError, match=refused):
         parse(WORDS)
     assert "mine" not in sys.modules
 
@@ -49,21 +50,23 @@ def test_a_package_that_is_not_there(mine: Path, package: str):
 def test_only_the_package_itself_is_let_in(mine: Path):
     (mine / "mine2.py").write_text("class P2: ...")
     with pytest.raises(UserError, match=r"`mine2\.P2` is not an allowed target"):
-        parse([*WORDS, "--allow", "mine", "model.target=mine2.P2"])
+        parse([*WORDS, "--allow", "mine", f"{WEIGHTING}.target=mine2.P2"])
 
 
 def test_its_parameters_are_checked_as_ours(mine: Path):
-    with pytest.raises(UserError, match=r"should be .*at least 0.*model\.params\.p2_gamma"):
-        parse([*WORDS, "--allow", "mine", "model.params.p2_gamma=-1"])
+    refused = rf"should be .*at least 0.*{re.escape(WEIGHTING)}\.params\.gamma"
+    with pytest.raises(UserError, match=refused):
+        parse([*WORDS, "--allow", "mine", f"{WEIGHTING}.params.gamma=-1"])
 
 
 def test_the_weighting_of_the_page_weighs(
     mine: Path, tiny_config: dict, tiny_networks: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch
 ):
     config = parse([*WORDS, "--allow", "mine"])
-    assert OmegaConf.load("mine.yaml").model.target == config.model["target"]
-    module = instantiate({"target": "mine.P2", "params": tiny_config | {"p2_gamma": 0.5}})
-    plain = LatentDiffusion(**tiny_config)
+    weighting = config.model["params"]["objective"]["weighting"]
+    assert weighting == OmegaConf.load("mine.yaml").model.params.objective.weighting
+    module = build_module(tiny_config, objective={"weighting": weighting})
+    plain = build_module(tiny_config)
     plain.load_state_dict(module.state_dict())
     generator = torch.Generator().manual_seed(0)
     batch = {

@@ -9,11 +9,12 @@ from ldm.checkpoints.layout import PREFIXES
 from ldm.models.conditioning import Conditioning
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.optimizers import adamw, lr_factor
+from tests.factories import build_module
 
 
 @pytest.fixture
 def module(tiny_config: dict, tiny_networks: dict) -> LatentDiffusion:
-    module = LatentDiffusion(**tiny_config, seed=7, prior_loss_weight=0.5)
+    module = build_module(tiny_config, seed=7, objective={"prior_loss_weight": 0.5})
     for name, network in module.networks.items():
         network.load_state_dict(tiny_networks[name].state_dict())
     return module
@@ -64,7 +65,7 @@ def test_an_item_draws_the_same_alone_and_differs_between_the_parts(module: Late
 
 
 def test_frozen_parts_get_no_gradient(tiny_config: dict, batch: dict):
-    module = LatentDiffusion(**tiny_config, train_text_encoder=False)
+    module = build_module(tiny_config, train_text_encoder=False)
     module.training_step(batch, 0).backward()
     assert all(p.grad is None for p in module.cond_stage_model.parameters())
     assert all(p.grad is None for p in module.networks["vae"].parameters())

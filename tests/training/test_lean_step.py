@@ -16,12 +16,13 @@ from ldm.training.device import device_of, temporarily_on
 from ldm.training.dreambooth import DreamBoothRun
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.schema import TrainerOptions
+from tests.factories import MIN_SNR, build_module
 
 PROMPTS = ["a photo of sks disc", "a photo of a disc", "a photo of sks disc"]
 
 
 def make(tiny_config: dict, tiny_networks: dict, **params) -> LatentDiffusion:
-    module = LatentDiffusion(**tiny_config, seed=7, **params)
+    module = build_module(tiny_config, seed=7, **params)
     for name, network in module.networks.items():
         network.load_state_dict(tiny_networks[name].state_dict())
     return module
@@ -106,7 +107,8 @@ def test_contexts_do_not_pile_up(tiny_config: dict, tiny_networks: dict, monkeyp
 def test_a_step_never_reads_the_device(tiny_config: dict, train_text_encoder: bool):
     """On the meta device there is nothing to read: `.item()`, `.tolist()` and branches on tensors raise."""
     with torch.device("meta"):
-        module = LatentDiffusion(**tiny_config, train_text_encoder=train_text_encoder, min_snr_gamma=5.0)
+        objective = {"weighting": MIN_SNR}
+        module = build_module(tiny_config, train_text_encoder=train_text_encoder, objective=objective)
     module.to("meta")
     batch = module.on_before_batch_transfer(batch_of(0), 0)
     there = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}
@@ -146,7 +148,7 @@ def test_bfloat16_weights_learn_through_the_same_step(tiny_config: dict, tiny_ne
 
 
 def test_a_trainer_that_clips_is_refused_before_any_work(tiny_config: dict):
-    module = LatentDiffusion(**tiny_config, fused_backward=True)
+    module = build_module(tiny_config, fused_backward=True)
     module.check(TrainerOptions(max_steps=3))
     with pytest.raises(UserError, match="gradient_clip_val"):
         module.check(TrainerOptions(max_steps=3, gradient_clip_val=1.0))
@@ -171,7 +173,7 @@ def test_the_autoencoder_leaves_only_where_nothing_needs_it(cached: bool, online
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_autoencoder_comes_back_for_pictures_only(tiny_config: dict):
-    module = LatentDiffusion(**tiny_config).cuda()
+    module = build_module(tiny_config).cuda()
     OffloadVAE().on_fit_start(None, module)
     assert {p.device.type for p in module.networks["vae"].parameters()} == {"cpu"}
     with temporarily_on(module.networks["vae"], module.device):

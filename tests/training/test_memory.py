@@ -17,6 +17,7 @@ from ldm.training.optimizers import adamw
 from ldm.training.peak import PeakBytes
 from ldm.training.schema import RunConfig
 from ldm.training.sizes import BLOCK, checkpoint_bytes, state_bytes
+from tests.factories import TAUGHT, build_module
 from tests.training.conftest import Job, state_of
 
 SIZE, BATCH = 16, 2
@@ -80,7 +81,7 @@ def saved_bytes(module: LatentDiffusion, *, mixed: bool) -> int:
 )
 def test_weights_gradients_and_states_are_exact(tiny_config: dict, params: dict):
     needs, _ = estimate(config_of(tiny_config, **params))
-    module = LatentDiffusion(**tiny_config, **params)
+    module = build_module(tiny_config, **params)
     held: list[int] = []  # bytes of gradients, whenever one has arrived
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -101,7 +102,7 @@ def test_weights_gradients_and_states_are_exact(tiny_config: dict, params: dict)
 
 def test_a_lora_needs_gradients_and_states_for_its_factors_alone(tiny_config: dict):
     needs, _ = estimate(config_of(tiny_config, lora=LORA, compile="default"))
-    module = LatentDiffusion(**tiny_config, lora=LORA)
+    module = build_module(tiny_config, lora=LORA)
     factors = list(module.lora.parameters())
     size = sum(p.nbytes for p in factors)
     assert (needs["lora"].weights, needs["lora"].gradients) == (size, size)
@@ -115,7 +116,7 @@ def test_a_lora_needs_gradients_and_states_for_its_factors_alone(tiny_config: di
 def test_activations_are_what_the_graph_saves(tiny_config: dict, mixed: bool, lora: dict | None):
     trainer = {"precision": "bf16-mixed"} if mixed else {}
     needs, _ = estimate(config_of(tiny_config, trainer=trainer, lora=lora))
-    counted = saved_bytes(LatentDiffusion(**tiny_config, lora=lora), mixed=mixed)
+    counted = saved_bytes(build_module(tiny_config, lora=lora), mixed=mixed)
     assert sum(need.activations for need in needs.values()) == pytest.approx(counted, rel=0.05)
 
 
@@ -141,7 +142,7 @@ def test_checkpointing_is_counted_stage_by_stage(tiny_config: dict):
 def test_files_and_averages(tiny_config: dict):
     config = config_of(tiny_config)
     needs, disk = estimate(config)
-    module = LatentDiffusion(**tiny_config)
+    module = build_module(tiny_config)
     assert disk["model file"] == 2 * sum(p.numel() for p in module.parameters())
     assert "vae" not in needs
     online = config_of(tiny_config, data={"online_priors": True})  # which it draws on the device
@@ -165,7 +166,7 @@ def test_files_and_averages(tiny_config: dict):
 def test_encoding_takes_what_the_encoder_makes(tiny_config: dict):
     """As much as on real tensors, of as many views as are encoded at once; the allocator gives 3 % more."""
     config = config_of(tiny_config, data={"size": 64})
-    module = LatentDiffusion(**tiny_config)
+    module = build_module(tiny_config)
     images = torch.zeros(views_at_once(64), 3, 64, 64)
     with torch.no_grad(), PeakBytes() as made:
         module.networks["vae"].encoder(images)
@@ -213,7 +214,7 @@ def test_the_base_that_guides_is_counted_once(tiny_config: dict, where: str):
 
 @pytest.mark.parametrize(
     "params, online, copies",
-    [({}, False, 0), ({"prior_target": "teacher"}, False, 1), ({"prior_target": "teacher"}, True, 2)],
+    [({}, False, 0), (TAUGHT, False, 1), (TAUGHT, True, 2)],
 )
 def test_copies_of_the_base_are_counted(tiny_config: dict, params: dict, online: bool, copies: int):
     config = config_of(tiny_config, **params, data={"online_priors": online})

@@ -8,13 +8,13 @@ import torch
 
 from ldm.training import job, recompute
 from ldm.training.device import free_memory, peak_memory_mib
-from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.memory import estimate
 from ldm.training.options import parse
 from ldm.training.peak import reset_peak_memory
 from ldm.training.recompute import MARGIN, with_checkpointing_chosen
 from ldm.training.run import PhaseTimer
 from ldm.training.schema import RunConfig
+from tests.factories import build_module
 from tests.training.test_memory import config_of
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_the_free_memory_decides(
         name: estimate(c)[0]["unet"].activations for name, c in (("null", config), ("chosen", chosen))
     }
     assert (activations["null"] == activations["chosen"]) == enough
-    assert LatentDiffusion(**chosen.model["params"]).networks["unet"].use_checkpoint is not enough
+    assert build_module(chosen.model["params"]).networks["unet"].use_checkpoint is not enough
 
 
 def test_the_process_with_the_least_memory_decides_for_all(
@@ -91,7 +91,7 @@ def test_computing_again_changes_no_bit(tiny_config: dict, tiny_networks: dict, 
     def gradients(chosen: bool | None) -> list[torch.Tensor]:
         for name in ("unet", "text_encoder"):
             tiny_config[name]["params"]["use_checkpoint"] = chosen
-        module = LatentDiffusion(**tiny_config, seed=7)
+        module = build_module(tiny_config, seed=7)
         for name, network in module.networks.items():
             network.load_state_dict(tiny_networks[name].state_dict())
         batch = {

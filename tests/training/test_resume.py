@@ -11,11 +11,12 @@ import torch
 from ldm.config import instantiate
 from ldm.errors import UserError
 from ldm.training import resume
+from tests.factories import MIN_SNR
 from tests.training.conftest import At, Job, Killed, curves_of, differences, kill, state_of
 
 EVERYTHING = {"train_text_encoder": True, "lr_schedule": "cosine", "warmup_steps": 2}
-FROZEN_TEXT = {"train_text_encoder": False, "min_snr_gamma": 5.0}
-PULLED = {"l2_sp_weight": 0.1, "offset_noise": 0.1}
+FROZEN_TEXT = {"train_text_encoder": False, "objective": {"weighting": MIN_SNR}}
+PULLED = {"objective": {"l2_sp_weight": 0.1}, "offset_noise": 0.1}
 NEW_WORD = {"target": "ldm.training.techniques.LearnedToken", "params": {"word": "sks", "init": "disc"}}
 WORD_AND_TEXT = {"learned_token": NEW_WORD, "text_encoder_steps": 2}
 LORA = {"lora": {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}}
@@ -56,7 +57,8 @@ def test_killed_in_any_micro_batch_it_is_the_run_that_never_stopped(
 
 def test_a_held_empty_prompt_resumes_and_accumulates_as_ever(job: Job, tmp_path: Path):
     """The subject's photos under the empty caption and the class's, the teacher's prediction as target."""
-    held, params = replace(job, data={"prior_caption_dropout": 0.5}), {"prior_target": "teacher"}
+    held = replace(job, data={"prior_caption_dropout": 0.5})
+    params = {"objective": {"prior_target": "teacher"}}
     whole = held(tmp_path / "whole", params=params)
     for micro_batch in (1, 2):
         with pytest.raises(Killed):

@@ -144,11 +144,15 @@ def test_every_number_has_a_range(target: str):
     [
         *(
             "model.params.learning_rate=-1e-6",
-            "model.params.prior_loss_weight=-1",
+            "model.params.objective.prior_loss_weight=-1",
             "model.params.timesteps=0",
         ),
         *("model.params.betas=[0.9]", "model.params.betas=[0.9,1.0]", "model.params.text_encoder_steps=-1"),
-        *("model.params.warmup_steps=-1", "model.params.linear_start=0", "model.params.min_snr_gamma=0"),
+        *(
+            "model.params.warmup_steps=-1",
+            "model.params.linear_start=0",
+            "model.params.objective.weighting.params.gamma=0",
+        ),
         *(
             "model.params.timesteps=100000000000",
             "model.params.weight_decay=.nan",

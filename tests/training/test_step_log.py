@@ -6,6 +6,7 @@ import pytest
 import pytorch_lightning as pl
 
 from ldm.training import latent_diffusion
+from ldm.training.objective import Objective
 from tests.training.conftest import At, Job, Killed, curves_of, kill
 
 
@@ -36,12 +37,12 @@ def test_a_curve_shows_the_mean_of_a_steps_micro_batches(
     """Also of a run that was killed in the middle of a step, and whatever steps are logged."""
     job.accumulate = accumulate
     seen: dict[tuple[int, str], list[float]] = {}
-    per_batch = latent_diffusion.dreambooth_loss
+    per_batch = Objective.combine
 
     def recorded(*arguments):
         loss = per_batch(*arguments)
         if module_of_run.training:
-            for name, value in loss._asdict().items():
+            for name, value in loss.logs("train").items():
                 seen.setdefault((module_of_run.global_step, name), []).append(float(value.detach()))
         return loss
 
@@ -51,14 +52,14 @@ def test_a_curve_shows_the_mean_of_a_steps_micro_batches(
             module_of_run = module
 
     module_of_run: pl.LightningModule | None = None
-    monkeypatch.setattr(latent_diffusion, "dreambooth_loss", recorded)
+    monkeypatch.setattr(Objective, "combine", recorded)
     with pytest.raises(Killed):
         job(tmp_path, callbacks=[Remember(), At(2 * accumulate + accumulate // 2, kill)])
     seen = {key: losses for key, losses in seen.items() if key[0] < 2}  # the step that was cut is done again
     job(tmp_path, callbacks=[Remember()])
     curves = curves_of(tmp_path)
-    for name, field in {"train/loss": "total", "train/subject_loss": "subject"}.items():
+    for name in ("train/loss", "train/subject_loss"):
         assert len(curves[name]) == 4
         for step, value in curves[name]:
-            assert len(seen[step, field]) == accumulate
-            assert value == pytest.approx(sum(seen[step, field]) / accumulate, rel=1e-6)
+            assert len(seen[step, name]) == accumulate
+            assert value == pytest.approx(sum(seen[step, name]) / accumulate, rel=1e-6)

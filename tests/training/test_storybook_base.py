@@ -13,6 +13,7 @@ from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.options import parse
 from ldm.training.schema import TrainerOptions
 from ldm.training.storybook_base import StorybookBase
+from tests.factories import MIN_SNR, TAUGHT, build_module
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = """
@@ -24,12 +25,12 @@ trainer.enable_progress_bar=false trainer.val_check_interval=2 checkpoint_every=
 
 @pytest.fixture
 def params(tiny_config: dict) -> dict:
-    return tiny_config | {"train_text_encoder": False, "seed": 3, "min_snr_gamma": 5.0}
+    return tiny_config | {"train_text_encoder": False, "seed": 3, "objective": {"weighting": MIN_SNR}}
 
 
 def built(kind: type, params: dict) -> LatentDiffusion:
     torch.manual_seed(0)
-    module = kind(**params)
+    module = build_module(params, kind)
     for parameter in module.networks["unet"].parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -49,10 +50,10 @@ def test_the_loss_is_that_of_latent_diffusion(params: dict):
     assert ((changed - wanted) / wanted).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("more", [{"train_text_encoder": True}, {"prior_target": "teacher"}], ids=str)
+@pytest.mark.parametrize("more", [{"train_text_encoder": True}, TAUGHT], ids=str)
 def test_what_the_short_step_leaves_out_is_refused(params: dict, more: dict):
     with pytest.raises(UserError, match=f"without {next(iter(more))}"):
-        StorybookBase(**params | more).check(TrainerOptions(max_steps=1))
+        build_module(params, StorybookBase, **more).check(TrainerOptions(max_steps=1))
 
 
 def test_a_run_taken_up_is_the_run_that_never_stopped(workdir: Path):

@@ -24,8 +24,8 @@ CONTENT = {
     "claim": "More is more.",
     "base": [str(ROOT / "configs/dreambooth.yaml")],
     "variants": {
-        "Weight 0": ["model.params.prior_loss_weight=0"],
-        "weight 1": ["model.params.prior_loss_weight=1"],
+        "Weight 0": ["model.params.objective.prior_loss_weight=0"],
+        "weight 1": ["model.params.objective.prior_loss_weight=1"],
     },
     "subjects": {"rex": {"class_word": "dog", "seed": 51}, "car": {"class_word": "car", "photos": "cars"}},
     "seeds": [1, 2],
@@ -49,15 +49,15 @@ def test_the_grid(workdir: Path):
     assert len(jobs) == 8 and len({job.folder for job in jobs}) == 8
     first, last = jobs[0].config.container, jobs[-1].config.container
     assert jobs[0].folder == Path("logs/study-weights/weight-0--rex--1")
-    assert (first["model"]["params"]["prior_loss_weight"], first["trainer"]["max_steps"]) == (0, 3)
-    assert (last["model"]["params"]["prior_loss_weight"], last["seed"]) == (1, 2)
+    weights = [content["model"]["params"]["objective"]["prior_loss_weight"] for content in (first, last)]
+    assert weights == [0, 1] and first["trainer"]["max_steps"] == 3 and last["seed"] == 2
     assert (last["data"]["params"]["class_word"], last["data"]["params"]["subject_root"]) == ("car", "cars")
     assert len(list(Path(first["data"]["params"]["subject_root"]).glob("*.png"))) == 5
 
 
 def test_runs_that_studies_have_in_common_are_known(workdir: Path):
     jobs = jobs_of(read_sweep(write(workdir)))
-    again = CONTENT | {"variants": {"alone": ["model.params.prior_loss_weight=1.0"]}}
+    again = CONTENT | {"variants": {"alone": ["model.params.objective.prior_loss_weight=1.0"]}}
     (workdir / "other.yaml").write_text(yaml.safe_dump(again, sort_keys=False))
     others = jobs_of(read_sweep(workdir / "other.yaml"))
     same = {(a.folder.name, b.folder.name) for a in jobs for b in others if same_run(a.config, b.config)}
@@ -178,7 +178,7 @@ def test_differences_are_bold_beyond_their_interval():
 
 
 def test_each_sampling_is_compared_with_the_baselines_own(workdir: Path):
-    variants = {"off": ["model.params.prior_loss_weight=0"], "off, long": ["trainer.max_steps=9"]}
+    variants = {"off": ["model.params.objective.prior_loss_weight=0"], "off, long": ["trainer.max_steps=9"]}
     rows = ["off", "off, guidance 4", "off, long", "off, long, guidance 4"]
     sweep = read_sweep(write(workdir, variants=variants))
     assert baselines_of(sweep, rows) == {"off, long": "off", "off, long, guidance 4": "off, guidance 4"}

@@ -12,6 +12,7 @@ from ldm.errors import UserError
 from ldm.models.conditioning import Conditioning
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.techniques import Reference
+from tests.factories import build_module
 from tests.training.conftest import state_of
 
 
@@ -29,7 +30,7 @@ def batch() -> dict:
 
 
 def build(tiny_config: dict, tiny_networks: dict, **settings: object) -> LatentDiffusion:
-    module = LatentDiffusion(**tiny_config, seed=7, **settings)
+    module = build_module(tiny_config, seed=7, **settings)
     for name, network in module.networks.items():
         network.load_state_dict(tiny_networks[name].state_dict())
     return module
@@ -54,7 +55,7 @@ def noise_of(config: dict, batch: dict, **settings: object) -> Tensor:
 
 def test_a_loras_teacher_is_the_network_without_its_factors(tiny_config, tiny_networks, batch):
     lora = {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}
-    taught = build(tiny_config, tiny_networks, prior_target="teacher", lora=lora)
+    taught = build(tiny_config, tiny_networks, objective={"prior_target": "teacher"}, lora=lora)
     copied = Reference(taught.networks["unet"], taught.networks["text_encoder"])
     taught.setup("fit")
     for factors in taught.lora.parameters():
@@ -89,7 +90,7 @@ def test_offset_noise_moves_whole_channels_of_an_item(tiny_config, batch):
 
 def test_the_pull_is_its_formula(tiny_config, tiny_networks, batch):
     plain = build(tiny_config, tiny_networks)
-    pulled = build(tiny_config, tiny_networks, l2_sp_weight=0.25)
+    pulled = build(tiny_config, tiny_networks, objective={"l2_sp_weight": 0.25})
     pulled.setup("fit")
     torch.testing.assert_close(pulled.training_step(batch, 0), plain.training_step(batch, 0), rtol=0, atol=0)
     generator = torch.Generator().manual_seed(1)
@@ -112,7 +113,7 @@ def test_the_pull_is_its_formula(tiny_config, tiny_networks, batch):
 def test_a_teacher_is_the_base_itself(tiny_config, tiny_networks, batch):
     """At the start the base predicts what its teacher does: no prior loss, and the subject's is as ever."""
     plain = build(tiny_config, tiny_networks)
-    taught = build(tiny_config, tiny_networks, prior_target="teacher")
+    taught = build(tiny_config, tiny_networks, objective={"prior_target": "teacher"})
     taught.setup("fit")
     batch["caption"][3] = ""  # the empty prompt is held as the class is
     with torch.no_grad():
@@ -186,4 +187,4 @@ def test_a_text_encoder_reads_new_words(tiny_networks):
 
 def test_zero_terminal_snr_is_refused_where_it_says_nothing(tiny_config):
     with pytest.raises(UserError, match="needs v-prediction"):
-        LatentDiffusion(**tiny_config | {"parameterization": "eps"}, zero_terminal_snr=True)
+        build_module(tiny_config | {"parameterization": "eps"}, zero_terminal_snr=True)
