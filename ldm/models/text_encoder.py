@@ -174,7 +174,11 @@ class CLIPTextEncoder(nn.Module):
     @property
     def weights(self) -> nn.Module:
         """All weights but those of learned tokens."""
-        return self.transformer
+        if self.text_projection is None:
+            return self.transformer
+        both = nn.ModuleList([self.transformer])
+        both.register_parameter("text_projection", self.text_projection)
+        return both
 
     @property
     def layers(self) -> nn.ModuleList:

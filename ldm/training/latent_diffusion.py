@@ -41,6 +41,7 @@ from ldm.training.sharding import Sharded, shard
 from ldm.training.step_log import StepMean, begins_step, is_logged
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
 from ldm.training.techniques import L2SP, LearnedToken, Reference
+from ldm.training.text_rates import freeze_unrated, rates_of_encoders, with_each_encoder
 
 
 class LatentDiffusion(pl.LightningModule):
@@ -64,7 +65,8 @@ class LatentDiffusion(pl.LightningModule):
         learned_token: node of a `LearnedToken`: textual inversion, with the networks or, where both are
             switched off, alone. Its vectors are kept in `embeddings/WORD.safetensors`.
         learning_rate, weight_decay, betas: of AdamW (Loshchilov & Hutter 2019).
-        text_encoder_learning_rate: None is the same.
+        text_encoder_learning_rate: None is the same; of SDXL's two also {clip_l: 5e-6, clip_g: 0}, where one
+            of rate 0 stays as it is.
         warmup_steps: optimizer steps in which the rates rise linearly from 0.
         optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
             bfloat16 and rounds their updates stochastically.
@@ -103,7 +105,7 @@ class LatentDiffusion(pl.LightningModule):
         text_encoder_steps: NonNegativeInt | None = None,
         learned_token: Annotated[Node, Builds(LearnedToken)] | None = None,
         learning_rate: NonNegativeFloat = 1e-6,
-        text_encoder_learning_rate: NonNegativeFloat | None = None,
+        text_encoder_learning_rate: NonNegativeFloat | Mapping[str, NonNegativeFloat] | None = None,
         weight_decay: NonNegativeFloat = 0.01,
         betas: tuple[Decay, Decay] = (0.9, 0.999),
         lr_schedule: LRSchedule = "constant",
@@ -135,11 +137,13 @@ class LatentDiffusion(pl.LightningModule):
         self.text_encoder_steps = text_encoder_steps
         self.learned_token: LearnedToken | None = instantiate(learned_token) if learned_token else None
         text_rate = learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
-        self.learning_rates = {"unet": learning_rate, "text_encoder": text_rate}
+        self.text_encoder_rates = rates_of_encoders(self.cond_stage_model, text_rate)
+        self.learning_rates = {"unet": learning_rate, "text_encoder": max(self.text_encoder_rates.values())}
         self.weight_decay, self.betas, self.lr_schedule = weight_decay, tuple(betas), lr_schedule
         networks["vae"].requires_grad_(False)
         networks["unet"].requires_grad_(train_unet)
         networks["text_encoder"].requires_grad_(train_text_encoder)
+        freeze_unrated(self.cond_stage_model, self.text_encoder_rates)
         self.lora: LoRA | None = instantiate(lora) if lora else None
         if self.lora is not None:
             self.lora.attach({name: networks[name] for name in ("unet", "text_encoder")})
@@ -295,8 +299,9 @@ class LatentDiffusion(pl.LightningModule):
         rates = self.learning_rates | (
             {"learned_token": self.learned_token.learning_rate} if self.learned_token else {}
         )
+        groups = {name: (module, rates[name]) for name, module in self.trainable_modules.items()}
         optimizer = adamw(
-            {name: (module, rates[name]) for name, module in self.trainable_modules.items()},
+            with_each_encoder(groups, self.text_encoder_rates),
             name=self.optimizer,
             fused_backward=self.fused_backward,
             seed=self.seed,

@@ -5,6 +5,7 @@ packages and devices. What each part of a run can and cannot do is said where th
 """
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ import torch
 from torch import nn
 
 from ldm.annotations import Node
+from ldm.checkpoints.load import open_model
+from ldm.checkpoints.vae import check_same_scale, open_vae
 from ldm.config import instantiate, param_of
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.prompts import fill
 from ldm.errors import UserError
+from ldm.families.known import family_of
 from ldm.families.sdxl.conditioning import vector_width
+from ldm.families.sdxl.family import SDXL
 from ldm.files import require_space
 from ldm.training import distributed, run
 from ldm.training.before_after import evaluation_nodes
@@ -30,6 +35,8 @@ from ldm.training.schema import RunConfig, TrainerOptions
 from ldm.training.sharding import check_sharding
 from ldm.training.storybook_base import StorybookBase
 
+log = logging.getLogger(__name__)
+LEAST_SDXL = 512  # pixels a side
 LOGGERS = {  # class of a logger -> the package that it needs
     "WandbLogger": "wandb",
     "CometLogger": "comet_ml",
@@ -76,6 +83,7 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
         remedy = "Raise model.params.learning_rate."
         raise UserError("Every learning rate is 0", where="model.params.learning_rate", remedy=remedy)
     text2image(module, size=data.size).latent_shape()  # refuses a size that the networks cannot halve
+    _check_family(module, files, size=data.size)
     data.check()
     check_prior_target(module, data)
     nodes = evaluation_nodes(config)
@@ -86,6 +94,23 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
         )  # refuses what the schedule has not
     for node in nodes.values():
         instantiate(node)  # reads its own networks and prompts
+
+
+def _check_family(module: LatentDiffusion, files: Mapping[str, Path], *, size: int) -> None:
+    """Refuses a base of another family than the config's; warns of sizes at which SDXL draws badly."""
+    own = family_of({"unet": module.networks["unet"].state_dict()})
+    if own is SDXL and "vae" in files:  # its names and shapes are those of SD's
+        node = {"params": {"scale_factor": module.networks["vae"].scale_factor}}
+        check_same_scale(open_vae(files["vae"])[1], node, where=files["vae"])
+    if own is SDXL and size < LEAST_SDXL:
+        log.warning("data.params.size %d: SDXL draws badly below %d pixels", size, LEAST_SDXL)
+    try:
+        base = open_model(files["all"]) if "all" in files else None
+    except UserError:  # which loading says again, with the rest of what is wrong
+        return
+    if base is not None and base.family is not own:
+        what = f"This is a model of {base.family.name}, but the config is of {own.name}"
+        raise UserError(what, where=base.path, remedy=f"Use --base {base.family.config}.")
 
 
 def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> None:

@@ -18,6 +18,7 @@ from ldm.training.options import parse
 from scripts import convert, sample
 from tests.families import tiny_sdxl
 
+TRAINING = {"learning_rate": 1e-3, "objective": {"prior_target": "teacher"}}
 LORA = ["model.params.lora.target=ldm.models.lora.LoRA", "model.params.lora.params.rank=2", "name=lora"]
 
 
@@ -33,7 +34,7 @@ def job(workdir: Path, tiny_tokenizer: Path, subject_folder: Path) -> list[str]:
         "checkpoint_every": 1,
         "model": {
             "target": "ldm.training.latent_diffusion.LatentDiffusion",
-            "params": open_model(base).config | {"learning_rate": 1e-3, "prior_target": "teacher"},
+            "params": open_model(base).config | TRAINING,
         },
         "data": {
             "target": "ldm.data.dreambooth.DreamBoothDataModule",

@@ -1,5 +1,7 @@
 """Stable Diffusion XL against diffusers and transformers at reduced width: networks and files."""
 
+import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -234,3 +236,21 @@ def test_our_lora_in_diffusers_changes_what_ours_does(folder, pipe, style, tmp_p
         for layer, (down, up, alpha) in layers.items():
             own = again[network][layer]
             assert torch.allclose(own[1] @ own[0] * (own[2] / 2), up @ down * (alpha / 2), atol=1e-6)
+
+
+def test_swapped_text_encoders_and_a_vae_of_another_scale_are_refused(folder, single_file, tmp_path):
+    swapped = tmp_path / "swapped"
+    shutil.copytree(folder, swapped)
+    for old, new in (("text_encoder", "x"), ("text_encoder_2", "text_encoder"), ("x", "text_encoder_2")):
+        (swapped / old).rename(swapped / new)
+    with pytest.raises(UserError, match="text encoders are swapped"):
+        open_model(swapped)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    shutil.copytree(folder / "vae", tmp_path / "vae")
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.18215}))
+    with pytest.raises(UserError, match=r"by 0.18215, the model's by 0.13025"):
+        open_model(single_file, vae=tmp_path / "vae")
+    index = json.loads((folder / "model_index.json").read_text())
+    (swapped / "model_index.json").write_text(json.dumps(index | {"requires_aesthetics_score": True}))
+    with pytest.raises(UserError, match="the refiner of Stable Diffusion XL"):
+        open_model(swapped)

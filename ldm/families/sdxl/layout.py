@@ -46,7 +46,7 @@ def describe_relative(names: Iterable[str]) -> str | None:
     """What a file with SDXL's names is, if it is not the base model or a fine-tune of it."""
     names = set(names)
     found = (what for sign, what in RELATIVES.items() if any(name.startswith(sign) for name in names))
-    smaller = UNET + "label_emb.0.0.weight" in names and MIDDLE not in names
+    smaller = is_sdxl(names) and UNET + "label_emb.0.0.weight" in names and MIDDLE not in names
     return next(found, SMALLER if smaller else None)
 
 

@@ -85,9 +85,7 @@ class SDXLTextEncoders(nn.Module):
     @property
     def weights(self) -> nn.Module:
         """All weights but those of learned tokens."""
-        both = nn.ModuleList([encoder.transformer for encoder in self.embedders])
-        both.register_parameter("text_projection", self.clip_g.text_projection)
-        return both
+        return nn.ModuleList([encoder.weights for encoder in self.embedders])
 
     @property
     def learned_tokens(self) -> PairedTokens:
