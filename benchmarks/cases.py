@@ -69,5 +69,5 @@ def model_params(size: str) -> dict[str, Any]:
         "unet": {"target": "ldm.models.unet.UNetModel", "params": unet},
         "vae": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": vae},
         "text_encoder": {"target": "ldm.models.text_encoder.CLIPTextEncoder", "params": text},
-        "learning_rate": 1e-6,
+        "trainable": {"learning_rate": 1e-6},
     }

@@ -16,6 +16,7 @@ from ldm.models.text_encoder import load_tokenizer
 from ldm.pipeline import Text2Image
 from ldm.training.callbacks import OffloadVAE
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.optimizer_nodes import FUSED_BACKWARD, steps_in_backward
 
 RECOMPUTED = [1, 2]  # levels of the UNet, where it is lean: the finest have the largest activations
 TARGET = "ldm.training.latent_diffusion.LatentDiffusion"
@@ -25,15 +26,15 @@ BEGIN_AT_ZERO = ("out_layers.3.weight", "proj_out.weight", "out.2.weight")
 def case_params(case: Case, *, compiled: bool | str = False) -> dict[str, Any]:
     """The params of the model section of a case; `compiled`: whether, or in which mode."""
     params = model_params(case.size) | {
-        "train_text_encoder": case.text,
-        "learning_rate": 1e-6,
-        "text_encoder_learning_rate": None,
+        "trainable": {"text_encoder": case.text, "learning_rate": 1e-6},
         "compile": "default" if compiled is True else compiled or None,
-        "fused_backward": case.lean,
+        "optimizer": {"target": FUSED_BACKWARD} if case.lean else "adamw",
     }
-    params["objective"] = params["objective"] | {"prior_target": "noise"}  # the paper's, and the peer's
+    objective = params.get("objective", {})
+    params["objective"] = objective | {"prior_target": "noise"}  # the paper's, and the peer's
     if case.lora:
-        params["lora"] = {"target": "ldm.models.lora.LoRA", "params": {"rank": LORA_RANK}}
+        lora = {"target": "ldm.models.lora.LoRA", "params": {"rank": LORA_RANK}}
+        params["trainable"] = params["trainable"] | {"lora": lora}
     if case.lean:
         unet = params["unet"]
         params["unet"] = unet | {"params": unet["params"] | {"use_checkpoint": RECOMPUTED}}
@@ -112,7 +113,7 @@ class Training:
             prepare(self.module)
         self.batches = Batches(self.module, size=size, batch=batch)
         self.precision = precision or ("bf16-mixed" if device == "cuda" else "32-true")
-        self.clip = None if params.get("fused_backward") else clip
+        self.clip = None if steps_in_backward(params.get("optimizer", "adamw")) else clip
         self.device = device
 
     @classmethod

@@ -2,19 +2,16 @@
 
 Every object is a node `{target: dotted.Class, params: {...}}` (the convention of latent-diffusion), and the
 signature of the class is its schema: `check` compares names, types and ranges with it without building
-anything. Targets are limited to ALLOWED, so that a config from somebody else cannot run arbitrary code;
+anything. Targets are limited (`ldm.targets`), so that a config from somebody else cannot run arbitrary code;
 `${key}` names another key, and OmegaConf's resolvers (`${oc.env:...}`) are refused for the same reason.
 """
 
 import copy
-import difflib
-import importlib
-import importlib.util
 import inspect
 import math
 import re
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.annotations import Node, fits, named, node_kind, section_kind
 from ldm.errors import UserError
 from ldm.files import atomic_write
+from ldm.targets import get_class, hints_of, nearest, parameters_of
 
-ALLOWED = ["ldm.", "torch.optim.", "pytorch_lightning."]  # and what `allow` adds
 FROM_CODE = {"params", "optimizer"}  # arguments that code passes to optimizers and schedules
-RENAMED = {  # keys of latent-diffusion's configs and of earlier versions -> what they are called here
-    "unet_config": "unet",
-    "first_stage_config": "vae",
-    "cond_stage_config": "text_encoder",
-    "first_stage": "vae",
-    "cond_stage": "text_encoder",
-    "step_in_backward": "fused_backward",
-    "new_word": "learned_token",
-    "measures": "online_eval",
-    "widen": "net2wider",
-}
 
 
 def load_config(
@@ -106,45 +92,6 @@ def save_config(config: DictConfig, path: str | Path) -> Path:
     return Path(path)
 
 
-def allow(package: str) -> None:
-    """Lets nodes of configs name classes of a package or module, for the rest of the process.
-
-    It is for a person's own code, and asked for by that person: a config, which may be somebody else's,
-    cannot. Raises UserError if there is no such package.
-    """
-    try:
-        found = importlib.util.find_spec(package) if all(map(str.isidentifier, package.split("."))) else None
-    except ImportError:
-        found = None
-    if found is None:
-        remedy = "Put the folder that it lies in on PYTHONPATH."
-        raise UserError(f"There is no package `{package}`", where="--allow", remedy=remedy)
-    if f"{package}." not in ALLOWED:
-        ALLOWED.append(f"{package}.")
-
-
-def _is_allowed(name: str) -> bool:
-    return f"{name}.".startswith(tuple(ALLOWED))
-
-
-def get_class(target: str) -> type:
-    """Imports the class of a dotted name. Raises UserError unless it is defined under an ALLOWED prefix."""
-    if not isinstance(target, str) or not _is_allowed(target):
-        remedy = f"It may start with {' '.join(ALLOWED)}; add your own code with --allow PACKAGE."
-        raise UserError(f"`{target}` is not an allowed target", remedy=remedy)
-    module_name, _, name = target.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists, but something that it imports does not
-        raise UserError(f"`{target}` cannot be imported: there is no `{error.name}`") from error
-    classes = {n: c for n, c in vars(module).items() if inspect.isclass(c) and _is_allowed(c.__module__)}
-    if name not in classes:
-        raise UserError(f"`{name}` is not a class of {module_name}", remedy=_nearest(name, classes))
-    return classes[name]
-
-
 def instantiate(node: DictConfig | Mapping[str, Any], **from_code: Any) -> Any:
     """Builds the object of a node `{target, params}`, with `from_code` as further arguments.
 
@@ -157,7 +104,7 @@ def instantiate(node: DictConfig | Mapping[str, Any], **from_code: Any) -> Any:
 
 def _built(kind: type, params: Mapping[str, Any]) -> dict[str, Any]:
     """The params of a class, where a mapping stands for the class that annotates it as that object."""
-    hints = _hints(kind)
+    hints = hints_of(kind)
     sections = {name: section_kind(hints.get(name, Any)) for name in params}
     return {
         name: section(**_built(section, value))
@@ -165,19 +112,6 @@ def _built(kind: type, params: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for name, value in params.items()
     }
-
-
-def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
-    """The constructor's parameters; where it passes `**params` on, those of the class above too."""
-    found = dict(inspect.signature(kind).parameters)
-    for base in kind.__mro__[1:]:
-        if not any(p.kind == p.VAR_KEYWORD for p in found.values()):
-            break
-        if "__init__" in vars(base) and base is not object:
-            above = list(inspect.signature(base).parameters.values())
-            found = {name: p for name, p in found.items() if p.kind != p.VAR_KEYWORD}
-            found = {p.name: p for p in above} | found
-    return found
 
 
 def param_of(node: Node, name: str) -> Any:
@@ -231,7 +165,7 @@ def check(
     found = [UserError("A section is missing", where=key) for key in required if key not in sections]
     for key, value in ((str(key), value) for key, value in sections.items()):
         if key not in schema:
-            found.append(UserError(f"`{key}` is not a section", where=key, remedy=_nearest(key, schema)))
+            found.append(UserError(f"`{key}` is not a section", where=key, remedy=nearest(key, schema)))
         elif _has_signature(schema[key]):
             found += _check_params(schema[key], value, key)
         else:
@@ -270,7 +204,7 @@ def _check_params(kind: type, params: Any, key: str) -> Iterator[UserError]:
     if not isinstance(params, dict):
         yield UserError(f"{params!r} is not a mapping of the parameters of {kind.__name__}", where=key)
         return
-    signature, hints = inspect.signature(kind).parameters.values(), _hints(kind)
+    signature, hints = inspect.signature(kind).parameters.values(), hints_of(kind)
     known = {p.name: p for p in signature if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in signature)
     refused: Mapping[str, str] = getattr(kind, "REFUSED", {})  # name -> why it is no parameter here
@@ -286,24 +220,10 @@ def _check_params(kind: type, params: Any, key: str) -> Iterator[UserError]:
             yield UserError(f"`{name}` cannot be set: {refused[name]}", where=where, remedy="Take it off.")
         else:
             what = f"`{name}` is not a parameter of {kind.__name__}"
-            yield UserError(what, where=where, remedy=_nearest(name, known))
+            yield UserError(what, where=where, remedy=nearest(name, known))
     for name in known.keys() - params.keys() - FROM_CODE:
         if known[name].default is inspect.Parameter.empty:
             yield UserError(f"{kind.__name__} needs `{name}`", where=f"{key}.{name}")
-
-
-def _hints(kind: type) -> dict[str, Any]:
-    """Annotations of the constructor, and of those above that its `**params` go to.
-
-    Without those that use types which only a type checker imports.
-    """
-    found: dict[str, Any] = {}
-    for base in reversed([base for base in kind.__mro__ if "__init__" in vars(base)]):
-        try:
-            found |= typing.get_type_hints(base.__init__, include_extras=True)
-        except NameError:
-            continue
-    return {name: found[name] for name in parameters_of(kind) if name in found}
 
 
 def _check_value(value: Any, annotation: Any, key: str) -> Iterator[UserError]:
@@ -357,7 +277,7 @@ def _escaped(text: str) -> str:
 def _read(path: Path) -> DictConfig:
     if not path.is_file():
         names = [str(other) for other in path.parent.glob("*.y*ml")]
-        raise UserError("There is no such config file", where=path, remedy=_nearest(str(path), names))
+        raise UserError("There is no such config file", where=path, remedy=nearest(str(path), names))
     try:
         config = OmegaConf.load(path)
     except yaml.MarkedYAMLError as error:
@@ -381,14 +301,6 @@ def _origins(key: str, paths: Sequence[str | Path], dotlist: Sequence[str]) -> l
 def _sets(config: DictConfig, key: str) -> bool:
     nothing = object()
     return OmegaConf.select(config, key, default=nothing, throw_on_resolution_failure=False) is not nothing
-
-
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    """The remedy for an unknown name: the nearest valid one, or all of them."""
-    by_lower = {str(known).lower(): str(known) for known in valid}
-    close = difflib.get_close_matches(RENAMED.get(name, str(name)).lower(), by_lower, n=1)
-    known = ", ".join(sorted(by_lower.values())) or "none"
-    return f"Did you mean `{by_lower[close[0]]}`?" if close else f"Known: {known}."
 
 
 def _first_line(error: BaseException) -> str:

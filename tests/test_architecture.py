@@ -25,10 +25,11 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
     "models": set(),
     "families": {"config", "models"},
     "checkpoints": {"config", "families"},
-    "config": set(),
+    "config": {"targets"},
     "data": set(),
     "storybook": {"data"},
     "precision": {"models"},
+    "targets": set(),
     "conditioner": {"families", "models"},
     "denoiser": {"conditioner", "diffusion", "families", "models"},
     "model_file": {"checkpoints", "config", "denoiser", "diffusion", "families", "models"},
@@ -47,6 +48,7 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
         "pipeline",
         "precision",
         "storybook",
+        "targets",
     },
 }
 FILE_LINES, FUNCTION_LINES, NETWORK_INIT_LINES = 350, 40, 60

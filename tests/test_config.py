@@ -9,16 +9,9 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning import Trainer
 
-from ldm.config import (
-    check,
-    get_class,
-    instantiate,
-    load_config,
-    parameters_of,
-    save_config,
-    to_container,
-)
+from ldm.config import check, instantiate, load_config, save_config, to_container
 from ldm.errors import UserError
+from ldm.targets import get_class, parameters_of
 from ldm.training.latent_diffusion import LatentDiffusion
 
 SCHEMA = {"model": dict, "optimizer": dict, "trainer": Trainer, "seed": int, "lr": float, "name": str | None}

@@ -141,7 +141,7 @@ def test_factors_are_off_inside_alone_and_on_after_an_error(tiny_networks):
 @pytest.mark.parametrize("lora", [None, {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}])
 def test_the_base_of_a_run_is_kept_while_the_run_learns(tiny_config, tiny_networks, lora):
     torch.manual_seed(0)
-    module = build_module(tiny_config, lora=lora)
+    module = build_module(tiny_config, trainable={"lora": lora})
     for name, network in module.networks.items():
         network.load_state_dict(tiny_networks[name].state_dict())
     base = base_denoiser(module)

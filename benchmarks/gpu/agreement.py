@@ -11,6 +11,7 @@ from benchmarks.gpu.record import CUDA, DEVICE, SIZE, attempt, chosen, memory, m
 from benchmarks.ours import Batches, Training, build, case_params
 from benchmarks.timing import synchronize
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.optimizer_nodes import FUSED_BACKWARD
 
 SMALL = Case("storybook", "train", 4, text=True)
 
@@ -37,12 +38,17 @@ def agree(*words: str) -> None:
     with attempt("four steps"):
         plain = _trained()
         _compare("four steps, twice", plain, _trained())
-        _compare("four steps, in the backward pass", plain, _trained(fused_backward=True))
-        bf16 = [_trained(optimizer="adamw_bf16", fused_backward=lean) for lean in (False, True)]
+        _compare("four steps, in the backward pass", plain, _trained(optimizer=_lean("adamw")))
+        bf16 = [_trained(optimizer=name) for name in ("adamw_bf16", _lean("adamw_bf16"))]
         _compare("four steps of adamw_bf16, in the backward pass", *bf16)
         torch.use_deterministic_algorithms(True, warn_only=True)
         _compare("four steps, twice, deterministic algorithms", _trained(), _trained())
         torch.use_deterministic_algorithms(False)
+
+
+def _lean(name: str) -> dict:
+    """The node of a fused backward pass."""
+    return {"target": FUSED_BACKWARD, "params": {"optimizer": name}}
 
 
 def _graded(device: str, *, autocast: bool, **more: object) -> tuple[Tensor, Tensor]:
@@ -64,7 +70,7 @@ def _on(device: str, module: LatentDiffusion, batch: dict) -> dict:
 
 def _trained(**more: object) -> list[Tensor]:
     """The UNet after four steps."""
-    params = case_params(SMALL) | {"learning_rate": 1e-4} | more
+    params = case_params(SMALL) | {"trainable": {"text_encoder": True, "learning_rate": 1e-4}} | more
     training = Training(
         params, size=SMALL.size, batch=SMALL.batch, device=DEVICE, precision="32-true", clip=None
     )

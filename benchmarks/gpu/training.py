@@ -29,7 +29,7 @@ from benchmarks.timing import synchronize
 from ldm.config import load_config
 from ldm.data.latents import cached_latent_stats
 from ldm.training.device import set_matmul_precision
-from ldm.training.optimizers import adamw
+from ldm.training.optimizers import build_optimizer
 from ldm.training.schema import RunConfig
 
 FULL = Case(SIZE, "train", 2, text=True)
@@ -178,7 +178,7 @@ def optimizer() -> None:
     for name, dtype, fused in (("adamw", fp32, True), ("adamw", fp32, False), ("adamw_bf16", bf16, True)):
         with attempt(f"{name}, fused {fused}"):
             holder = nn.ParameterList([torch.zeros(shape, device=DEVICE, dtype=dtype) for shape in shapes])
-            stepper = adamw({"all": (holder, 1e-6)}, name=name, fused=fused)
+            stepper = build_optimizer({"all": (holder, 1e-6)}, name, fused=fused)
             for parameter in holder:
                 parameter.grad = torch.randn_like(parameter) * 1e-3
             ms, host = milliseconds(stepper.step, min(5, STEPS), 1)

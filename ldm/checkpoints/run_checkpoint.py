@@ -82,7 +82,8 @@ def lora_layers(
         found.setdefault((network, layer), {})[kind] = tensors[name]
     if not found:
         return {}
-    node = params.get("lora")
+    trainable = params.get("trainable")
+    node = trainable.get("lora") if isinstance(trainable, Mapping) else None
     if not isinstance(node, Mapping):
         what = "This is a checkpoint of a LoRA, whose alpha is in the config of its run"
         remedy = "Leave it in the run's folder, or give --config RUN/config.yaml."

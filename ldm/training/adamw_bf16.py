@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldm import randomness
+from ldm.annotations import Decay, NonNegativeFloat, PositiveFloat, Seed
 
 Group = dict[str, Any]  # "params", "lr", "name"
 PIECE = 2**22  # elements of a tensor that are updated at a time at most: 16 MiB in float32
@@ -45,20 +46,25 @@ class AdamWBF16(Optimizer):
     Tensors are updated in buckets of `PIECE` elements, so that small ones cost no kernel launches of their
     own. A weight is rounded in the same way on every device and whichever tensors it shares a bucket with.
 
-    groups: parameter groups, each with its "lr". seed: of the rounding. `grad_scale`, where it is set,
-    divides the gradients, as in torch's fused optimizers.
+    `grad_scale`, where it is set, divides the gradients, as in torch's fused optimizers.
+
+    params: parameter groups, each with its "lr".
+    betas, eps, weight_decay: as of AdamW.
+    seed: of the rounding.
     """
+
+    weights_dtype = torch.bfloat16  # of the networks that it trains
 
     def __init__(
         self,
-        groups: Iterable[Group],
+        params: Iterable[Group],
         *,
-        betas: Sequence[float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        seed: int = 0,
+        betas: tuple[Decay, Decay] = (0.9, 0.999),
+        eps: PositiveFloat = 1e-8,
+        weight_decay: NonNegativeFloat = 0.01,
+        seed: Seed = 0,
     ):
-        super().__init__(groups, {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self.grad_scale: Tensor | None = None
         everything = [p for group in self.param_groups for p in group["params"]]
         starts = [(p, start) for p in everything for start in range(0, p.numel(), PIECE)]

@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from ldm.annotations import Node
-from ldm.config import check, get_class, instantiate, with_params
+from ldm.config import check, instantiate, with_params
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import ImageFiles
 from ldm.errors import UserError
 from ldm.evaluation.memo import ImageMemo, MemoPipeline
 from ldm.evaluation.protocol import Evaluation, SubjectPrompts
 from ldm.pipeline import Text2Image
+from ldm.targets import get_class
 from ldm.training.schema import RunConfig
 
 

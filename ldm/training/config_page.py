@@ -18,6 +18,7 @@ from ldm.annotations import named, node_kind, section_kind
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.evaluation.photos import PhotoEvaluation
 from ldm.evaluation.storybook import StorybookEvaluation
+from ldm.families.sdxl.text_encoder import SDXLTextEncoders
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
@@ -26,6 +27,7 @@ from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.objective import MinSNR, Objective
 from ldm.training.schema import RunConfig
 from ldm.training.techniques import LearnedToken
+from ldm.training.trainable import Trainable
 
 NODES = {  # where a node usually stands -> the class that its target names
     "model.params": LatentDiffusion,
@@ -34,8 +36,10 @@ NODES = {  # where a node usually stands -> the class that its target names
     "model.params.unet.params": UNetModel,
     "model.params.vae.params": AutoencoderKL,
     "model.params.text_encoder.params": CLIPTextEncoder,
-    "model.params.lora.params": LoRA,
-    "model.params.learned_token.params": LearnedToken,
+    "model.params.text_encoder.params (SDXL)": SDXLTextEncoders,
+    "model.params.trainable": Trainable,
+    "model.params.trainable.lora.params": LoRA,
+    "model.params.trainable.learned_token.params": LearnedToken,
     "data.params": DreamBoothDataModule,
     "evaluation.params (storybook)": StorybookEvaluation,
     "evaluation.params (photos)": PhotoEvaluation,

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from ldm.annotations import Decay, NonNegativeFloat, PositiveFloat
+
 
 class FusedAdamW(AdamW):
     """torch's fused AdamW (Loshchilov and Hutter 2019), equal to it to the bit.
@@ -11,10 +13,22 @@ class FusedAdamW(AdamW):
     Its kernel walks through the memory of weight, gradient and moments side by side, so all have to have the
     same strides. On a CPU it also copies each gradient that is not contiguous, and does not use the copy. So
     there it gets such tensors as flat views of their memory, and gradients in the strides of their weights.
+
+    params: parameter groups, each with its "lr".
+    betas: decays of the averages of gradients and of their squares.
+    eps: added to the root of the latter.
+    weight_decay: decoupled, times the learning rate.
     """
 
-    def __init__(self, groups: list[dict], **options: float | tuple[float, ...]):
-        super().__init__(groups, **options, fused=True)
+    def __init__(
+        self,
+        params: list[dict],
+        *,
+        betas: tuple[Decay, Decay] = (0.9, 0.999),
+        eps: PositiveFloat = 1e-8,
+        weight_decay: NonNegativeFloat = 0.01,
+    ):
+        super().__init__(params, betas=tuple(betas), weight_decay=weight_decay, eps=eps, fused=True)
 
     def _init_group(
         self,

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ldm.annotations import Seed
 from ldm.training.adamw_bf16 import Group
+from ldm.training.optimizer_nodes import OptimizerNode, build
 
 PASSES = 32  # optimizer calls in a backward pass
 
@@ -15,17 +17,19 @@ class FusedBackward(Optimizer):
     """Fused backward pass: steps parameters during the backward pass, and frees their gradients.
 
     The result equals that of a step afterwards. Whatever needs all gradients at once is impossible: clipping,
-    accumulation, a loss scaler, averaging over processes. State dicts are those of `make`'s optimizer.
+    accumulation, a loss scaler, averaging over processes. State dicts are those of `optimizer`.
     Parameters are stepped in groups, of `1 / PASSES` of all gradients each: an optimizer call for each
     parameter would take longer than the arithmetic of the update.
 
-    groups: parameter groups, each with its "lr". make: groups -> the optimizer that steps them.
+    params: parameter groups, each with its "lr".
+    optimizer: what steps them, a name or a node.
+    seed: of its stochastic rounding.
     """
 
-    def __init__(self, groups: Iterable[Group], make: Callable[[list[Group]], Optimizer]):
-        groups = [dict(group, params=list(group["params"])) for group in groups]
-        self._inner = make(groups)
-        super().__init__(groups, self._inner.defaults)
+    def __init__(self, params: Iterable[Group], *, optimizer: OptimizerNode = "adamw", seed: Seed = 0):
+        groups = [dict(group, params=list(group["params"])) for group in params]
+        self.inner = build(optimizer, groups, seed=seed)
+        super().__init__(groups, self.inner.defaults)
         self._group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
         self._room = pending_gradient_bytes(self._group_of)
         self._waiting: list[Tensor] = []
@@ -51,9 +55,9 @@ class FusedBackward(Optimizer):
         groups = [{**group, "params": []} for group in self.param_groups]
         for parameter in self._waiting:
             groups[self._group_of[parameter]]["params"].append(parameter)
-        self._inner.param_groups = [group for group in groups if group["params"]]
-        self._inner.state = self.state  # so that this optimizer saves and loads all states
-        self._inner.step()
+        self.inner.param_groups = [group for group in groups if group["params"]]
+        self.inner.state = self.state  # so that this optimizer saves and loads all states
+        self.inner.step()
         for parameter in self._waiting:
             parameter.grad = None
         self._waiting = []

@@ -15,7 +15,8 @@ from ldm.checkpoints.save import write_tensors
 from ldm.storybook.judge import Judge
 from ldm.storybook.world import ATTRIBUTES
 from ldm.training.gradients import clip
-from ldm.training.optimizers import adamw, with_schedule
+from ldm.training.optimizers import build_optimizer, with_schedule
+from ldm.training.schedules import Cosine
 
 
 class JudgeTask(pl.LightningModule):
@@ -77,10 +78,10 @@ class JudgeTask(pl.LightningModule):
 
     def configure_optimizers(self) -> dict:
         groups = {"judge": (self.judge, self.learning_rate)}
-        optimizer = adamw(groups, fused=self.trainer.precision != "16-mixed")  # its scaler comes first
-        return with_schedule(
-            optimizer, "cosine", warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
-        )
+        fused = self.trainer.precision != "16-mixed"  # there the scaler must see the gradients first
+        optimizer = build_optimizer(groups, fused=fused)
+        schedule = Cosine(warmup_steps=self.warmup_steps)
+        return with_schedule(optimizer, schedule, max_steps=self.trainer.max_steps)
 
     def export(self, path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> Path:
         """Writes the judge, its shape and its accuracy (see `Judge.from_file`)."""

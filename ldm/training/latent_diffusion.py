@@ -3,25 +3,19 @@
 from collections.abc import Mapping, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from ldm.annotations import (
-    Builds,
-    Decay,
     Node,
     NonNegativeFloat,
-    NonNegativeInt,
     Seed,
     Timesteps,
     Variance,
 )
-from ldm.checkpoints.embedding import embeddings_beside, save_embedding
-from ldm.checkpoints.layout import LEARNED_TOKENS
-from ldm.checkpoints.lora import lora_beside, merge_lora, save_lora
 from ldm.checkpoints.save import save_model
 from ldm.conditioner import Conditioner
 from ldm.config import instantiate
@@ -35,13 +29,15 @@ from ldm.precision import vae_precision
 from ldm.training.compiling import CompileMode, TrainingGraph
 from ldm.training.gradients import clip
 from ldm.training.objective import Loss, Objective
-from ldm.training.optimizers import LRSchedule, OptimizerName, adamw, check_optimizer, with_schedule
+from ldm.training.optimizer_nodes import OptimizerNode, weights_dtype
+from ldm.training.optimizers import build_optimizer, check_optimizer, with_schedule
+from ldm.training.schedules import ScheduleNode, build_schedule
 from ldm.training.schema import TrainerOptions
 from ldm.training.sharding import Sharded, shard
 from ldm.training.step_log import StepMean, begins_step, is_logged
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
-from ldm.training.techniques import L2SP, LearnedToken, Reference
-from ldm.training.text_rates import freeze_unrated, rates_of_encoders, with_each_encoder
+from ldm.training.techniques import L2SP, Reference
+from ldm.training.trainable import Trainable
 
 
 class LatentDiffusion(pl.LightningModule):
@@ -60,24 +56,29 @@ class LatentDiffusion(pl.LightningModule):
         objective: what predictions are compared with, and how errors become one loss.
         offset_noise: standard deviation of what is added to all of an item's noise in a channel, so that
             brightness is learnt too (Guttenberg 2023); 0.1 is usual.
-        train_unet, train_text_encoder: which networks learn.
-        text_encoder_steps: optimizer steps after which the text encoder stays as it is; None: it learns on.
-        learned_token: node of a `LearnedToken`: textual inversion, with the networks or, where both are
-            switched off, alone. Its vectors are kept in `embeddings/WORD.safetensors`.
-        learning_rate, weight_decay, betas: of AdamW (Loshchilov & Hutter 2019).
-        text_encoder_learning_rate: None is the same; of SDXL's two also {clip_l: 5e-6, clip_g: 0}, where one
-            of rate 0 stays as it is.
-        warmup_steps: optimizer steps in which the rates rise linearly from 0.
+        trainable: which parameters learn, and at which rates.
         optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
-            bfloat16 and rounds their updates stochastically.
-        fused_backward: each weight learns as soon as its gradient is there, which is then freed.
-        lr_schedule: after `warmup_steps` optimizer steps constant, a cosine to 0, or "wsd" (`lr_factor`).
-        lora: node of a `LoRA`: what learns are factors beside the layers of UNet and text encoder.
+            bfloat16 and rounds their updates stochastically; or a node of any optimizer, as of torch.optim.
+            `FusedBackward` has one step each weight as soon as its gradient is there, which is then freed.
+        lr_schedule: "constant", "cosine", to 0, or "wsd"; or a node of one, with a warm-up (`Constant`).
         compile: mode in which torch.compile translates the UNet's training graph, at the first step.
         seed: of the run; all draws follow from it and the item's number.
     """
 
     MOVED: ClassVar[Mapping[str, str]] = {
+        "train_unet": "trainable.unet",
+        "train_text_encoder": "trainable.text_encoder",
+        "text_encoder_steps": "trainable.text_encoder_steps",
+        "learning_rate": "trainable.learning_rate",
+        "text_encoder_learning_rate": "trainable.text_encoder_learning_rate",
+        "lora": "trainable.lora",
+        "learned_token": "trainable.learned_token",
+        "new_word": "trainable.learned_token",
+        "fused_backward": "optimizer={target: ldm.training.fused_backward.FusedBackward}",
+        "step_in_backward": "optimizer={target: ldm.training.fused_backward.FusedBackward}",
+        "betas": "optimizer={target: torch.optim.AdamW, params: {betas: [0.9, 0.999]}}",
+        "weight_decay": "optimizer={target: torch.optim.AdamW, params: {weight_decay: 0.01}}",
+        "warmup_steps": "lr_schedule={target: ldm.training.schedules.Constant, params: {warmup_steps: 9}}",
         "prior_loss_weight": "objective.prior_loss_weight",
         "prior_target": "objective.prior_target",
         "l2_sp_weight": "objective.l2_sp_weight",
@@ -100,19 +101,9 @@ class LatentDiffusion(pl.LightningModule):
         beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear",
         objective: Objective | None = None,
         offset_noise: NonNegativeFloat = 0.0,
-        train_unet: bool = True,
-        train_text_encoder: bool = True,
-        text_encoder_steps: NonNegativeInt | None = None,
-        learned_token: Annotated[Node, Builds(LearnedToken)] | None = None,
-        learning_rate: NonNegativeFloat = 1e-6,
-        text_encoder_learning_rate: NonNegativeFloat | Mapping[str, NonNegativeFloat] | None = None,
-        weight_decay: NonNegativeFloat = 0.01,
-        betas: tuple[Decay, Decay] = (0.9, 0.999),
-        lr_schedule: LRSchedule = "constant",
-        warmup_steps: NonNegativeInt = 0,
-        optimizer: OptimizerName = "adamw",
-        fused_backward: bool = False,
-        lora: Annotated[Node, Builds(LoRA)] | None = None,
+        trainable: Trainable | None = None,
+        optimizer: OptimizerNode = "adamw",
+        lr_schedule: ScheduleNode = "constant",
         compile: CompileMode | None = None,
         seed: Seed = 23,
     ):
@@ -134,25 +125,14 @@ class LatentDiffusion(pl.LightningModule):
         )
         self.seed = seed
         self.objective = objective or Objective()
-        self.text_encoder_steps = text_encoder_steps
-        self.learned_token: LearnedToken | None = instantiate(learned_token) if learned_token else None
-        text_rate = learning_rate if text_encoder_learning_rate is None else text_encoder_learning_rate
-        self.text_encoder_rates = rates_of_encoders(self.cond_stage_model, text_rate)
-        self.learning_rates = {"unet": learning_rate, "text_encoder": max(self.text_encoder_rates.values())}
-        self.weight_decay, self.betas, self.lr_schedule = weight_decay, tuple(betas), lr_schedule
-        networks["vae"].requires_grad_(False)
-        networks["unet"].requires_grad_(train_unet)
-        networks["text_encoder"].requires_grad_(train_text_encoder)
-        freeze_unrated(self.cond_stage_model, self.text_encoder_rates)
-        self.lora: LoRA | None = instantiate(lora) if lora else None
-        if self.lora is not None:
-            self.lora.attach({name: networks[name] for name in ("unet", "text_encoder")})
+        self.trainable = trainable or Trainable()
+        self.trainable.attach(networks)
+        self.lora: LoRA | None = self.trainable.lora  # a module, whose weights checkpoints keep
+        self.lr_schedule = build_schedule(lr_schedule)
         self.optimizer = optimizer
-        self.fused_backward = fused_backward
-        self.warmup_steps = warmup_steps
-        if optimizer == "adamw_bf16":
-            networks["unet"].to(torch.bfloat16)
-            networks["text_encoder"].to(torch.bfloat16)
+        if (dtype := weights_dtype(optimizer)) is not None:
+            networks["unet"].to(dtype)
+            networks["text_encoder"].to(dtype)
         self._graph = None if compile is None else TrainingGraph(networks["unet"], mode=compile)
         self._l2_sp: L2SP | None = None
         self._reference: Reference | None = None
@@ -171,10 +151,7 @@ class LatentDiffusion(pl.LightningModule):
     @property
     def trainable_modules(self) -> dict[str, nn.Module]:
         """What the optimizer changes for each network: the network itself, or the factors beside it."""
-        modules = self.networks if self.lora is None else self.lora.layers
-        text = self.cond_stage_model.weights if self.lora is None else modules["text_encoder"]
-        tokens = {} if self.learned_token is None else {"learned_token": self.cond_stage_model.learned_tokens}
-        return {"unet": modules["unet"], "text_encoder": text, **tokens}
+        return self.trainable.modules(self.networks)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -187,18 +164,14 @@ class LatentDiffusion(pl.LightningModule):
 
         Equal prompts go through the text encoder once: in a call, or, where it is frozen, in the whole run.
         """
-        over = self.text_encoder_steps is not None and self.global_step >= self.text_encoder_steps
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not over):
-            return self.conditioner(prompts, sizes, frozen=not self._text_learns)
-
-    @property
-    def _text_learns(self) -> bool:
-        modules = (module for name, module in self.trainable_modules.items() if name != "unet")
-        return any(p.requires_grad for module in modules for p in module.parameters())
+        learns = self.trainable.text_learns_at(self.global_step)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            frozen = not self.trainable.text_learns(self.networks)
+            return self.conditioner(prompts, sizes, frozen=frozen)
 
     def setup(self, stage: str) -> None:
         """Keeps the base as it is, before a checkpoint replaces its weights."""
-        if self.learned_token is not None and not self.cond_stage_model.learned_tokens:
+        if self.trainable.learned_token is not None and not self.cond_stage_model.learned_tokens:
             raise ValueError("call add_learned_token between loading the base and training")
         if self.objective.l2_sp_weight and stage == "fit":
             self._l2_sp = L2SP(self.parameters())
@@ -213,10 +186,8 @@ class LatentDiffusion(pl.LightningModule):
 
     def add_learned_token(self) -> None:
         """Lets prompts hold the new word, if there is one. To be called when the base's weights are there."""
-        text_encoder, new = self.cond_stage_model, self.learned_token
-        if new is not None:
-            text_encoder.add_token(new.word, text_encoder.token_embedding_of(new.init))
-            self.conditioner.forget()
+        self.trainable.add_token(self.networks)
+        self.conditioner.forget()
 
     def on_train_start(self) -> None:
         """Contexts of other weights, and ids on another device, are forgotten."""
@@ -284,34 +255,14 @@ class LatentDiffusion(pl.LightningModule):
 
     def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
         """Refuses a Trainer, or its options, with which this module cannot learn."""
-        check_optimizer(
-            name=self.optimizer,
-            fused_backward=self.fused_backward,
-            compiled=self._graph is not None,
-            accumulate=trainer.accumulate_grad_batches,
-            clip=trainer.gradient_clip_val,
-            precision=trainer.precision,
-            processes=processes,
-        )
+        check_optimizer(self.optimizer, trainer, compiled=self._graph is not None, processes=processes)
 
     def configure_optimizers(self) -> dict:
         self.check(self.trainer, processes=self.trainer.world_size)
-        rates = self.learning_rates | (
-            {"learned_token": self.learned_token.learning_rate} if self.learned_token else {}
-        )
-        groups = {name: (module, rates[name]) for name, module in self.trainable_modules.items()}
-        optimizer = adamw(
-            with_each_encoder(groups, self.text_encoder_rates),
-            name=self.optimizer,
-            fused_backward=self.fused_backward,
-            seed=self.seed,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-            fused=self.trainer.precision != "16-mixed",  # there the scaler must see the gradients first
-        )
-        return with_schedule(
-            optimizer, self.lr_schedule, warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
-        )
+        groups = self.trainable.param_groups(self.networks)
+        fused = self.trainer.precision != "16-mixed"  # there the scaler must see the gradients first
+        optimizer = build_optimizer(groups, self.optimizer, fused=fused, seed=self.seed)
+        return with_schedule(optimizer, self.lr_schedule, max_steps=self.trainer.max_steps)
 
     configure_gradient_clipping = clip
 
@@ -325,17 +276,8 @@ class LatentDiffusion(pl.LightningModule):
     def export(self, path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> Path:
         """Writes one Stable Diffusion file of all three networks and the schedule.
 
-        Where a LoRA learns it is merged in that file, and alone in `loras/RUN.safetensors` beside it; a new
-        word is alone in `embeddings/WORD.safetensors`.
+        A LoRA and a new word are in files of their own beside it too (`Trainable.export`).
         """
-        state_dicts = {name: network.state_dict() for name, network in self.networks.items()}
-        text = state_dicts["text_encoder"]
-        state_dicts["text_encoder"] = {k: x for k, x in text.items() if LEARNED_TOKENS not in k}
-        for word, vectors in self.cond_stage_model.learned_tokens.items():
-            save_embedding(embeddings_beside(path), word, vectors, metadata=metadata)
-        if self.lora is not None:
-            layers = self.lora.weights()
-            save_lora(lora_beside(path), layers, state_dicts, dtype=dtype, metadata=metadata)
-            state_dicts = merge_lora(state_dicts, layers)
+        state_dicts = self.trainable.export(path, self.networks, dtype=dtype, metadata=metadata)
         alphas_cumprod = self.process.alphas_cumprod.cpu()
         return save_model(path, state_dicts, alphas_cumprod=alphas_cumprod, dtype=dtype, metadata=metadata)

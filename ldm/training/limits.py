@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping
 
-from ldm.config import get_class
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import ImageFiles
 from ldm.errors import UserError
@@ -11,6 +10,7 @@ from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.evaluation.storybook_limits import reasons_against, unknown_in
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.storybook.judge import Judge
+from ldm.targets import get_class
 from ldm.training.run import find_file
 from ldm.training.schema import RunConfig
 

@@ -23,6 +23,7 @@ from ldm.training.before_after import evaluation_nodes
 from ldm.training.distributed import device_count
 from ldm.training.fused_backward import pending_gradient_bytes
 from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.optimizer_nodes import steps_in_backward
 from ldm.training.peak import PeakBytes
 from ldm.training.schema import RunConfig
 from ldm.training.sharding import FSDP
@@ -53,17 +54,17 @@ def estimate(config: RunConfig) -> tuple[dict[str, Need], dict[str, int]]:
     trainer, module = config.trainer, module_on_meta(config)
     with FakeTensorMode():  # of the CPU, where autocast applies; the meta device knows none
         activations = _activations(module, data, precision=trainer.precision)
-    needs = {}
+    needs, lean = {}, steps_in_backward(module.optimizer)
     holders = module.networks | ({} if module.lora is None else {"lora": module.lora})
     for name, network in holders.items():
         learning = _learning(network)
         needs[name] = Need(
             weights=_size(network.state_dict().values()),
-            gradients=0 if module.fused_backward else _size(learning),
+            gradients=0 if lean else _size(learning),
             states=sum(state_bytes(p, module.optimizer) for p in learning),
             activations=activations.get(name, 0),
         )
-    if module.fused_backward:  # those that wait, and the one that comes last
+    if lean:  # those that wait, and the one that comes last
         learning = _learning(module)
         waiting = pending_gradient_bytes(learning) + max((p.nbytes for p in learning), default=0)
         needs["unet"] = Need(**{**vars(needs["unet"]), "gradients": waiting})

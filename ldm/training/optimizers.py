@@ -1,91 +1,98 @@
-"""AdamW over parameter groups, and learning-rate schedules."""
+"""Optimizers over parameter groups, what they cannot be combined with, and learning rates over time."""
 
 import importlib.util
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.errors import UserError
-from ldm.training.adamw_bf16 import AdamWBF16
-from ldm.training.fused_adamw import FusedAdamW
+from ldm.targets import parameters_of
 from ldm.training.fused_backward import FusedBackward
+from ldm.training.optimizer_nodes import SHORT, OptimizerNode, build, stepping, steps_in_backward
+from ldm.training.schedules import Constant, LRSchedule
+from ldm.training.schema import TrainerOptions
 
-LRSchedule = Literal["constant", "cosine", "wsd"]
-OptimizerName = Literal["adamw", "adamw_8bit", "adamw_bf16"]
 ParamGroups = Mapping[str, tuple[nn.Module, float]]  # name -> (module, learning rate)
-WSD_DECAY = 0.2  # share of the steps of a "wsd" schedule in which the learning rate decays
+WHERE = "model.params.optimizer"
 
 
-def adamw(
-    param_groups: ParamGroups,
-    *,
-    name: OptimizerName = "adamw",
-    fused_backward: bool = False,
-    betas: Sequence[float] = (0.9, 0.999),
-    weight_decay: float = 0.01,
-    fused: bool = True,
-    seed: int = 0,
+def build_optimizer(
+    param_groups: ParamGroups, optimizer: OptimizerNode = "adamw", *, fused: bool = True, seed: int = 0
 ) -> Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), with one parameter group per module that has trainable weights.
+    """An optimizer, with one parameter group per module that has trainable weights.
 
-    name: "adamw" has float32 states, 8 bytes a weight, `fused` in one kernel; "adamw_8bit" (bitsandbytes) 2
-    bytes; "adamw_bf16" 4 bytes, for bfloat16 weights, with `seed` for the stochastic rounding.
+    optimizer: a node, or the name of an AdamW (Loshchilov & Hutter 2019): "adamw" has float32 states, 8 bytes
+    a weight, `fused` in one kernel; "adamw_8bit" (bitsandbytes) 2 bytes; "adamw_bf16" 4 bytes, for bfloat16
+    weights. seed: of stochastic rounding.
     """
-    options = {"betas": tuple(betas), "weight_decay": weight_decay, "eps": 1e-8}
-
-    def make(groups: list[dict]) -> Optimizer:
-        if name == "adamw_bf16":
-            return AdamWBF16(groups, **options, seed=seed)
-        if name == "adamw_8bit":
-            import bitsandbytes  # an optional dependency
-
-            return bitsandbytes.optim.AdamW8bit(groups, **options)
-        return FusedAdamW(groups, **options) if fused else AdamW(groups, **options)
-
     groups = [
         {"name": group_name, "lr": lr, "params": [p for p in module.parameters() if p.requires_grad]}
         for group_name, (module, lr) in param_groups.items()
     ]
     groups = [group for group in groups if group["params"]]
-    optimizer = FusedBackward(groups, make) if fused_backward else make(groups)
-    if name != "adamw_8bit":
-        optimizer.register_load_state_dict_post_hook(match_state_strides)
-    return optimizer
+    built = build(optimizer, groups, fused=fused, seed=seed)
+    if not stepping(optimizer)["target"].startswith("bitsandbytes."):
+        built.register_load_state_dict_post_hook(match_state_strides)
+    return built
 
 
 def check_optimizer(
-    *,
-    name: OptimizerName,
-    fused_backward: bool,
-    compiled: bool,
-    accumulate: int,
-    clip: float | None,
-    precision: str | int | None,
-    processes: int,
+    optimizer: OptimizerNode, trainer: TrainerOptions, *, compiled: bool = False, processes: int = 1
 ) -> None:
-    """Raises UserError if the optimizer is not installed, or impossible with these Trainer settings."""
-    if name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        remedy = 'Install it with `pip install -e ".[8bit]"`, or set model.params.optimizer=adamw.'
-        raise UserError("8-bit AdamW needs bitsandbytes, which is not installed", remedy=remedy)
-    if not fused_backward:
-        return
+    """Raises UserError if the optimizer cannot be built, or not be used with these Trainer settings."""
+    node = stepping(optimizer)
+    if node["target"].startswith("bitsandbytes.") and importlib.util.find_spec("bitsandbytes") is None:
+        remedy = f'Install it with `pip install -e ".[8bit]"`, or set {WHERE}=adamw.'
+        raise UserError("8-bit AdamW needs bitsandbytes, which is not installed", where=WHERE, remedy=remedy)
+    if "lr" in (node.get("params") or {}):
+        remedy = "Take it off, and set model.params.trainable.learning_rate."
+        raise UserError("The learning rates are the model's", where=f"{WHERE}.params.lr", remedy=remedy)
+    if not node["target"].startswith("bitsandbytes."):
+        _try(node)
+    if steps_in_backward(optimizer):
+        _check_fused_backward(trainer, compiled=compiled, processes=processes)
+    elif optimizer != "adamw" and node["target"] == SHORT["adamw"] and trainer.precision == "16-mixed":
+        what = "16-mixed scales gradients, and FusedAdamW would not see them as they are clipped"
+        raise UserError(what, where=WHERE, remedy=f"Set {WHERE}=adamw, which is torch's own there.")
+
+
+def _try(node: OptimizerNode) -> None:
+    """Raises UserError if the optimizer does not take these params, or weights in groups.
+
+    torch's own also make a step on one weight; others may be for a GPU alone.
+    """
+    weights = [nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    try:
+        optimizer = build(node, [{"params": [weight], "lr": 0.0} for weight in weights])
+        if node["target"].startswith("torch."):
+            optimizer.step()
+    except UserError:
+        raise
+    except Exception as error:  # of any kind, by whoever wrote the class
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = f"{node['target']} does not train this model: {reason}"
+        raise UserError(what, where=WHERE, remedy="Set its params, or name another one.") from error
+
+
+def _check_fused_backward(trainer: TrainerOptions, *, compiled: bool, processes: int) -> None:
     if compiled:
-        remedy = "Set model.params.compile=null, or model.params.fused_backward=false."
+        remedy = f"Set model.params.compile=null, or {WHERE}=adamw."
         what = "A compiled backward pass gives all gradients at its end, so steps in it would save no memory"
         raise UserError(what, where="model.params.compile", remedy=remedy)
     refused = {
-        "trainer.accumulate_grad_batches": accumulate > 1,
-        "trainer.gradient_clip_val": bool(clip),
-        "trainer.precision": str(precision).startswith("16"),
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
+        "trainer.gradient_clip_val": bool(trainer.gradient_clip_val),
+        "trainer.precision": str(trainer.precision).startswith("16"),
         "trainer.devices": processes > 1,
     }
     for key in (key for key, present in refused.items() if present):
-        remedy = f"Take {key} off, or set model.params.fused_backward=false."
+        remedy = f"Take {key} off, or set {WHERE}=adamw."
         raise UserError("A fused backward pass never has all gradients at once", where=key, remedy=remedy)
 
 
@@ -101,41 +108,26 @@ def match_state_strides(optimizer: torch.optim.Optimizer) -> None:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def lr_factor(schedule: LRSchedule, *, warmup_steps: int, max_steps: int) -> Callable[[int], float]:
-    """Learning-rate schedule, optimizer step -> factor: linear warm-up, then the schedule.
-
-    "constant"; "cosine": half a cosine to 0; "wsd", warmup-stable-decay: constant, then linear to 0 over the
-    last fifth of the steps, about as good as a cosine, and a run can be made longer (Hägele et al. 2024).
-    """
-    if schedule != "constant" and max_steps < 1:
-        what = f"The schedule {schedule} needs the length of the run"
+def lr_factor(schedule: LRSchedule, *, max_steps: int) -> Callable[[int], float]:
+    """Optimizer step -> factor of the learning rates. Raises UserError for a schedule of an endless run."""
+    if max_steps < 1 and type(schedule) is not Constant:
+        what = "A schedule of the learning rate needs the length of the run"
         remedy = "Set trainer.max_steps, or model.params.lr_schedule=constant."
         raise UserError(what, where="model.params.lr_schedule", remedy=remedy)
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        if schedule == "constant":
-            return 1.0
-        if schedule == "wsd":
-            return min(1.0, max(0.0, (max_steps - step) / max(1, round(WSD_DECAY * max_steps))))
-        done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-    return factor
+    return lambda step: schedule(step, max_steps)
 
 
 class ConfiguredSchedule(LambdaLR):
     """A learning-rate schedule of which a checkpoint keeps the step alone.
 
-    Learning rates, and whatever else the parameter groups hold (betas, weight decay), are the config's: a
+    Learning rates, and the other parameters of the optimizer (betas, weight decay), are the config's: a
     checkpoint that is loaded into the optimizer before this one brings back the old ones, and they are
     replaced. So are rates of an end that has been moved: the next step has that of the new schedule.
     """
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]):
         super().__init__(optimizer, factor)
-        self.configured = [_options(group) for group in optimizer.param_groups]
+        self.configured = [_options(optimizer, group) for group in optimizer.param_groups]
 
     def state_dict(self) -> dict:
         return {key: value for key, value in super().state_dict().items() if key != "configured"}
@@ -155,16 +147,16 @@ class ConfiguredSchedule(LambdaLR):
         return [rate * factor(self.last_epoch) for rate, factor in rates]
 
 
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a parameter group holds besides its parameters and the rate of the moment."""
-    return {key: value for key, value in group.items() if key not in ("params", "lr")}
+def _options(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a parameter group a config gives, besides the rate; the rest may change with the steps."""
+    stepping_one = optimizer.inner if isinstance(optimizer, FusedBackward) else optimizer
+    given = parameters_of(type(stepping_one)).keys() - {"params", "lr"}
+    return {key: value for key, value in group.items() if key in given}
 
 
-def with_schedule(
-    optimizer: torch.optim.Optimizer, schedule: LRSchedule, *, warmup_steps: int, max_steps: int
-) -> dict:
+def with_schedule(optimizer: Optimizer, schedule: LRSchedule, *, max_steps: int) -> dict:
     """The dict for `LightningModule.configure_optimizers`; the schedule advances with optimizer steps."""
-    factor = lr_factor(schedule, warmup_steps=warmup_steps, max_steps=max_steps)
+    factor = lr_factor(schedule, max_steps=max_steps)
     return {
         "optimizer": optimizer,
         "lr_scheduler": {

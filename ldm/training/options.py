@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from ldm.config import allow, load_config
+from ldm.config import load_config
+from ldm.targets import allow
 from ldm.training.command import Command, read_command
 from ldm.training.schema import RunConfig
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldm.checkpoints.tensors import is_plain, unpickle
 from ldm.errors import UserError
 from ldm.files import file_sha256
+from ldm.training.optimizer_nodes import FUSED_BACKWARD, SHORT
 
 log = logging.getLogger(__name__)
 
@@ -178,12 +179,21 @@ def _check_possible(old: Mapping[str, Any], new: Mapping[str, Any], *, run: Path
             f"{key} cannot change in a run ({before} -> {after}): {why}", where=run, remedy=remedy
         )
 
-    optimizers = [leaves.get("model.params.optimizer", "adamw") for leaves in (old, new)]
+    optimizers = [_optimizer(leaves) for leaves in (old, new)]
     if optimizers[0] != optimizers[1]:
         refuse("model.params.optimizer", *optimizers, why="its states are those of one optimizer")
     averages = [leaves.get("ema_decay") for leaves in (old, new)]
     if averages[0] is not None and averages[1] is None:
         refuse("ema_decay", *averages, why="the weights in its checkpoints are averages")
+
+
+def _optimizer(leaves: Mapping[str, Any]) -> str:
+    """What steps the weights, in a fused backward pass too: a short name, or else a class."""
+    key = "model.params.optimizer"
+    while leaves.get(f"{key}.target") == FUSED_BACKWARD:
+        key += ".params.optimizer"
+    name = leaves.get(f"{key}.target", leaves.get(key, "adamw"))
+    return {target: short for short, target in SHORT.items()}.get(name, name)
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,12 +22,13 @@ from ldm.annotations import (
     PositiveInt,
     Seed,
 )
-from ldm.config import check, get_class, load_config, takes, to_container, with_params
+from ldm.config import check, load_config, takes, to_container, with_params
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.diffusion.samplers import SamplerName
 from ldm.diffusion.schedule import Spacing
 from ldm.errors import UserError
 from ldm.precision import Precision
+from ldm.targets import get_class
 
 MatmulPrecision = Literal["highest", "high", "medium"]
 SET_BY_RUN = "a run sets it itself"

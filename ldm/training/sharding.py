@@ -80,14 +80,16 @@ def check_sharding(config: RunConfig) -> None:
         what = "FSDP shards a model over processes, and there is only one"
         raise UserError(what, where="trainer.strategy", remedy="Set trainer.devices, or take it off.")
     params = config.model.get("params") or {}
+    objective, trainable = params.get("objective") or {}, params.get("trainable") or {}
     refused = {
         "ema_decay": config.ema_decay is not None,
         "online_eval.every_steps": bool(config.online_eval.every_steps),
         "samples.every_steps": bool(config.samples.every_steps),
         "trainer.precision": config.trainer.precision == "16-mixed",
-        "model.params.optimizer": params.get("optimizer") not in (None, "adamw"),
-        **{f"model.params.{key}": bool(params.get(key)) for key in ("lora", "compile", "learned_token")},
-        "model.params.objective.l2_sp_weight": bool((params.get("objective") or {}).get("l2_sp_weight")),
+        "model.params.optimizer": params.get("optimizer", "adamw") != "adamw",
+        "model.params.compile": bool(params.get("compile")),
+        **{f"model.params.trainable.{key}": bool(trainable.get(key)) for key in ("lora", "learned_token")},
+        "model.params.objective.l2_sp_weight": bool(objective.get("l2_sp_weight")),
     }
     found = ", ".join(key for key, present in refused.items() if present)
     if found:

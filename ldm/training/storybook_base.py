@@ -22,8 +22,8 @@ class StorybookBase(LatentDiffusion):
         """Refuses options that this shorter step does not support."""
         super().check(trainer, processes=processes)
         left_out = {
-            "train_text_encoder": self._text_learns,
-            "learned_token": self.learned_token is not None,
+            "trainable.text_encoder": self.trainable.text_learns(self.networks),
+            "trainable.learned_token": self.trainable.learned_token is not None,
             "objective.prior_target": self.objective.prior_target != "noise",
         }
         for key in (key for key, present in left_out.items() if present):

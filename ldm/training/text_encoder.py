@@ -13,7 +13,8 @@ from ldm.config import instantiate
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.storybook.world import ATTRIBUTES
 from ldm.training.gradients import clip
-from ldm.training.optimizers import adamw, with_schedule
+from ldm.training.optimizers import build_optimizer, with_schedule
+from ldm.training.schedules import Cosine
 
 
 class TextEncoderTask(pl.LightningModule):
@@ -72,10 +73,10 @@ class TextEncoderTask(pl.LightningModule):
 
     def configure_optimizers(self) -> dict:
         groups = {"text_encoder": (self, self.learning_rate)}
-        optimizer = adamw(groups, fused=self.trainer.precision != "16-mixed")  # its scaler comes first
-        return with_schedule(
-            optimizer, "cosine", warmup_steps=self.warmup_steps, max_steps=self.trainer.max_steps
-        )
+        fused = self.trainer.precision != "16-mixed"  # there the scaler must see the gradients first
+        optimizer = build_optimizer(groups, fused=fused)
+        schedule = Cosine(warmup_steps=self.warmup_steps)
+        return with_schedule(optimizer, schedule, max_steps=self.trainer.max_steps)
 
     def export(self, path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> Path:
         """Writes the text encoder under Stable Diffusion's names, without the heads."""

@@ -7,9 +7,8 @@ from torch import nn
 from ldm.errors import UserError
 from ldm.families.sdxl.family import ENCODERS
 from ldm.families.sdxl.text_encoder import SDXLTextEncoders
-from ldm.training.optimizers import ParamGroups
 
-WHERE = "model.params.text_encoder_learning_rate"
+WHERE = "model.params.trainable.text_encoder_learning_rate"
 
 
 def rates_of_encoders(text_encoder: nn.Module, rate: float | Mapping[str, float]) -> dict[str, float]:
@@ -35,11 +34,8 @@ def freeze_unrated(text_encoder: nn.Module, rates: Mapping[str, float]) -> None:
             getattr(text_encoder, key).requires_grad_(False)
 
 
-def with_each_encoder(groups: ParamGroups, rates: Mapping[str, float]) -> ParamGroups:
-    """The optimizer's groups with one for each encoder that has its own rate, in place of the common one."""
-    if "text_encoder" in rates:
-        return groups
-    (learner, _), others = groups["text_encoder"], {k: g for k, g in groups.items() if k != "text_encoder"}
-    each = dict(getattr(learner, "embedders", learner).named_children())  # of LoRA layers, or of the weights
+def each_encoder(learner: nn.Module) -> dict[str, nn.Module]:
+    """The part of each encoder: of its weights, or of the LoRA beside them, which may leave one out."""
+    each = dict(getattr(learner, "embedders", learner).named_children())
     numbered = zip(ENCODERS, ("0", "1"), strict=True)
-    return others | {key: (each[number], rates[key]) for key, number in numbered if number in each}
+    return {key: each[number] for key, number in numbered if number in each}

@@ -80,8 +80,10 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
         remedy = "Name one with --actual_resume FILE."
         raise UserError("DreamBooth needs a base to train on", where="base_checkpoint", remedy=remedy)
     if not any(_rates(module)):
-        remedy = "Raise model.params.learning_rate."
-        raise UserError("Every learning rate is 0", where="model.params.learning_rate", remedy=remedy)
+        remedy = "Raise model.params.trainable.learning_rate."
+        raise UserError(
+            "Every learning rate is 0", where="model.params.trainable.learning_rate", remedy=remedy
+        )
     text2image(module, size=data.size).latent_shape()  # refuses a size that the networks cannot halve
     _check_family(module, files, size=data.size)
     data.check()
@@ -147,24 +149,26 @@ def _check_networks(module: LatentDiffusion) -> None:
 def _check_learning(module: LatentDiffusion, trainer: TrainerOptions, *, processes: int) -> None:
     """Refuses a module that has no weights to learn, or none after some of the steps."""
     unet, text = (_learns(module.trainable_modules[name]) for name in ("unet", "text_encoder"))
-    if not unet and not text and module.learned_token is None:
-        remedy = "Set train_unet or train_text_encoder to true, or give the LoRA layers to adapt."
+    if not unet and not text and module.trainable.learned_token is None:
+        remedy = "Set trainable.unet or trainable.text_encoder to true, or give the LoRA layers to adapt."
         raise UserError("Nothing in the model learns", where="model.params", remedy=remedy)
-    until = module.text_encoder_steps
+    until = module.trainable.text_encoder_steps
     if until is not None and processes > 1:
         remedy = "Train with one device, or take it off."
         what = "Several processes need gradients of the text encoder at every step"
-        raise UserError(what, where="model.params.text_encoder_steps", remedy=remedy)
+        raise UserError(what, where="model.params.trainable.text_encoder_steps", remedy=remedy)
     if not unet and until is not None and until < trainer.max_steps:
         what = f"Nothing learns after step {until}, for the UNet does not"
         remedy = "Take it off, or end the run there with trainer.max_steps."
-        raise UserError(what, where="model.params.text_encoder_steps", remedy=remedy)
+        raise UserError(what, where="model.params.trainable.text_encoder_steps", remedy=remedy)
 
 
 def _rates(module: LatentDiffusion) -> list[float]:
     """Learning rates of what learns."""
-    rates = [rate for name, rate in module.learning_rates.items() if _learns(module.trainable_modules[name])]
-    return rates + ([module.learned_token.learning_rate] if module.learned_token else [])
+    groups = module.trainable.param_groups(module.networks)
+    rates = [rate for part, rate in groups.values() if _learns(part)]
+    new = module.trainable.learned_token  # its embeddings come with the base's weights
+    return rates if new is None else [*rates, new.learning_rate]
 
 
 def _learns(network: nn.Module) -> bool:

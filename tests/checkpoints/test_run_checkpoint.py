@@ -64,8 +64,8 @@ def assert_has(networks: dict[str, nn.Module], weights: dict[str, dict[str, Tens
 @pytest.fixture(params=["lora", "all", "token"])
 def params(request: pytest.FixtureRequest, tiny_config: dict) -> dict:
     """Of a run that trains a LoRA, all weights, or a learned token; heads that no default has."""
-    more = {"lora": {"lora": LORA}, "all": {}, "token": {"learned_token": TOKEN, "train_unet": False}}
-    return tiny_config | more[request.param]
+    more = {"lora": {"lora": LORA}, "all": {}, "token": {"learned_token": TOKEN, "unet": False}}
+    return tiny_config | {"trainable": more[request.param]}
 
 
 def test_what_it_trained_is_read(params: dict, tmp_path: Path):
@@ -100,7 +100,7 @@ def test_it_is_converted(params: dict, tmp_path: Path):
 def test_it_is_a_base(params: dict, tmp_path: Path, tiny_networks: dict[str, nn.Module]):
     module = trained(params, tmp_path / "run")
     source = tmp_path / "run" / "checkpoints" / "step-3.ckpt"
-    if module.learned_token is not None:
+    if module.trainable.learned_token is not None:
         with pytest.raises(UserError, match="learned word <my-v1.5-disc>.*would be lost"):
             load_base(tiny_networks, files_of(base_checkpoint=str(source)))
     else:
@@ -109,7 +109,7 @@ def test_it_is_a_base(params: dict, tmp_path: Path, tiny_networks: dict[str, nn.
 
 
 def test_out_of_its_run_it_needs_the_config(tiny_config: dict, tmp_path: Path):
-    module = trained(tiny_config | {"lora": LORA}, tmp_path / "run")
+    module = trained(tiny_config | {"trainable": {"lora": LORA}}, tmp_path / "run")
     moved = (tmp_path / "run" / "checkpoints" / "step-3.ckpt").rename(tmp_path / "moved.ckpt")
     with pytest.raises(UserError, match=r"checkpoint of a LoRA.*--config RUN/config\.yaml"):
         open_model(moved)
@@ -140,7 +140,7 @@ def test_out_of_its_run_it_needs_the_config(tiny_config: dict, tmp_path: Path):
     ids=["a matrix is missing", "of the VAE", "of no network", "of no layer"],
 )
 def test_factors_that_fit_nowhere(change, tiny_config: dict, tmp_path: Path):
-    trained(tiny_config | {"lora": LORA}, tmp_path / "run")
+    trained(tiny_config | {"trainable": {"lora": LORA}}, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "step-3.ckpt"
     content = torch.load(path)
     change(content["state_dict"])
@@ -151,7 +151,7 @@ def test_factors_that_fit_nowhere(change, tiny_config: dict, tmp_path: Path):
 
 def test_the_run_s_files_are_named_after_it_and_the_word(tiny_config: dict, tmp_path: Path):
     """A1111 and ComfyUI call a LoRA and an embedding by the names of their files."""
-    module = trained(tiny_config | {"lora": LORA, "learned_token": TOKEN}, tmp_path / "rex")
+    module = trained(tiny_config | {"trainable": {"lora": LORA, "learned_token": TOKEN}}, tmp_path / "rex")
     metadata = {"ldm.config": json.dumps(tiny_config)}
     model = module.export(tmp_path / "rex" / "model.safetensors", dtype=torch.float32, metadata=metadata)
     found = {p.relative_to(model.parent).as_posix() for p in model.parent.rglob("*.safetensors")}

@@ -30,7 +30,7 @@ def job(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folder:
         "checkpoint_every": 1,
         "model": {
             "target": "ldm.training.latent_diffusion.LatentDiffusion",
-            "params": tiny_config | {"learning_rate": 1e-3},
+            "params": tiny_config | {"trainable": {"learning_rate": 1e-3}},
         },
         "data": {
             "target": "ldm.data.dreambooth.DreamBoothDataModule",
@@ -108,9 +108,12 @@ def test_online_priors_a_teacher_and_a_new_word(job: list[str]):
     """All through one job, stopped and taken up; its pictures need the word that stands beside the model."""
     words = ["data.params.online_priors=true", "model.params.objective.prior_target=teacher"]
     words += ["data.params.prior_caption_dropout=0.5"]
-    words += ["data.params.identifier=<my-disc>", "model.params.learned_token.params.word=<my-disc>"]
-    words += ["model.params.learned_token.target=ldm.training.techniques.LearnedToken"]
-    words += ["model.params.learned_token.params.init=disc"]
+    words += [
+        "data.params.identifier=<my-disc>",
+        "model.params.trainable.learned_token.params.word=<my-disc>",
+    ]
+    words += ["model.params.trainable.learned_token.target=ldm.training.techniques.LearnedToken"]
+    words += ["model.params.trainable.learned_token.params.init=disc"]
     paths = [path for path in run_job(parse([*job, *words]))]
     assert all(path.exists() for path in paths)
     (priors,) = Path("priors").iterdir()
@@ -167,7 +170,7 @@ def test_figures_on_the_way_choose_the_weights(job: list[str]):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["model.params.lerning_rate=1"], "learning_rate"),
+        (["model.params.trainable.lerning_rate=1"], "learning_rate"),
         (["data.params.subject_root=nowhere"], "nowhere"),
         (["base_checkpoint=nowhere.safetensors"], "nowhere.safetensors"),
         (["data.params.subject_prompt=a photo of a disc"], "sks"),
@@ -194,6 +197,6 @@ def test_bad_input_is_found_before_any_work(job: list[str], words: list[str], me
 
 
 def test_the_command_says_one_sentence_and_exits_with_2(job: list[str]):
-    done = run("main.py", *job, "model.params.lerning_rate=1")
+    done = run("main.py", *job, "model.params.trainable.lerning_rate=1")
     assert done.returncode == 2
     assert "learning_rate" in done.stderr and "Traceback" not in done.stderr

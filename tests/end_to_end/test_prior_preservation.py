@@ -12,8 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "ldm/storybook/assets/base.safetensors"
 
 SHORT = [  # a fifth of the shipped run's steps, at rates that make up for it
-    *("trainer.max_steps=60", "model.params.learning_rate=5e-4", "ema_decay=0.8"),
-    *("model.params.text_encoder_learning_rate=3e-4", "data.params.num_priors=32", "priors.steps=12"),
+    *("trainer.max_steps=60", "model.params.trainable.learning_rate=5e-4", "ema_decay=0.8"),
+    *(
+        "model.params.trainable.text_encoder_learning_rate=3e-4",
+        "data.params.num_priors=32",
+        "priors.steps=12",
+    ),
     *("trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.val_check_interval=1000"),
     *("samples.n=1", "samples.steps=2", "samples.every_steps=0"),
     *("evaluation.params.seeds=1", "evaluation.params.class_samples=32", "evaluation.params.steps=12"),

@@ -18,8 +18,9 @@ from ldm.training.options import parse
 from scripts import convert, sample
 from tests.families import tiny_sdxl
 
-TRAINING = {"learning_rate": 1e-3, "objective": {"prior_target": "teacher"}}
-LORA = ["model.params.lora.target=ldm.models.lora.LoRA", "model.params.lora.params.rank=2", "name=lora"]
+TRAINING = {"trainable": {"learning_rate": 1e-3}, "objective": {"prior_target": "teacher"}}
+LORA = ["name=lora", "model.params.trainable.lora.target=ldm.models.lora.LoRA"]
+LORA += ["model.params.trainable.lora.params.rank=2"]
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_full_training_and_what_it_leaves(job: list[str]):
 
 def test_a_lora_and_a_new_word(job: list[str], monkeypatch: pytest.MonkeyPatch):
     """Files for other tools; the checkpoint, with both in it, draws what the model file does."""
-    token = "model.params.learned_token"
+    token = "model.params.trainable.learned_token"
     words = [f"{token}.target=ldm.training.techniques.LearnedToken", f"{token}.params.word=<my-disc>"]
     words += [f"{token}.params.init=disc", "data.params.identifier=<my-disc>"]
     run_job(parse([*job, *LORA, *words]))

@@ -7,7 +7,8 @@ from ldm.errors import UserError
 from ldm.families.sdxl.conditioning import Sizes, size_vector, vector_width
 from ldm.families.sdxl.text_encoder import SDXLTextEncoders
 from ldm.models.unet import UNetModel, timestep_embedding
-from ldm.training.text_rates import freeze_unrated, rates_of_encoders, with_each_encoder
+from ldm.training.text_rates import each_encoder, freeze_unrated, rates_of_encoders
+from ldm.training.trainable import Trainable
 
 SMALL = {
     "vocab_size": 99,
@@ -76,12 +77,15 @@ def test_each_encoder_has_its_rate_or_stays():
     encoders = pair().requires_grad_(True)
     rates = rates_of_encoders(encoders, {"clip_l": 0.0, "clip_g": 2e-6})
     freeze_unrated(encoders, rates)
-    common = {"unet": (torch.nn.Linear(1, 1), 1.0), "text_encoder": (encoders.weights, 1.0)}
-    groups = with_each_encoder(common, rates)
-    learning = {k: any(p.requires_grad for p in module.parameters()) for k, (module, _) in groups.items()}
-    assert learning == {"unet": True, "clip_l": False, "clip_g": True}
-    assert (groups["clip_l"][1], groups["clip_g"][1]) == (0.0, 2e-6)
-    assert any(p is encoders.clip_g.text_projection for p in groups["clip_g"][0].parameters())
+    parts = each_encoder(encoders.weights)
+    learning = {k: any(p.requires_grad for p in module.parameters()) for k, module in parts.items()}
+    assert learning == {"clip_l": False, "clip_g": True}
+    assert any(p is encoders.clip_g.text_projection for p in parts["clip_g"].parameters())
+    trainable = Trainable(learning_rate=1e-6, text_encoder_learning_rate={"clip_l": 0.0, "clip_g": 2e-6})
+    networks = {"unet": torch.nn.Linear(1, 1), "text_encoder": encoders, "vae": torch.nn.Linear(1, 1)}
+    trainable.attach(networks)
+    groups = trainable.param_groups(networks)
+    assert {name: rate for name, (_, rate) in groups.items()} == {"unet": 1e-6, "clip_l": 0.0, "clip_g": 2e-6}
     with pytest.raises(UserError, match="clip_l and one of clip_g"):
         rates_of_encoders(encoders, {"clip_l": 0.0})
     with pytest.raises(UserError, match="Give one number"):

@@ -29,11 +29,11 @@ FILES = {
 }
 OVERRIDES = {
     "an unknown section": "modell.params.seed=1",
-    "a misspelt parameter": "model.params.lerning_rate=1",
+    "a misspelt parameter": "model.params.trainable.lerning_rate=1",
     "a word for a number": "trainer.max_steps=soon",
     "an unknown sampler": "priors.sampler=dpm2m",
     "an unknown spacing": "samples.spacing=even",
-    "a number for a switch": "model.params.train_unet=3",
+    "a number for a switch": "model.params.trainable.unet=3",
     "a target outside the allow-list": "model.target=os.system",
     "a target that is no class": "model.target=ldm.errors.Nothing",
     "a reference to itself": "seed=${seed}",

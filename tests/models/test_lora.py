@@ -20,7 +20,7 @@ EVERY = {
 
 def make(tiny_config: dict, tiny_networks: dict, lora: dict | None, **params) -> LatentDiffusion:
     node = None if lora is None else NODE | {"params": lora}
-    module = build_module(tiny_config, seed=7, lora=node, **params)
+    module = build_module(tiny_config, seed=7, trainable={"lora": node, **params})
     for name, network in module.networks.items():
         network.load_state_dict(tiny_networks[name].state_dict())
     return module
@@ -83,7 +83,7 @@ def test_only_the_chosen_layers_learn(tiny_config: dict, tiny_networks: dict):
     attention = [name for name in names if name.endswith(("to_q", "to_k", "to_v"))]
     outs = [name for name in names if name.endswith("to_out.0")]
     assert layers == {*attention, *outs} and len(attention) == 3 * len(outs) > 0
-    frozen = make(tiny_config, tiny_networks, EVERY, train_unet=False)
+    frozen = make(tiny_config, tiny_networks, EVERY, unet=False)
     assert {n.split(".")[2] for n, p in frozen.named_parameters() if p.requires_grad} == {"text_encoder"}
 
 
@@ -140,7 +140,10 @@ def test_the_node_is_checked(tiny_config: dict):
     target = "ldm.training.latent_diffusion.LatentDiffusion"
     node = NODE | {"params": {"unet": ["attentoin"]}}
     with pytest.raises(UserError, match="attentoin"):
-        check({"model": {"target": target, "params": tiny_config | {"lora": node}}}, {"model": dict})
+        check(
+            {"model": {"target": target, "params": tiny_config | {"trainable": {"lora": node}}}},
+            {"model": dict},
+        )
     with pytest.raises(UserError, match="attentoin"):
         lora = LoRA(unet=["attentoin"])
         lora.attach({"unet": instantiate(tiny_config["unet"])})

@@ -61,7 +61,9 @@ class Job:
         """Trains on in `folder` -> the module afterwards."""
         folder.mkdir(exist_ok=True)
         torch.manual_seed(7)  # as main.py does: factors of a LoRA begin at random
-        module = build_module(self.config, **{"seed": 7, "learning_rate": 1e-3, **(params or {})})
+        params = {"seed": 7, **(params or {})}
+        params["trainable"] = {"learning_rate": 1e-3, **params.get("trainable", {})}
+        module = build_module(self.config, **params)
         for name, network in module.networks.items():
             network.load_state_dict(self.weights[name])
         module.add_learned_token()
@@ -131,7 +133,7 @@ def words(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folde
         "base_checkpoint": str(tiny_model_file),
         "model": {
             "target": "ldm.training.latent_diffusion.LatentDiffusion",
-            "params": tiny_config | {"learning_rate": 1e-3},
+            "params": tiny_config | {"trainable": {"learning_rate": 1e-3}},
         },
         "data": {
             "target": "ldm.data.dreambooth.DreamBoothDataModule",

@@ -72,7 +72,7 @@ def test_frozen_weights_are_neither_averaged_nor_written_twice(job: Job, tmp_pat
             seen["names"] = set(next(c for c in trainer.callbacks if isinstance(c, WeightAverage)).averages)
             seen["learning"] = {name for name, p in module.named_parameters() if p.requires_grad}
 
-    job(tmp_path, callbacks=[Look()], ema_decay=DECAY, params={"train_text_encoder": False})
+    job(tmp_path, callbacks=[Look()], ema_decay=DECAY, params={"trainable": {"text_encoder": False}})
     assert seen["names"] == seen["learning"]
     assert all(name.startswith("model.diffusion_model.") for name in seen["names"])
     state = state_of(tmp_path, 4)

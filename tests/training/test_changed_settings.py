@@ -9,7 +9,11 @@ import torch
 
 from ldm.errors import UserError
 from ldm.training import resume
+from ldm.training.optimizer_nodes import FUSED_BACKWARD, SHORT
 from ldm.training.optimizers import lr_factor
+from ldm.training.schedules import SHORT as SCHEDULES
+from ldm.training.schedules import build_schedule
+from tests.factories import LEAN
 from tests.training.conftest import Job, differences, state_of
 
 LORA = {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}
@@ -28,6 +32,11 @@ class Steps(pl.Callback):
         }
 
 
+def warm(schedule: str, steps: int) -> dict:
+    kind = SCHEDULES[schedule]
+    return {"target": f"{kind.__module__}.{kind.__name__}", "params": {"warmup_steps": steps}}
+
+
 def steps_of(job: Job, folder: Path, *, steps: int, **params) -> dict[int, dict[str, dict]]:
     seen = Steps()
     replace(job, steps=steps)(folder, params=params, callbacks=[seen])
@@ -40,11 +49,11 @@ def steps_of(job: Job, folder: Path, *, steps: int, **params) -> dict[int, dict[
 def test_what_a_resumed_optimizer_holds_is_what_the_new_config_says(
     job: Job, tmp_path: Path, schedule: str, optimizer: str
 ):
-    fixed = {"lr_schedule": schedule, "optimizer": optimizer}
-    new = {"learning_rate": 1e-4, "text_encoder_learning_rate": 3e-5, "betas": [0.8, 0.9]}
-    steps_of(job, tmp_path, steps=2, warmup_steps=1, **fixed)
-    seen = steps_of(job, tmp_path, steps=6, weight_decay=0.2, warmup_steps=0, **fixed, **new)
-    factor = lr_factor(schedule, warmup_steps=0, max_steps=6)
+    rates = {"trainable": {"learning_rate": 1e-4, "text_encoder_learning_rate": 3e-5}}
+    changed = {"target": SHORT[optimizer], "params": {"betas": [0.8, 0.9], "weight_decay": 0.2}}
+    steps_of(job, tmp_path, steps=2, lr_schedule=warm(schedule, 1), optimizer=optimizer)
+    seen = steps_of(job, tmp_path, steps=6, lr_schedule=schedule, optimizer=changed, **rates)
+    factor = lr_factor(build_schedule(schedule), max_steps=6)
     assert set(seen) == {2, 3, 4, 5}
     for step, groups in seen.items():
         for name, rate in {"unet": 1e-4, "text_encoder": 3e-5}.items():
@@ -52,14 +61,13 @@ def test_what_a_resumed_optimizer_holds_is_what_the_new_config_says(
             assert tuple(groups[name]["betas"]) == (0.8, 0.9) and groups[name]["weight_decay"] == 0.2
 
 
-@pytest.mark.parametrize("change", [{"lora": LORA}, {"fused_backward": True}], ids=["lora", "fused_backward"])
+@pytest.mark.parametrize("change", [{"trainable": {"lora": LORA}}, {"optimizer": LEAN}], ids=["lora", "lean"])
 def test_every_way_of_stepping_takes_the_new_rate(job: Job, tmp_path: Path, change: dict):
     """With a rate of almost nothing the weights stay where the resumed run found them."""
     replace(job, steps=2)(tmp_path, params=change)
-    replace(job, steps=4)(
-        tmp_path, params={**change, "learning_rate": 1e-12, "weight_decay": 0.0}, checkpoints_kept=3
-    )
-    replace(job, steps=5)(tmp_path, params={**change, "learning_rate": 1e-2}, checkpoints_kept=3)
+    for steps, rate in ((4, 1e-12), (5, 1e-2)):
+        trainable = {**change.get("trainable", {}), "learning_rate": rate}
+        replace(job, steps=steps)(tmp_path, params={**change, "trainable": trainable}, checkpoints_kept=3)
     before, after, moved = (state_of(tmp_path, step)["state_dict"] for step in (2, 4, 5))
     assert max(float((after[k] - before[k]).abs().max()) for k in before) < 1e-9
     assert max(float((moved[k] - after[k]).abs().max()) for k in after) > 1e-4
@@ -69,14 +77,14 @@ def test_every_way_of_stepping_takes_the_new_rate(job: Job, tmp_path: Path, chan
 def test_a_finished_run_that_is_extended_never_steps_at_rate_0(job: Job, tmp_path: Path, schedule: str):
     steps_of(job, tmp_path, steps=3, lr_schedule=schedule)
     seen = steps_of(job, tmp_path, steps=6, lr_schedule=schedule)
-    factor = lr_factor(schedule, warmup_steps=0, max_steps=6)
+    factor = lr_factor(build_schedule(schedule), max_steps=6)
     assert [groups["unet"]["lr"] for groups in seen.values()] == [1e-3 * factor(k) for k in (3, 4, 5)]
     assert min(groups["unet"]["lr"] for groups in seen.values()) > 0
 
 
 def test_an_extended_run_has_the_rates_of_one_that_was_long_from_the_start(job: Job, tmp_path: Path):
     """To the bit, from the same weights on: the schedule is a function of the step and of the config."""
-    cosine = {"lr_schedule": "cosine", "warmup_steps": 2}
+    cosine = {"lr_schedule": warm("cosine", 2)}
     whole = steps_of(job, tmp_path / "whole", steps=5, **cosine)
     steps_of(job, tmp_path / "again", steps=3, **cosine)
     again = steps_of(job, tmp_path / "again", steps=5, **cosine)
@@ -96,6 +104,7 @@ def config(**params) -> dict:
         (config(), config(optimizer="adamw_bf16"), "model.params.optimizer"),
         (config(optimizer="adamw_8bit"), config(optimizer="adamw"), "model.params.optimizer"),
         (config(optimizer="adamw_8bit"), config(), "model.params.optimizer"),
+        (config(optimizer={"target": "torch.optim.SGD"}), config(optimizer=LEAN), "model.params.optimizer"),
         (config(ema_decay=0.9), config(), "ema_decay"),
     ],
 )
@@ -107,6 +116,8 @@ def test_what_a_checkpoint_cannot_follow_is_refused_by_its_key(tmp_path: Path, b
 
 def test_what_says_the_same_in_other_words_is_no_other_optimizer(tmp_path: Path):
     resume.check_changes(config(), config(optimizer="adamw"), allowed=True, run=tmp_path)
+    for same in (LEAN, {"target": SHORT["adamw"]}, {"target": FUSED_BACKWARD}):
+        resume.check_changes(config(), config(optimizer=same), allowed=True, run=tmp_path)
     resume.check_changes(config(), config(ema_decay=0.9), allowed=True, run=tmp_path)
     resume.check_changes(config(ema_decay=0.9), config(ema_decay=0.99), allowed=True, run=tmp_path)
 

@@ -15,7 +15,7 @@ from ldm.training.compiling import TrainingGraph
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.sampling import text2image
 from ldm.training.schema import TrainerOptions
-from tests.factories import build_module
+from tests.factories import LEAN, build_module
 from tests.training.conftest import Job, curves_of
 
 
@@ -45,8 +45,8 @@ def test_a_run_translates_one_graph(job: Job, tmp_path: Path, monkeypatch: pytes
 
 
 def test_it_does_not_go_with_steps_in_the_backward_pass(tiny_config: dict):
-    module = build_module(tiny_config, compile="default", fused_backward=True)
-    with pytest.raises(UserError, match="all gradients at its end.*fused_backward=false"):
+    module = build_module(tiny_config, compile="default", optimizer=LEAN)
+    with pytest.raises(UserError, match="all gradients at its end.*model.params.optimizer=adamw"):
         module.check(TrainerOptions(max_steps=3))
 
 

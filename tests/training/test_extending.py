@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from ldm import config as configs
+from ldm import targets
 from ldm.errors import UserError
 from ldm.training.options import parse
 from tests.factories import build_module
@@ -26,7 +26,7 @@ def mine(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (workdir / name).write_text(text)
     (workdir / "configs").symlink_to(ROOT / "configs")
     monkeypatch.syspath_prepend(str(workdir))
-    monkeypatch.setattr(configs, "ALLOWED", list(configs.ALLOWED))
+    monkeypatch.setattr(targets, "ALLOWED", list(targets.ALLOWED))
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     return workdir
 

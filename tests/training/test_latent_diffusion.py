@@ -8,7 +8,7 @@ from ldm import randomness
 from ldm.checkpoints.layout import PREFIXES
 from ldm.models.conditioning import Conditioning
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.optimizers import adamw, lr_factor
+from ldm.training.optimizers import build_optimizer
 from tests.factories import build_module
 
 
@@ -65,7 +65,7 @@ def test_an_item_draws_the_same_alone_and_differs_between_the_parts(module: Late
 
 
 def test_frozen_parts_get_no_gradient(tiny_config: dict, batch: dict):
-    module = build_module(tiny_config, train_text_encoder=False)
+    module = build_module(tiny_config, trainable={"text_encoder": False})
     module.training_step(batch, 0).backward()
     assert all(p.grad is None for p in module.cond_stage_model.parameters())
     assert all(p.grad is None for p in module.networks["vae"].parameters())
@@ -81,12 +81,5 @@ def test_state_dict_has_the_names_of_a_released_file(module: LatentDiffusion):
 
 def test_each_part_has_its_learning_rate(module: LatentDiffusion):
     parts = {"unet": (module.networks["unet"], 1e-3), "text_encoder": (module.cond_stage_model, 1e-5)}
-    groups = adamw(parts).param_groups
+    groups = build_optimizer(parts).param_groups
     assert [(group["name"], group["lr"]) for group in groups] == [("unet", 1e-3), ("text_encoder", 1e-5)]
-
-
-def test_learning_rate_schedules_in_closed_form():
-    cosine = lr_factor("cosine", warmup_steps=10, max_steps=110)
-    assert [cosine(0), cosine(9)] == [0.1, 1.0]
-    assert cosine(60) == pytest.approx(0.5) and cosine(110) == pytest.approx(0, abs=1e-12)
-    assert lr_factor("constant", warmup_steps=0, max_steps=5)(4) == 1.0

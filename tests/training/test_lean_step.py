@@ -16,7 +16,7 @@ from ldm.training.device import device_of, temporarily_on
 from ldm.training.dreambooth import DreamBoothRun
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.schema import TrainerOptions
-from tests.factories import MIN_SNR, build_module
+from tests.factories import LEAN, LEAN_BF16, MIN_SNR, build_module
 
 PROMPTS = ["a photo of sks disc", "a photo of a disc", "a photo of sks disc"]
 
@@ -47,8 +47,8 @@ def count_rows(module: LatentDiffusion) -> list[int]:
 
 def test_a_frozen_text_encoder_reads_each_prompt_once(tiny_config: dict, tiny_networks: dict):
     """Its context is the one that a text encoder which learns would give; so is the loss."""
-    frozen = make(tiny_config, tiny_networks, train_text_encoder=False)
-    plain = make(tiny_config, tiny_networks, train_text_encoder=True)
+    frozen = make(tiny_config, tiny_networks, trainable={"text_encoder": False})
+    plain = make(tiny_config, tiny_networks, trainable={"text_encoder": True})
     rows = count_rows(frozen)
     for step in range(3):
         assert torch.equal(frozen.loss_per_item(batch_of(3 * step)), plain.loss_per_item(batch_of(3 * step)))
@@ -65,7 +65,7 @@ def test_a_frozen_text_encoder_reads_each_prompt_once(tiny_config: dict, tiny_ne
 def test_each_prompt_is_tokenized_once_a_run(
     tiny_config: dict, tiny_networks: dict, monkeypatch: pytest.MonkeyPatch, train_text_encoder: bool
 ):
-    module = make(tiny_config, tiny_networks, train_text_encoder=train_text_encoder)
+    module = make(tiny_config, tiny_networks, trainable={"text_encoder": train_text_encoder})
     tokenized, tokenize = [], module.cond_stage_model.tokenize
     monkeypatch.setattr(
         module.cond_stage_model, "tokenize", lambda prompts: tokenized.extend(prompts) or tokenize(prompts)
@@ -87,7 +87,7 @@ def test_a_learning_text_encoder_reads_each_prompt_once_a_step(tiny_config: dict
 
 
 def test_contexts_kept_by_validation_serve_training(tiny_config: dict, tiny_networks: dict):
-    module = make(tiny_config, tiny_networks, train_text_encoder=False)
+    module = make(tiny_config, tiny_networks, trainable={"text_encoder": False})
     with torch.inference_mode():
         module.validation_step(batch_of(0), 0)
     module.training_step(batch_of(3), 0).backward()
@@ -96,7 +96,7 @@ def test_contexts_kept_by_validation_serve_training(tiny_config: dict, tiny_netw
 
 def test_contexts_do_not_pile_up(tiny_config: dict, tiny_networks: dict, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(conditioner, "KEPT_PROMPTS", 4)
-    module = make(tiny_config, tiny_networks, train_text_encoder=False)
+    module = make(tiny_config, tiny_networks, trainable={"text_encoder": False})
     for k in range(6):
         alone = module.condition([f"disc {k}"]).context
         assert torch.equal(module.condition([f"disc {k}", "disc"]).context[:1], alone)
@@ -107,8 +107,8 @@ def test_contexts_do_not_pile_up(tiny_config: dict, tiny_networks: dict, monkeyp
 def test_a_step_never_reads_the_device(tiny_config: dict, train_text_encoder: bool):
     """On the meta device there is nothing to read: `.item()`, `.tolist()` and branches on tensors raise."""
     with torch.device("meta"):
-        objective = {"weighting": MIN_SNR}
-        module = build_module(tiny_config, train_text_encoder=train_text_encoder, objective=objective)
+        settings = {"objective": {"weighting": MIN_SNR}, "trainable": {"text_encoder": train_text_encoder}}
+        module = build_module(tiny_config, **settings)
     module.to("meta")
     batch = module.on_before_batch_transfer(batch_of(0), 0)
     there = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}
@@ -136,7 +136,7 @@ def test_a_step_never_waits_for_the_gpu(tiny_config: dict, tiny_networks: dict):
 def test_bfloat16_weights_learn_through_the_same_step(tiny_config: dict, tiny_networks: dict):
     """The loss is float32's to bfloat16's rounding; schedule, draws and the autoencoder stay float32."""
     exact = make(tiny_config, tiny_networks)
-    rounded = make(tiny_config, tiny_networks, optimizer="adamw_bf16", fused_backward=True)
+    rounded = make(tiny_config, tiny_networks, optimizer=LEAN_BF16)
     assert {p.dtype for name in ("unet", "text_encoder") for p in rounded.networks[name].parameters()} == {
         torch.bfloat16
     }
@@ -148,7 +148,7 @@ def test_bfloat16_weights_learn_through_the_same_step(tiny_config: dict, tiny_ne
 
 
 def test_a_trainer_that_clips_is_refused_before_any_work(tiny_config: dict):
-    module = build_module(tiny_config, fused_backward=True)
+    module = build_module(tiny_config, optimizer=LEAN)
     module.check(TrainerOptions(max_steps=3))
     with pytest.raises(UserError, match="gradient_clip_val"):
         module.check(TrainerOptions(max_steps=3, gradient_clip_val=1.0))

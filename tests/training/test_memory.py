@@ -13,11 +13,12 @@ from ldm.data.latents import views_at_once
 from ldm.training import run
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.memory import MIB, encoding, estimate, report
-from ldm.training.optimizers import adamw
+from ldm.training.optimizer_nodes import steps_in_backward
+from ldm.training.optimizers import build_optimizer
 from ldm.training.peak import PeakBytes
 from ldm.training.schema import RunConfig
 from ldm.training.sizes import BLOCK, checkpoint_bytes, state_bytes
-from tests.factories import TAUGHT, build_module
+from tests.factories import LEAN_BF16, TAUGHT, build_module
 from tests.training.conftest import Job, state_of
 
 SIZE, BATCH = 16, 2
@@ -37,7 +38,7 @@ def config_of(
 def step(module: LatentDiffusion) -> None:
     """One forward and backward pass as training runs it, and the optimizer's."""
     parts = {"unet": (module.networks["unet"], 1e-4), "text_encoder": (module.cond_stage_model, 1e-4)}
-    optimizer = adamw(parts, name=module.optimizer, fused_backward=module.fused_backward)
+    optimizer = build_optimizer(parts, module.optimizer)
     batch = {
         "latent_stats": torch.rand(2 * BATCH, 8, SIZE // 2, SIZE // 2),
         "caption": ["a photo of sks disc"] * BATCH + ["a photo of a disc"] * BATCH,
@@ -74,9 +75,9 @@ def saved_bytes(module: LatentDiffusion, *, mixed: bool) -> int:
     "params",
     [
         {},
-        {"train_text_encoder": False},
+        {"trainable": {"text_encoder": False}},
         {"optimizer": "adamw_bf16"},
-        {"optimizer": "adamw_bf16", "fused_backward": True},
+        {"optimizer": LEAN_BF16},
     ],
 )
 def test_weights_gradients_and_states_are_exact(tiny_config: dict, params: dict):
@@ -92,17 +93,17 @@ def test_weights_gradients_and_states_are_exact(tiny_config: dict, params: dict)
         states = [v for p in weights for v in module.state.get(p, {}).values() if torch.is_tensor(v)]
         assert needs[name].weights == sum(p.nbytes for p in weights)
         assert needs[name].states == sum(v.nbytes for v in states)
-        if not module.fused_backward:
+        if not steps_in_backward(module.optimizer):
             assert needs[name].gradients == sum(p.grad.nbytes for p in weights if p.grad is not None)
-    if module.fused_backward:
+    if steps_in_backward(module.optimizer):
         assert all(p.grad is None for p in module.parameters())
         assert max(held) <= needs["unet"].gradients < max(held) + max(p.nbytes for p in module.parameters())
         assert max(held) < sum(p.nbytes for p in module.parameters() if p.requires_grad) / 2
 
 
 def test_a_lora_needs_gradients_and_states_for_its_factors_alone(tiny_config: dict):
-    needs, _ = estimate(config_of(tiny_config, lora=LORA, compile="default"))
-    module = build_module(tiny_config, lora=LORA)
+    needs, _ = estimate(config_of(tiny_config, trainable={"lora": LORA}, compile="default"))
+    module = build_module(tiny_config, trainable={"lora": LORA})
     factors = list(module.lora.parameters())
     size = sum(p.nbytes for p in factors)
     assert (needs["lora"].weights, needs["lora"].gradients) == (size, size)
@@ -115,8 +116,8 @@ def test_a_lora_needs_gradients_and_states_for_its_factors_alone(tiny_config: di
 @pytest.mark.parametrize("lora", [None, LORA], ids=["all", "lora"])
 def test_activations_are_what_the_graph_saves(tiny_config: dict, mixed: bool, lora: dict | None):
     trainer = {"precision": "bf16-mixed"} if mixed else {}
-    needs, _ = estimate(config_of(tiny_config, trainer=trainer, lora=lora))
-    counted = saved_bytes(build_module(tiny_config, lora=lora), mixed=mixed)
+    needs, _ = estimate(config_of(tiny_config, trainer=trainer, trainable={"lora": lora}))
+    counted = saved_bytes(build_module(tiny_config, trainable={"lora": lora}), mixed=mixed)
     assert sum(need.activations for need in needs.values()) == pytest.approx(counted, rel=0.05)
 
 
@@ -220,7 +221,7 @@ def test_copies_of_the_base_are_counted(tiny_config: dict, params: dict, online:
     config = config_of(tiny_config, **params, data={"online_priors": online})
     needs, _ = estimate(config)
     counted = needs["copies of the base"].weights if copies else 0
-    lora = {"lora": {"target": "ldm.models.lora.LoRA", "params": {}}}
+    lora = {"trainable": {"lora": {"target": "ldm.models.lora.LoRA", "params": {}}}}
     beside, _ = estimate(config_of(tiny_config, **params, **lora))
     assert "copies of the base" not in beside  # its factors are switched off instead
     learns = needs["unet"].gradients + needs["text_encoder"].gradients  # float32, as large as the weights
@@ -232,9 +233,9 @@ def test_copies_of_the_base_are_counted(tiny_config: dict, params: dict, online:
     [
         ({}, 0.9),
         ({"optimizer": "adamw_bf16"}, 0.9),
-        ({"optimizer": "adamw_bf16", "fused_backward": True}, None),
-        ({"train_text_encoder": False}, None),
-        ({"lora": LORA}, 0.9),
+        ({"optimizer": LEAN_BF16}, None),
+        ({"trainable": {"text_encoder": False}}, None),
+        ({"trainable": {"lora": LORA}}, 0.9),
     ],
     ids=["averaged", "bf16-averaged", "fused_backward", "unet", "lora-averaged"],
 )

@@ -2,22 +2,34 @@
 
 import copy
 import importlib.util
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.annotations import Node
 from ldm.errors import UserError
 from ldm.training import adamw_bf16, fused_backward
 from ldm.training.adamw_bf16 import AdamWBF16, Rounding, buckets, stochastically_rounded_
 from ldm.training.fused_adamw import FusedAdamW
-from ldm.training.optimizers import adamw, check_optimizer, lr_factor
+from ldm.training.optimizer_nodes import SHORT, OptimizerName
+from ldm.training.optimizers import build_optimizer, check_optimizer
+from ldm.training.schema import TrainerOptions
+from ldm.training.sizes import state_bytes
+from tests.factories import LEAN, LEAN_BF16, lean
+from tests.training.conftest import Job, differences, state_of
 
 
 def network(layout: torch.memory_format = torch.channels_last) -> nn.Module:
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 2, 3, padding=1)
     return nn.Sequential(*layers).to(memory_format=layout)
+
+
+def without_decay(name: OptimizerName) -> Node:
+    return {"target": SHORT[name], "params": {"weight_decay": 0.0}}
 
 
 def train(net: nn.Module, optimizer: torch.optim.Optimizer, *, steps: range) -> list[Tensor]:
@@ -35,7 +47,7 @@ def test_states_of_another_layout_resume_as_if_never_stopped(fused: bool):
     """A checkpoint of plain strides goes on under channels-last weights."""
 
     def optimizer(net: nn.Module) -> torch.optim.Optimizer:
-        return adamw({"net": (net, 1e-2)}, fused=fused)
+        return build_optimizer({"net": (net, 1e-2)}, fused=fused)
 
     whole = network()
     expected = train(whole, optimizer(whole), steps=range(4))
@@ -64,7 +76,7 @@ def test_steps_in_the_backward_pass_are_those_after_it(
         for half, chosen in enumerate(in_backward):
             net = network().to(dtype)  # one that no earlier optimizer steps
             net.load_state_dict(weights)
-            optimizer = adamw({"net": (net, 1e-2)}, name=name, fused_backward=chosen)
+            optimizer = build_optimizer({"net": (net, 1e-2)}, lean(name) if chosen else name)
             if state is not None:
                 optimizer.load_state_dict(state)
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + half)
@@ -83,7 +95,7 @@ def test_steps_in_the_backward_pass_are_those_after_it(
 
 def test_steps_in_the_backward_pass_run_lightnings_closure():
     net = network()
-    optimizer = adamw({"net": (net, 1e-2)}, fused_backward=True)
+    optimizer = build_optimizer({"net": (net, 1e-2)}, LEAN)
     before = [p.detach().clone() for p in net.parameters()]
 
     def closure() -> Tensor:
@@ -117,7 +129,7 @@ def test_bf16_weights_follow_float32_where_rounding_to_the_nearest_stands_still(
     kinds = {"adamw": exact, "adamw_bf16": rounded}
     for name, layer in kinds.items():
         nn.init.constant_(layer.weight, 1.5)
-        optimizer = adamw({"net": (layer, lr)}, name=name, weight_decay=0.0)
+        optimizer = build_optimizer({"net": (layer, lr)}, without_decay(name))
         for _ in range(steps):
             layer.weight.grad = torch.ones_like(layer.weight)
             optimizer.step()
@@ -128,10 +140,13 @@ def test_bf16_weights_follow_float32_where_rounding_to_the_nearest_stands_still(
     assert torch.tensor(1.5 - lr).bfloat16() == 1.5
     again = nn.Linear(n, 1, bias=False, dtype=torch.bfloat16)
     nn.init.constant_(again.weight, 1.5)
-    half = adamw({"net": (again, lr)}, name="adamw_bf16", weight_decay=0.0)
+    half = build_optimizer({"net": (again, lr)}, without_decay("adamw_bf16"))
     for step in range(steps):
         if step == steps // 2:  # resuming repeats the rounding
-            state, half = half.state_dict(), adamw({"net": (again, lr)}, name="adamw_bf16", weight_decay=0.0)
+            state, half = (
+                half.state_dict(),
+                build_optimizer({"net": (again, lr)}, without_decay("adamw_bf16")),
+            )
             half.load_state_dict(state)
         again.weight.grad = torch.ones_like(again.weight)
         half.step()
@@ -154,10 +169,10 @@ def bf16_networks() -> list[nn.Module]:
 def test_a_bucket_decides_nothing(piece: int, monkeypatch: pytest.MonkeyPatch):
     """One tensor at a time or all together: the same bits. Pieces of one tensor are no others than it."""
     one, other = bf16_networks()
-    together = adamw({"net": (one, 1e-2)}, name="adamw_bf16")
+    together = build_optimizer({"net": (one, 1e-2)}, "adamw_bf16")
     for _ in range(3):
         together.step()
-    single = adamw({"net": (other, 1e-2)}, name="adamw_bf16")
+    single = build_optimizer({"net": (other, 1e-2)}, "adamw_bf16")
     monkeypatch.setattr(adamw_bf16, "buckets", lambda pieces: ([each] for each in pieces))
     for _ in range(3):
         single.step()
@@ -177,7 +192,7 @@ def test_bf16_is_adamw_with_its_result_rounded():
     """In float32 it is AdamW to rounding, gradients divided by `grad_scale`, in any layout of memory."""
     one, other = (network().float() for _ in range(2))
     ours = AdamWBF16([{"params": list(one.parameters()), "lr": 1e-2}])
-    theirs = adamw({"net": (other, 1e-2)}, fused=False)
+    theirs = build_optimizer({"net": (other, 1e-2)}, fused=False)
     for step in range(3):
         for net in (one, other):
             net.zero_grad()
@@ -245,7 +260,8 @@ def test_the_fused_optimizer_takes_gradients_of_any_strides():
     """torch's would pair each weight with the gradient of another one."""
     nets = [network(), network()]
     optimizers = [
-        adamw({"net": (net, 1e-2)}, fused=fused) for net, fused in zip(nets, (True, False), strict=True)
+        build_optimizer({"net": (net, 1e-2)}, fused=fused)
+        for net, fused in zip(nets, (True, False), strict=True)
     ]
     for step in range(3):
         for net, optimizer in zip(nets, optimizers, strict=True):
@@ -259,7 +275,7 @@ def test_the_fused_optimizer_takes_gradients_of_any_strides():
 
 def test_bf16_states_take_6_bytes_a_weight():
     net = network().bfloat16()
-    optimizer = adamw({"net": (net, 1e-3)}, name="adamw_bf16", fused_backward=True)
+    optimizer = build_optimizer({"net": (net, 1e-3)}, LEAN_BF16)
     net(torch.ones(1, 3, 4, 4, dtype=torch.bfloat16)).square().mean().backward()
     tensors = [
         value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
@@ -268,48 +284,84 @@ def test_bf16_states_take_6_bytes_a_weight():
     assert sum(t.nbytes for t in [*tensors, *net.parameters()]) == 6 * count
 
 
-GOOD = {
-    "name": "adamw",
-    "compiled": False,
-    "accumulate": 1,
-    "clip": None,
-    "precision": "bf16-mixed",
-    "processes": 1,
-}
-
-
 @pytest.mark.parametrize(
-    ("change", "key"),
+    ("options", "more", "key"),
     [
-        ({"accumulate": 2}, "accumulate_grad_batches"),
-        ({"clip": 1.0}, "gradient_clip_val"),
-        ({"precision": "16-mixed"}, "precision"),
-        ({"processes": 2}, "devices"),
-        ({"compiled": True}, "model.params.compile"),
+        ({"accumulate_grad_batches": 2}, {}, "accumulate_grad_batches"),
+        ({"gradient_clip_val": 1.0}, {}, "gradient_clip_val"),
+        ({"precision": "16-mixed"}, {}, "precision"),
+        ({}, {"processes": 2}, "devices"),
+        ({}, {"compiled": True}, "model.params.compile"),
     ],
 )
-def test_what_needs_all_gradients_at_once_is_refused(change: dict, key: str):
-    check_optimizer(**GOOD, fused_backward=True)
-    check_optimizer(**{**GOOD, **change}, fused_backward=False)
+def test_what_needs_all_gradients_at_once_is_refused(options: dict, more: dict, key: str):
+    good = TrainerOptions(max_steps=3, precision="bf16-mixed")
+    check_optimizer(LEAN, good)
+    check_optimizer("adamw", replace(good, **options), **more)
     with pytest.raises(UserError, match=key):
-        check_optimizer(**{**GOOD, **change}, fused_backward=True)
+        check_optimizer(LEAN, replace(good, **options), **more)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_8_bit_without_bitsandbytes_says_how_to_get_it():
     with pytest.raises(UserError, match=r"bitsandbytes.*\[8bit\]"):
-        check_optimizer(**{**GOOD, "name": "adamw_8bit"}, fused_backward=False)
+        check_optimizer("adamw_8bit", TrainerOptions(max_steps=3))
 
 
-def test_wsd_is_constant_and_then_linear_to_zero_over_the_last_fifth():
-    factor = lr_factor("wsd", warmup_steps=10, max_steps=1000)
-    assert [factor(step) for step in (4, 9, 10, 500, 800)] == [0.5, 1.0, 1.0, 1.0, 1.0]
-    assert [factor(step) for step in (850, 900, 1000)] == [0.75, 0.5, 0.0]
-    longer = lr_factor("wsd", warmup_steps=10, max_steps=2000)
-    assert all(longer(step) == factor(step) for step in range(801))
+NODES = {
+    "Adafactor": {"target": "torch.optim.Adafactor", "params": {"weight_decay": 0.01}},
+    "RAdam": {"target": "torch.optim.RAdam", "params": {"betas": [0.9, 0.99]}},
+    "SGD": {"target": "torch.optim.SGD", "params": {"momentum": 0.9, "nesterov": True}},
+}
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-def test_a_schedule_that_ends_with_the_run_needs_its_length(schedule: str):
-    with pytest.raises(UserError, match=f"The schedule {schedule} needs the length of the run"):
-        lr_factor(schedule, warmup_steps=0, max_steps=-1)
+@pytest.mark.parametrize("name", NODES)
+def test_any_optimizer_of_torch_learns_and_resumes_to_the_bit(job: Job, tmp_path: Path, name: str):
+    """By the config alone, which its parameter groups follow."""
+    warm = {"target": "ldm.training.schedules.Constant", "params": {"warmup_steps": 3}}
+    params = {"optimizer": NODES[name], "lr_schedule": warm}
+    module = job(tmp_path / "whole", params=params)
+    for steps in (2, 4):
+        replace(job, steps=steps)(tmp_path / "halves", params=params)
+    states = [state_of(tmp_path / folder, 4) for folder in ("whole", "halves")]
+    assert differences(*[state["state_dict"] for state in states]) == []
+    kept = states[0]["optimizer_states"][0]
+    assert differences(kept, states[1]["optimizer_states"][0]) == []
+    after = module.networks["unet"].state_dict()
+    assert max(float((weight - after[key]).abs().max()) for key, weight in job.weights["unet"].items()) > 1e-6
+    for group in kept["param_groups"]:
+        for key, value in NODES[name]["params"].items():
+            assert (list(group[key]) if isinstance(value, list) else group[key]) == value
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_the_states_of_any_optimizer_are_counted(name: str):
+    net = network()
+    optimizer = build_optimizer({"net": (net, 1e-2)}, NODES[name])
+    train(net, optimizer, steps=range(1))
+    for parameter in net.parameters():
+        held = sum(x.nbytes for x in optimizer.state[parameter].values() if torch.is_tensor(x))
+        assert state_bytes(parameter, NODES[name]) == held > 0
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"target": "torch.optim.SGD", "params": {"lr": 0.1}}, r"model's \(model.params.optimizer.params.lr"),
+        ({"target": "torch.optim.SGD", "params": {"momentum": -1}}, "Invalid momentum"),
+        ({"target": "torch.optim.SGD", "params": {"nesterov": True}}, "Nesterov momentum requires"),
+        ({"target": "torch.optim.LBFGS"}, "LBFGS does"),
+        ({"target": "torch.optim.SparseAdam"}, "SparseAdam does not"),
+        (lean({"target": "torch.optim.SGD", "params": {"momentum": -1}}), "Invalid momentum"),
+    ],
+)
+def test_an_optimizer_that_cannot_train_is_refused_before_any_work(node: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        check_optimizer(node, TrainerOptions(max_steps=3))
+
+
+def test_a_fused_kernel_that_would_not_see_scaled_gradients_is_refused():
+    scaled = TrainerOptions(max_steps=3, precision="16-mixed")
+    check_optimizer("adamw", scaled)
+    with pytest.raises(UserError, match="16-mixed.*optimizer=adamw"):
+        check_optimizer({"target": SHORT["adamw"]}, scaled)

@@ -34,14 +34,14 @@ def drawn(module: LatentDiffusion, weights: dict) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "params, ema_decay, accumulate",
-    [({}, None, 1), ({}, 0.5, 2), ({"lora": LORA}, 0.5, 1)],
+    [({}, None, 1), ({}, 0.5, 2), ({"trainable": {"lora": LORA}}, 0.5, 1)],
     ids=["learning", "averaged", "lora-averaged"],
 )
 def test_a_preview_is_drawn_by_the_weights_that_are_measured(
     job: Job, tmp_path: Path, params: dict, ema_decay: float | None, accumulate: int
 ):
     job.accumulate = accumulate
-    rate = {"learning_rate": 0.05, **params}
+    rate = {"trainable": {"learning_rate": 0.05, **params.get("trainable", {})}}
     module = job(tmp_path, params=rate, callbacks=[LatePreviews(tmp_path / "p")], ema_decay=ema_decay)
     assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["step-000002.png", "step-000004.png"]
     kept = {step: state_of(tmp_path, step) for step in (3, 4)}

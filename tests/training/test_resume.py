@@ -14,12 +14,13 @@ from ldm.training import resume
 from tests.factories import MIN_SNR
 from tests.training.conftest import At, Job, Killed, curves_of, differences, kill, state_of
 
-EVERYTHING = {"train_text_encoder": True, "lr_schedule": "cosine", "warmup_steps": 2}
-FROZEN_TEXT = {"train_text_encoder": False, "objective": {"weighting": MIN_SNR}}
+COSINE = {"target": "ldm.training.schedules.Cosine", "params": {"warmup_steps": 2}}
+EVERYTHING = {"lr_schedule": COSINE}
+FROZEN_TEXT = {"trainable": {"text_encoder": False}, "objective": {"weighting": MIN_SNR}}
 PULLED = {"objective": {"l2_sp_weight": 0.1}, "offset_noise": 0.1}
 NEW_WORD = {"target": "ldm.training.techniques.LearnedToken", "params": {"word": "sks", "init": "disc"}}
-WORD_AND_TEXT = {"learned_token": NEW_WORD, "text_encoder_steps": 2}
-LORA = {"lora": {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}}
+WORD_AND_TEXT = {"trainable": {"learned_token": NEW_WORD, "text_encoder_steps": 2}}
+LORA = {"trainable": {"lora": {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}}}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_weights_of_other_networks_are_refused_by_name_and_shape(job: Job, tmp_p
 def test_other_learning_parts_are_refused(job: Job, tmp_path: Path):
     replace(job, steps=1)(tmp_path)
     with pytest.raises(UserError, match=r"The checkpoint has \d+ trainable weights, the module \d+"):
-        job(tmp_path, params={"train_text_encoder": False})
+        job(tmp_path, params={"trainable": {"text_encoder": False}})
 
 
 def test_changes_are_named_key_by_key(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.checkpoints.save import DTYPES
-from ldm.config import get_class, load_config, param_of, save_config
+from ldm.config import load_config, param_of, save_config
 from ldm.errors import UserError
+from ldm.targets import get_class
 from ldm.training import job
 from ldm.training.job import run_job
 from ldm.training.options import parse
@@ -139,26 +140,37 @@ def test_every_number_has_a_range(target: str):
         assert free == [], kind
 
 
+ADAMW = "model.params.optimizer={target: ldm.training.fused_adamw.FusedAdamW, params: {"
+
+
 @pytest.mark.parametrize(
     "override",
     [
         *(
-            "model.params.learning_rate=-1e-6",
+            "model.params.trainable.learning_rate=-1e-6",
             "model.params.objective.prior_loss_weight=-1",
             "model.params.timesteps=0",
         ),
-        *("model.params.betas=[0.9]", "model.params.betas=[0.9,1.0]", "model.params.text_encoder_steps=-1"),
         *(
-            "model.params.warmup_steps=-1",
+            f"{ADAMW}betas: [0.9]}}}}",
+            f"{ADAMW}betas: [0.9, 1.0]}}}}",
+            "model.params.trainable.text_encoder_steps=-1",
+        ),
+        *(
+            "model.params.lr_schedule={target: ldm.training.schedules.WSD, params: {warmup_steps: -1}}",
             "model.params.linear_start=0",
             "model.params.objective.weighting.params.gamma=0",
         ),
         *(
             "model.params.timesteps=100000000000",
-            "model.params.weight_decay=.nan",
+            f"{ADAMW}weight_decay: .nan}}}}",
             "model.params.linear_end=1.0",
         ),
-        *("model.params.learning_rate=.inf", "model.params.learning_rate=.nan", "model.params.seed=-1"),
+        *(
+            "model.params.trainable.learning_rate=.inf",
+            "model.params.trainable.learning_rate=.nan",
+            "model.params.seed=-1",
+        ),
         *("trainer.gradient_clip_val=-1", "trainer.max_steps=0", "trainer.max_steps=-1"),
         *("trainer.log_every_n_steps=0", "trainer.val_check_interval=0.5", "trainer.val_check_interval=0"),
         *("trainer.strategy=bogus", "trainer.accelerator=abacus", "trainer.precision=16-true"),
@@ -172,11 +184,11 @@ def test_every_number_has_a_range(target: str):
         *("seed=-1", "seed=4294967296", "checkpoint_every=0", "checkpoints_kept=0", "export.dtype=half"),
         *("export.dtype=float16", "export.weights=first", "online_eval.every_steps=-1"),
         *("data.params.prior_caption_dropout=1.1", "data.params.batch_size=0", "data.params.num_priors=-1"),
-        "model.params.lora={target: ldm.models.lora.LoRA, params: {alpha: 0}}",
-        "model.params.lora={target: ldm.models.lora.LoRA, params: {rank: 0}}",
-        "model.params.lora={target: ldm.models.unet.UNetModel}",
-        "model.params.lora={params: {rank: 4}}",
-        "model.params.learned_token={params: {word: x}}",
+        "model.params.trainable.lora={target: ldm.models.lora.LoRA, params: {alpha: 0}}",
+        "model.params.trainable.lora={target: ldm.models.lora.LoRA, params: {rank: 0}}",
+        "model.params.trainable.lora={target: ldm.models.unet.UNetModel}",
+        "model.params.trainable.lora={params: {rank: 4}}",
+        "model.params.trainable.learned_token={params: {word: x}}",
         "logger={target: torch.optim.AdamW}",
         "model.target=ldm.data.dreambooth.DreamBoothDataModule",
         "model.params.unet.target=null",
@@ -196,9 +208,9 @@ def test_interpolations_of_keys_are_allowed():
     assert (config.samples.prompts[0], config.name) == ("a dog here", "x23")
 
 
-NO_LAYERS = "model.params.lora={target: ldm.models.lora.LoRA, params: {unet: [], text_encoder: []}}"
+NO_LAYERS = "model.params.trainable.lora={target: ldm.models.lora.LoRA, params: {unet: [], text_encoder: []}}"
 STORYBOOK_BASE = ["model.target=ldm.training.storybook_base.StorybookBase"]
-STORYBOOK_BASE += ["model.params.train_text_encoder=false"]
+STORYBOOK_BASE += ["model.params.trainable.text_encoder=false"]
 STORYBOOK = "evaluation.target=ldm.evaluation.storybook.StorybookEvaluation"
 
 
@@ -217,13 +229,16 @@ STORYBOOK = "evaluation.target=ldm.evaluation.storybook.StorybookEvaluation"
         (["base_checkpoint=gone.safetensors"], "gone.safetensors"),
         (["base_parts.unet=tiny.safetensors", "base_checkpoint=null"], "needs a base"),
         (["base_parts={judge: tiny.safetensors}"], "`judge` is not a network"),
-        (["model.params.train_unet=false", "model.params.train_text_encoder=false"], "Nothing in the model"),
         (
-            ["model.params.lora={target: ldm.models.lora.LoRA, params: {unet: [], text_encoder: []}}"],
-            "Nothing",
+            ["model.params.trainable.unet=false", "model.params.trainable.text_encoder=false"],
+            "Nothing in the model",
         ),
-        (["model.params.train_unet=false", "model.params.text_encoder_steps=2"], "after step 2"),
-        (["model.params.learning_rate=0"], "rate is 0"),
+        ([NO_LAYERS], "Nothing"),
+        (
+            ["model.params.trainable.unet=false", "model.params.trainable.text_encoder_steps=2"],
+            "after step 2",
+        ),
+        (["model.params.trainable.learning_rate=0"], "rate is 0"),
         (["model.params.unet.params.num_groups=7"], "num_groups 7 does not divide"),
         (["model.params.unet.params.num_heads=5"], "num_heads 5 does not divide"),
         (["model.params.unet.params.num_head_channels=5"], "num_head_channels 5 does not divide"),

@@ -88,7 +88,7 @@ def test_one_process_has_nothing_to_split(words: list[str]):
         ("samples.every_steps=5", "samples.every_steps"),
         ("trainer.precision=16-mixed", "trainer.precision"),
         ("trainer.strategy=fsdp_cpu_offload", "trainer.strategy"),
-        ("model.params.lora.target=ldm.models.lora.LoRA", "model.params.lora"),
+        ("model.params.trainable.lora.target=ldm.models.lora.LoRA", "model.params.trainable.lora"),
         ("model.params.optimizer=adamw_bf16", "model.params.optimizer"),
     ],
 )

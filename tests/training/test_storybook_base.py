@@ -17,15 +17,20 @@ from tests.factories import MIN_SNR, TAUGHT, build_module
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = """
-model.params.unet.params.model_channels=16 model.params.warmup_steps=2 data.params.batch_size=4
-data.params.captions_per_image=2 data.params.validation_items=4 trainer.devices=1 trainer.strategy=auto
+model.params.unet.params.model_channels=16 model.params.lr_schedule.params.warmup_steps=2
+data.params.batch_size=4 data.params.captions_per_image=2 data.params.validation_items=4
+trainer.devices=1 trainer.strategy=auto
 trainer.enable_progress_bar=false trainer.val_check_interval=2 checkpoint_every=2
 """.split()
 
 
 @pytest.fixture
 def params(tiny_config: dict) -> dict:
-    return tiny_config | {"train_text_encoder": False, "seed": 3, "objective": {"weighting": MIN_SNR}}
+    return tiny_config | {
+        "trainable": {"text_encoder": False},
+        "seed": 3,
+        "objective": {"weighting": MIN_SNR},
+    }
 
 
 def built(kind: type, params: dict) -> LatentDiffusion:
@@ -50,7 +55,7 @@ def test_the_loss_is_that_of_latent_diffusion(params: dict):
     assert ((changed - wanted) / wanted).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("more", [{"train_text_encoder": True}, TAUGHT], ids=str)
+@pytest.mark.parametrize("more", [{"trainable": {"text_encoder": True}}, TAUGHT], ids=str)
 def test_what_the_short_step_leaves_out_is_refused(params: dict, more: dict):
     with pytest.raises(UserError, match=f"without {next(iter(more))}"):
         build_module(params, StorybookBase, **more).check(TrainerOptions(max_steps=1))
@@ -71,7 +76,7 @@ def test_a_run_taken_up_is_the_run_that_never_stopped(workdir: Path):
 def test_it_is_taken_up_from_the_weights_alone(workdir: Path):
     words = ["--base", str(ROOT / "configs/storybook/base.yaml"), *SMALL, "trainer.max_steps=2"]
     (first,) = run_job(parse([*words, "name=first"]))
-    words += [f"base_parts.unet={first}", "model.params.learning_rate=0.0", "export.dtype=fp16"]
+    words += [f"base_parts.unet={first}", "model.params.trainable.learning_rate=0.0", "export.dtype=fp16"]
     (again,) = run_job(parse([*words, "name=again"]))
     whole, part = load_file(first), load_file(again)
     assert [name for name in whole if not torch.equal(whole[name], part[name])] == []

@@ -12,7 +12,7 @@ from ldm.errors import UserError
 from ldm.models.conditioning import Conditioning
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.techniques import Reference
-from tests.factories import build_module
+from tests.factories import TAUGHT, build_module
 from tests.training.conftest import state_of
 
 
@@ -55,7 +55,7 @@ def noise_of(config: dict, batch: dict, **settings: object) -> Tensor:
 
 def test_a_loras_teacher_is_the_network_without_its_factors(tiny_config, tiny_networks, batch):
     lora = {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}
-    taught = build(tiny_config, tiny_networks, objective={"prior_target": "teacher"}, lora=lora)
+    taught = build(tiny_config, tiny_networks, **TAUGHT, trainable={"lora": lora})
     copied = Reference(taught.networks["unet"], taught.networks["text_encoder"])
     taught.setup("fit")
     for factors in taught.lora.parameters():
@@ -130,7 +130,7 @@ def test_text_encoder_learns_for_its_first_steps_alone(job, tmp_path):
     """As long as it learns the run is the one in which it learns on; then it stays, and the UNet does not."""
     key = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
     unet = "model.diffusion_model.out.2.weight"
-    job(tmp_path / "stops", params={"text_encoder_steps": 2}, checkpoints_kept=9)
+    job(tmp_path / "stops", params={"trainable": {"text_encoder_steps": 2}}, checkpoints_kept=9)
     job(tmp_path / "learns", checkpoints_kept=9)
     stops, learns = (
         [state_of(tmp_path / name, step)["state_dict"] for step in (2, 3, 4)] for name in ("stops", "learns")
@@ -145,9 +145,8 @@ def test_a_new_word_is_learned_and_kept_in_its_own_file(job, tmp_path, alone):
     node = {"word": "<my-disc>", "init": "disc", "learning_rate": 0.1}
     learned_token = {"target": "ldm.training.techniques.LearnedToken", "params": node}
     job.identifier = "<my-disc>"
-    params = {"learned_token": learned_token} | (
-        {"train_unet": False, "train_text_encoder": False} if alone else {}
-    )
+    networks = {"unet": not alone, "text_encoder": not alone}
+    params = {"trainable": {"learned_token": learned_token, **networks}}
     module = job(tmp_path / "run", params=params)
     text_encoder = module.cond_stage_model
     vectors, begun = text_encoder.learned_tokens["<my-disc>"], text_encoder.token_embedding_of("disc")
