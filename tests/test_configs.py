@@ -122,4 +122,4 @@ def test_a_key_that_has_moved_is_refused_with_its_new_place():
             parse(["--base", str(MAIN), f"model.params.{moved}"])
         else:
             with pytest.raises(UserError, match=re.escape(f"(model.params.{moved}")):
-                parse(["--base", str(MAIN), f"model.params.{moved}={{a: 1}}"])
+                parse(["--base", str(MAIN), f"model.params.{moved}={{a: x}}"])

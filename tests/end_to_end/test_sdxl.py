@@ -1,6 +1,7 @@
 """A tiny Stable Diffusion XL with random weights through the whole of main.py."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ldm.checkpoints.load import open_model
-from ldm.training.job import run_job
+from ldm.errors import UserError
+from ldm.training.job import plan, run_job
 from ldm.training.options import parse
 from scripts import convert, sample
 from tests.families import tiny_sdxl
@@ -23,11 +25,17 @@ LORA = ["name=lora", "model.params.trainable.lora.target=ldm.models.lora.LoRA"]
 LORA += ["model.params.trainable.lora.params.rank=2"]
 
 
+@pytest.fixture(scope="module")
+def base(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The single file; the folder of diffusers that it is made from is `diffusers` beside it."""
+    folder = tmp_path_factory.mktemp("base") / "diffusers"
+    tiny_sdxl.saved(tiny_sdxl.pipeline(tiny_tokenizer), folder, tiny_tokenizer)
+    return convert.main(convert.parse([str(folder), str(folder.with_name("xl.safetensors"))]))
+
+
 @pytest.fixture
-def job(workdir: Path, tiny_tokenizer: Path, subject_folder: Path) -> list[str]:
+def job(workdir: Path, base: Path, subject_folder: Path) -> list[str]:
     """Command-line arguments of a job of 2 steps, photos of several sizes, prior images of its own."""
-    folder = tiny_sdxl.saved(tiny_sdxl.pipeline(tiny_tokenizer), workdir / "diffusers", tiny_tokenizer)
-    base = convert.main(convert.parse([str(folder), str(workdir / "xl.safetensors")]))
     config = {
         "name": "tiny",
         "seed": 5,
@@ -64,17 +72,11 @@ def job(workdir: Path, tiny_tokenizer: Path, subject_folder: Path) -> list[str]:
     return ["--base", "tiny.yaml"]
 
 
-def opened(path: str) -> StableDiffusionXLPipeline:
-    return StableDiffusionXLPipeline.from_single_file(
-        path, config="diffusers", local_files_only=True, add_watermarker=False
-    )
-
-
-def test_full_training_and_what_it_leaves(job: list[str]):
+def test_full_training_and_what_it_leaves(job: list[str], base: Path):
     assert all(path.exists() for path in run_job(parse(job)))
-    base, trained = load_file("xl.safetensors"), load_file("logs/tiny/model.safetensors")
-    assert trained.keys() == base.keys()
-    moved = {name for name in trained if not torch.equal(trained[name], base[name])}
+    before, trained = load_file(base), load_file("logs/tiny/model.safetensors")
+    assert trained.keys() == before.keys()
+    moved = {name for name in trained if not torch.equal(trained[name], before[name])}
     assert not any(name.startswith("first_stage_model.") for name in moved)
     first = {name for name in moved if name.startswith("conditioner.embedders.0.")}
     unused = ("layers.2.", "final_layer_norm")  # nothing depends on them
@@ -82,8 +84,11 @@ def test_full_training_and_what_it_leaves(job: list[str]):
     for part in ("label_emb.0.0", "embedders.1.model.text_projection", "resblocks.3.", "input_blocks.3.1."):
         assert any(part in name for name in moved), part
     assert json.loads(Path("logs/tiny/metrics.json").read_text())["prior_images"] == 2
-    projection = opened("logs/tiny/model.safetensors").text_encoder_2.text_projection.weight
-    assert torch.equal(projection, trained["conditioner.embedders.1.model.text_projection"].T)
+    read = StableDiffusionXLPipeline.from_single_file(
+        "logs/tiny/model.safetensors", config=str(base.with_name("diffusers")), local_files_only=True
+    )
+    projection = trained["conditioner.embedders.1.model.text_projection"]
+    assert torch.equal(read.text_encoder_2.text_projection.weight, projection.T)
 
     run_job(parse([*job, "name=stopped", "trainer.max_steps=1"]))
     run_job(parse([*job, "name=stopped"]), "logs/stopped", allow_config_change=True)
@@ -118,3 +123,26 @@ def test_a_lora_and_a_new_word(job: list[str], monkeypatch: pytest.MonkeyPatch):
     assert np.abs(np.asarray(images[0], int) - np.asarray(images[1], int)).max() <= 1
     said = json.loads(images[0].text["dreambooth"])
     assert said["unconditional"] == "zeros" and said["crop"] == [3, 5] and said["original"] == [16, 16]
+
+
+def test_a_wrong_base_vae_or_size_is_refused_before_any_work(
+    job: list[str], base: Path, tiny_model_file: Path, caplog: pytest.LogCaptureFixture
+):
+    vae = base.parent / "vae"
+    if not vae.exists():
+        shutil.copytree(base.with_name("diffusers") / "vae", vae)
+        config = json.loads((vae / "config.json").read_text())
+        (vae / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.18215}))
+    for words, said in (
+        (
+            [f"base_checkpoint={tiny_model_file}"],
+            "of Stable Diffusion 1.x, but the config is of Stable",
+        ),
+        ([f"base_parts.vae={vae}"], "scales its latents by 0.18215, the model's by 0.13025"),
+        (["data.params.size=20"], "20 is not a multiple of 8"),
+        (["model.params.unet.params.adm_in_channels=1500"], "1500 is not the 1556 of"),
+        (["model.params.trainable.text_encoder_learning_rate={clip_l: 1}"], "Give one of clip_l"),
+    ):
+        with pytest.raises(UserError, match=said):
+            plan(parse([*job, *words]))
+    assert not Path("logs").exists() and "SDXL draws badly below 512 pixels" in caplog.text
