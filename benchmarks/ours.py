@@ -70,16 +70,14 @@ class Batches:
         shape = (batch, 2 * module.networks["vae"].embed_dim, side, side)
         self.half = batch // 2
         self.latent_stats = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-        self.is_prior = torch.tensor([False] * self.half + [True] * self.half)
         if torch.cuda.is_available():
             self.latent_stats = self.latent_stats.pin_memory()
-            self.is_prior = self.is_prior.pin_memory()
 
     def __getitem__(self, k: int) -> dict:
         return {
             "latent_stats": self.latent_stats,
             "caption": [SUBJECT] * self.half + [PRIOR] * self.half,
-            "is_prior": self.is_prior,
+            "stream": ["subject"] * self.half + ["prior"] * self.half,
             "item": torch.arange(k * self.half, (k + 1) * self.half).repeat(2),
         }
 

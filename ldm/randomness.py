@@ -37,8 +37,7 @@ StreamIds = Sequence[tuple[int, str]]  # (item number, part) of each item of a b
 
 def stream_ids(batch: dict) -> list[tuple[int, str]]:
     """(item number, stream) of each item of a batch, which identify its random numbers."""
-    streams = ("prior" if prior else "subject" for prior in batch["is_prior"].tolist())
-    return list(zip(batch["item"].tolist(), streams, strict=True))
+    return list(zip(batch["item"].tolist(), batch["stream"], strict=True))
 
 
 class ItemRNG:

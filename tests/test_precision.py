@@ -84,7 +84,7 @@ def test_drawing_leaves_a_training_run_as_it_was(tiny_config, tiny_networks, mix
     batch = {
         "latent_stats": torch.ones(2, 8, 8, 8),
         "caption": ["a dog", "a cat"],
-        "is_prior": torch.tensor([False, True]),
+        "stream": ["subject", "prior"],
         "item": torch.tensor([0, 0]),
     }
 

@@ -201,7 +201,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     def loader(self, *, rank: int = 0, world_size: int = 1, start_step: int = 0) -> DataLoader:
         """Batches: {"latent_stats" [B, 2z, h, w] or "image" [B, 3, H, W], "caption" list[str],
-        "is_prior" [B] bool, "item" [B] int64}, subject items before prior items."""
+        "stream" B of "subject" and "prior", "item" [B] int64}, subject items before prior items."""
         return self._loader(self._batches(rank=rank, world_size=world_size, start_step=start_step))
 
     def _rank(self) -> dict[str, int]:

@@ -28,7 +28,7 @@ from ldm.randomness import generator
 
 StreamName = Literal["subject", "prior"]
 Index = tuple[StreamName, int]  # (stream, item number)
-Item = dict[str, Tensor | str | bool | int]
+Item = dict[str, Tensor | str | int]
 VALIDATION_START = 2**32  # steps and items from here on are for validation; no run gets there
 
 
@@ -133,7 +133,7 @@ class Stream:
 
 class DreamBoothDataset(Dataset):
     """Index -> {"latent_stats" [2z, h, w] or "image" [3, H, W] in [-1, 1], "sizes" [6] (see
-    `TrainingView.sizes`), "caption", "is_prior", "item"}.
+    `TrainingView.sizes`), "caption", "stream", "item"}.
 
     online_priors: numbers of prior items -> latent stats [2z, h, w] of a new prior image for each.
     """
@@ -168,7 +168,7 @@ class DreamBoothDataset(Dataset):
             "latent_stats": latent_stats[item],
             "sizes": torch.tensor([size, size, 0, 0, size, size]),
         }
-        return {**generated, "caption": caption, "is_prior": True, "item": item}
+        return {**generated, "caption": caption, "stream": "prior", "item": item}
 
     def __getitem__(self, index: Index) -> Item:
         name, item = index
@@ -180,7 +180,7 @@ class DreamBoothDataset(Dataset):
             else {"latent_stats": self.latent_stats[view.key]}
         )
         shown["sizes"] = view.sizes()
-        return {**shown, "caption": stream.caption(item), "is_prior": name == "prior", "item": item}
+        return {**shown, "caption": stream.caption(item), "stream": name, "item": item}
 
 
 class ItemBatches(Sampler[list[Index]]):

@@ -31,7 +31,7 @@ class StorybookDataset(Dataset):
             "caption": caption(scene, seed=scene.seed, rare_word_share=self.rare_word_share),
             "labels": scene.labels(),
             "item": k,
-            "is_prior": False,
+            "stream": "subject",
         }
         if self.pictures:
             return item | {"image": to_tensor(draw(scene, size=self.size))}

@@ -29,7 +29,7 @@ PREFETCHED = 4  # batches that each worker prepares ahead
 class StorybookBatches(Dataset):
     """Batch n: images n * P ... of a seed, P = batch_size / captions_per_image, and their items.
 
-    {"image" [P, 3, 64, 64] uint8, "caption" B strings, "item" [B] int64, "is_prior" [B] all False}. Item k
+    {"image" [P, 3, 64, 64] uint8, "caption" B strings, "item" [B] int64, "stream" B times "subject"}. Item k
     has image k // captions_per_image with its own caption; the share `caption_dropout` of them is
     empty, which teaches the unconditional prediction of classifier-free guidance (Ho and Salimans 2022).
     `prepare` runs in the worker.
@@ -62,7 +62,7 @@ class StorybookBatches(Dataset):
             "image": images,
             "caption": [self.caption(k) for k in items.tolist()],
             "item": items,
-            "is_prior": torch.zeros(len(items), dtype=torch.bool),
+            "stream": ["subject"] * len(items),
         }
         return self.prepare(batch) if self.prepare else batch
 

@@ -1,7 +1,6 @@
 """DreamBooth's training step: `LatentDiffusion` holds the networks under the names of released files."""
 
 from collections.abc import Mapping, Sequence
-from itertools import compress
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -45,7 +44,7 @@ class LatentDiffusion(pl.LightningModule):
 
     Its state dict has the names of a Stable Diffusion file: `model.diffusion_model.*`, `first_stage_model.*`,
     `cond_stage_model.*`. A batch is a dict: "latent_stats" [B, 2C, h, w] or "image" [B, 3, H, W] in [-1, 1],
-    "caption" list of str, "is_prior" [B] bool, "item" [B] int64 (subject and prior items numbered apart).
+    "caption" list of str, "stream" list of "subject" and "prior", "item" [B] int64 (numbered in each stream).
 
     Args:
         unet, vae, text_encoder: nodes of the three networks.
@@ -175,7 +174,7 @@ class LatentDiffusion(pl.LightningModule):
             raise ValueError("call add_learned_token between loading the base and training")
         if self.objective.l2_sp_weight and stage == "fit":
             self._l2_sp = L2SP(self.parameters())
-        if self.objective.prior_target == "teacher" and stage == "fit":
+        if self.objective.needs_reference and stage == "fit":
             how = {"lora": self.lora, "precision": getattr(self._trainer, "precision", "32-true")}
             self._reference = Reference(self.model["diffusion_model"], self.cond_stage_model, **how)
 
@@ -197,10 +196,14 @@ class LatentDiffusion(pl.LightningModule):
                 kept.to(self.device)
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
-        """Adds what is read or drawn on the CPU while the items are there (see `sample_randomness`)."""
+        """Adds what is read or drawn on the CPU while the items are there.
+
+        See `sample_randomness` and `Objective.select`.
+        """
         stage = self.first_stage_model
         shape = latent_shape(batch, channels=stage.embed_dim, factor=stage.factor)
-        return batch | sample_randomness(batch, self.seed, shape, self.process)
+        drawn = sample_randomness(batch, self.seed, shape, self.process)
+        return batch | drawn | self.objective.select(batch)
 
     def apply_model(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """x: [B, C, h, w], t: [B], conditioning of B items -> the UNet's prediction [B, C, h, w]."""
@@ -220,10 +223,10 @@ class LatentDiffusion(pl.LightningModule):
         self._log_loss(batch, "val", batch_idx)
 
     def _log_loss(self, batch: dict, stage: str, batch_idx: int) -> Loss:
+        batch = self._prepared(batch)
         per_item = self.loss_per_item(batch)
         self.item_losses = per_item.detach()
-        is_prior = batch["is_prior"]
-        loss = self.objective.combine(per_item, {"subject": ~is_prior, "prior": is_prior})
+        loss = self.objective.combine(per_item, batch["stream_masks"])
         if stage == "val" or is_logged(self):
             values = loss.logs(stage)
             if stage == "train":
@@ -233,25 +236,34 @@ class LatentDiffusion(pl.LightningModule):
 
     def loss_per_item(self, batch: dict) -> Tensor:
         """Weighted denoising loss of each item -> [B] float32 (Ho et al. 2020, eq. 14)."""
-        if "randomness" not in batch:
-            batch = self.on_before_batch_transfer(batch, 0)
-        latent_stats = (
-            batch["latent_stats"] if "latent_stats" in batch else self.encode_images(batch["image"])
-        )
-        posterior = DiagonalGaussian.from_latent_stats(latent_stats.float())
+        batch = self._prepared(batch)
+        x0, t, noise = self.sample_latents(batch)
+        x_t = self.process.add_noise(x0, noise, t)
+        prediction = self.apply_model(x_t, t, self.condition(batch["caption"], batch.get("sizes")))
+        target = self.with_reference(self.process.target(x0, noise, t), batch, x_t, t)
+        return self.objective.per_item(self.process, prediction, target, t)
+
+    def sample_latents(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents of the items, timesteps and noise: [B, C, h, w], [B] int64, [B, C, h, w]."""
+        stats = batch["latent_stats"] if "latent_stats" in batch else self.encode_images(batch["image"])
+        posterior = DiagonalGaussian.from_latent_stats(stats.float())
         randomness = batch["randomness"].to(self.device, non_blocking=True)
-        timesteps, posterior_noise, noise = StepRandomness.views(randomness, posterior.mean.shape)
-        x0 = posterior.sample(posterior_noise)
-        noisy = self.process.add_noise(x0, noise, timesteps)
-        prediction = self.apply_model(noisy, timesteps, self.condition(batch["caption"], batch.get("sizes")))
-        target = self.process.target(x0, noise, timesteps)
-        prompts = list(compress(batch["caption"], (stream == "prior" for _, stream in batch["stream_ids"])))
-        if self._reference is not None and prompts:
-            rows = batch["prior_rows"].to(self.device, non_blocking=True)
-            sizes = batch["sizes"][rows] if "sizes" in batch else None
-            kept = self._reference.predict(noisy[rows], timesteps[rows], prompts, sizes)
-            target = target.index_copy(0, rows, kept.to(target))
-        return self.objective.per_item(self.process, prediction, target, timesteps)
+        t, posterior_noise, noise = StepRandomness.views(randomness, posterior.mean.shape)
+        return posterior.sample(posterior_noise), t, noise
+
+    def with_reference(self, target: Tensor, batch: dict, x_t: Tensor, t: Tensor) -> Tensor:
+        """The target [B, C, h, w], but the base's prediction for the items of streams that learn it."""
+        items = batch["reference_items"]
+        if self._reference is None or not items:
+            return target
+        rows = batch["reference_rows"].to(self.device, non_blocking=True)
+        sizes = batch["sizes"][rows] if "sizes" in batch else None
+        kept = self._reference.predict(x_t[rows], t[rows], [batch["caption"][k] for k in items], sizes)
+        return target.index_copy(0, rows, kept.to(target))
+
+    def _prepared(self, batch: dict) -> dict:
+        """A batch that no Trainer has handed over gets what it lacks."""
+        return batch if "stream_masks" in batch else self.on_before_batch_transfer(batch, 0)
 
     def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
         """Refuses a Trainer, or its options, with which this module cannot learn."""

@@ -112,7 +112,7 @@ def _copies_of_base(config: RunConfig, module: LatentDiffusion, data: DreamBooth
     networks = [module.networks[name] for name in ("unet", "text_encoder")]
     whole = sum(_size(network.parameters()) for network in networks)
     copies = whole * data.online_priors
-    if module.objective.prior_target == "teacher" and module.lora is None:
+    if module.objective.needs_reference and module.lora is None:
         layers = [layer for network in networks for layer in cast_by_autocast(network)]
         halved = _size(p for layer in layers for p in layer.parameters() if p.dtype == torch.float32) // 2
         copies += whole - (halved if config.trainer.precision in AUTOCAST else 0)

@@ -1,8 +1,9 @@
 """The objective: what a prediction is compared with, and how errors become one loss."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ldm.annotations import Builds, Node, NonNegativeFloat, PositiveFloat
@@ -36,6 +37,13 @@ class MinSNR:
         return min_snr_weights(process, t, gamma=self.gamma, floor=self.floor)
 
 
+class StreamLoss(NamedTuple):
+    """How the items of a stream count: the weight of their mean loss, and what they learn."""
+
+    weight: float
+    target: PriorTarget
+
+
 class Loss(NamedTuple):
     """total: scalar, the sum of the streams' means by their weights. streams: name -> mean of its items."""
 
@@ -67,10 +75,32 @@ class Objective:
         weighting: Annotated[Node, Builds(Weighting)] | None = None,
         l2_sp_weight: NonNegativeFloat = 0.0,
     ):
-        self.stream_weights = {"subject": 1.0, "prior": prior_loss_weight}
-        self.prior_target = prior_target
+        self.streams = {
+            "subject": StreamLoss(1.0, "noise"),
+            "prior": StreamLoss(prior_loss_weight, prior_target),
+        }
         self.weighting: Weighting | None = instantiate(weighting) if weighting else None
         self.l2_sp_weight = l2_sp_weight
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a stream learns what the base predicts."""
+        return any(stream.target == "teacher" for stream in self.streams.values())
+
+    def select(self, batch: dict) -> dict[str, Any]:
+        """Additions to a batch, made on the CPU: which items are whose, by "stream", the name of each.
+
+        "stream_masks": name -> [B] bool. "reference_rows" [R] int64 and "reference_items", a list of the same
+        numbers: the items whose target is the base's prediction. Raises KeyError for an unknown stream.
+        """
+        pinned, names = torch.cuda.is_available(), batch["stream"]
+        rows = [k for k, name in enumerate(names) if self.streams[name].target == "teacher"]
+        masks = {
+            stream: torch.tensor([name == stream for name in names], pin_memory=pinned)
+            for stream in self.streams
+        }
+        reference_rows = torch.tensor(rows, dtype=torch.int64, pin_memory=pinned)
+        return {"stream_masks": masks, "reference_rows": reference_rows, "reference_items": rows}
 
     def per_item(self, process: NoiseProcess, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
         """Weighted loss of each item. prediction, target: [B, C, h, w], t: [B] -> [B] float32."""
@@ -78,7 +108,10 @@ class Objective:
         losses = mean_per_item(error)
         return losses if self.weighting is None else losses * self.weighting(process, t)
 
-    def combine(self, per_item: Tensor, streams: Mapping[str, Tensor]) -> Loss:
-        """per_item: [B], already weighted. streams: name -> [B] bool, which items are its own."""
-        means = {name: mean_where(per_item, mask) for name, mask in streams.items()}
-        return Loss(sum(self.stream_weights[name] * mean for name, mean in means.items()), means)
+    def combine(self, per_item: Tensor, masks: Mapping[str, Tensor]) -> Loss:
+        """per_item: [B], already weighted. masks: name of a stream -> [B] bool, which items are its own."""
+        means = {
+            name: mean_where(per_item, mask.to(per_item.device, non_blocking=True))
+            for name, mask in masks.items()
+        }
+        return Loss(sum(self.streams[name].weight * mean for name, mean in means.items()), means)

@@ -38,18 +38,16 @@ def latent_shape(batch: dict, *, channels: int, factor: int) -> tuple[int, int, 
 def sample_randomness(batch: dict, seed: int, shape: Sequence[int], process: NoiseProcess) -> dict:
     """Additions to a batch, made on the CPU, so that the step never waits for the device.
 
-    "stream_ids" (see `stream_ids`), "prior_rows" [number of prior items] int64, and "randomness" [bytes]
-    uint8, the buffer of `StepRandomness`. The latter two are in pinned memory if there is a GPU.
+    "stream_ids" (see `stream_ids`), and "randomness" [bytes] uint8, the buffer of `StepRandomness`, which is
+    in pinned memory if there is a GPU.
 
     shape: (B, C, h, w) of the latents. process: it says how times and noise are distributed.
     """
     pinned, ids = torch.cuda.is_available(), stream_ids(batch)
-    rows = [row for row, (_, stream) in enumerate(ids) if stream == "prior"]
     size = 8 * shape[0] + 4 * 2 * prod(shape)
     buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
     views, rng = StepRandomness.views(buffer, shape), ItemRNG(seed, ids)
     process.sample_times(rng, views.timesteps)
     rng.randn("posterior", views.posterior)
     process.sample_noise(rng, views.noise)
-    prior_rows = torch.tensor(rows, dtype=torch.int64, pin_memory=pinned)
-    return {"stream_ids": ids, "prior_rows": prior_rows, "randomness": buffer}
+    return {"stream_ids": ids, "randomness": buffer}

@@ -24,7 +24,7 @@ class StorybookBase(LatentDiffusion):
         left_out = {
             "trainable.text_encoder": self.trainable.text_learns(self.networks),
             "trainable.learned_token": self.trainable.learned_token is not None,
-            "objective.prior_target": self.objective.prior_target != "noise",
+            "objective.prior_target": self.objective.needs_reference,
         }
         for key in (key for key, present in left_out.items() if present):
             what = f"The storybook's base is trained without {key}"
@@ -45,7 +45,7 @@ class StorybookBase(LatentDiffusion):
         rng.randn("posterior", posterior)
         self.process.sample_noise(rng, noise)
         self.process.sample_times(rng, timestep)
-        rest = {key: value for key, value in batch.items() if key != "caption"}
+        rest = {key: value for key, value in batch.items() if key != "caption"} | self.objective.select(batch)
         ids = self.cond_stage_model.tokenize(batch["caption"])
         return rest | {"ids": ids, "posterior": posterior, "noise": noise, "timestep": timestep}
 

@@ -117,7 +117,7 @@ def _check_family(module: LatentDiffusion, files: Mapping[str, Path], *, size: i
 
 def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
     """Refuses empty captions on the subject's photos without a teacher: they would train the subject."""
-    if data.priors_show_subject and module.objective.prior_target != "teacher":
+    if data.priors_show_subject and module.objective.streams["prior"].target != "teacher":
         what = "Without prior images, the empty prompt needs the teacher's prediction as its target"
         remedy = "Set model.params.objective.prior_target=teacher, or raise data.params.num_priors."
         raise UserError(what, where="prior_caption_dropout", remedy=remedy)

@@ -80,7 +80,7 @@ def items(data: DreamBoothDataModule, batches: int, **position) -> list[dict]:
 
 
 def by_number(rows: list[dict]) -> dict[tuple[bool, int], dict]:
-    numbered = {(bool(row["is_prior"]), int(row["item"])): row for row in rows}
+    numbered = {(row["stream"], int(row["item"])): row for row in rows}
     assert len(numbered) == len(rows), "an item came twice"
     return numbered
 
@@ -102,7 +102,7 @@ def test_what_a_batch_holds(folders):
         and batch["latent_stats"].dtype == torch.float32
     )
     assert batch["caption"] == ["a photo of sks dog"] * 3 + ["a photo of a dog"] * 2
-    assert batch["is_prior"].tolist() == [False] * 3 + [True] * 2 and batch["is_prior"].dtype == torch.bool
+    assert batch["stream"] == ["subject"] * 3 + ["prior"] * 2
     assert batch["item"].tolist() == [0, 1, 2, 0, 1] and batch["item"].dtype == torch.int64
 
     batch = next(iter(ready(**folders, batch_size=2, cache_latents=False).loader()))
@@ -267,7 +267,7 @@ def test_validation_items_never_change_and_never_train(folders):
     assert [b["item"].tolist() for b in first] == [b["item"].tolist() for b in again]
     assert all(torch.equal(b["latent_stats"], c["latent_stats"]) for b, c in zip(first, again, strict=True))
     assert len(first) == 3
-    assert all(b["is_prior"].tolist() == [False, False, True, True] for b in first)
+    assert all(b["stream"] == ["subject", "subject", "prior", "prior"] for b in first)
     assert min(int(b["item"].min()) for b in first) > 10**9
 
 
@@ -282,7 +282,7 @@ def test_item_numbers_follow_the_formula():
 def test_drawn_priors_are_used_straight_from_the_sampler(folders, drawn):
     data = ready(drawn, **folders | {"prior_root": None}, num_priors=6, batch_size=6)
     assert data.generates_priors
-    rows = [row for row in items(data, 2) if row["is_prior"]]
+    rows = [row for row in items(data, 2) if row["stream"] == "prior"]
     means = [row["latent_stats"][:3].unique().item() for row in rows]
     assert sorted(means[:6]) == sorted(means[6:]) == [0, 1, 2, 3, 4, 5]
     # No spread: sampling gives the latents back
@@ -291,7 +291,7 @@ def test_drawn_priors_are_used_straight_from_the_sampler(folders, drawn):
 
     uncached = ready(drawn, **folders | {"prior_root": None}, num_priors=6, cache_latents=False)
     pictures = [to_tensor(Image.open(drawn.image_path(i))) for i in range(6)]
-    images = [row["image"] for row in items(uncached, 6) if row["is_prior"]]
+    images = [row["image"] for row in items(uncached, 6) if row["stream"] == "prior"]
     assert all(any(torch.equal(image, picture) for picture in pictures) for image in images)  # never mirrored
 
 
@@ -311,7 +311,7 @@ def test_priors_of_another_prompt_or_size_are_never_used(folders, drawn, other):
 def test_training_without_priors(folders, without):
     data = ready(subject_root=folders["subject_root"], batch_size=2, **without)
     assert not data.generates_priors
-    assert not any(row["is_prior"] for row in items(data, 3))
+    assert not any(row["stream"] == "prior" for row in items(data, 3))
 
 
 def test_captions_beside_the_photos(folders):

@@ -20,8 +20,9 @@ def first_batches(count: int, *, start_step: int = 0, **options: object) -> list
 
 def assert_same(a: list[dict], b: list[dict]) -> None:
     for one, other in zip(a, b, strict=True):
-        assert one.keys() == other.keys() and one["caption"] == other["caption"]
-        for key in ("image", "item", "is_prior"):
+        assert one.keys() == other.keys()
+        assert (one["caption"], one["stream"]) == (other["caption"], other["stream"])
+        for key in ("image", "item"):
             assert torch.equal(one[key], other[key]), key
 
 

@@ -72,7 +72,7 @@ def test_the_weighting_of_the_page_weighs(
     batch = {
         "latent_stats": torch.rand(2, 8, 8, 8, generator=generator),
         "caption": ["a", "b"],
-        "is_prior": torch.tensor([False, True]),
+        "stream": ["subject", "prior"],
         "item": torch.tensor([3, 4]),
     }
     batch = plain.on_before_batch_transfer(batch, 0)
@@ -82,3 +82,13 @@ def test_the_weighting_of_the_page_weighs(
         losses = [network.eval().loss_per_item(batch) for network in (module, plain)]
     torch.testing.assert_close(losses[0], losses[1] * (1 - alpha) ** 0.5)  # 1 / (1 + SNR) = 1 - alpha
     assert not torch.allclose(losses[0], losses[1])
+
+
+def test_every_config_of_the_page_is_one(mine: Path):
+    blocks = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) > 1
+    for block in blocks:
+        (mine / "block.yaml").write_text(block)
+        config = parse(["--base", "configs/dreambooth.yaml", "block.yaml", "--allow", "mine"])
+        params = config.model["params"]
+        assert OmegaConf.merge(params, OmegaConf.create(block).model.params) == params

@@ -28,7 +28,7 @@ def batch() -> dict:
     return {
         "latent_stats": latent_stats,
         "caption": ["a photo of sks disc"] * 2 + ["a photo of a disc"] * 2,
-        "is_prior": torch.tensor([False, False, True, True]),
+        "stream": ["subject", "subject", "prior", "prior"],
         "item": torch.tensor([4, 5, 4, 5]),
     }
 
@@ -39,7 +39,7 @@ def one_item(batch: dict, k: int) -> dict:
 
 def reference_loss(module: LatentDiffusion, batch: dict, k: int) -> Tensor:
     """The loss of item k, by hand."""
-    part, item = ("prior" if batch["is_prior"][k] else "subject"), int(batch["item"][k])
+    part, item = batch["stream"][k], int(batch["item"][k])
     draw = {p: randomness.generator(7, item, f"{part}/{p}") for p in ("posterior", "noise", "timestep")}
     mean, std = batch["latent_stats"][k].chunk(2)
     x0 = mean + std * torch.randn(mean.shape, generator=draw["posterior"])
@@ -60,7 +60,7 @@ def test_an_item_draws_the_same_alone_and_differs_between_the_parts(module: Late
     together = module.loss_per_item(batch)
     alone = torch.cat([module.loss_per_item(one_item(batch, k)) for k in range(4)])
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=0)
-    other_part = one_item(batch, 0) | {"is_prior": torch.tensor([True])}
+    other_part = one_item(batch, 0) | {"stream": ["prior"]}
     assert not torch.allclose(module.loss_per_item(other_part), together[:1], rtol=1e-3)
 
 

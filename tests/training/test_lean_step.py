@@ -33,7 +33,7 @@ def batch_of(first: int) -> dict:
     return {
         "latent_stats": torch.rand(3, 8, 8, 8, generator=generator),
         "caption": PROMPTS,
-        "is_prior": torch.tensor([False, True, False]),
+        "stream": ["subject", "prior", "subject"],
         "item": torch.arange(first, first + 3),
     }
 

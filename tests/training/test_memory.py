@@ -42,7 +42,7 @@ def step(module: LatentDiffusion) -> None:
     batch = {
         "latent_stats": torch.rand(2 * BATCH, 8, SIZE // 2, SIZE // 2),
         "caption": ["a photo of sks disc"] * BATCH + ["a photo of a disc"] * BATCH,
-        "is_prior": torch.tensor([False] * BATCH + [True] * BATCH),
+        "stream": ["subject"] * BATCH + ["prior"] * BATCH,
         "item": torch.arange(BATCH).repeat(2),
     }
     module.training_step(batch, 0).backward()

@@ -97,7 +97,7 @@ def test_computing_again_changes_no_bit(tiny_config: dict, tiny_networks: dict, 
         batch = {
             "latent_stats": torch.ones(2, 8, 8, 8),
             "caption": ["a photo of sks disc", "a photo of a disc"],
-            "is_prior": torch.tensor([False, True]),
+            "stream": ["subject", "prior"],
             "item": torch.tensor([1, 1]),
         }
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):

@@ -24,7 +24,7 @@ def batch() -> dict:
     return {
         "latent_stats": latent_stats,
         "caption": ["a photo of sks disc"] * 2 + ["a photo of a disc"] * 2,
-        "is_prior": torch.tensor([False, False, True, True]),
+        "stream": ["subject", "subject", "prior", "prior"],
         "item": torch.tensor([4, 5, 4, 5]),
     }
 
