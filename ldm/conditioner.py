@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ldm.families.sdxl.conditioning import size_vector
 from ldm.models.conditioning import Conditioning, TextEncoding, distinct, index_tensor
 from ldm.models.lora import LoRA, lora_off
 from ldm.models.text_encoder import CLIPTextEncoder
@@ -33,30 +34,35 @@ class Conditioner:
     ) -> Conditioning:
         """The conditioning of B items by their prompts; long ones are truncated.
 
-        Equal prompts are encoded once per call or, where the encoder is frozen, once until `forget`.
-        sizes: as in `conditioning`.
+        Equal prompts are encoded once per call or, where the encoder is frozen, once until `forget`. The
+        empty prompt is that of a dropped caption: SDXL's zeros. sizes: as in `conditioning`.
         """
         unique, rows = distinct(prompts)
         return self.conditioning(self._cached(unique) if frozen else self._encode(unique), rows, sizes)
 
-    def encode(self, texts: Sequence[str], batch_size: int, *, chunked: bool) -> dict[str, TextEncoding]:
+    def encode(
+        self, texts: Sequence[str | None], batch_size: int, *, chunked: bool
+    ) -> dict[str | None, TextEncoding]:
         """Encodes each distinct text once, without caches -> its context [1, N M, D], pooled [1, V].
 
         N is 1, or, if `chunked`, the number of the text's chunks, the first of which gives `pooled`;
-        otherwise long texts are truncated, with a warning.
+        otherwise long texts are truncated, with a warning. None is no text: SDXL's zeros, elsewhere as "".
         """
         unique, text_encoder = list(dict.fromkeys(texts)), self.text_encoder
         for text in [] if chunked else unique:
-            self._warn_if_truncated(text)
+            self._warn_if_truncated(text or "")
         ids = [
-            text_encoder.tokenize_chunks(text) if chunked else text_encoder.tokenize([text])
+            text_encoder.tokenize_chunks(text or "") if chunked else text_encoder.tokenize([text or ""])
             for text in unique
         ]
         batches = torch.cat(ids).to(text_encoder.device).split(batch_size)
         with lora_off(*self.without):
             encoding = TextEncoding.cat([text_encoder.encode(batch) for batch in batches])
         chunks = encoding.split([len(own) for own in ids])
-        return {text: own.joined() for text, own in zip(unique, chunks, strict=True)}
+        found = {text: own.joined() for text, own in zip(unique, chunks, strict=True)}
+        if None in found and text_encoder.unconditional is None:
+            found[None] = found[None].zeroed()
+        return found
 
     def conditioning(
         self, encoding: TextEncoding, prompt_index: Sequence[int] | None, sizes: Tensor | None = None
@@ -64,7 +70,7 @@ class Conditioner:
         """The conditioning of B items. prompt_index: [B], which of the P encoded ones each has; None: B = P.
 
         sizes: [B, 6], original height and width, top and left of the crop, target height and width. Where the
-        text encoder gives `pooled`, an item's vector is that of its prompt with these six numbers after it.
+        text encoder gives `pooled`, an item's vector is that of its prompt with these six numbers' sinusoids.
         """
         if encoding.pooled is None:
             return Conditioning.of(encoding.context, prompt_index)
@@ -73,8 +79,7 @@ class Conditioner:
         pooled = encoding.pooled
         if prompt_index is not None:
             pooled = pooled.index_select(0, index_tensor(prompt_index, pooled.device))
-        vector = torch.cat([pooled, sizes.to(pooled)], dim=1)
-        return Conditioning.of(encoding.context, prompt_index, vector=vector)
+        return Conditioning.of(encoding.context, prompt_index, vector=size_vector(pooled, sizes))
 
     def forget(self) -> None:
         """Empties the caches; to be called when weights, tokens or the device change outside a step."""
@@ -105,7 +110,12 @@ class Conditioner:
     def _encode(self, prompts: list[str]) -> TextEncoding:
         """Distinct prompts -> their encodings."""
         with lora_off(*self.without):
-            return self.text_encoder.encode(self.ids_of(prompts))
+            encoding = self.text_encoder.encode(self.ids_of(prompts))
+        if "" in prompts and self.text_encoder.unconditional is None:
+            each = encoding.split([1] * len(prompts))
+            pairs = zip(prompts, each, strict=True)
+            return TextEncoding.cat([own if prompt else own.zeroed() for prompt, own in pairs])
+        return encoding
 
     def _warn_if_truncated(self, text: str) -> None:
         cut = None if text in self._warned else self.text_encoder.truncated_tail(text)

@@ -12,6 +12,7 @@ from ldm.cuda_graph import GraphedPrediction, plain_prediction
 from ldm.diffusion.guidance import ConditionalDenoise
 from ldm.diffusion.process import Level, NoiseProcess
 from ldm.errors import UserError
+from ldm.families.sdxl.conditioning import Sizes
 from ldm.models.conditioning import TextEncoding
 from ldm.models.lora import LoRA, lora_off
 from ldm.models.text_encoder import CLIPTextEncoder
@@ -49,22 +50,25 @@ class Denoiser:
     def networks(self) -> tuple[nn.Module, nn.Module]:
         return self.unet, self.text_encoder
 
-    def encode(self, texts: Sequence[str], batch_size: int, *, chunked: bool) -> dict[str, TextEncoding]:
+    def encode(
+        self, texts: Sequence[str | None], batch_size: int, *, chunked: bool
+    ) -> dict[str | None, TextEncoding]:
         """As `Conditioner.encode`, in the UNet's device and dtype."""
         encodings = self.conditioner.encode(texts, batch_size, chunked=chunked)
         return {text: encoding.to(*placement(self.unet)) for text, encoding in encodings.items()}
 
     def conditioned(
-        self, encodings: Sequence[TextEncoding], levels: Sequence[Level]
+        self, encodings: Sequence[TextEncoding], levels: Sequence[Level], sizes: Sizes | None = None
     ) -> tuple[ConditionalDenoise, list[int]]:
         """B encodings of a prompt -> a denoiser by indices of the distinct ones, and the B indices.
 
         Encodings are distinct if they are different objects. levels: of all predictions; what depends only on
-        them and on the prompts is computed here, once.
+        them and on the prompts is computed here, once. sizes: of all items, where the UNet takes a vector.
         """
         unique = list({id(encoding): encoding for encoding in encodings}.values())
         number = {id(encoding): i for i, encoding in enumerate(unique)}
-        told = self.conditioner.conditioning(TextEncoding.cat(unique), range(len(unique)))
+        numbers = None if sizes is None else torch.tensor([sizes.numbers()] * len(unique))
+        told = self.conditioner.conditioning(TextEncoding.cat(unique), range(len(unique)), numbers)
         with lora_off(*self.without):
             prepared = self.unet.prepare(told, torch.tensor([level.t for level in levels]))
         return partial(self._denoise, prepared), [number[id(encoding)] for encoding in encodings]
@@ -87,6 +91,7 @@ def require_same_kind(model: Denoiser, base: Denoiser) -> None:
             "latent channels": unet.in_channels,
             "channels at the first level": unet.model_channels,
             "context width": unet.context_dim,
+            "vector's width": unet.adm_in_channels,
         }
 
     ours, theirs = kind(model), kind(base)
@@ -97,15 +102,16 @@ def require_same_kind(model: Denoiser, base: Denoiser) -> None:
         raise UserError(what, where="guidance_base", remedy="Name the model that this one was tuned from.")
 
 
-def filler(encodings: Mapping[str, TextEncoding]) -> Callable[[str, int], TextEncoding]:
+def filler(encodings: Mapping[str | None, TextEncoding]) -> Callable[[str | None, int], TextEncoding]:
     """-> a function: text, length in tokens -> its encoding, with a context [1, length, D].
 
-    It is padded by empty chunks, as by AUTOMATIC1111. encodings: those of `Denoiser.encode`, including "".
+    It is padded by empty chunks, as by AUTOMATIC1111; None, which is no text, by itself. encodings: those of
+    `Denoiser.encode`, including "".
     """
 
     @cache
-    def filled(text: str, length: int) -> TextEncoding:
-        own, empty = encodings[text].context, encodings[""].context
+    def filled(text: str | None, length: int) -> TextEncoding:
+        own, empty = encodings[text].context, encodings["" if text is not None else None].context
         missing = (length - own.shape[1]) // empty.shape[1]
         return encodings[text]._replace(context=torch.cat([own, *[empty] * missing], dim=1))
 

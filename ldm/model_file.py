@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoints.embedding import embeddings_beside, read_embedding
+from ldm.checkpoints.embedding import Embeddings, embeddings_beside, read_embedding
 from ldm.checkpoints.layout import PREFIXES
 from ldm.checkpoints.load import Model, check_fit, file_hash, init_on_meta, load_state_dicts, open_model
 from ldm.checkpoints.lora import merge_lora, read_lora
@@ -17,6 +17,7 @@ from ldm.denoiser import Denoiser
 from ldm.diffusion.process import DiscreteDiffusion, NoiseProcess
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
+from ldm.families.sdxl.family import SDXL
 from ldm.models.lora import LoRA
 
 SCHEDULE = ("beta_schedule", "linear_start", "linear_end", "timesteps", "zero_terminal_snr")
@@ -53,6 +54,8 @@ class ModelFile:
         )
         with init_on_meta():
             self.networks = {name: instantiate(params[name]).to(dtype) for name in names}
+        if self.model.family is SDXL and dtype == torch.float16 and "vae" in self.networks:
+            self.networks["vae"].float()  # float16 overflows in it
         if self.model.tokenizer is not None and config is None:
             self.networks["text_encoder"].tokenizer_name = str(self.model.tokenizer)
 
@@ -70,13 +73,19 @@ class ModelFile:
         for file, weight in loras:
             state_dicts = merge_lora(state_dicts, read_lora(file, state_dicts), weight=weight)
         load_state_dicts(self.networks, state_dicts, where=self.path, device=self.device)
-        tokens = [*self.model.learned_tokens.items()]
+        tokens = [(self.path, word, vectors) for word, vectors in self.model.learned_tokens.items()]
         for file in [*_own_embeddings(self.path), *embeddings]:
-            tokens += read_embedding(file).items()
-        for word, vectors in tokens:
-            self.networks["text_encoder"].add_token(word, vectors, new=False)
+            tokens += [(file, word, vectors) for word, vectors in read_embedding(file).items()]
+        for file, word, vectors in tokens:
+            self._add_token(word, vectors, where=file)
         for network in self.networks.values():
             network.eval().to(self.device).requires_grad_(False)
+
+    def _add_token(self, word: str, vectors: Embeddings, *, where: Path) -> None:
+        try:
+            self.networks["text_encoder"].add_token(word, vectors, new=False)
+        except UserError as error:
+            raise UserError(error.what, where=where, remedy=error.remedy) from error
 
     def attach(self, loras: Sequence[tuple[Path, float]]) -> list[LoRA]:
         """Attaches LoRA files to the filled networks at their weights: not merged, they can be off."""

@@ -24,12 +24,13 @@ from ldm.diffusion.process import Level, NoiseProcess
 from ldm.diffusion.samplers import DEFAULT_SPACING, ENDS_CLEAN, SAMPLERS, Callback, ddim
 from ldm.diffusion.schedule import Spacing
 from ldm.errors import UserError
+from ldm.families.sdxl.conditioning import Sizes
 from ldm.model_file import ModelFile
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.conditioning import TextEncoding
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
-from ldm.precision import Precision, autocast_for
+from ldm.precision import Precision, autocast_for, vae_precision
 from ldm.randomness import randn
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class Text2Image:
         prompts: str | Sequence[str],
         *,
         seeds: Sequence[int] | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         steps: int = 50,
         guidance_scale: float = 7.5,
         eta: float = 0.0,
@@ -130,6 +131,7 @@ class Text2Image:
         spacing: Spacing | None = None,
         height: int | None = None,
         width: int | None = None,
+        sizes: Sizes | None = None,
         init_image: Image.Image | None = None,
         strength: float = 0.75,
         long_prompts: bool = False,
@@ -140,19 +142,21 @@ class Text2Image:
     ) -> list[Sample]:
         """One sample for each prompt and its seed (0, 1, ...), or of one string for each seed, in batches.
 
-        `spacing` None: what suits the sampler. `init_image`: of img2img, cropped, for the last `strength` of
-        the steps. `long_prompts`: encode in chunks. `progress`: a bar, or a callable that gets step counts.
+        `negative_prompt` None: SDXL's zeros, else "". `spacing` None: as suits the sampler. `sizes`: told to
+        SDXL. `init_image`: of img2img, for the last `strength` of the steps. `long_prompts`: encode in
+        chunks. `progress`: a bar, or a callable that gets step counts.
         """
-        prompts, seeds = _checked(prompts, seeds, sampler=sampler, eta=eta, batch_size=batch_size)
+        prompts, seeds, sample = _checked(prompts, seeds, sampler=sampler, eta=eta, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
         levels = self._levels(sampler, steps, spacing, None if init_image is None else strength)
         with self._eval(precision), _heard(progress, total=len(prompts) * (len(levels) - 1)) as tell:
-            sample = partial(ddim, eta=eta) if sampler == "ddim" else SAMPLERS[sampler]
-            negative = None if guidance_scale == 1 else negative_prompt
+            told = Sizes.told(sizes, *(n * self.vae.factor for n in shape[1:]), to=self.unet)
+            how = (levels, guidance_scale, batched_guidance, told)
+            negative = () if guidance_scale == 1 else (self.negative(negative_prompt),)
             pairs = self._encodings(prompts, negative, batch_size, chunked=long_prompts)
             initial = None if init_image is None else self._posterior(init_image, shape)
             for batch in _batches([encoding.context.shape[1] for encoding, _ in pairs], batch_size):
-                denoise = self._guided([pairs[i] for i in batch], levels, guidance_scale, batched_guidance)
+                denoise = self._guided([pairs[i] for i in batch], *how)
                 noise = partial(self._noise, shape, [seeds[i] for i in batch])
                 x = sample(denoise, self._start(noise, initial, levels), levels, noise=noise, callback=tell)
                 samples |= zip(batch, zip(self._decode(x), _outside(x), strict=True), strict=True)
@@ -184,27 +188,30 @@ class Text2Image:
             raise UserError(what, remedy=f"Choose from {1 / steps:.2g} to 1.")
         return levels[-kept - 1 :]
 
+    def negative(self, prompt: str | None) -> str | None:
+        """The text of the unconditional prediction; None is SDXL's zeros, elsewhere the empty prompt."""
+        return self.text_encoder.unconditional if prompt is None else prompt
+
     def _encodings(
-        self, prompts: Sequence[str], negative_prompt: str | None, batch_size: int, *, chunked: bool
+        self, prompts: Sequence[str], negative: Sequence[str | None], batch_size: int, *, chunked: bool
     ) -> list[tuple[TextEncoding, TextEncoding | None]]:
         """The encoding of each prompt, and of the negative prompt, if any, beside it: contexts [1, N M, D].
 
-        N is 1 or, `chunked`, as many chunks as the longer one has.
+        negative: it alone, or nothing. N is 1 or, `chunked`, as many chunks as the longer one has.
         """
         model, base = self.denoiser, self.guidance_base
-        if negative_prompt is None:
+        if not negative:
             own = model.encode(prompts, batch_size, chunked=chunked)
             return [(own[prompt], None) for prompt in prompts]
-        negative = [negative_prompt, ""]
         own = model.encode([*([] if base else negative), "", *prompts], batch_size, chunked=chunked)
-        others = base.encode(negative, batch_size, chunked=chunked) if base else own
+        others = base.encode([*negative, ""], batch_size, chunked=chunked) if base else own
         fill = filler(own)
         fill_negative = filler(others) if base else fill
         tokens = {text: encoding.context.shape[1] for text, encoding in own.items()}
-        least = others[negative_prompt].context.shape[1]
+        least = others[negative[0]].context.shape[1]
         lengths = [max(tokens[prompt], least) for prompt in prompts]
         return [
-            (fill(prompt, n), fill_negative(negative_prompt, n))
+            (fill(prompt, n), fill_negative(negative[0], n))
             for prompt, n in zip(prompts, lengths, strict=True)
         ]
 
@@ -214,19 +221,20 @@ class Text2Image:
         levels: Sequence[Level],
         guidance_scale: float,
         batched: bool,
+        sizes: Sizes | None,
     ) -> Denoise:
         """B pairs of encodings -> a denoiser of B latents at these levels, but for the end."""
         levels = levels[:-1]
         prompts, negative = map(list, zip(*pairs, strict=True))
         guide = partial(classifier_free_guidance, guidance_scale=guidance_scale, batched=batched)
         if negative[0] is None:
-            denoise, numbers = self.denoiser.conditioned(prompts, levels)
+            denoise, numbers = self.denoiser.conditioned(prompts, levels, sizes)
             return guide(denoise, numbers, [])
         if self.guidance_base is None:
-            denoise, numbers = self.denoiser.conditioned([*negative, *prompts], levels)
+            denoise, numbers = self.denoiser.conditioned([*negative, *prompts], levels, sizes)
             return guide(denoise, numbers[len(pairs) :], numbers[: len(pairs)])
-        base, unconditional = self.guidance_base.conditioned(negative, levels)
-        denoise, numbers = self.denoiser.conditioned(prompts, levels)
+        base, unconditional = self.guidance_base.conditioned(negative, levels, sizes)
+        denoise, numbers = self.denoiser.conditioned(prompts, levels, sizes)
         return guide(denoise, numbers, unconditional, base=base)
 
     def _posterior(self, image: Image.Image, shape: Sequence[int]) -> DiagonalGaussian:
@@ -234,7 +242,8 @@ class Text2Image:
         factor = self.vae.factor
         image = ImageOps.fit(image.convert("RGB"), (shape[2] * factor, shape[1] * factor), Image.LANCZOS)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0) / 127.5 - 1
-        latent_stats = self.vae.encode(pixels.to(*placement(self.vae))).latent_stats.float()
+        with vae_precision(self.unet, placement(self.vae)[0]):
+            latent_stats = self.vae.encode(pixels.to(*placement(self.vae))).latent_stats.float()
         return DiagonalGaussian.from_latent_stats(latent_stats.to(placement(self.unet)[0]))
 
     def _start(
@@ -253,7 +262,8 @@ class Text2Image:
     def _decode(self, latents: Tensor) -> list[Image.Image]:
         """[B, C, h, w] -> B images, decoded one by one: batches take more memory and no less time."""
         place = placement(self.vae)
-        pixels = torch.cat([self.vae.decode(one.to(*place)).float() for one in latents.split(1)])
+        with vae_precision(self.unet, placement(self.vae)[0]):
+            pixels = torch.cat([self.vae.decode(one.to(*place)).float() for one in latents.split(1)])
         if not pixels.isfinite().all():
             log.warning("An image has values that are not finite: try fp32 or bf16")
         levels = ((pixels.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -286,8 +296,11 @@ def find_model(path: Path | None = None) -> Path:
 
 def _checked(
     prompts: str | Sequence[str], seeds: Sequence[int] | None, *, sampler: str, eta: float, batch_size: int
-) -> tuple[Sequence[str], Sequence[int]]:
-    """Prompts and seeds as they are meant: a string is one prompt for all seeds, which count from 0."""
+) -> tuple[Sequence[str], Sequence[int], Callable[..., Tensor]]:
+    """Prompts and seeds as they are meant, and the sampler.
+
+    A string is one prompt for all seeds, which count from 0.
+    """
     if isinstance(prompts, str):
         prompts = [prompts] * (1 if seeds is None else len(seeds))
     seeds = range(len(prompts)) if seeds is None else seeds
@@ -303,7 +316,7 @@ def _checked(
         raise UserError(f"eta {eta} is impossible", remedy="Choose from 0 to 1.")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is impossible", remedy="Choose 1 or more.")
-    return prompts, seeds
+    return prompts, seeds, partial(ddim, eta=eta) if sampler == "ddim" else SAMPLERS[sampler]
 
 
 @contextmanager

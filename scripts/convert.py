@@ -26,6 +26,7 @@ from ldm.checkpoints.shards import INDEX, write_shards
 from ldm.config import load_config, to_container
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
+from ldm.families.sdxl.family import encoder_params
 from ldm.model_file import check_model
 from ldm.models.text_encoder import load_tokenizer
 
@@ -74,7 +75,7 @@ def main(options: argparse.Namespace) -> Path:
         print(save_embedding(embeddings_beside(options.target), word, vectors, metadata={}))
     size = model.size(model.config["parameterization"])
     if to_folder:
-        name = options.tokenizer or model.config["text_encoder"]["params"]["tokenizer"]
+        name = options.tokenizer or encoder_params(model.config["text_encoder"]["params"])[0]["tokenizer"]
         folder = load_tokenizer(name).name_or_path
         return save_folder(
             options.target, model.state_dicts, config=model.config, tokenizer=folder, size=size, dtype=dtype
@@ -84,7 +85,7 @@ def main(options: argparse.Namespace) -> Path:
     metadata = file_metadata(model.config, title=options.source.stem, size=size) | dict(model.metadata)
     if sharded:
         parts = {name: cast_tensors(part, dtype) for name, part in model.state_dicts.items()}
-        tensors = join(parts, alphas_cumprod)
+        tensors = join(parts, alphas_cumprod, v_prediction=model.config["parameterization"] == "v")
         max_bytes = options.max_file_mib * 2**20
         return write_shards(options.target, tensors, max_bytes=max_bytes, metadata=metadata)[-1]
     return save_model(

@@ -38,8 +38,9 @@ def main(config: RunConfig) -> Path:
     set_matmul_precision(config.matmul_precision)
     module.to(device_of(trainer))
     sampling = config.priors
-    priors = prior_set(data, sampling, base_sha256=base_hash, device=module.device)
     pipeline = text2image(module, size=data.size)
+    about = {"device": module.device, "unconditional": pipeline.text_encoder.unconditional}
+    priors = prior_set(data, sampling, base_sha256=base_hash, **about)
     missing = generate_priors(pipeline, priors, data.num_priors, batch_size=sampling.batch_size)
     if distributed.rank() == 0:
         print(f"{missing} generated, {data.num_priors - missing} were there")

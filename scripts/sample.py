@@ -23,12 +23,14 @@ from ldm.data.prompts import read_prompts
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import SPACINGS
 from ldm.errors import UserError
+from ldm.families.sdxl.conditioning import Sizes
 from ldm.models.text_encoder import find_words
 from ldm.pipeline import Text2Image, find_model
 from ldm.precision import resolve_precision
 from ldm.training.device import keep_freed_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+SIZES = {"original_size": ("HEIGHT", "WIDTH"), "crop": ("TOP", "LEFT"), "target_size": ("HEIGHT", "WIDTH")}
 SETTINGS = ("negative_prompt", "steps", "guidance_scale", "sampler", "spacing", "eta", "height", "width")
 
 
@@ -53,12 +55,16 @@ def parse() -> argparse.Namespace:
     add("--vae", type=Path, metavar="FILE", help="a VAE in place of the model's: a file or diffusers folder")
     add("--n", type=int, default=4, help="images of each prompt")
     add("--seed", type=int, default=23, help="image i of a prompt has the seed + i")
-    add("--negative_prompt", default="", metavar="TEXT", help="what the images should not show")
+    add(
+        "--negative_prompt",
+        metavar="TEXT",
+        help="what the images should not show; None: zeros, or for SD empty",
+    )
     add("--steps", type=int, help="sampling steps; None: as for the samples of the model's run, else 50")
     add(
         "--guidance_scale",
         type=float,
-        help="1: no guidance; None: as for the samples of the model's run, else 7.5",
+        help="1: no guidance; None: as for the samples of the model's run, else 7.5, or 5 for SDXL",
     )
     add("--sampler", choices=SAMPLERS, help="None: as for the samples of the model's run, else ddim")
     add(
@@ -74,6 +80,14 @@ def parse() -> argparse.Namespace:
     )
     add("--height", type=int, help="pixels; None: as in training")
     add("--width", type=int, help="pixels; None: as in training")
+    for name, what in SIZES.items():
+        add(
+            f"--{name}",
+            type=int,
+            nargs=2,
+            metavar=what,
+            help="pixels that SDXL is told; None: as of the image",
+        )
     add("--init_image", type=Path, help="image to start from instead of noise, cropped to the size")
     add("--strength", type=float, default=0.75, help="share of the steps that change it, up to 1")
     add("--long_prompts", action="store_true", help="encode all of a long prompt, in chunks of 75 tokens")
@@ -108,6 +122,14 @@ def check_embeddings(files: Sequence[Path], prompts: Sequence[str]) -> None:
             raise UserError(what, where=file, remedy="Write it into a prompt, as a word of its own.")
 
 
+def sizes_of(options: argparse.Namespace, pipeline: Text2Image, *, height: int, width: int) -> Sizes | None:
+    """What SDXL is told of the images: what the options say, else what is usual; None for other models."""
+    usual = Sizes.of_sample(height, width)
+    given = [getattr(options, name) for name in SIZES]
+    sizes = Sizes(*(tuple(own or other) for own, other in zip(given, usual, strict=True)))
+    return Sizes.told(sizes if any(given) else None, height, width, to=pipeline.unet)
+
+
 def name_of(path: Path) -> str:
     """Name of a model: its file's, or its run's."""
     return path.resolve().parent.name if path.stem == "model" else path.stem
@@ -120,25 +142,32 @@ def main(options: argparse.Namespace) -> None:
     path, precision = find_model(options.model), resolve_precision(options.precision, options.device)
     print(f"model: {path}")
     config = to_container(load_config([options.config])) if options.config else None
-    said = open_model(path, vae=options.vae, config=config).metadata
-    words = taught_words(said)
+    model = open_model(path, vae=options.vae, config=config)
+    words = taught_words(model.metadata)
     words |= {name: getattr(options, name) for name in words if getattr(options, name)}
     prompts = options.prompt + (read_prompts(options.prompts, **words) if options.prompts else [])
     init_image = load_image(options.init_image) if options.init_image else None
-    check_embeddings(options.embedding, [*prompts, options.negative_prompt])
+    check_embeddings(options.embedding, [*prompts, options.negative_prompt or ""])
     loras = [weighted(word) for word in options.lora]
     base = find_model(options.guidance_base) if options.guidance_base else None
     added = {"loras": loras, "embeddings": options.embedding, "guidance_base": base, "vae": options.vae}
     place = {"device": options.device, "dtype": DTYPES[precision]}
     pipeline = Text2Image.from_file(path, config=config, **place, **added)
     settings = {name: getattr(options, name) for name in SETTINGS}
-    settings |= {name: usual for name, usual in sampling_defaults(said).items() if settings[name] is None}
+    usual = sampling_defaults(model.metadata, model.family)
+    settings |= {name: value for name, value in usual.items() if settings[name] is None}
     settings |= {side: pipeline.default_size for side in ("height", "width") if settings[side] is None}
+    settings["negative_prompt"] = pipeline.negative(settings["negative_prompt"])
     about = settings | {"model": name_of(path), "model_hash": pipeline.model_hash, "precision": precision}
     if init_image:
         settings["strength"] = options.strength
         about |= {"strength": options.strength, "init_image": options.init_image.name}
-    settings |= {"init_image": init_image, "long_prompts": options.long_prompts}
+    sizes = sizes_of(options, pipeline, height=settings["height"], width=settings["width"])
+    if sizes is not None:
+        about |= sizes._asdict() | {
+            "unconditional": "zeros" if about["negative_prompt"] is None else "prompt"
+        }
+    settings |= {"init_image": init_image, "long_prompts": options.long_prompts, "sizes": sizes}
     about |= {"lora": options.lora} if loras else {}
     about |= {"vae": options.vae.name, "vae_hash": file_hash(options.vae)} if options.vae else {}
     if base:

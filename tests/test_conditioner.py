@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ldm.conditioner import Conditioner
 from ldm.models.conditioning import Conditioning, TextEncoding, distinct
+from ldm.models.unet import timestep_embedding
 
 PROMPTS = ["a dog", "a red cat", "a dog", ""]
 
@@ -18,6 +19,8 @@ class Pooling(nn.Module):
         self.inner = text_encoder
         self.tokenize, self.tokenize_chunks = text_encoder.tokenize, text_encoder.tokenize_chunks
         self.device = text_encoder.device
+        self.unconditional = ""
+        self.truncated_tail = text_encoder.truncated_tail
 
     def encode(self, ids: Tensor) -> TextEncoding:
         context = self.inner(ids)
@@ -65,10 +68,26 @@ def test_a_vector_is_the_prompts_with_the_items_sizes(tiny_networks: dict[str, n
     conditioner, sizes = Conditioner(text_encoder), torch.arange(24).reshape(4, 6)
     for _ in range(2):
         told = conditioner(PROMPTS, sizes, frozen=frozen)
-        assert told.vector.shape == (4, 32 + 6) and torch.equal(told.vector[:, 32:], sizes.float())
+        numbers = timestep_embedding(sizes.flatten(), 256).reshape(4, 6 * 256)
+        assert told.vector.shape == (4, 32 + 6 * 256) and torch.equal(told.vector[:, 32:], numbers)
         own = torch.stack([text_encoder.encode(text_encoder.tokenize([p])).pooled[0] for p in PROMPTS])
         torch.testing.assert_close(told.vector[:, :32], own)
     long = conditioner.encode(["a red cat " * 9], 2, chunked=True)["a red cat " * 9]
     torch.testing.assert_close(long.pooled[0], long.context[0, :32].mean(0))
     with pytest.raises(ValueError, match="sizes"):
         conditioner(PROMPTS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_prompt_is_zeros_where_the_encoder_says_so(tiny_networks: dict[str, nn.Module], frozen: bool):
+    """A dropped caption in training, and None in sampling; there the empty prompt is encoded."""
+    text_encoder = Pooling(tiny_networks["text_encoder"])
+    text_encoder.unconditional = None
+    conditioner, sizes = Conditioner(text_encoder), torch.ones(4, 6)
+    for _ in range(2):
+        told = conditioner(PROMPTS, sizes, frozen=frozen)
+        assert not told.context[-1].any() and not told.vector[-1, :32].any() and told.vector[-1, 32:].any()
+        assert told.context[:-1].abs().sum((1, 2)).all()
+    found = conditioner.encode([None, "", "a dog"], 2, chunked=False)
+    assert not found[None].context.any() and not found[None].pooled.any() and found[""].context.any()

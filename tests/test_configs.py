@@ -64,7 +64,11 @@ def test_the_job_is_set_up_as_its_base_was_trained():
 
 @pytest.mark.parametrize(
     ("name", "unet", "text_encoder"),
-    [("sd1", 859_520_964, 123_060_480), ("sd2", 865_910_724, 352_984_064)],
+    [
+        ("sd1", 859_520_964, 123_060_480),
+        ("sd2", 865_910_724, 352_984_064),
+        ("sdxl", 2_567_463_684, 123_060_480 + 694_659_840),
+    ],
 )
 def test_stable_diffusion_has_its_released_size(name, unet, text_encoder):
     config = to_container(load_config([CONFIGS / f"dreambooth-{name}.yaml"]))
@@ -72,10 +76,10 @@ def test_stable_diffusion_has_its_released_size(name, unet, text_encoder):
         networks = instantiate(config["model"]).networks
     counts = {part: sum(p.numel() for p in network.parameters()) for part, network in networks.items()}
     assert counts == {"unet": unet, "vae": 83_653_863, "text_encoder": text_encoder}
-    assert config["data"]["params"]["size"] == {"sd1": 512, "sd2": 768}[name]
+    assert config["data"]["params"]["size"] == {"sd1": 512, "sd2": 768, "sdxl": 1024}[name]
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2"])
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
 def test_each_value_of_stable_diffusion_is_commented(name):
     lines = [line for path in included(CONFIGS / f"dreambooth-{name}.yaml") for line in lines_of(path)]
     values = [line for line in lines if ": " in line and not line.lstrip().startswith("#")]
@@ -107,10 +111,11 @@ def test_configs_of_runs_hold_only_what_differs():
 @pytest.mark.parametrize(
     ("path", "digest"),
     [
-        ("dreambooth.yaml", "c5f33d79c609ab0f"),
-        ("dreambooth-sd1.yaml", "dda7a76ed02ec4dc"),
-        ("dreambooth-sd2.yaml", "c68098da6c0dc971"),
-        ("storybook/base.yaml", "07525ff8e30cc2dd"),
+        ("dreambooth.yaml", "8ddef52f70cf9bfa"),
+        ("dreambooth-sd1.yaml", "b7455e80db74dd0b"),
+        ("dreambooth-sd2.yaml", "30be3de45e2b64df"),
+        ("dreambooth-sdxl.yaml", "ada6bf01687a0bc1"),
+        ("storybook/base.yaml", "b39e9744f900818b"),
         ("storybook/text_encoder.yaml", "881e82b2e8beb98d"),
     ],
 )
@@ -120,7 +125,7 @@ def test_a_config_of_parts_says_what_it_said_in_one_piece(path: str, digest: str
     assert hashlib.sha256(merged.encode()).hexdigest()[:16] == digest, merged
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2"])
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
 def test_the_flags_of_the_command_line_reach_their_keys(name):
     path = str(CONFIGS / f"dreambooth-{name}.yaml")
     flags = ["--actual_resume", "sd.ckpt", "--data_root", "mine", "--class_word", "cat"]
@@ -156,4 +161,4 @@ def test_a_key_that_has_moved_is_refused_with_its_new_place():
             parse(["--base", str(MAIN), f"model.params.{moved}"])
         else:
             with pytest.raises(UserError, match=re.escape(f"(model.params.{moved}")):
-                parse(["--base", str(MAIN), f"model.params.{moved}={{a: 1}}"])
+                parse(["--base", str(MAIN), f"model.params.{moved}={{a: x}}"])

@@ -118,7 +118,7 @@ def test_zero_terminal_snr_begins_in_noise_alone(tiny_networks, monkeypatch):
 def test_noise_comes_from_the_pictures_own_seed(pipeline, monkeypatch):
     """A network that sees no noise leaves x_T scaled, and the step noise added to it."""
     monkeypatch.setattr(
-        pipeline.unet, "forward", lambda x, t, context, rows: torch.zeros(len(rows), *x.shape[1:])
+        pipeline.unet, "forward", lambda x, t, told: torch.zeros(told.conditioning.items, *x.shape[1:])
     )
     alphas = pipeline.process.alphas_cumprod
 

@@ -10,9 +10,8 @@ from ldm.errors import UserError
 
 Config = Mapping[str, Any]
 VERSION = "0.30.0"  # the oldest diffusers that understands all that is written here
-UNET_FIXED = {  # the same in all UNets of Stable Diffusion 1.x and 2.x
+UNET_FIXED = {  # the same in all UNets of Stable Diffusion 1.x, 2.x and XL
     "act_fn": "silu",
-    "addition_embed_type": None,
     "center_input_sample": False,
     "class_embed_type": None,
     "conv_in_kernel": 3,
@@ -31,6 +30,8 @@ UNET_FIXED = {  # the same in all UNets of Stable Diffusion 1.x and 2.x
     "time_cond_proj_dim": None,
     "time_embedding_type": "positional",
 }
+VECTOR = "text_time"  # the vector beside the timestep: pooled text, and numbers that become sinusoids of
+NUMBER_WIDTH = 256
 VAE_FIXED = {
     "act_fn": "silu",
     "mid_block_add_attention": True,
@@ -47,7 +48,11 @@ log = logging.getLogger(__name__)
 
 def unet_params(config: Config, *, where: Path) -> dict[str, Any]:
     """unet/config.json -> the params of `UNetModel`."""
-    _check(config, UNET_FIXED, where)
+    vector = config.get("addition_embed_type")
+    fixed = {"addition_embed_type": vector if vector == VECTOR else None}
+    if vector == VECTOR:
+        fixed["addition_time_embed_dim"] = NUMBER_WIDTH
+    _check(config, UNET_FIXED | fixed, where)
     widths, kinds = config["block_out_channels"], config["down_block_types"]
     if unknown := set(kinds) - set(BLOCKS.values()):
         raise UserError(f"The UNet has blocks of another architecture ({', '.join(unknown)})", where=where)
@@ -62,6 +67,7 @@ def unet_params(config: Config, *, where: Path) -> dict[str, Any]:
         "transformer_depth": config.get("transformer_layers_per_block", 1),
         "use_linear_in_transformer": config.get("use_linear_projection", False),
         "num_groups": config.get("norm_num_groups", 32),
+        **({"adm_in_channels": config["projection_class_embeddings_input_dim"]} if vector else {}),
     } | _heads(config, widths, where)
 
 
@@ -82,29 +88,38 @@ def unet_config(params: Config, *, size: int, factor: int) -> dict[str, Any]:
     """The params of `UNetModel` -> unet/config.json. size: in pixels. factor: pixels per latent cell."""
     widths = [params["model_channels"] * mult for mult in params["channel_mult"]]
     attends = [2**level in params["attention_resolutions"] for level in range(len(widths))]
-    head_width = params["num_head_channels"]
+    head_width, vector = params["num_head_channels"], params.get("adm_in_channels")
+    about = {"addition_embed_type": None}
+    if vector is not None:
+        about = {"addition_embed_type": VECTOR, "addition_time_embed_dim": NUMBER_WIDTH}
+        about["projection_class_embeddings_input_dim"] = vector
     heads = [width // head_width for width in widths] if head_width else params["num_heads"]
-    return UNET_FIXED | {
-        "_class_name": "UNet2DConditionModel",
-        "_diffusers_version": VERSION,
-        "attention_head_dim": heads,
-        "block_out_channels": widths,
-        "cross_attention_dim": params["context_dim"],
-        "down_block_types": [BLOCKS[attending] for attending in attends],
-        "in_channels": params["in_channels"],
-        "layers_per_block": params["num_res_blocks"],
-        "norm_num_groups": params["num_groups"],
-        "out_channels": params["out_channels"],
-        "sample_size": size // factor,
-        "transformer_layers_per_block": params["transformer_depth"],
-        "up_block_types": [UP_BLOCKS[attending] for attending in reversed(attends)],
-        "use_linear_projection": params["use_linear_in_transformer"],
-    }
+    return (
+        UNET_FIXED
+        | about
+        | {
+            "_class_name": "UNet2DConditionModel",
+            "_diffusers_version": VERSION,
+            "attention_head_dim": heads,
+            "block_out_channels": widths,
+            "cross_attention_dim": params["context_dim"],
+            "down_block_types": [BLOCKS[attending] for attending in attends],
+            "in_channels": params["in_channels"],
+            "layers_per_block": params["num_res_blocks"],
+            "norm_num_groups": params["num_groups"],
+            "out_channels": params["out_channels"],
+            "sample_size": size // factor,
+            "transformer_layers_per_block": params["transformer_depth"],
+            "up_block_types": [UP_BLOCKS[attending] for attending in reversed(attends)],
+            "use_linear_projection": params["use_linear_in_transformer"],
+        }
+    )
 
 
 def autoencoder_params(config: Config, *, where: Path) -> dict[str, Any]:
     """vae/config.json -> the params of `AutoencoderKL`."""
-    _check(config, VAE_FIXED | {"shift_factor": None}, where)
+    unscaled = {"shift_factor": None, "latents_mean": None, "latents_std": None}
+    _check(config, VAE_FIXED | unscaled, where)
     widths = config["block_out_channels"]
     return {
         "in_channels": config["in_channels"],
@@ -140,7 +155,7 @@ def autoencoder_config(params: Config, *, size: int) -> dict[str, Any]:
 
 
 def text_encoder_params(config: Config, *, tokenizer: Path | None) -> dict[str, Any]:
-    """text_encoder/config.json -> the params of `CLIPTextEncoder`, with the last layer as context."""
+    """config.json of a text encoder -> the params of `CLIPTextEncoder`, with the last layer as context."""
     clip = config["vocab_size"] == CLIP_VOCABULARY
     eos = CLIP_EOS if clip else config["eos_token_id"]
     pad = None if tokenizer is None else _pad_token_id(tokenizer)
@@ -161,9 +176,10 @@ def text_encoder_params(config: Config, *, tokenizer: Path | None) -> dict[str, 
 
 
 def text_encoder_config(params: Config) -> dict[str, Any]:
-    """The params of `CLIPTextEncoder` -> text_encoder/config.json."""
+    """The params of `CLIPTextEncoder` -> config.json of a text encoder."""
+    projection = params.get("projection_dim")
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModel" if projection is None else "CLIPTextModelWithProjection"],
         "attention_dropout": 0.0,
         "bos_token_id": params["bos_token_id"],
         "eos_token_id": params["eos_token_id"],
@@ -176,7 +192,7 @@ def text_encoder_config(params: Config) -> dict[str, Any]:
         "num_attention_heads": params["num_attention_heads"],
         "num_hidden_layers": params["num_hidden_layers"] - (params["layer"] == "penultimate"),
         "pad_token_id": params["eos_token_id"] if params["pad_token_id"] is None else params["pad_token_id"],
-        "projection_dim": params["hidden_size"],
+        "projection_dim": projection or params["hidden_size"],
         "vocab_size": params["vocab_size"],
     }
 
@@ -202,6 +218,13 @@ def schedule_params(config: Config, *, where: Path) -> dict[str, Any]:
         "zero_terminal_snr": zero,
         "parameterization": predictions[prediction],
     }
+
+
+def distilled_scheduler(config: Config) -> str | None:
+    """What in a scheduler's config tells of a model that was distilled to few steps; None: nothing does."""
+    kind = str(config.get("_class_name", ""))
+    trailing = config.get("timestep_spacing") == "trailing" and not config.get("rescale_betas_zero_snr")
+    return kind if kind.startswith(("LCM", "TCD")) or (trailing and "Ancestral" in kind) else None
 
 
 def schedule_config(config: Config) -> dict[str, Any]:
@@ -252,4 +275,4 @@ def _check(config: Config, fixed: Config, where: Path) -> None:
     other = {key: config[key] for key, value in fixed.items() if key in config and config[key] != value}
     if other:
         said = ", ".join(f"{key} {value!r}" for key, value in other.items())
-        raise UserError(f"This is not Stable Diffusion 1.x or 2.x: its config says {said}", where=where)
+        raise UserError(f"This is not Stable Diffusion 1.x, 2.x or XL: its config says {said}", where=where)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoints.tensors import Lazy
+from ldm.lazy import Lazy
 
 RES_BLOCK = {
     "in_layers.0": "norm1",
@@ -36,6 +36,8 @@ def unet_table(params: Mapping[str, Any]) -> dict[str, str]:
     table = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
         "input_blocks.0.0": "conv_in",
         "middle_block.1": "mid_block.attentions.0",
         "out.0": "conv_norm_out",

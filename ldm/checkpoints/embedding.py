@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.checkpoints.tensors import is_plain, load_pickle, read_tensors
 from ldm.errors import UserError
+from ldm.families.sdxl.family import ENCODERS
 from ldm.files import atomic_write
 
 WORD = "ldm.word"  # key of the metadata: the word as it is in prompts
@@ -24,14 +25,21 @@ MOST_WORDS = 8  # a file with more tensors is not a textual inversion
 UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f]')  # what some file system refuses in a name
 
 
-def save_embedding(folder: str | Path, word: str, vectors: Tensor, *, metadata: Mapping[str, str]) -> Path:
-    """Writes the embeddings `vectors` [n, D] in float32 to a file named after the word -> its path."""
+Embeddings = Tensor | Mapping[str, Tensor]  # [n, D] of a word; SDXL's, {"clip_l": [n, D1], "clip_g": [n, D2]}
+
+
+def save_embedding(
+    folder: str | Path, word: str, vectors: Embeddings, *, metadata: Mapping[str, str]
+) -> Path:
+    """Writes the embeddings of a word in float32 to a file named after it -> its path."""
     path = Path(folder) / f"{file_stem(word)}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    key = word if len(vectors) == 1 else SEVERAL
+    if isinstance(vectors, Tensor):
+        vectors = {word if len(vectors) == 1 else SEVERAL: vectors}
+    tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in vectors.items()}
     about = {name: text for name, text in metadata.items() if name != "ldm.config"} | {WORD: word}
     with atomic_write(path) as temporary:
-        save_file({key: vectors.detach().float().cpu().contiguous()}, temporary, metadata=about)
+        save_file(tensors, temporary, metadata=about)
     return path
 
 
@@ -40,21 +48,23 @@ def embeddings_beside(model: Path) -> Path:
     return model.parent / "embeddings"
 
 
-def read_embedding(path: str | Path) -> dict[str, Tensor]:
-    """Word -> embeddings [n, D]. Raises UserError for a file that is not a textual inversion."""
+def read_embedding(path: str | Path) -> dict[str, Embeddings]:
+    """Word -> its embeddings. Raises UserError for a file that is not a textual inversion."""
     path = Path(path)
     if path.suffix in (".pt", ".bin"):
         held, name = _tensors(load_pickle(path, mapped=False)), None
     else:
         held, metadata = read_tensors(path)
         name = metadata.get(WORD)
-    if SDXL in held:
-        what = "This is an embedding of Stable Diffusion XL, for its two text encoders"
-        raise UserError(what, where=path, remedy="Use one of the model's own family.")
     fits = all(isinstance(key, str) and _is_embedding(held[key]) for key in held)
+    if SDXL in held and not (fits and held.keys() == set(ENCODERS)):
+        what = "This is an embedding of Stable Diffusion XL, but not for both of its text encoders"
+        raise UserError(what, where=path, remedy="It should hold clip_l and clip_g.")
     if not 0 < len(held) <= MOST_WORDS or not fits:
         remedy = "A LoRA goes to --lora, a whole model to --model."
         raise UserError("This is not a textual-inversion file", where=path, remedy=remedy)
+    if SDXL in held:
+        return {name or path.stem: {key: torch.atleast_2d(held[key]) for key in ENCODERS}}
     if len(held) == 1 and name is not None:
         return {name: torch.atleast_2d(next(iter(held.values())))}
     words = {path.stem if key in NAMELESS else key: torch.atleast_2d(held[key]) for key in held}

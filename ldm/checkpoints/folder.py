@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,23 @@ from torch import Tensor
 from ldm.checkpoints import diffusers_config as configs
 from ldm.checkpoints import diffusers_names as names
 from ldm.checkpoints.known import check_known, check_sizes
-from ldm.checkpoints.layout import OPENCLIP_REST, renamed
-from ldm.checkpoints.openclip import TEXT_MODEL, UNUSED, with_last_layer
+from ldm.checkpoints.layout import OPENCLIP_REST
 from ldm.checkpoints.shards import read_shards
-from ldm.checkpoints.tensors import Lazy, read_tensors
+from ldm.checkpoints.tensors import read_tensors
 from ldm.errors import UserError
+from ldm.families.sd.openclip import PROJECTION, UNUSED, with_last_layer
+from ldm.families.sdxl.family import ENCODERS
+from ldm.families.shapes import TEXT_MODEL
+from ldm.lazy import Lazy, renamed
 
 FOLDERS = ("unet", "vae", "text_encoder")
-REST_FILE = "openclip_rest.safetensors"  # our own, in text_encoder: tensors that diffusers leaves out
+REST_FILE = "openclip_rest.safetensors"  # our own, with a text encoder: tensors that diffusers leaves out
+PROJECTION_WEIGHT = f"{PROJECTION}.weight"  # of a linear layer [P, D]; OpenCLIP has the transpose
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+XL_PIPELINES = tuple(name.replace("Diffusion", "DiffusionXL") for name in PIPELINES)
+XL_TEXT = ("text_encoder", "text_encoder_2")  # folders of SDXL's two
 MOST_CELLS = 1000  # a side of the latents
 # What reading a config raises that lacks keys, or has values of other types
 UNUSABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, RecursionError)
@@ -36,6 +43,7 @@ class About:
     known: Mapping[str, Any]
     size: int | None
     tokenizer: Path | None
+    distilled: str | None = None  # what tells of a model for few steps
 
 
 def is_folder(path: Path) -> bool:
@@ -52,9 +60,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
 
 
 def _read(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
-    unet, vae, text_encoder = (read_json(folder / name / "config.json") for name in FOLDERS)
-    tokenizer = folder / "tokenizer" if (folder / "tokenizer" / "vocab.json").is_file() else None
-    known = {
+    unet, vae = (read_json(folder / name / "config.json") for name in ("unet", "vae"))
+    known: dict[str, Any] = {
         "unet": {"params": configs.unet_params(unet, where=folder / "unet")},
         "vae": {"params": configs.autoencoder_params(vae, where=folder / "vae")},
     }
@@ -65,26 +72,76 @@ def _read(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
     state_dicts: dict[str, Mapping[str, Tensor]] = {
         "unet": names.rename(read_weights(folder / "unet"), names.inverse(names.unet_table(unet_params))),
         "vae": names.reshape_vae_attention(vae_tensors, dims=4),
-        "text_encoder": _text_encoder(read_weights(folder / "text_encoder")),
     }
-    text = configs.text_encoder_params(text_encoder, tokenizer=tokenizer)
-    check_sizes(text, where=folder)
-    rest_file = folder / "text_encoder" / REST_FILE
-    if unet_params["use_linear_in_transformer"] or rest_file.exists():
-        rest = read_tensors(rest_file)[0] if rest_file.exists() else {}
-        layers = text["num_hidden_layers"] + 1
-        state_dicts["text_encoder"] = with_last_layer(state_dicts["text_encoder"], rest, layers=layers)
+    if "adm_in_channels" in unet_params:
+        text, state_dicts["text_encoder"], rest = _sdxl_text_encoders(folder)
+    else:
+        text, state_dicts["text_encoder"], rest = _sd_text_encoder(folder, unet_params)
+    if rest is not None:
         state_dicts[OPENCLIP_REST] = renamed(rest, {name: name for name in UNUSED if name in rest})
-        text |= {"num_hidden_layers": layers, "layer": "penultimate"}
     known["text_encoder"] = {"params": text}
-    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler, distilled = folder / "scheduler" / "scheduler_config.json", None
     if scheduler.exists():
-        known |= configs.schedule_params(read_json(scheduler), where=scheduler)
+        schedule = read_json(scheduler)
+        known |= configs.schedule_params(schedule, where=scheduler)
+        distilled = configs.distilled_scheduler(schedule)
     check_known(known, where=folder)
     cells = unet.get("sample_size")
     factor = 2 ** (len(vae_params["ch_mult"]) - 1)
     size = cells * factor if isinstance(cells, int) and 0 < cells < MOST_CELLS else None
-    return state_dicts, About(known, size, tokenizer)
+    return state_dicts, About(known, size, _tokenizer(folder), distilled)
+
+
+TextEncoder = tuple[
+    dict[str, Any], Mapping[str, Tensor], Mapping[str, Tensor] | None
+]  # params, tensors, rest
+
+
+def _sd_text_encoder(folder: Path, unet_params: Mapping[str, Any]) -> TextEncoder:
+    """SD 1.x's or 2.x's; in 2.x the folder lacks the last layer, unless this repo wrote the folder."""
+    own = folder / "text_encoder"
+    text = configs.text_encoder_params(read_json(own / "config.json"), tokenizer=_tokenizer(folder))
+    check_sizes(text, where=folder)
+    tensors, rest = _text_encoder(read_weights(own)), _rest(own)
+    if rest is None and not unet_params["use_linear_in_transformer"]:
+        return text, tensors, None
+    layers = text["num_hidden_layers"] + 1
+    tensors = with_last_layer(tensors, rest or {}, layers=layers)
+    return text | {"num_hidden_layers": layers, "layer": "penultimate"}, tensors, rest or {}
+
+
+def _sdxl_text_encoders(folder: Path) -> TextEncoder:
+    """Both of SDXL, under the names of `SDXLTextEncoders`."""
+    first, second = (read_weights(folder / name) for name in XL_TEXT)
+    if PROJECTION_WEIGHT not in second:
+        what = (
+            "The text encoders are swapped"
+            if PROJECTION_WEIGHT in first
+            else "text_encoder_2 has no projection"
+        )
+        raise UserError(what, where=folder, remedy="text_encoder is CLIP-L, text_encoder_2 OpenCLIP bigG.")
+    params, tensors = {}, {}
+    for (key, prefix), name, number in zip(ENCODERS.items(), XL_TEXT, ("", "_2"), strict=True):
+        tokenizer = _tokenizer(folder, number) or _tokenizer(folder)
+        own = configs.text_encoder_params(read_json(folder / name / "config.json"), tokenizer=tokenizer)
+        check_sizes(own, where=folder / name)
+        if _tokenizer(folder) is not None:  # the second has "!" as a token apart, for its padding
+            own["tokenizer"] = str(_tokenizer(folder))
+        params[key] = {"params": own | {"layer": "penultimate_hidden"}}
+        held = _text_encoder(second if number else first)
+        tensors |= {prefix + n: partial(held.__getitem__, n) for n in held}
+    tensors[ENCODERS["clip_g"] + PROJECTION] = lambda: second[PROJECTION_WEIGHT].T.contiguous()
+    return params, Lazy(tensors), _rest(folder / XL_TEXT[1]) or {}
+
+
+def _tokenizer(folder: Path, number: str = "") -> Path | None:
+    path = folder / f"tokenizer{number}"
+    return path if (path / "vocab.json").is_file() else None
+
+
+def _rest(folder: Path) -> Mapping[str, Tensor] | None:
+    path = folder / REST_FILE
+    return read_tensors(path)[0] if path.exists() else None
 
 
 def read_weights(folder: Path) -> Mapping[str, Tensor]:
@@ -123,14 +180,21 @@ def _check(folder: Path) -> None:
     """Raises UserError for a folder of another pipeline, or an incomplete one."""
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
     kind = index.get("_class_name", PIPELINES[0])
-    if kind not in PIPELINES:
-        what = f"This is the folder of a {kind}, not of Stable Diffusion 1.x or 2.x"
+    if kind not in PIPELINES + XL_PIPELINES:
+        what = f"This is the folder of a {kind}, not of Stable Diffusion 1.x, 2.x or XL"
         raise UserError(what, where=folder)
+    xl = kind in XL_PIPELINES
+    if xl and (index.get("requires_aesthetics_score") or index.get("text_encoder") == [None, None]):
+        remedy = "Use the folder of the base model."
+        raise UserError(
+            "This is the folder of the refiner of Stable Diffusion XL", where=folder, remedy=remedy
+        )
     if not index and (folder / "config.json").exists():
         kind = read_json(folder / "config.json").get("_class_name", "network")
         what = f"This is the folder of one network ({kind})"
         raise UserError(what, where=folder, remedy="Name the folder that holds unet, vae and text_encoder.")
-    missing = [name for name in FOLDERS if not (folder / name / "config.json").is_file()]
+    wanted = FOLDERS + XL_TEXT[1:] if xl else FOLDERS
+    missing = [name for name in wanted if not (folder / name / "config.json").is_file()]
     if missing:
         what = f"The diffusers folder is incomplete: {', '.join(missing)} with its config.json is missing"
         raise UserError(what, where=folder, remedy="Download the whole folder.")
@@ -154,5 +218,5 @@ def _rank(path: Path) -> tuple[bool, int, str] | None:
 
 def _text_encoder(tensors: Mapping[str, Tensor]) -> Lazy:
     """transformers' names, which up to version 4 begin with `text_model.`, -> those of `CLIPTextEncoder`."""
-    own = [n for n in tensors if not n.endswith("position_ids") and n != "text_projection.weight"]
+    own = [n for n in tensors if not n.endswith("position_ids") and n != PROJECTION_WEIGHT]
     return renamed(tensors, {TEXT_MODEL + name.removeprefix("text_model."): name for name in own})

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.families.sdxl.family import ENCODERS
 
 CONFIG, SIZE, TRAINING = "ldm.config", "ldm.size", "ldm.training"  # keys of our metadata
 NETWORKS = ("unet", "vae", "text_encoder")
@@ -56,7 +57,7 @@ PARAMS: dict[str, dict[str, Check]] = {  # params of networks that shapes do not
     "text_encoder": {
         "num_attention_heads": whole(1, 1024),
         "hidden_act": one_of("quick_gelu", "gelu"),
-        "layer": one_of("last", "penultimate"),
+        "layer": one_of("last", "penultimate", "penultimate_hidden"),
         "tokenizer": TEXT,
         "bos_token_id": TOKEN,
         "eos_token_id": TOKEN,
@@ -78,6 +79,10 @@ MULTIPLES: Check = (
     lambda value: isinstance(value, list) and 0 < len(value) <= 16 and all(map(whole(1, 64)[0], value)),
     "a list of whole numbers",
 )
+DEPTHS: Check = (
+    lambda value: whole(1, 64)[0](value) or MULTIPLES[0](value),
+    "a whole number from 1 to 64, or a list of them",
+)
 SIZES: dict[str, Check] = {  # params that shapes determine, where a config states them before they are seen
     "model_channels": WIDTH,
     "context_dim": WIDTH,
@@ -88,7 +93,9 @@ SIZES: dict[str, Check] = {  # params that shapes determine, where a config stat
     "ch": WIDTH,
     "z_channels": WIDTH,
     "num_res_blocks": whole(1, 64),
-    "transformer_depth": whole(1, 64),
+    "transformer_depth": DEPTHS,
+    "adm_in_channels": WIDTH,
+    "projection_dim": WIDTH,
     "hidden_size": WIDTH,
     "intermediate_size": WIDTH,
     "vocab_size": whole(1, 2**20),
@@ -129,13 +136,19 @@ def read_json_object(metadata: Mapping[str, str], key: str, *, where: object) ->
 def check_known(known: Mapping[str, Any], *, where: object) -> None:
     """Raises UserError for a node that is none, or a value of another type or out of its range."""
     for network in NETWORKS:
-        node = known.get(network)
-        params = node.get("params") if isinstance(node, dict) else node
-        if not isinstance(node, dict | None) or not isinstance(params, dict | None):
-            what = f"`{network}` is no node of a network, a mapping with `params`"
-            raise UserError(what, where=where, remedy=INSTEAD)
-        _check_values(params or {}, PARAMS[network], f"{network}.params.", where=where)
+        _check_node(known.get(network), network, PARAMS[network], where=where)
     _check_values(known, SCHEDULE, "", where=where)
+
+
+def _check_node(node: Any, key: str, checks: Mapping[str, Check], *, where: object) -> None:
+    params = node.get("params") if isinstance(node, dict) else node
+    if not isinstance(node, dict | None) or not isinstance(params, dict | None):
+        what = f"`{key}` is no node of a network, a mapping with `params`"
+        raise UserError(what, where=where, remedy=INSTEAD)
+    _check_values(params or {}, checks, f"{key}.params.", where=where)
+    for inner in ENCODERS:
+        if inner in (params or {}):
+            _check_node(params[inner], f"{key}.params.{inner}", checks, where=where)
 
 
 def check_sizes(params: Mapping[str, Any], *, where: object) -> None:

@@ -2,22 +2,26 @@
 
 A file is a flat state dict. `split` divides it into the state dicts of the three networks, `join` puts them
 together again, with all else that other tools expect to find in the file. The modules have SD's names inside,
-so for SD 1.x files (CompVis) the table is three prefixes. Files of SD 2.x differ in the text encoder, see
-`openclip`; diffusers folders in all networks, see `diffusers_names`.
+so for SD 1.x files (CompVis) the table is three prefixes. Files of SD 2.x and SDXL differ in the text
+encoder, see `ldm.families`; diffusers folders in all networks, see `diffusers_names`.
 """
 
 import logging
 from collections.abc import Iterable, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from ldm.checkpoints.ema import EMA_PREFIX, dotted
 from ldm.checkpoints.lora_names import other_adapter
-from ldm.checkpoints.openclip import TEXT_MODEL, from_openclip, to_openclip
-from ldm.checkpoints.tensors import Lazy
 from ldm.errors import UserError
+from ldm.families.known import family_of
+from ldm.families.sd.family import SD2
+from ldm.families.sd.openclip import from_openclip, to_openclip
+from ldm.families.sdxl import layout as sdxl
+from ldm.families.sdxl.family import SDXL
+from ldm.families.shapes import TEXT_MODEL
+from ldm.lazy import prefixed, renamed
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -40,6 +44,7 @@ SCHEDULE_BUFFERS = (
     "posterior_mean_coef1",
     "posterior_mean_coef2",
 )
+UNUSED = (*SCHEDULE_BUFFERS, *sdxl.IGNORED, *sdxl.MARKS)
 POSITION_IDS = TEXT_MODEL + "embeddings.position_ids"
 POSITION_EMBEDDING = TEXT_MODEL + "embeddings.position_embedding.weight"
 OPENCLIP_PREFIX = PREFIXES["text_encoder"] + "model."
@@ -54,8 +59,6 @@ FOREIGN = {  # parts of names that only files of other models have
     "emb_params": "a textual inversion embedding",
     "emp_params": "a textual inversion embedding",
     "clip_g": "a textual inversion embedding of Stable Diffusion XL",
-    "conditioner.embedders.": "a Stable Diffusion XL model",
-    "label_emb.": "a Stable Diffusion XL or unCLIP UNet",
     "joint_blocks.": "a Stable Diffusion 3 model",
     "double_blocks.": "a Flux model",
     "control_model.": "a ControlNet",
@@ -64,6 +67,7 @@ FOREIGN = {  # parts of names that only files of other models have
     "model.layers.": "a language model",
     "depth_model.": "a Stable Diffusion 2 depth model",
 }
+VECTOR = "label_emb."  # of UNets with a vector beside the timestep: SDXL's and its relatives', unCLIP's
 PARTIAL = {  # parts of names in files that hold one network
     "down_blocks.": "one network of a diffusers folder",
     "encoder.down.": "an autoencoder (VAE) alone",
@@ -90,21 +94,24 @@ def split(state_dict: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
     """A file's state dict -> {"unet": {...}, "vae": {...}, "text_encoder": {...}} under the modules' names.
 
     Tensors are read when they are used. Left out is what `join` can compute and what only training needed:
-    schedule buffers, position ids, EMA weights, losses of the VAE. A file of SD 2.x also has OPENCLIP_REST.
+    schedule buffers, position ids, EMA weights, losses of the VAE. A file of SD 2.x or SDXL also has
+    OPENCLIP_REST.
     """
     tables: dict[str, dict[str, str]] = {network: {} for network in PREFIXES}  # own name -> the file's
-    openclip, stray = {}, []
+    openclip, encoders, stray = {}, {}, []  # SD 2.x's text encoder, SDXL's two, and what has no place
     for name in state_dict:
         network = next((network for network, prefix in PREFIXES.items() if name.startswith(prefix)), None)
         if name.startswith(OPENCLIP_PREFIX):
             openclip[name.removeprefix(OPENCLIP_PREFIX)] = name
+        elif name.startswith(sdxl.PREFIX):
+            encoders[name.removeprefix(sdxl.PREFIX)] = name
         elif network is not None:
             inner = _own_name(name.removeprefix(PREFIXES[network]))
-            if not inner.endswith(".position_ids") and not inner.startswith(NOT_WEIGHTS):
+            if not inner.endswith(".position_ids") and not is_no_weight(inner):
                 if inner in tables[network]:
                     raise UserError(f"`{name}` is in the file under two names")
                 tables[network][inner] = name
-        elif name not in SCHEDULE_BUFFERS and not name.startswith((EMA_PREFIX, RUN_LORA)):
+        elif name not in UNUSED and not name.startswith((EMA_PREFIX, RUN_LORA)):
             stray.append(name)
     if stray:
         logger.warning("Ignored %d tensors that belong to no network: %s", len(stray), ", ".join(stray[:3]))
@@ -113,42 +120,48 @@ def split(state_dict: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
     }
     if openclip:
         state_dicts["text_encoder"], state_dicts[OPENCLIP_REST] = from_openclip(renamed(state_dict, openclip))
+    if encoders:
+        found = sdxl.from_file(renamed(state_dict, encoders))
+        state_dicts["text_encoder"], state_dicts[OPENCLIP_REST] = found
     return state_dicts
 
 
-def renamed(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> Lazy:
-    """Tensors under other names. table: new name -> old."""
-    return Lazy({new: partial(tensors.__getitem__, old) for new, old in table.items()})
-
-
 def join(
-    state_dicts: Mapping[str, Mapping[str, Tensor]], alphas_cumprod: Tensor | None = None
+    state_dicts: Mapping[str, Mapping[str, Tensor]],
+    alphas_cumprod: Tensor | None = None,
+    *,
+    v_prediction: bool = False,
 ) -> dict[str, Tensor]:
     """State dicts of the networks -> one under SD's names, with what else a released file holds.
 
-    That is the 12 schedule buffers, given `alphas_cumprod` [T]; position ids (SD 1.x); OPENCLIP_REST (SD 2.x,
-    see `is_sd2`).
+    That is the 12 schedule buffers, given `alphas_cumprod` [T] (not SDXL's); position ids (SD 1.x and XL);
+    OPENCLIP_REST (SD 2.x and XL), see `ldm.families`; and the marks of SDXL's v-prediction.
     """
-    state_dicts = dict(state_dicts)
-    rest = state_dicts.pop(OPENCLIP_REST, {})
-    if is_sd2(state_dicts) and state_dicts.get("text_encoder"):
-        text_encoder = to_openclip(state_dicts["text_encoder"], rest)
-        state_dicts["text_encoder"] = {f"model.{name}": tensor for name, tensor in text_encoder.items()}
+    state_dicts, family = dict(state_dicts), family_of(state_dicts)
+    rest, text_encoder = state_dicts.pop(OPENCLIP_REST, {}), state_dicts.get("text_encoder")
+    if family is SD2 and text_encoder:
+        state_dicts["text_encoder"] = prefixed(to_openclip(text_encoder, rest), "model.")
+    if family is SDXL and text_encoder:
+        state_dicts["text_encoder"] = sdxl.to_file(text_encoder, rest)
+    prefixes = PREFIXES | {"text_encoder": family.text_prefix}
     joined = {
-        PREFIXES[network] + name: tensor
+        prefixes[network] + name: tensor
         for network, inner in state_dicts.items()
         for name, tensor in inner.items()
     }
+    if not family.has_schedule:
+        ends_in_noise = alphas_cumprod is not None and not alphas_cumprod[-1].any()
+        joined |= sdxl.marks(v_prediction=v_prediction, zero_terminal_snr=ends_in_noise)
+        alphas_cumprod = None
     positions = state_dicts.get("text_encoder", {}).get(POSITION_EMBEDDING)  # [M, D]
     if positions is not None:
         joined[PREFIXES["text_encoder"] + POSITION_IDS] = torch.arange(len(positions)).unsqueeze(0)
     return joined if alphas_cumprod is None else joined | schedule_buffers(alphas_cumprod)
 
 
-def is_sd2(state_dicts: Mapping[str, Mapping[str, Tensor]]) -> bool:
-    """Whether the UNet is of SD 2.x: its transformers begin with linear layers rather than convolutions."""
-    projection = state_dicts.get("unet", {}).get("middle_block.1.proj_in.weight")
-    return projection is not None and projection.ndim == 2
+def is_no_weight(inner: str) -> bool:
+    """Whether a name inside a network is of what only a run's checkpoint or a training has."""
+    return inner.startswith(NOT_WEIGHTS) or f".{LEARNED_TOKENS}" in inner
 
 
 def schedule_buffers(alphas_cumprod: Tensor) -> dict[str, Tensor]:
@@ -210,14 +223,19 @@ def check_not_quantized(names: Iterable[str]) -> None:
 
 
 def describe(names: Iterable[str]) -> str | None:
-    """What kind of model the names suggest; None for networks of Stable Diffusion 1.x or 2.x."""
+    """What kind of model the names suggest; None for networks of Stable Diffusion 1.x, 2.x or XL."""
     names = list(names)
 
     def first(signs: Mapping[str, str]) -> str | None:
         return next((what for sign, what in signs.items() if any(sign in name for name in names)), None)
 
     ours = any(name.startswith(prefix) for prefix in PREFIXES.values() for name in names)
-    return other_adapter(names) or first(FOREIGN) or (None if ours else first(PARTIAL) or "something else")
+    relative = sdxl.describe_relative(names)
+    vector = any(name.startswith(PREFIXES["unet"] + VECTOR) for name in names)
+    if vector and any(name.startswith((OPENCLIP_PREFIX, "embedder.")) for name in names):
+        relative = relative or "an unCLIP model"
+    other = other_adapter(names) or first(FOREIGN) or relative
+    return other or (None if ours else first(PARTIAL) or "something else")
 
 
 def describe_unet(unet: Mapping[str, Tensor]) -> str | None:

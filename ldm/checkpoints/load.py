@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ldm.checkpoints import folder, infer_config, layout, run_checkpoint
+from ldm.checkpoints.embedding import Embeddings
 from ldm.checkpoints.known import check_known, read_known
 from ldm.checkpoints.lora import merge_lora
 from ldm.checkpoints.shards import INDEX, read_shards, shard_files
 from ldm.checkpoints.tensors import read_tensors
 from ldm.checkpoints.vae import check_same_scale, open_vae
 from ldm.errors import UserError
+from ldm.families.family import Family
+from ldm.families.known import family_of, released_family
+from ldm.families.sdxl import layout as sdxl
+from ldm.families.sdxl.family import SDXL
 from ldm.files import file_sha256
 
 logger = logging.getLogger(__name__)
@@ -33,7 +38,8 @@ class Model:
     `infer_config.model_config`.
     given_size: image size in pixels, if it says. tokenizer: folder of its vocabulary, if it has one.
     learned_tokens: word -> embeddings [n, D], in a run's checkpoint. prediction: the prediction type that it
-    states itself, also where a config is given in place of what it says.
+    states itself, also where a config is given in place of what it says. distilled: what in a folder tells of
+    a model for few steps.
     """
 
     path: Path
@@ -42,8 +48,9 @@ class Model:
     known: Mapping[str, Any]
     given_size: int | None = None
     tokenizer: Path | None = None
-    learned_tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    learned_tokens: Mapping[str, Embeddings] = field(default_factory=dict)
     prediction: str | None = None
+    distilled: str | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -67,8 +74,12 @@ class Model:
 
     def size(self, parameterization: str) -> int:
         """Native image size in pixels, given the prediction type of the UNet."""
-        v_prediction = parameterization == "v" and layout.is_sd2(self.state_dicts)
-        return self.given_size or (768 if v_prediction else 512)
+        return self.given_size or self.family.sizes[parameterization]
+
+    @cached_property
+    def family(self) -> Family:
+        """That of its networks."""
+        return family_of(self.state_dicts)
 
 
 def open_model(
@@ -83,7 +94,7 @@ def open_model(
     ema: take the EMA weights of the UNet, from a file that holds both. vae: a VAE in place of its own, see
     `open_vae`. config: stands for what the file says; with a `model` section, or the params of one.
     In a run's checkpoint, its LoRA is merged. Raises UserError for anything else than a text-to-image model
-    of Stable Diffusion 1.x or 2.x.
+    of Stable Diffusion 1.x, 2.x or XL.
     """
     path = Path(path)
     try:
@@ -102,7 +113,27 @@ def open_model(
             where=path,
             remedy="Use the text-to-image model that it was made from.",
         )
+    if model.family is SDXL:
+        _check_sdxl(model)
     return model
+
+
+def _check_sdxl(model: Model) -> None:
+    """Refuses SDXL without one of its text encoders; warns of a model that was distilled to few steps."""
+    lacking = sdxl.missing_encoder(model.state_dicts)
+    if lacking is not None:
+        what = f"This is a Stable Diffusion XL model, and it lacks {lacking}"
+        raise UserError(what, where=model.path, remedy="Use a whole file, or a diffusers folder with both.")
+    said = [model.metadata.get(f"modelspec.{key}", "") for key in ("architecture", "title")]
+    words = [sdxl.distilled_word(text) for text in (*said, model.path.name)]
+    word = next((word for word in words if word is not None), None) or model.distilled
+    if word is not None:
+        logger.warning(
+            "%s seems to be distilled (%s): it needs few steps and guidance_scale 1, and training on it "
+            "loses that. Train the base that it was made from",
+            model.path,
+            word,
+        )
 
 
 def _open(path: Path, config: Mapping[str, Any] | None, *, ema: bool) -> Model:
@@ -118,12 +149,13 @@ def _open(path: Path, config: Mapping[str, Any] | None, *, ema: bool) -> Model:
             given_size=run_checkpoint.image_size(config or {}) or about.size,
             tokenizer=about.tokenizer,
             prediction=about.known.get("parameterization"),
+            distilled=about.distilled,
         )
     tensors, metadata = read_checkpoint(path, ema=ema)
     own_config = run_checkpoint.run_config(path)
     config = own_config if config is None else config
     known, size = read_known(metadata, where=path)
-    known |= run_checkpoint.model_params(own_config)
+    known = sdxl.marked(tensors) | known | run_checkpoint.model_params(own_config)
     params = run_checkpoint.model_params(config)
     check_known(params, where=path)
     state_dicts = layout.split(tensors)
@@ -141,8 +173,10 @@ def _open(path: Path, config: Mapping[str, Any] | None, *, ema: bool) -> Model:
 
 def _with_vae(model: Model, path: Path) -> Model:
     tensors, node = open_vae(path)
-    own = model.known.get("vae")
+    own = model.known.get("vae") or {"params": model.family.networks["vae"].untold}
     check_same_scale(node, own, where=path)
+    if node is None and model.family is SDXL:
+        logger.warning("%s does not state its scale: it is taken for a VAE of Stable Diffusion XL", path)
     known = model.known if node is None else {**model.known, "vae": node}
     return replace(model, state_dicts={**model.state_dicts, "vae": tensors}, known=known)
 
@@ -266,10 +300,10 @@ def _misfits(name: str, module: nn.Module, state_dict: Mapping[str, Tensor]) -> 
 
 
 def _which_config(state_dicts: Mapping[str, Mapping[str, Tensor]]) -> str:
-    family = infer_config.known_family(state_dicts.get("unet", {}))
+    family = released_family(state_dicts.get("unet", {}))
     if family is None:
         return "Use the config that the file was trained with."
-    return f"This looks like {family[0]}: use {family[1]}."
+    return f"This looks like {family.name}: use {family.config}."
 
 
 def _some(names: Sequence[str]) -> str:

@@ -14,21 +14,27 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.diffusers_names import rename, unet_table
-from ldm.checkpoints.infer_config import unet_shape
-from ldm.checkpoints.layout import is_sd2
 from ldm.checkpoints.lora_names import (
     NETWORK_PREFIXES,
     PEFT_PREFIX,
+    SECOND,
     comparable,
     layer_places,
     lora_key,
     other_adapter,
     other_family,
+    written_prefix,
 )
 from ldm.checkpoints.lora_scale import LoraScale, adapter_file, read_scale
 from ldm.checkpoints.save import cast_tensors, write_tensors
-from ldm.checkpoints.tensors import Lazy, is_plain, read_tensors
+from ldm.checkpoints.tensors import is_plain, read_tensors
 from ldm.errors import UserError
+from ldm.families.family import Family
+from ldm.families.known import family_of
+from ldm.families.sd.family import SD2
+from ldm.families.sdxl.family import ENCODERS, SDXL
+from ldm.families.shapes import unet_shape
+from ldm.lazy import Lazy
 
 Style = Literal["kohya", "peft"]
 StateDicts = Mapping[str, Mapping[str, Tensor]]  # network -> its tensors, see `layout.split`
@@ -46,19 +52,21 @@ def save_lora(
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes LoRA weights for the networks `state_dicts` as a safetensors file -> path."""
-    theirs, tensors = _names(state_dicts), {}
+    theirs, tensors, family = _names(state_dicts), {}, family_of(state_dicts)
     for network, inner in layers.items():
-        kohya, peft = NETWORK_PREFIXES[network]
         for layer, (down, up, alpha) in inner.items():
-            if style == "kohya":
-                name = kohya + theirs[network][layer].replace(".", "_")
+            name = written_prefix(network, layer, kohya=style == "kohya")
+            if style == "kohya":  # whose names of SDXL's UNet are SD's own
+                own = family is SDXL and network == "unet"
+                name += (layer if own else theirs[network][layer]).replace(".", "_")
                 found = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
             else:
-                name = peft + theirs[network][layer]
+                name += theirs[network][layer]
                 found = {"lora_A.weight": down, "lora_B.weight": up * (alpha / len(down))}
             tensors |= {f"{name}.{end}": tensor for end, tensor in found.items()}
     about = _about(layers, metadata or {}, style) | {"ss_output_name": Path(path).stem}
-    about |= {"ss_v2": str(is_sd2(state_dicts)), "ss_base_model_version": _version(state_dicts, about)}
+    about["ss_v2"] = str(family is SD2)
+    about["ss_base_model_version"] = _version(state_dicts, about)
     write_tensors(path, cast_tensors(tensors, dtype), metadata=about)
     return Path(path)
 
@@ -81,6 +89,8 @@ def read_lora(path: str | Path, state_dicts: StateDicts) -> Layers:
     scale = read_scale(path, metadata, own_format=any(key.startswith(PEFT_PREFIX) for key in tensors))
     names = _names(state_dicts)
     places = layer_places(names)
+    if family_of(state_dicts) is SDXL:
+        places |= _second_places(names)
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key in tensors:
         spelt = lora_key(key)
@@ -88,7 +98,7 @@ def read_lora(path: str | Path, state_dicts: StateDicts) -> Layers:
         places_of = [(network, comparable(spelt.layer)) for network in networks]
         place = next((places[name] for name in places_of if name in places), None)
         if place is None:
-            raise _stranger(key, tensors, where=path)
+            raise _stranger(key, tensors, family_of(state_dicts), where=path)
         if spelt.kind in found.setdefault(place, {}):
             raise UserError(f"`{key}` is in the file under two names", where=path)
         found[place][spelt.kind] = tensors[key]
@@ -100,12 +110,13 @@ def read_lora(path: str | Path, state_dicts: StateDicts) -> Layers:
     return layers
 
 
-def _stranger(key: str, tensors: Mapping[str, Tensor], *, where: object) -> UserError:
+def _stranger(key: str, tensors: Mapping[str, Tensor], base: Family, *, where: object) -> UserError:
     family = other_family(tensors)
-    if family is not None:
-        what = f"This is a LoRA for {family}, not for Stable Diffusion 1.x or 2.x"
+    if family is not None and family != base.name:
+        wanted = base.name if base is SDXL else "Stable Diffusion 1.x or 2.x"
+        what = f"This is a LoRA for {family}, not for {wanted}"
     else:
-        what = f"`{key}` is not a key of a LoRA of this model"
+        what = f"`{key}` is not a key of a LoRA of this model, which is {base.name}"
     return UserError(what, where=where, remedy="Use a plain LoRA that was trained on the same family.")
 
 
@@ -173,11 +184,22 @@ def _names(state_dicts: StateDicts) -> dict[str, dict[str, str]]:
     text = [name for name in state_dicts["text_encoder"] if name.endswith(".weight")]
     pairs = {
         "unet": zip(unet, renamed, strict=True),
-        "text_encoder": ((name, name.removeprefix("transformer.")) for name in text),
+        "text_encoder": ((name, name.partition("transformer.")[2]) for name in text),
     }
     return {
         network: {ours.removesuffix(".weight"): name.removesuffix(".weight") for ours, name in inner}
         for network, inner in pairs.items()
+    }
+
+
+def _second_places(names: Mapping[str, Mapping[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
+    """`layer_places` of SDXL's text encoders, which share the names that files give their layers."""
+    text = names["text_encoder"]
+    return {
+        (network, comparable(text[own])): ("text_encoder", own)
+        for network, start in zip(("text_encoder", SECOND), ENCODERS.values(), strict=True)
+        for own in text
+        if own.startswith(start)
     }
 
 
@@ -195,6 +217,7 @@ def _about(layers: Layers, metadata: Mapping[str, str], style: Style) -> dict[st
 
 def _version(state_dicts: StateDicts, metadata: Mapping[str, str]) -> str:
     """kohya's name of the base's family, by which A1111 sorts LoRAs."""
-    if not is_sd2(state_dicts):
-        return "sd_v1"
+    family = family_of(state_dicts)
+    if family is not SD2:
+        return "sdxl_base_v1-0" if family is SDXL else "sd_v1"
     return "sd_v2_v" if metadata.get("modelspec.prediction_type") == "v" else "sd_v2"

@@ -4,10 +4,18 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from ldm.families.sdxl.family import ENCODERS
+
 NETWORK_PREFIXES = {"unet": ("lora_unet_", "unet."), "text_encoder": ("lora_te_", "text_encoder.")}
-READ_PREFIXES = {  # diffusers' converter to kohya's keys has a 1, as in SDXL
+SDXL_PREFIXES = {  # by the beginning of a layer's name in SDXL's text encoders
+    ENCODERS["clip_l"]: ("lora_te1_", "text_encoder."),
+    ENCODERS["clip_g"]: ("lora_te2_", "text_encoder_2."),
+}
+SECOND = "text_encoder_2"  # stands for the second text encoder of SDXL while names are read
+READ_PREFIXES = {  # diffusers' converter to kohya's keys has a 1 for SD too
     "unet": NETWORK_PREFIXES["unet"],
     "text_encoder": (*NETWORK_PREFIXES["text_encoder"], "lora_te1_"),
+    SECOND: SDXL_PREFIXES[ENCODERS["clip_g"]],
 }
 PEFT_PREFIX = "base_model.model."  # of PEFT's own files, which hold one network
 LYCORIS_PREFIX = "lycoris_"  # of the LyCORIS library's wrapper around any one network
@@ -57,6 +65,12 @@ class LoRAKey(NamedTuple):
     network: str | None
     layer: str
     kind: str
+
+
+def written_prefix(network: str, layer: str, *, kohya: bool) -> str:
+    """What a layer's name begins with in a LoRA file. layer: SD's name."""
+    prefixes = next((p for start, p in SDXL_PREFIXES.items() if layer.startswith(start)), None)
+    return (prefixes or NETWORK_PREFIXES[network])[0 if kohya else 1]
 
 
 def lora_key(name: str) -> LoRAKey | None:

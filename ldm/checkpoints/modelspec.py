@@ -3,28 +3,33 @@
 `modelspec.*` are the keys of Stability AI's ModelSpec 1.0.0, which model browsers read; `ldm.*` are ours.
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from ldm.checkpoints.known import training_of
+from ldm.families.family import Family
+from ldm.families.sdxl.family import encoder_params
 
 ARCHITECTURES = {  # (width of the UNet's first level, width of its context, parameterization)
     (320, 768, "eps"): "stable-diffusion-v1",
     (320, 1024, "eps"): "stable-diffusion-v2-512",
     (320, 1024, "v"): "stable-diffusion-v2-768-v",
+    (320, 2048, "eps"): "stable-diffusion-xl-v1-base",
+    (320, 2048, "v"): "stable-diffusion-xl-v1-base",
 }
 OTHER_ARCHITECTURE = "latent-diffusion"
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v"}
 IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"  # whose tensor names the file has
+XL_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 CLIP_VOCABULARY = 49408
 PRIVATE = ("_root", "folder", "cache", "base_checkpoint", "base_parts")  # keys with paths end so
-SAMPLING_DEFAULTS = {  # Stable Diffusion's usual ones; spacing None: as suits the sampler
+SAMPLING_DEFAULTS = {  # usual ones; spacing None: as suits the sampler
     "sampler": "ddim",
     "spacing": None,
     "steps": 50,
-    "guidance_scale": 7.5,
 }
 KINDS = {
     "sampler": (str,),
@@ -54,7 +59,7 @@ def file_metadata(
     about = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": ARCHITECTURES.get(family, OTHER_ARCHITECTURE),
-        "modelspec.implementation": IMPLEMENTATION,
+        "modelspec.implementation": XL_IMPLEMENTATION if unet.get("adm_in_channels") else IMPLEMENTATION,
         "modelspec.title": title,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "modelspec.resolution": f"{size}x{size}",
@@ -84,12 +89,13 @@ def taught_words(metadata: Mapping[str, str]) -> dict[str, str | None]:
     }
 
 
-def sampling_defaults(metadata: Mapping[str, str]) -> dict[str, str | int | float | None]:
-    """Sampler, spacing, steps and guidance scale that suit a file: its run's, else `SAMPLING_DEFAULTS`."""
+def sampling_defaults(metadata: Mapping[str, str], family: Family) -> dict[str, str | int | float | None]:
+    """Sampler, spacing, steps and guidance scale that suit a file: its run's, else usual ones."""
+    usual = SAMPLING_DEFAULTS | {"guidance_scale": family.guidance_scale}
     samples = _section(training_of(metadata), "samples")
     return {
         name: samples[name] if name in samples and type(samples[name]) in KINDS[name] else value
-        for name, value in SAMPLING_DEFAULTS.items()
+        for name, value in usual.items()
     }
 
 
@@ -110,7 +116,8 @@ def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
     """A model's config without the path of CLIP's vocabulary, which every tool has."""
-    text = dict(config["text_encoder"]["params"])
-    if text["vocab_size"] == CLIP_VOCABULARY:
-        text.pop("tokenizer", None)
-    return {**config, "text_encoder": {**config["text_encoder"], "params": text}}
+    config = copy.deepcopy(dict(config))
+    for text in encoder_params(config["text_encoder"]["params"]):
+        if text["vocab_size"] == CLIP_VOCABULARY:
+            text.pop("tokenizer", None)
+    return config

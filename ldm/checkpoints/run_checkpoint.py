@@ -7,14 +7,16 @@ from urllib.parse import unquote
 
 from torch import Tensor
 
+from ldm.checkpoints.embedding import Embeddings
 from ldm.checkpoints.layout import LEARNED_TOKENS, PREFIXES, RUN_LORA
 from ldm.checkpoints.lora import Layers, LoRAWeights, checked_layer
 from ldm.checkpoints.lora_scale import LoraScale
 from ldm.config import load_config, to_container
 from ldm.errors import UserError
+from ldm.families.sdxl.family import ENCODERS
 
 FOLDER, CONFIG = "checkpoints", "config.yaml"
-TOKEN = PREFIXES["text_encoder"] + LEARNED_TOKENS + "word:"
+TOKEN = LEARNED_TOKENS + "word:"
 
 
 def config_of(path: Path) -> Path | None:
@@ -45,9 +47,18 @@ def image_size(config: Mapping[str, Any]) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
-def learned_tokens(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Word -> embeddings [n, D] of the tokens that a run learns."""
-    return {unquote(name.removeprefix(TOKEN)): tensors[name] for name in tensors if name.startswith(TOKEN)}
+def learned_tokens(tensors: Mapping[str, Tensor]) -> dict[str, Embeddings]:
+    """Word -> embeddings of the tokens that a run learns."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in (name for name in tensors if TOKEN in name):
+        encoder, _, word = name.removeprefix(PREFIXES["text_encoder"]).partition(TOKEN)
+        found.setdefault(unquote(word), {})[encoder] = tensors[name]
+    return {word: own[""] if "" in own else _of_sdxl(own) for word, own in found.items()}
+
+
+def _of_sdxl(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By the beginnings of names -> by the names of the encoders."""
+    return {key: own[prefix] for key, prefix in ENCODERS.items()}
 
 
 def lora_layers(

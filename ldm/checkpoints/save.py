@@ -36,7 +36,8 @@ def save_model(
             f"`{path.suffix}` is not a model format", where=path, remedy="Use .safetensors or .ckpt."
         )
     cast = {name: cast_tensors(inner, dtype) for name, inner in state_dicts.items()}
-    write_tensors(path, layout.join(cast, alphas_cumprod), metadata=metadata)
+    v_prediction = (metadata or {}).get("modelspec.prediction_type") == "v"
+    write_tensors(path, layout.join(cast, alphas_cumprod, v_prediction=v_prediction), metadata=metadata)
     return path
 
 

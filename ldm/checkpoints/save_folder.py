@@ -1,10 +1,11 @@
-"""Writing a model as a diffusers folder, for `StableDiffusionPipeline.from_pretrained`."""
+"""Writing a model as a diffusers folder, for `from_pretrained` of StableDiffusionPipeline or its XL."""
 
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from ldm.checkpoints import diffusers_config as configs
 from ldm.checkpoints import diffusers_names as names
-from ldm.checkpoints.folder import REST_FILE
-from ldm.checkpoints.layout import OPENCLIP_REST, renamed
-from ldm.checkpoints.openclip import TEXT_MODEL, without_last_layer
+from ldm.checkpoints.folder import PROJECTION_WEIGHT, REST_FILE, XL_TEXT
+from ldm.checkpoints.layout import OPENCLIP_REST
 from ldm.checkpoints.save import cast_tensors, check_space, write_tensors
 from ldm.errors import UserError
+from ldm.families.sd.openclip import PROJECTION, without_last_layer
+from ldm.families.sdxl.family import ENCODERS
+from ldm.families.shapes import TEXT_MODEL
+from ldm.lazy import under
 
 StateDicts = Mapping[str, Mapping[str, Tensor]]
 VOCABULARY = ("vocab.json", "merges.txt")
@@ -33,6 +37,16 @@ MODEL_INDEX = {
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
+}
+XL_MODEL_INDEX = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "_diffusers_version": configs.VERSION,
+    "feature_extractor": [None, None],
+    "force_zeros_for_empty_prompt": True,
+    "image_encoder": [None, None],
+    **{name: MODEL_INDEX[name] for name in ("scheduler", "text_encoder", "tokenizer", "unet", "vae")},
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
 }
 
 
@@ -64,8 +78,8 @@ def save_folder(
             for name, content in jsons.items():
                 (temporary / name).parent.mkdir(exist_ok=True)
                 (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            for name in VOCABULARY:
-                shutil.copyfile(tokenizer / name, temporary / "tokenizer" / name)
+            for copied, name in product(temporary.glob("tokenizer*"), VOCABULARY):
+                shutil.copyfile(tokenizer / name, copied / name)
             for name, tensors in weights.items():
                 write_tensors(temporary / name, tensors)
     except OSError as error:
@@ -96,11 +110,7 @@ def check_folder(folder: Path) -> None:
 def _weights(state_dicts: StateDicts, config: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
     """File name -> the tensors of that network under diffusers' names."""
     params = {name: config[name]["params"] for name in ("unet", "vae", "text_encoder")}
-    text_encoder, rest = state_dicts["text_encoder"], dict(state_dicts.get(OPENCLIP_REST, {}))
-    text = params["text_encoder"]
-    if text["layer"] == "penultimate":
-        text_encoder, last = without_last_layer(text_encoder, layers=text["num_hidden_layers"])
-        rest |= last
+    text, rest = params["text_encoder"], dict(state_dicts.get(OPENCLIP_REST, {}))
     weights: dict[str, Mapping[str, Tensor]] = {
         "unet/diffusion_pytorch_model.safetensors": names.rename(
             state_dicts["unet"], names.unet_table(params["unet"])
@@ -109,24 +119,49 @@ def _weights(state_dicts: StateDicts, config: Mapping[str, Any]) -> dict[str, Ma
             names.reshape_vae_attention(state_dicts["vae"], dims=2),
             names.autoencoder_table(params["vae"]),
         ),
-        "text_encoder/model.safetensors": renamed(
-            text_encoder, {"text_model." + name.removeprefix(TEXT_MODEL): name for name in text_encoder}
-        ),
     }
+    text_encoder = state_dicts["text_encoder"]
+    if _is_sdxl(config):
+        for name, prefix in zip(XL_TEXT, ENCODERS.values(), strict=True):
+            weights[f"{name}/model.safetensors"] = _text_model(under(text_encoder, prefix))
+        return weights | ({f"{XL_TEXT[1]}/{REST_FILE}": rest} if rest else {})
+    if text["layer"] == "penultimate":
+        text_encoder, last = without_last_layer(text_encoder, layers=text["num_hidden_layers"])
+        rest |= last
+    weights["text_encoder/model.safetensors"] = _text_model(text_encoder)
     return weights | ({f"text_encoder/{REST_FILE}": rest} if rest else {})
+
+
+def _is_sdxl(config: Mapping[str, Any]) -> bool:
+    return config["unet"]["params"].get("adm_in_channels") is not None
+
+
+def _text_model(text_encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A text encoder under transformers' names."""
+    tensors = {f"text_model.{n.removeprefix(TEXT_MODEL)}": text_encoder[n] for n in text_encoder}
+    projection = tensors.pop(f"text_model.{PROJECTION}", None)
+    return tensors if projection is None else tensors | {PROJECTION_WEIGHT: projection.T.contiguous()}
 
 
 def _configs(config: Mapping[str, Any], tokenizer: Path, size: int) -> dict[str, Any]:
     """Name -> content of each JSON file."""
     unet, vae, text = (config[name]["params"] for name in ("unet", "vae", "text_encoder"))
     vocabulary = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
-    factor = 2 ** (len(vae["ch_mult"]) - 1)
-    return {
-        "model_index.json": MODEL_INDEX,
+    factor, xl = 2 ** (len(vae["ch_mult"]) - 1), _is_sdxl(config)
+    jsons = {
+        "model_index.json": XL_MODEL_INDEX if xl else MODEL_INDEX,
         "scheduler/scheduler_config.json": configs.schedule_config(config),
-        "text_encoder/config.json": configs.text_encoder_config(text),
-        "tokenizer/tokenizer_config.json": configs.tokenizer_config(text, vocabulary),
-        "tokenizer/special_tokens_map.json": configs.special_tokens(text, vocabulary),
         "unet/config.json": configs.unet_config(unet, size=size, factor=factor),
         "vae/config.json": configs.autoencoder_config(vae, size=size),
     }
+    encoders = {"": text}
+    if xl:
+        encoders = {number: text[key]["params"] for number, key in zip(("", "_2"), ENCODERS, strict=True)}
+    for number, params in encoders.items():
+        tokenizer_to = f"tokenizer{number}"
+        jsons |= {
+            f"text_encoder{number}/config.json": configs.text_encoder_config(params),
+            f"{tokenizer_to}/tokenizer_config.json": configs.tokenizer_config(params, vocabulary),
+            f"{tokenizer_to}/special_tokens_map.json": configs.special_tokens(params, vocabulary),
+        }
+    return jsons

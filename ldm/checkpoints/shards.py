@@ -11,9 +11,10 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from ldm.checkpoints.save import write_tensors
-from ldm.checkpoints.tensors import Lazy, read_tensors
+from ldm.checkpoints.tensors import read_tensors
 from ldm.errors import UserError
 from ldm.files import atomic_write
+from ldm.lazy import Lazy
 
 INDEX = ".safetensors.index.json"
 HEADROOM = 2**17  # bytes of a shard that names and metadata may take

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.lazy import Lazy
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 NOT_MODELS = {  # first bytes of files that are often taken for a model
@@ -59,25 +60,6 @@ INERT = [
         "_codecs.encode",
     )
 ]
-
-
-class Lazy(Mapping[str, Tensor]):
-    """Lazy mapping of tensors: each is computed when it is accessed, by a function without arguments."""
-
-    def __init__(self, make: Mapping[str, Callable[[], Tensor]]):
-        self._make = dict(make)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._make[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._make
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._make)
-
-    def __len__(self) -> int:
-        return len(self._make)
 
 
 class MappedTensors(Mapping[str, Tensor]):

@@ -9,12 +9,14 @@ from torch import Tensor
 from ldm.checkpoints import diffusers_names as names
 from ldm.checkpoints import folder
 from ldm.checkpoints.diffusers_config import autoencoder_params
-from ldm.checkpoints.infer_config import SD1, count_names
 from ldm.checkpoints.known import check_known, check_sizes, read_known
-from ldm.checkpoints.layout import LATENT_CHANNELS, NOT_WEIGHTS, PREFIXES, renamed
+from ldm.checkpoints.layout import LATENT_CHANNELS, NOT_WEIGHTS, PREFIXES
 from ldm.checkpoints.shards import INDEX, read_shards
 from ldm.checkpoints.tensors import read_tensors
 from ldm.errors import UserError
+from ldm.families.sd.family import SCALE
+from ldm.families.shapes import count_names
+from ldm.lazy import renamed
 
 OUTER = (PREFIXES["vae"], "vae.")  # before the names, in files of whole models or of some tools
 HALVES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -53,7 +55,7 @@ def open_vae(path: str | Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | N
 
 def check_same_scale(node: Mapping[str, Any] | None, own: Mapping[str, Any] | None, *, where: object) -> None:
     """Raises UserError for a VAE that states another scale of its latents than the model's own node `own`."""
-    usual = SD1["vae"]["scale_factor"]
+    usual = SCALE["scale_factor"]
     theirs, ours = (((n or {}).get("params") or {}).get("scale_factor", usual) for n in (node, own))
     if node is not None and theirs != ours:
         what = f"This VAE scales its latents by {theirs}, the model's by {ours}"

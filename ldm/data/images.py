@@ -21,6 +21,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # JPEG i
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm .pgm .heic .heif".split()
 )
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # tag of EXIF, and its values for a quarter turn
 RESAVE = "Convert it to an ordinary JPEG or PNG, or remove it."
 
 
@@ -88,6 +89,13 @@ def image_size(path: str | Path) -> tuple[int, int]:
         return file.size
 
 
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) in pixels as `load_image` gives it, rotated by EXIF; only the header is read."""
+    with Image.open(path, formats=FORMATS) as file:
+        turned = file.getexif().get(ORIENTATION, 1) in TURNED
+        return file.size if turned else (file.height, file.width)
+
+
 class ImageFiles(Sequence[Image.Image]):
     """Images that are decoded when they are asked for, and not kept: many large photos fit in no memory.
 
@@ -123,15 +131,23 @@ def fit_image(
 
     flip: mirrored horizontally. generator: of the random crop.
     """
-    side = min(image.size)
-    room = [length - side for length in image.size]
+    left, top, side = square_crop(*image.size, crop=crop, generator=generator)
+    box = (left, top, left + side, top + side)
+    square = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    return ImageOps.mirror(square) if flip else square
+
+
+def square_crop(
+    width: int, height: int, *, crop: Literal["center", "random"], generator: torch.Generator | None = None
+) -> tuple[int, int, int]:
+    """(left, top, side) of the largest square, centred or at random."""
+    side = min(width, height)
+    room = width - side, height - side
     if crop == "random":
         left, top = (int(torch.randint(free + 1, (), generator=generator)) for free in room)
     else:
         left, top = (free // 2 for free in room)
-    box = (left, top, left + side, top + side)
-    square = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
-    return ImageOps.mirror(square) if flip else square
+    return left, top, side
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -15,14 +15,14 @@ from functools import lru_cache
 from itertools import count
 from math import floor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ldm.data.images import fit_image, list_images, load_image, to_tensor
+from ldm.data.images import fit_image, list_images, load_image, square_crop, to_tensor, upright_size
 from ldm.files import file_sha256
 from ldm.randomness import generator
 
@@ -60,10 +60,26 @@ class TrainingView:
     def render(self) -> Tensor:
         """The pixels -> [3, H, W] in [-1, 1]."""
         image = _decoded(self.source.path, self.source.sha256)
+        return to_tensor(fit_image(image, self.size, flip=self.flip, **self._crop()))
+
+    def sizes(self) -> Tensor:
+        """[6] int64 in pixels: height and width of the original, top and left of the crop, height and width.
+
+        The crop is in the original scaled to the training size, mirrored where the view is (Podell et al.
+        2023, sec. 2.2: what SDXL is told).
+        """
+        height, width = _upright_size(self.source.path, self.source.sha256)
+        left, top, side = square_crop(width, height, **self._crop())
+        left = width - side - left if self.flip else left
+        scaled = [round(offset * self.size / side) for offset in (top, left)]
+        return torch.tensor([height, width, *scaled, self.size, self.size])
+
+    def _crop(self) -> dict[str, Any]:
+        """Which square it is: what `fit_image` and `square_crop` take."""
         if self.crop_index is None:
-            return to_tensor(fit_image(image, self.size, flip=self.flip))
+            return {"crop": "center"}
         draws = generator(self.seed, self.crop_index, f"crop/{self.source.sha256}")
-        return to_tensor(fit_image(image, self.size, crop="random", flip=self.flip, generator=draws))
+        return {"crop": "random", "generator": draws}
 
 
 @dataclass(frozen=True)
@@ -116,7 +132,8 @@ class Stream:
 
 
 class DreamBoothDataset(Dataset):
-    """Index -> {"latent_stats" [2z, h, w] or "image" [3, H, W] in [-1, 1], "caption", "stream", "item"}.
+    """Index -> {"latent_stats" [2z, h, w] or "image" [3, H, W] in [-1, 1], "sizes" [6] (see
+    `TrainingView.sizes`), "caption", "stream", "item"}.
 
     online_priors: numbers of prior items -> latent stats [2z, h, w] of a new prior image for each.
     """
@@ -146,7 +163,12 @@ class DreamBoothDataset(Dataset):
         if item not in latent_stats:
             return self["prior", item]
         caption = self.streams["prior"].caption(item)
-        return {"latent_stats": latent_stats[item], "caption": caption, "stream": "prior", "item": item}
+        size = self.streams["prior"].size
+        generated = {
+            "latent_stats": latent_stats[item],
+            "sizes": torch.tensor([size, size, 0, 0, size, size]),
+        }
+        return {**generated, "caption": caption, "stream": "prior", "item": item}
 
     def __getitem__(self, index: Index) -> Item:
         name, item = index
@@ -157,6 +179,7 @@ class DreamBoothDataset(Dataset):
             if self.latent_stats is None
             else {"latent_stats": self.latent_stats[view.key]}
         )
+        shown["sizes"] = view.sizes()
         return {**shown, "caption": stream.caption(item), "stream": name, "item": item}
 
 
@@ -189,6 +212,11 @@ def read_source_images(
     """The images of a folder with their captions, sorted by name."""
     paths = list_images(folder, skip_unreadable=skip_unreadable)
     return tuple(SourceImage(path, file_sha256(path), caption(path)) for path in paths)
+
+
+@lru_cache(maxsize=4096)
+def _upright_size(path: Path, sha256: str) -> tuple[int, int]:
+    return upright_size(path)
 
 
 @lru_cache(maxsize=1)  # large photos: one at a time

@@ -35,7 +35,7 @@ class PriorSpec:
     sampler: str
     steps: int
     guidance_scale: float
-    negative_prompt: str
+    negative_prompt: str | None  # None: zeros, of SDXL
     size: int  # pixels a side
     seed: int
     eta: float = 0.0

@@ -37,6 +37,16 @@ class TextEncoding(NamedTuple):
         pooled = None if self.pooled is None else self.pooled[:1]
         return type(self)(self.context.flatten(0, 1).unsqueeze(0), pooled)
 
+    def where(self, given: Tensor) -> Self:
+        """Zeros for all but the prompts that are `given`: [P] bool."""
+        pooled = None if self.pooled is None else self.pooled * given[:, None]
+        return type(self)(self.context * given[:, None, None], pooled)
+
+    def zeroed(self) -> Self:
+        """Zeros of the same shapes."""
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        return type(self)(torch.zeros_like(self.context), pooled)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         pooled = None if self.pooled is None else self.pooled.to(device, dtype)
         return type(self)(self.context.to(device, dtype), pooled)
@@ -77,10 +87,7 @@ class Conditioning(NamedTuple):
 
     def expanded(self) -> Self:
         """The same with a context for each item, [B, M, D]."""
-        index = self.index
-        if index is None:
-            rows = torch.arange(len(self.context), device=self.context.device)
-            index = rows.repeat_interleave(self.items // len(self.context))
+        index = self.prompt_of_items()
         return self._replace(context=self.context.index_select(0, index), index=None, kept=None)
 
     def tensors(self) -> list[Tensor]:
@@ -100,6 +107,13 @@ class Conditioning(NamedTuple):
         if kept is not None:
             kept = {layer: (k.clone(), v.clone()) for layer, (k, v) in kept.items()}
         return self._replace(kept=kept, **own)
+
+    def prompt_of_items(self) -> Tensor:
+        """[B] int64, which of the contexts each item has."""
+        if self.index is not None:
+            return self.index
+        rows = torch.arange(len(self.context), device=self.context.device)
+        return rows.repeat_interleave(self.items // len(self.context))
 
     def to(self, dtype: torch.dtype) -> Self:
         """The same with context and vector in this dtype."""

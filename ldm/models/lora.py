@@ -87,9 +87,10 @@ class LoRA(nn.Module):
     def attach(self, networks: Mapping[str, nn.Module]) -> None:
         """Freezes the networks, and adds LoRA weights to the chosen layers of those that were trainable."""
         for name, network in networks.items():
-            learns = any(p.requires_grad for p in network.parameters())
+            learning = {layer for layer in network.modules() if _learns(layer)}
+            chosen = _chosen(network, KINDS[name], self.kinds[name])
             network.requires_grad_(False).to(self.base_dtype)
-            for layer_name, layer in _chosen(network, KINDS[name], self.kinds[name] if learns else ()):
+            for layer_name, layer in ((n, layer) for n, layer in chosen if layer in learning):
                 _put(self.layers[name], layer_name, LoRALayer(layer, rank=self.rank, alpha=self.alpha))
 
     @classmethod
@@ -136,6 +137,10 @@ def lora_off(*loras: LoRA) -> Iterator[None]:
     finally:
         for layer, enabled in zip(every, before, strict=True):
             layer.enabled = enabled
+
+
+def _learns(layer: nn.Module) -> bool:
+    return any(p.requires_grad for p in layer.parameters(recurse=False))
 
 
 def _chosen(

@@ -54,7 +54,7 @@ class LearnedTokens(nn.Module):
 
 
 class CLIPTextEncoder(nn.Module):
-    """Prompts -> token ids [B, M] (`tokenize`) -> context [B, M, D] (`forward`).
+    """Prompts -> token ids [B, M] (`tokenize`) -> context [B, M, D], pooled [B, P] (`encode`).
 
     The defaults are SD 1.x. The weights have SD's names, `transformer.text_model.*`, for which `transformer`
     is an `nn.ModuleDict`: the CLIPTextModel of transformers 5 no longer has the level `text_model`.
@@ -63,12 +63,16 @@ class CLIPTextEncoder(nn.Module):
     num_hidden_layers: transformer blocks. num_attention_heads: of each. max_length: tokens of a prompt, M.
     hidden_act: activation of the MLPs, by transformers' name.
     bos_token_id, eos_token_id: begin and end a prompt.
-    layer: whose output is the context, "last" (SD 1.x) or "penultimate" (SD 2.x); the final layer norm is
-        applied in both cases.
+    layer: whose output is the context, "last" (SD 1.x) or "penultimate" (SD 2.x), both after the final layer
+        norm, or "penultimate_hidden", without it (SDXL).
+    projection_dim: width P of the pooled vector, a linear map of the last layer's output at eos, after the
+        final norm (SDXL's second encoder); None: there is none.
     tokenizer: folder with vocab.json and merges.txt, or a name on the Hugging Face hub.
     pad_token_id: pads prompts to max_length; None = eos_token_id (SD 1.x), 0 in SD 2.x.
     use_checkpoint: gradient checkpointing of each layer. None: a training run chooses; else none.
     """
+
+    unconditional: str | None = ""  # the text of no prompt
 
     def __init__(
         self,
@@ -80,7 +84,8 @@ class CLIPTextEncoder(nn.Module):
         num_attention_heads: PositiveInt = 12,
         max_length: PositiveInt = 77,
         hidden_act: str = "quick_gelu",
-        layer: Literal["last", "penultimate"] = "last",
+        layer: Literal["last", "penultimate", "penultimate_hidden"] = "last",
+        projection_dim: PositiveInt | None = None,
         tokenizer: str = "openai/clip-vit-large-patch14",
         bos_token_id: NonNegativeInt = 49406,
         eos_token_id: NonNegativeInt = 49407,
@@ -96,7 +101,11 @@ class CLIPTextEncoder(nn.Module):
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self.pad_token_id = eos_token_id if pad_token_id is None else pad_token_id
         self.tokenizer_name, self.use_checkpoint = tokenizer, use_checkpoint
-        self.depth = num_hidden_layers - (layer == "penultimate")
+        self.layer = layer
+        self.context_dim = hidden_size
+        self.pooled_dim = projection_dim
+        self.token_shape = (max_length,)  # of a prompt's ids
+        self.depth = num_hidden_layers - (layer != "last")
         config = CLIPTextConfig(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
@@ -111,6 +120,10 @@ class CLIPTextEncoder(nn.Module):
             attn_implementation="sdpa",
         )
         self.transformer = nn.ModuleDict({"text_model": CLIPTextModel(config)})
+        self.text_projection: nn.Parameter | None = None  # [D, P], applied from the right as in OpenCLIP
+        if projection_dim is not None:
+            self.text_projection = nn.Parameter(torch.empty(hidden_size, projection_dim))
+            nn.init.normal_(self.text_projection, std=hidden_size**-0.5)
         self.learned_tokens = LearnedTokens()  # their ids begin at `vocab_size`
 
     @cached_property
@@ -134,6 +147,9 @@ class CLIPTextEncoder(nn.Module):
         is known already, a `new` one also to the tokenizer, or if the embeddings have another width.
         """
         weight = self.transformer["text_model"].embeddings.token_embedding.weight
+        if not isinstance(vectors, Tensor):
+            what = f"The embedding of `{word}` is one of Stable Diffusion XL, for its two text encoders"
+            raise UserError(what, where=word, remedy="Use one of the model's own family.")
         if vectors.ndim != 2 or vectors.shape[1] != weight.shape[1]:
             what = f"The vectors of `{word}` have the shape {list(vectors.shape)}"
             raise UserError(what, where=word, remedy=f"This text encoder takes [n, {weight.shape[1]}].")
@@ -149,6 +165,25 @@ class CLIPTextEncoder(nn.Module):
         """Token embeddings of a known word -> [n, D]."""
         ids = torch.tensor(self._tokenize(word).ids)
         return self.transformer["text_model"].embeddings.token_embedding.weight[ids.to(self.device)]
+
+    @property
+    def encoders(self) -> list["CLIPTextEncoder"]:
+        """It alone; SDXL has two."""
+        return [self]
+
+    @property
+    def weights(self) -> nn.Module:
+        """All weights but those of learned tokens."""
+        if self.text_projection is None:
+            return self.transformer
+        both = nn.ModuleList([self.transformer])
+        both.register_parameter("text_projection", self.text_projection)
+        return both
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        return self.transformer["text_model"].encoder.layers
 
     @property
     def device(self) -> torch.device:
@@ -223,18 +258,32 @@ class CLIPTextEncoder(nn.Module):
 
     def encode(self, ids: Tensor) -> TextEncoding:
         """ids: [B, M] -> what the UNet's conditioning is made of, of each prompt."""
-        return TextEncoding(self(ids))
+        found = self(ids)  # not `forward`: FSDP and hooks act on calls
+        return TextEncoding(found) if isinstance(found, Tensor) else TextEncoding(*found)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids: [B, M] -> context: [B, M, D]. Attention is causal, and padding is not masked."""
+    def forward(self, ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """ids: [B, M] -> context: [B, M, D], and with a projection the pooled vector [B, P].
+
+        Attention is causal, and padding is not masked.
+        """
         text_model = self.transformer["text_model"]
-        h = text_model.embeddings(inputs_embeds=self._embed(ids))
-        for layer in text_model.encoder.layers[: self.depth]:
+        layers, norm = text_model.encoder.layers, text_model.final_layer_norm
+        h = self._through(layers[: self.depth], text_model.embeddings(inputs_embeds=self._embed(ids)))
+        context = h if self.layer == "penultimate_hidden" else norm(h)
+        if self.text_projection is None:
+            return context
+        last = self._through(layers[self.depth :], h)
+        eos = (ids == self.eos_token_id).int().argmax(dim=1)  # the first one; learned tokens have higher ids
+        pooled = norm(last[torch.arange(len(ids), device=ids.device), eos]) @ self.text_projection
+        return context, pooled
+
+    def _through(self, layers: Iterable[nn.Module], h: Tensor) -> Tensor:
+        for layer in layers:
             if self.use_checkpoint and torch.is_grad_enabled():
                 h = checkpoint(layer, h, None, is_causal=True, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = layer(h, None, is_causal=True)
-        return text_model.final_layer_norm(h)
+        return h
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Token embeddings. ids: [B, M] -> [B, M, D]; learned tokens have the ids from `vocab_size` on."""

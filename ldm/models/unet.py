@@ -1,4 +1,4 @@
-"""The denoising UNet of Stable Diffusion 1.x and 2.x (Rombach et al. 2022), in its released names."""
+"""The denoising UNet of Stable Diffusion 1.x, 2.x (Rombach et al. 2022) and XL, in its released names."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from ldm.models.attention import (
 )
 from ldm.models.conditioning import Conditioning
 from ldm.models.group_norm import GroupNorm
-from ldm.models.widths import check_widths
+from ldm.models.widths import check_widths, depth_of_levels
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -115,11 +115,16 @@ class Stage(nn.Sequential):
         return x
 
 
+def _mlp(in_features: int, emb: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_features, emb), nn.SiLU(), nn.Linear(emb, emb))
+
+
 class Prepared(NamedTuple):
     """What the steps of one sampling share: conditioning, S timesteps, and what layers make of them.
 
     conditioning: with the keys and values of its contexts. shifts: [S, sum of out_channels], each residual
-    block's in its columns. timesteps: [S] float32, which need not be whole numbers.
+    block's in its columns; [P S, sum] where each prompt has a vector. timesteps: [S] float32, which need not
+    be whole numbers.
     """
 
     conditioning: Conditioning
@@ -141,9 +146,16 @@ class Prepared(NamedTuple):
         return self._replace(conditioning=self.conditioning.clone(), **copied)
 
     def time_embedding(self, timesteps: Tensor) -> TimeEmbedding:
-        """timesteps: [b], of those prepared for; an error of the device where one is not."""
-        same = timesteps.float()[:, None] == self.timesteps  # [b, S]
-        row = torch.where(same.any(dim=1), same.int().argmax(dim=1), len(self.timesteps))
+        """timesteps: [b], of those prepared for; an error of the device where one is not.
+
+        -> of b items, or, where each prompt has a vector, of the B that this is for.
+        """
+        first = 0
+        if self.conditioning.vector is not None:
+            first = self.conditioning.prompt_of_items() * len(self.timesteps)  # [B]
+            timesteps = repeat_batch(timesteps, len(first))
+        same = timesteps.float()[:, None] == self.timesteps  # [b or B, S]
+        row = torch.where(same.any(dim=1), first + same.int().argmax(dim=1), len(self.shifts))
         shifts = self.shifts.index_select(0, row)
         widths = [block.out_channels for block in self.blocks]
         return TimeEmbedding(shifts, dict(zip(self.blocks, shifts.split(widths, dim=1), strict=True)))
@@ -156,7 +168,9 @@ class UNetModel(nn.Module):
     channel_mult: width of each level over `model_channels`; level l works on h / 2**l cells.
     attention_resolutions: the downsampling factors (1, 2, 4, ...) that have transformers.
     num_res_blocks: residual blocks of each level. num_heads: of every attention.
-    context_dim: width of the text encoder's output. transformer_depth: blocks of each transformer.
+    context_dim: width of the text encoder's output. transformer_depth: blocks of each transformer, or of
+        those of each level (SDXL: 1, 2, 10, the first of a level without any); the last is the middle's too.
+    adm_in_channels: width of the vector beside the timestep (SDXL: pooled text and sizes); None: no vector.
     use_linear_in_transformer: its outer projections are linear layers (SD 2.x), not convolutions.
     num_groups: of group norms.
     num_head_channels: width of a head (SD 2.x); where given, it replaces `num_heads` (SD 1.x).
@@ -177,60 +191,65 @@ class UNetModel(nn.Module):
         num_heads: PositiveInt = 8,
         num_head_channels: PositiveInt | None = None,
         context_dim: PositiveInt = 768,
-        transformer_depth: PositiveInt = 1,
+        transformer_depth: PositiveInt | Sequence[PositiveInt] = 1,
+        adm_in_channels: PositiveInt | None = None,
         use_linear_in_transformer: bool = False,
         use_checkpoint: bool | Sequence[int] | None = False,
         num_groups: PositiveInt = 32,
         fused_group_norm: bool = True,
     ):
         super().__init__()
-        widths = [model_channels, *(mult * model_channels for mult in channel_mult)]
-        check_widths("unet", widths, num_groups=num_groups)
+        widths = [mult * model_channels for mult in channel_mult]
+        check_widths("unet", [model_channels, *widths], num_groups=num_groups)
         attended = [
-            mult * model_channels
-            for level, mult in enumerate(channel_mult)
-            if 2**level in attention_resolutions or level == len(channel_mult) - 1
+            width
+            for level, width in enumerate(widths)
+            if 2**level in attention_resolutions or level == len(widths) - 1
         ]
         heads = {"num_head_channels": num_head_channels} if num_head_channels else {"num_heads": num_heads}
         check_widths("unet", attended, **heads)
+        depths = depth_of_levels(transformer_depth, levels=len(widths))
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.context_dim = context_dim
+        self.adm_in_channels = adm_in_channels
         self.use_checkpoint = use_checkpoint
         self.factor = 2 ** (len(channel_mult) - 1)
         emb = 4 * model_channels
         res_block = partial(ResBlock, emb_channels=emb, num_groups=num_groups)
 
-        def transformer(width: int) -> SpatialTransformer:
+        def transformer(width: int, level: int) -> SpatialTransformer:
             return SpatialTransformer(
                 width,
                 num_heads=width // num_head_channels if num_head_channels else num_heads,
                 context_dim=context_dim,
-                depth=transformer_depth,
+                depth=depths[level],
                 use_linear=use_linear_in_transformer,
                 num_groups=num_groups,
             )
 
         def stage(in_width: int, out_width: int, level: int) -> Stage:
-            attention = [transformer(out_width)] if 2**level in attention_resolutions else []
+            attention = [transformer(out_width, level)] if 2**level in attention_resolutions else []
             return Stage(res_block(in_width, out_width), *attention)
 
-        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.time_embed = _mlp(model_channels, emb)
+        if adm_in_channels is not None:
+            self.label_emb = nn.Sequential(_mlp(adm_in_channels, emb))
         width = model_channels
         self.input_blocks = nn.ModuleList([Stage(conv3x3(in_channels, width))])
         skips = [width]  # widths of the skip connections to the output blocks
-        for level, mult in enumerate(channel_mult):
+        for level, level_width in enumerate(widths):
             if level > 0:
                 self.input_blocks.append(Stage(Downsample(width)))
                 skips.append(width)
             for _ in range(num_res_blocks):
-                self.input_blocks.append(stage(width, width := mult * model_channels, level))
+                self.input_blocks.append(stage(width, width := level_width, level))
                 skips.append(width)
-        self.middle_block = Stage(res_block(width, width), transformer(width), res_block(width, width))
+        self.middle_block = Stage(res_block(width, width), transformer(width, -1), res_block(width, width))
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for level, level_width in reversed(list(enumerate(widths))):
             for _ in range(num_res_blocks + 1):
-                self.output_blocks.append(stage(width + skips.pop(), width := mult * model_channels, level))
+                self.output_blocks.append(stage(width + skips.pop(), width := level_width, level))
             if level > 0:
                 self.output_blocks[-1].append(Upsample(width))
 
@@ -250,7 +269,9 @@ class UNetModel(nn.Module):
         layers = [layer.attn2 for layer in self.modules() if isinstance(layer, BasicTransformerBlock)]
         blocks = [layer for layer in self.modules() if isinstance(layer, ResBlock)]
         timesteps = timesteps.to(told.context.device, torch.float32)
-        emb = self._time_embedding(timesteps, self.dtype).emb
+        emb = self._sinusoids(timesteps, self.dtype)
+        if self._takes(told.vector):
+            emb = (self.label_emb(told.vector)[:, None] + emb).flatten(0, 1)
         return Prepared(
             told._replace(kept={layer: layer.keys_values(told.context) for layer in layers}),
             shifts=torch.cat([block.emb_layers(emb) for block in blocks], dim=1),
@@ -273,7 +294,7 @@ class UNetModel(nn.Module):
         """x: [b, C, h, w], timesteps: [b], whole or not, conditioning of B items -> [B, C, h, w].
 
         b less than B is for guidance: x is repeated for each of the B / b runs of items, but only at the
-        first cross-attention, so the layers before it run once.
+        first cross-attention, so the layers before it run once; where items have a vector, at the entrance.
         """
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise UserError(
@@ -284,9 +305,9 @@ class UNetModel(nn.Module):
         if isinstance(conditioning, Prepared):
             time, conditioning = conditioning.time_embedding(timesteps), conditioning.conditioning
         else:
-            time = self._time_embedding(timesteps, x.dtype)
-        if conditioning.vector is not None:
-            raise ValueError("this UNet takes no vector of an item")
+            time = self._time_embedding(timesteps, conditioning.vector, x.dtype)
+        if self.adm_in_channels is not None:
+            x = repeat_batch(x, conditioning.items)
         skips = []
         h, height = x, x.shape[2]
         for stage in self.input_blocks:
@@ -298,8 +319,23 @@ class UNetModel(nn.Module):
             h = self._run(stage, h, time, conditioning, height // h.shape[2])
         return self.out(h)
 
-    def _time_embedding(self, timesteps: Tensor, dtype: torch.dtype) -> TimeEmbedding:
-        return TimeEmbedding(self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype)))
+    def _time_embedding(self, timesteps: Tensor, vector: Tensor | None, dtype: torch.dtype) -> TimeEmbedding:
+        """timesteps: [b] -> of b items; given a vector [B, V], of B."""
+        emb = self._sinusoids(timesteps, dtype)
+        if self._takes(vector):
+            emb = repeat_batch(emb, len(vector)) + self.label_emb(vector)
+        return TimeEmbedding(emb)
+
+    def _sinusoids(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+
+    def _takes(self, vector: Tensor | None) -> bool:
+        """Whether there is a vector beside the timestep. ValueError for one that does not fit."""
+        width = None if vector is None else vector.shape[1]
+        if width != self.adm_in_channels:
+            wanted = f"a vector of width {self.adm_in_channels}" if self.adm_in_channels else "no vector"
+            raise ValueError(f"this UNet takes {wanted} of an item, not {width}")
+        return vector is not None
 
     def recomputes(self, factor: int) -> bool:
         """Whether the stages at this downsampling factor use gradient checkpointing."""

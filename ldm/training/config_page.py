@@ -18,6 +18,7 @@ from ldm.annotations import named, node_kind, section_kind
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.evaluation.photos import PhotoEvaluation
 from ldm.evaluation.storybook import StorybookEvaluation
+from ldm.families.sdxl.text_encoder import SDXLTextEncoders
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
@@ -35,6 +36,7 @@ NODES = {  # where a node usually stands -> the class that its target names
     "model.params.unet.params": UNetModel,
     "model.params.vae.params": AutoencoderKL,
     "model.params.text_encoder.params": CLIPTextEncoder,
+    "model.params.text_encoder.params (SDXL)": SDXLTextEncoders,
     "model.params.trainable": Trainable,
     "model.params.trainable.lora.params": LoRA,
     "model.params.trainable.learned_token.params": LearnedToken,

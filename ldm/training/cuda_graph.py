@@ -98,6 +98,8 @@ class GraphedStep:
         ):
             tensors["ids"] = module.conditioner.ids_of(batch["caption"])
             tensors |= {} if sizes is None else {"sizes": sizes}
+            if module.cond_stage_model.unconditional is None:  # an empty prompt is zeros
+                tensors["given"] = torch.tensor([caption != "" for caption in batch["caption"]])
         else:
             tensors |= module.condition(batch["caption"], sizes).expanded().by_name("")
         if self.reference is not None and batch["reference_items"]:
@@ -109,6 +111,8 @@ class GraphedStep:
         module = self.module
         if "ids" in tensors:
             encoding = module.cond_stage_model.encode(tensors["ids"])
+            if "given" in tensors:
+                encoding = encoding.where(tensors["given"])
             told = module.conditioner.conditioning(encoding, None, tensors.get("sizes"))
         else:
             told = Conditioning.of(tensors["context"], vector=tensors.get("vector"))

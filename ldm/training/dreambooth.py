@@ -118,7 +118,9 @@ class DreamBoothRun:
     def _priors(self) -> PriorSet:
         """The prior images; missing ones are generated."""
         config = self.config.priors
-        priors = prior_set(self.data, config, base_sha256=self.base_hash, device=self.module.device)
+        none = self.module.cond_stage_model.unconditional
+        about = {"base_sha256": self.base_hash, "device": self.module.device, "unconditional": none}
+        priors = prior_set(self.data, config, **about)
         generate_priors(self.pipeline, priors, self.data.num_priors, batch_size=config.batch_size)
         return priors
 

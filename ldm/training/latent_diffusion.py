@@ -24,6 +24,7 @@ from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
+from ldm.precision import vae_precision
 from ldm.training.compiling import CompileMode, TrainingGraph
 from ldm.training.cuda_graph import GraphedStep, uses_cuda_graph
 from ldm.training.gradients import clip
@@ -160,7 +161,8 @@ class LatentDiffusion(pl.LightningModule):
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """images: [B, 3, H, W] in [-1, 1] -> latent stats [B, 2C, h, w] of their latents."""
-        return self.first_stage_model.encode(images.to(self.device)).latent_stats.contiguous()
+        with vae_precision(self.networks["unet"], self.device):
+            return self.first_stage_model.encode(images.to(self.device)).latent_stats.contiguous()
 
     def condition(self, prompts: Sequence[str], sizes: Tensor | None = None) -> Conditioning:
         """The conditioning of B items by their prompts; sizes: [B, 6], as in `Conditioner.conditioning`.

@@ -162,17 +162,21 @@ def _activations(module: LatentDiffusion, data: DreamBoothDataModule, *, precisi
     with mixed:
         weights = _without_data(text)
         captions = 1 + (priors > 0) + (data.prior_caption_dropout > 0)
-        prompts = torch.zeros(captions, text.max_length, dtype=torch.int64)
+        prompts = torch.zeros(captions, *text.token_shape, dtype=torch.int64)
         with _saving(text, weights | lora_weights, {}) as saved:
-            context = functional_call(text, weights, prompts)
+            encoded = functional_call(text, weights, prompts)
         found["text_encoder"] = sum(saved)
         timesteps = torch.zeros(subject + priors, dtype=torch.int64)
         rows = [0] * subject + [1] * priors
+        context = encoded if isinstance(encoded, Tensor) else encoded[0]
         context = context.detach().requires_grad_(context.requires_grad)
+        vector = None
+        if unet.adm_in_channels is not None:
+            vector = torch.zeros(len(rows), unet.adm_in_channels).requires_grad_(context.requires_grad)
         x = torch.zeros(subject + priors, module.networks["vae"].embed_dim, side, side)
         stages = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
         weights, dtype = _without_data(unet), unet.dtype
-        told = Conditioning.of(context.to(dtype), rows)
+        told = Conditioning.of(context, rows, vector=vector).to(dtype)
         with _saving(unet, weights | lora_weights, {stage: side for stage in stages}) as saved:
             functional_call(unet, weights, (x.to(dtype), timesteps, told))
         found["unet"] = sum(saved)
@@ -217,7 +221,7 @@ def _saving(
             scope.pop()
 
     chosen, network.use_checkpoint = network.use_checkpoint or False, False
-    stages = heights or network.transformer["text_model"].encoder.layers
+    stages = heights or network.layers
     hooks = [stage.register_forward_pre_hook(enter) for stage in stages]
     hooks += [stage.register_forward_hook(leave) for stage in stages]
     try:

@@ -43,16 +43,24 @@ def base_denoiser(module: LatentDiffusion) -> Denoiser:
 
 
 def prior_set(
-    data: DreamBoothDataModule, config: PriorsConfig, *, base_sha256: str, device: torch.device
+    data: DreamBoothDataModule,
+    config: PriorsConfig,
+    *,
+    base_sha256: str,
+    device: torch.device,
+    unconditional: str | None = "",
 ) -> PriorSet:
-    """The set that is named by these settings, this base and the precision on the device."""
+    """The set that is named by these settings, this base and the precision on the device.
+
+    unconditional: what no negative prompt is, see `CLIPTextEncoder.unconditional`.
+    """
     spec = PriorSpec(
         prompt=data.prior_prompt,
         base_sha256=base_sha256,
         sampler=config.sampler,
         steps=config.steps,
         guidance_scale=config.guidance_scale,
-        negative_prompt=config.negative_prompt,
+        negative_prompt=unconditional if config.negative_prompt is None else config.negative_prompt,
         size=data.size,
         seed=config.seed,
         precision=resolve_precision(config.precision, device),

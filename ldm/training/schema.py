@@ -94,7 +94,7 @@ class PriorsConfig:
         sampler: see docs/samplers.md.
         steps: of the sampler.
         guidance_scale: of classifier-free guidance; 1 is none.
-        negative_prompt: of which guidance moves away.
+        negative_prompt: of which guidance moves away; null: none, which is zeros to SDXL, elsewhere "".
         seed: of the first image.
         batch_size: images at a time, which decides none of them.
         precision: of the networks; "auto" is bf16 on a CUDA device and fp32 elsewhere.
@@ -104,7 +104,7 @@ class PriorsConfig:
     sampler: SamplerName = "ddim"
     steps: PositiveInt = 50
     guidance_scale: NonNegativeFloat = 7.5
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     seed: Seed = 0
     batch_size: PositiveInt = 16
     precision: Precision = "auto"
@@ -121,7 +121,7 @@ class SamplesConfig:
         spacing: of the steps; None: as suits the sampler.
         steps: of the sampler.
         guidance_scale: of classifier-free guidance; 1 is none.
-        negative_prompt: of which guidance moves away.
+        negative_prompt: of which guidance moves away; null: none, which is zeros to SDXL, elsewhere "".
         guidance_base: the base, not the trained model, predicts for the negative prompt.
         seed: of the first image of each prompt.
         batch_size: images at a time, which decides none of them.
@@ -136,7 +136,7 @@ class SamplesConfig:
     spacing: Spacing | None = None
     steps: PositiveInt = 50
     guidance_scale: NonNegativeFloat = 7.5
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     guidance_base: bool = False
     seed: Seed = 23
     batch_size: PositiveInt = 16

@@ -41,7 +41,7 @@ def shard(networks: Mapping[str, nn.Module], mesh: DeviceMesh) -> None:
     """Shards the trainable networks; each block is gathered only while it computes."""
     blocks = {
         "unet": lambda unet: [*unet.input_blocks, unet.middle_block, *unet.output_blocks],
-        "text_encoder": lambda text: text.transformer["text_model"].encoder.layers,
+        "text_encoder": lambda text: text.layers,
     }
     for name, network in networks.items():
         if any(p.requires_grad for p in network.parameters()):

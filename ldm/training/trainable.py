@@ -15,6 +15,7 @@ from ldm.config import instantiate
 from ldm.models.lora import LoRA
 from ldm.training.optimizers import ParamGroups
 from ldm.training.techniques import LearnedToken
+from ldm.training.text_rates import each_encoder, freeze_unrated, rates_of_encoders
 
 StateDicts = Mapping[str, Mapping[str, Tensor]]
 
@@ -29,7 +30,8 @@ class Trainable:
         learned_token: node of a `LearnedToken`: textual inversion, with the networks or, where both are
             switched off, alone. Its vectors are kept in `embeddings/WORD.safetensors`.
         learning_rate: of the UNet, and of the text encoder where it has none of its own.
-        text_encoder_learning_rate: None is the same.
+        text_encoder_learning_rate: None is the same; of SDXL's two also {clip_l: 5e-6, clip_g: 0}, where one
+            of rate 0 stays as it is.
     """
 
     def __init__(
@@ -41,14 +43,15 @@ class Trainable:
         lora: Annotated[Node, Builds(LoRA)] | None = None,
         learned_token: Annotated[Node, Builds(LearnedToken)] | None = None,
         learning_rate: NonNegativeFloat = 1e-6,
-        text_encoder_learning_rate: NonNegativeFloat | None = None,
+        text_encoder_learning_rate: NonNegativeFloat | Mapping[str, NonNegativeFloat] | None = None,
     ):
         self.chosen = {"unet": unet, "text_encoder": text_encoder, "vae": False}
         self.text_encoder_steps = text_encoder_steps
         self.lora: LoRA | None = instantiate(lora) if lora else None
         self.learned_token: LearnedToken | None = instantiate(learned_token) if learned_token else None
         own = text_encoder_learning_rate
-        self.learning_rates = {"unet": learning_rate, "text_encoder": learning_rate if own is None else own}
+        self.learning_rates: dict[str, float] = {"unet": learning_rate}
+        self.text_encoder_rate = learning_rate if own is None else own
         if self.learned_token is not None:
             self.learning_rates["learned_token"] = self.learned_token.learning_rate
 
@@ -56,6 +59,9 @@ class Trainable:
         """Freezes what does not learn, and puts the LoRA beside its layers. To be called once."""
         for name, network in networks.items():
             network.requires_grad_(self.chosen[name])
+        rates = rates_of_encoders(networks["text_encoder"], self.text_encoder_rate)
+        freeze_unrated(networks["text_encoder"], rates)
+        self.learning_rates |= rates
         if self.lora is not None:
             self.lora.attach({name: networks[name] for name in ("unet", "text_encoder")})
 
@@ -68,13 +74,16 @@ class Trainable:
     def modules(self, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """Name of a parameter group -> what the optimizer changes: a network, its LoRA, or the token."""
         modules = networks if self.lora is None else self.lora.layers
-        text = networks["text_encoder"].transformer if self.lora is None else modules["text_encoder"]
+        text = networks["text_encoder"].weights if self.lora is None else modules["text_encoder"]
         tokens = {"learned_token": networks["text_encoder"].learned_tokens} if self.learned_token else {}
         return {"unet": modules["unet"], "text_encoder": text, **tokens}
 
     def param_groups(self, networks: Mapping[str, nn.Module]) -> ParamGroups:
         """Name of a parameter group -> what the optimizer changes, and its learning rate."""
-        return {name: (module, self.learning_rates[name]) for name, module in self.modules(networks).items()}
+        modules = self.modules(networks)
+        if "text_encoder" not in self.learning_rates:
+            modules |= each_encoder(modules.pop("text_encoder"))
+        return {name: (module, self.learning_rates[name]) for name, module in modules.items()}
 
     def text_learns(self, networks: Mapping[str, nn.Module]) -> bool:
         """Whether the contexts of prompts change in training."""
@@ -100,7 +109,7 @@ class Trainable:
         """
         state_dicts = {name: network.state_dict() for name, network in networks.items()}
         text = state_dicts["text_encoder"]
-        state_dicts["text_encoder"] = {k: x for k, x in text.items() if not k.startswith(LEARNED_TOKENS)}
+        state_dicts["text_encoder"] = {k: x for k, x in text.items() if LEARNED_TOKENS not in k}
         for word, vectors in networks["text_encoder"].learned_tokens.items():
             save_embedding(embeddings_beside(path), word, vectors, metadata=metadata)
         if self.lora is None:

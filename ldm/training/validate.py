@@ -5,6 +5,7 @@ packages and devices. What each part of a run can and cannot do is said where th
 """
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,15 @@ import torch
 from torch import nn
 
 from ldm.annotations import Node
+from ldm.checkpoints.load import open_model
+from ldm.checkpoints.vae import check_same_scale, open_vae
 from ldm.config import instantiate, param_of
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.prompts import fill
 from ldm.errors import UserError
+from ldm.families.known import family_of
+from ldm.families.sdxl.conditioning import vector_width
+from ldm.families.sdxl.family import SDXL
 from ldm.files import require_space
 from ldm.training import distributed, run
 from ldm.training.before_after import evaluation_nodes
@@ -29,6 +35,8 @@ from ldm.training.schema import RunConfig, TrainerOptions
 from ldm.training.sharding import check_sharding
 from ldm.training.storybook_base import StorybookBase
 
+log = logging.getLogger(__name__)
+LEAST_SDXL = 512  # pixels a side
 LOGGERS = {  # class of a logger -> the package that it needs
     "WandbLogger": "wandb",
     "CometLogger": "comet_ml",
@@ -77,6 +85,7 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
             "Every learning rate is 0", where="model.params.trainable.learning_rate", remedy=remedy
         )
     text2image(module, size=data.size).latent_shape()  # refuses a size that the networks cannot halve
+    _check_family(module, files, size=data.size)
     data.check()
     check_prior_target(module, data)
     nodes = evaluation_nodes(config)
@@ -87,6 +96,23 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
         )  # refuses what the schedule has not
     for node in nodes.values():
         instantiate(node)  # reads its own networks and prompts
+
+
+def _check_family(module: LatentDiffusion, files: Mapping[str, Path], *, size: int) -> None:
+    """Refuses a base of another family than the config's; warns of sizes at which SDXL draws badly."""
+    own = family_of({"unet": module.networks["unet"].state_dict()})
+    if own is SDXL and "vae" in files:  # its names and shapes are those of SD's
+        node = {"params": {"scale_factor": module.networks["vae"].scale_factor}}
+        check_same_scale(open_vae(files["vae"])[1], node, where=files["vae"])
+    if own is SDXL and size < LEAST_SDXL:
+        log.warning("data.params.size %d: SDXL draws badly below %d pixels", size, LEAST_SDXL)
+    try:
+        base = open_model(files["all"]) if "all" in files else None
+    except UserError:  # which loading says again, with the rest of what is wrong
+        return
+    if base is not None and base.family is not own:
+        what = f"This is a model of {base.family.name}, but the config is of {own.name}"
+        raise UserError(what, where=base.path, remedy=f"Use --base {base.family.config}.")
 
 
 def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
@@ -100,16 +126,20 @@ def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> N
 def _check_networks(module: LatentDiffusion) -> None:
     """Refuses networks that do not fit one another."""
     unet, vae, text = (module.networks[name] for name in ("unet", "vae", "text_encoder"))
-    width = text.transformer["text_model"].config.hidden_size
     pairs = {
         "unet.params.in_channels": (unet.in_channels, vae.embed_dim, "vae.params.embed_dim"),
         "unet.params.out_channels": (unet.out[-1].out_channels, vae.embed_dim, "vae.params.embed_dim"),
-        "unet.params.context_dim": (unet.context_dim, width, "text_encoder.params.hidden_size"),
+        "unet.params.context_dim": (unet.context_dim, text.context_dim, "text_encoder.params.hidden_size"),
     }
-    if max(text.bos_token_id, text.eos_token_id, text.pad_token_id) >= text.vocab_size:
-        what = f"A special token is not among the {text.vocab_size} of the vocabulary"
-        where, remedy = "model.params.text_encoder.params", "Set vocab_size, and the ids of the tokens."
-        raise UserError(what, where=where, remedy=remedy)
+    if unet.adm_in_channels is not None or text.pooled_dim is not None:
+        vector = None if text.pooled_dim is None else vector_width(text.pooled_dim)
+        wanted = "pooled vector of text_encoder, with six numbers"
+        pairs["unet.params.adm_in_channels"] = (unet.adm_in_channels, vector, wanted)
+    for one in text.encoders:
+        if max(one.bos_token_id, one.eos_token_id, one.pad_token_id) >= one.vocab_size:
+            what = f"A special token is not among the {one.vocab_size} of the vocabulary"
+            where, remedy = "model.params.text_encoder.params", "Set vocab_size, and the ids of the tokens."
+            raise UserError(what, where=where, remedy=remedy)
     for key, (own, wanted, other) in pairs.items():
         if own != wanted:
             where, remedy = f"model.params.{key}", "Give them the same number."

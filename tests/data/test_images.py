@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.data import images
-from ldm.data.images import fit_image, list_images, load_image, to_image, to_tensor
+from ldm.data.images import fit_image, list_images, load_image, to_image, to_tensor, upright_size
 from ldm.errors import UserError
 from ldm.randomness import generator
 
@@ -229,3 +229,11 @@ def test_any_picture_fits(tmp_path, width, height, mode, size, crop):
     assert (rgb.mode, rgb.size) == ("RGB", (width, height))
     pixels = to_tensor(fit_image(rgb, size, crop=crop, generator=torch.Generator()))
     assert pixels.shape == (3, size, size) and pixels.abs().max() <= 1
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_upright_size_is_that_of_the_decoded_image(tmp_path, orientation):
+    photo, exif = Image.new("RGB", (40, 24)), Image.Exif()
+    exif[0x0112] = orientation
+    photo.save(tmp_path / "a.jpg", exif=exif)
+    assert upright_size(tmp_path / "a.jpg") == load_image(tmp_path / "a.jpg").size[::-1]

@@ -51,7 +51,7 @@ def read_whole(path: Path, **how: Any) -> str:
     check_model(model, model.config)
     make_alphas_cumprod(**{key: model.config[key] for key in SCHEDULE})
     taught_words(model.metadata)
-    sampling_defaults(model.metadata)
+    sampling_defaults(model.metadata, model.family)
     return f"a model of {model.size(model.config['parameterization'])} pixels"
 
 

@@ -94,7 +94,6 @@ def test_a_single_vector_without_its_axis(vectors, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"clip_l": torch.ones(2, 8), "clip_g": torch.ones(2, 9)}, "embedding of Stable Diffusion XL"),
         ({"clip_g": torch.ones(2, 9)}, "embedding of Stable Diffusion XL"),
         ({"emb_params": torch.ones(2, 8), "*": torch.ones(2, 8)}, "the same word"),
         ({}, "not a textual-inversion"),
@@ -116,6 +115,14 @@ def test_what_is_no_embedding(content, message, tmp_path):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match=message):
         read_embedding(tmp_path / "x.pt")
+
+
+def test_an_embedding_of_sdxl_is_not_for_sd(tiny_model_file, tmp_path):
+    both = {"clip_l": torch.ones(2, 32), "clip_g": torch.ones(2, 9)}
+    save_file(both, tmp_path / "owl.safetensors")
+    torch.testing.assert_close(read_embedding(tmp_path / "owl.safetensors"), {"owl": both})
+    with pytest.raises(UserError, match="one of Stable Diffusion XL"):
+        Text2Image.from_file(tiny_model_file, embeddings=[tmp_path / "owl.safetensors"])
 
 
 def test_a_model_is_no_embedding(tiny_model_file):

@@ -1,8 +1,8 @@
-"""Key table of SD 2.x's text encoder: OpenCLIP (`cond_stage_model.model.*`) from and to `CLIPTextEncoder`.
+"""Key table of OpenCLIP's text encoders, from and to `CLIPTextEncoder`: SD 2.x's, and SDXL's second one.
 
-OpenCLIP fuses query, key and value to one `in_proj`, and its files hold a projection and a temperature that
-Stable Diffusion doesn't use. They also hold the last layer, though SD 2.x takes the output of the one before
-it; diffusers folders leave it out.
+OpenCLIP fuses query, key and value to one `in_proj`, and its files hold a temperature that Stable Diffusion
+doesn't use. SD 2.x (`cond_stage_model.model.*`) doesn't use the projection and the last layer either, which
+diffusers folders leave out; SDXL (`conditioner.embedders.1.model.*`) takes its pooled vector from both.
 """
 
 import math
@@ -12,11 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.tensors import Lazy
 from ldm.errors import UserError
+from ldm.families.shapes import LAYER, TEXT_MODEL
+from ldm.lazy import Lazy
 
-TEXT_MODEL = "transformer.text_model."
-LAYER = TEXT_MODEL + "encoder.layers."
 BLOCK = "transformer.resblocks."
 TABLE = {  # OpenCLIP -> CLIPTextEncoder, outside the layers
     "positional_embedding": TEXT_MODEL + "embeddings.position_embedding.weight",
@@ -32,36 +31,44 @@ LAYER_TABLE = {  # within a layer
     "mlp.c_proj": "mlp.fc2",
 }
 FUSED = {f"attn.in_proj_{kind}": [f"self_attn.{x}_proj.{kind}" for x in "qkv"] for kind in ("weight", "bias")}
-UNUSED = ("text_projection", "logit_scale")  # in every file; SD does not use them
+PROJECTION = "text_projection"  # [D, P]
+UNUSED = (PROJECTION, "logit_scale")  # in every file; SD 2.x does not use them
 BUFFERS = ("attn_mask",)
 RELEASED_LAYERS = 24  # of ViT-H-14
 
 
-def from_openclip(tensors: Mapping[str, Tensor]) -> tuple[Lazy, Lazy]:
-    """Names after `cond_stage_model.model.` -> the text encoder under its own names, the UNUSED rest.
+def from_openclip(tensors: Mapping[str, Tensor], *, projects: bool = False) -> tuple[Lazy, Lazy]:
+    """Names after `model.` -> the text encoder under its own names, the UNUSED rest.
 
-    Files made from diffusers folders lack the last of the RELEASED_LAYERS; it is copied from the one before.
+    projects: the projection is used (SDXL). Where it is not (SD 2.x), files made from diffusers folders lack
+    the last of the RELEASED_LAYERS; it is copied from the one before.
     """
+    unused = [name for name in UNUSED if not (projects and name == PROJECTION)]
     text_encoder: dict[str, Callable[[], Tensor]] = {}
     for name in tensors:
         layer, inner = _inside(name, BLOCK)
         if inner in FUSED:
             for row, own in enumerate(FUSED[inner]):
                 text_encoder[f"{LAYER}{layer}.{own}"] = partial(_third, tensors, name, row)
-        elif name not in (*UNUSED, *BUFFERS):
+        elif projects and name == f"{PROJECTION}.weight":  # of a linear layer, in some fine-tunes
+            text_encoder[PROJECTION] = partial(_transposed, tensors, name)
+        elif name not in (*unused, *BUFFERS):
             module, _, kind = inner.rpartition(".")
             inner = f"{LAYER}{layer}.{LAYER_TABLE.get(module, module)}.{kind}"
             text_encoder[inner if layer else TABLE.get(name, name)] = partial(tensors.__getitem__, name)
-    rest = Lazy({name: partial(tensors.__getitem__, name) for name in UNUSED if name in tensors})
-    if len({_inside(name, BLOCK)[0] for name in tensors} - {""}) == RELEASED_LAYERS - 1:
+    rest = Lazy({name: partial(tensors.__getitem__, name) for name in unused if name in tensors})
+    if not projects and len({_inside(name, BLOCK)[0] for name in tensors} - {""}) == RELEASED_LAYERS - 1:
         return with_last_layer(Lazy(text_encoder), {}, layers=RELEASED_LAYERS), rest
     return Lazy(text_encoder), rest
 
 
-def to_openclip(text_encoder: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_openclip(
+    text_encoder: Mapping[str, Tensor], rest: Mapping[str, Tensor], *, projects: bool = False
+) -> dict[str, Tensor]:
     """The text encoder under OpenCLIP's names, with UNUSED from `rest`.
 
-    If `rest` lacks them, they are the identity and the upper bound of CLIP's temperature.
+    If `rest` lacks them, they are the identity and the upper bound of CLIP's temperature. projects: the
+    projection is the text encoder's own (SDXL).
     """
     inverse = {own: name for name, own in TABLE.items()}
     layer_inverse = {own: name for name, own in LAYER_TABLE.items()}
@@ -78,10 +85,9 @@ def to_openclip(text_encoder: Mapping[str, Tensor], rest: Mapping[str, Tensor]) 
             rows = [text_encoder[f"{LAYER}{layer}.{own}"] for own in FUSED[fused[inner]]]
             tensors[theirs] = torch.cat(rows)
     positions = tensors["positional_embedding"]
-    defaults = {
-        "text_projection": torch.eye(positions.shape[1], dtype=positions.dtype),
-        "logit_scale": torch.tensor(math.log(100.0), dtype=positions.dtype),
-    }
+    defaults = {"logit_scale": torch.tensor(math.log(100.0), dtype=positions.dtype)}
+    if not projects:
+        defaults[PROJECTION] = torch.eye(positions.shape[1], dtype=positions.dtype)
     return tensors | defaults | {name: rest[name] for name in UNUSED if name in rest}
 
 
@@ -112,6 +118,10 @@ def _inside(name: str, prefix: str) -> tuple[str, str]:
         return "", name
     layer, _, inner = name.removeprefix(prefix).partition(".")
     return layer, inner
+
+
+def _transposed(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    return tensors[name].T.contiguous()
 
 
 def _third(tensors: Mapping[str, Tensor], name: str, row: int) -> Tensor:
