@@ -33,3 +33,10 @@ class GroupNorm(nn.GroupNorm):
 @cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def fuse(network: nn.Module, fused: bool) -> None:
+    """Says of all group norms of a network whether they may be `fused`."""
+    for layer in network.modules():
+        if isinstance(layer, GroupNorm):
+            layer.fused = fused

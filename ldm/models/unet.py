@@ -19,7 +19,7 @@ from ldm.models.attention import (
     zero_init,
 )
 from ldm.models.conditioning import Conditioning
-from ldm.models.group_norm import GroupNorm
+from ldm.models.group_norm import GroupNorm, fuse
 from ldm.models.widths import check_widths, depth_of_levels
 
 
@@ -253,11 +253,9 @@ class UNetModel(nn.Module):
             if level > 0:
                 self.output_blocks[-1].append(Upsample(width))
 
-        self.out = nn.Sequential(
-            GroupNorm(num_groups, width, silu=True), nn.Identity(), zero_init(conv3x3(width, out_channels))
-        )
-        for norm in (layer for layer in self.modules() if isinstance(layer, GroupNorm)):
-            norm.fused = fused_group_norm
+        last = zero_init(conv3x3(width, out_channels))
+        self.out = nn.Sequential(GroupNorm(num_groups, width, silu=True), nn.Identity(), last)
+        fuse(self, fused_group_norm)
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def prepare(self, conditioning: Conditioning, timesteps: Tensor) -> Prepared:
