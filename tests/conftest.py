@@ -70,8 +70,7 @@ def tiny_config(tiny_tokenizer: Path) -> dict:
                 "eos_token_id": tokens - 1,
             },
         },
-        "parameterization": "eps",
-        **SCHEDULE,
+        "process": {"parameterization": "eps", **SCHEDULE},
     }
 
 
