@@ -60,8 +60,7 @@ def model_config(tokenizer: Path) -> dict[str, Any]:
                 "eos_token_id": tokens - 1,
             },
         },
-        "parameterization": "eps",
-        **SCHEDULE,
+        "process": {"parameterization": "eps", **SCHEDULE},
     }
 
 

@@ -166,7 +166,8 @@ def files(tmp_path: Path, tiny_config: dict, tiny_networks: dict) -> dict[str, P
 
     def save(name: str, networks: dict, **config) -> Path:
         parts = {part: network.state_dict() for part, network in networks.items()}
-        metadata = {"ldm.config": json.dumps(tiny_config | config)}
+        process = tiny_config["process"] | config
+        metadata = {"ldm.config": json.dumps(tiny_config | {"process": process})}
         path = tmp_path / f"{name}.safetensors"
         return save_model(path, parts, alphas_cumprod=None, dtype=torch.float32, metadata=metadata)
 

@@ -14,6 +14,7 @@ from ldm.diffusion.process import DiscreteDiffusion
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
+from ldm.models.unet import Prepared
 from ldm.pipeline import Sample, Text2Image
 from ldm.randomness import randn
 from ldm.training.sampling import SamplesConfig, generate_samples
@@ -117,9 +118,11 @@ def test_zero_terminal_snr_begins_in_noise_alone(tiny_networks, monkeypatch):
 
 def test_noise_comes_from_the_pictures_own_seed(pipeline, monkeypatch):
     """A network that sees no noise leaves x_T scaled, and the step noise added to it."""
-    monkeypatch.setattr(
-        pipeline.unet, "forward", lambda x, t, told: torch.zeros(told.conditioning.items, *x.shape[1:])
-    )
+
+    def nothing(x: torch.Tensor, t: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+        return torch.zeros(prepared.conditioning.items, *x.shape[1:])
+
+    monkeypatch.setattr(pipeline.unet, "forward", nothing)
     alphas = pipeline.process.alphas_cumprod
 
     def drawn(purpose: str) -> torch.Tensor:
@@ -251,7 +254,7 @@ def test_from_file_draws_what_the_networks_draw(pipeline, tiny_model_file, tiny_
     assert not any(p.requires_grad for p in loaded.unet.parameters())
     ours = latents(loaded(PROMPTS, seeds=SEEDS, **SMALL))
     torch.testing.assert_close(ours, latents(pipeline(PROMPTS, seeds=SEEDS, **SMALL)), rtol=1e-5, atol=1e-5)
-    v = Text2Image.from_file(tiny_model_file, config=tiny_config | {"parameterization": "v"})
+    v = Text2Image.from_file(tiny_model_file, config=tiny_config | {"process": {"parameterization": "v"}})
     assert v.process.parameterization == "v"
     half = Text2Image.from_file(tiny_model_file, dtype=torch.bfloat16)
     drawn = half(["a dog"], seeds=[0], **SMALL)[0].latents

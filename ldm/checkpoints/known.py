@@ -109,7 +109,7 @@ def read_known(metadata: Mapping[str, str], *, where: object) -> tuple[dict[str,
 
     Raises UserError for what is malformed in our own keys; other tools' are read where they make sense.
     """
-    known = read_json_object(metadata, CONFIG, where=where)
+    known = flat(read_json_object(metadata, CONFIG, where=where))
     check_known(known, where=where)
     prediction = PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type", ""))
     if prediction and "parameterization" not in known:
@@ -120,6 +120,13 @@ def read_known(metadata: Mapping[str, str], *, where: object) -> tuple[dict[str,
         raise UserError(what, where=where, remedy=INSTEAD)
     size = size or metadata.get("modelspec.resolution", "").split("x")[0]
     return known, int(size) if PIXELS.fullmatch(size) else None
+
+
+def flat(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Params of a model section as metadata has them: the noise process's keys beside the networks."""
+    process = params.get("process")
+    inner = process if isinstance(process, Mapping) else {}
+    return {key: value for key, value in params.items() if key != "process"} | dict(inner)
 
 
 def read_json_object(metadata: Mapping[str, str], key: str, *, where: object) -> dict[str, Any]:

@@ -70,7 +70,9 @@ class Model:
         if said is None:
             logger.warning("%s: %s", self.path, what)
         else:
-            raise UserError(what, where=self.path, remedy=f"Set model.params.parameterization={said}.")
+            raise UserError(
+                what, where=self.path, remedy=f"Set model.params.process.parameterization={said}."
+            )
 
     def size(self, parameterization: str) -> int:
         """Native image size in pixels, given the prediction type of the UNet."""

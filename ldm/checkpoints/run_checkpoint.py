@@ -8,6 +8,7 @@ from urllib.parse import unquote
 from torch import Tensor
 
 from ldm.checkpoints.embedding import Embeddings
+from ldm.checkpoints.known import flat
 from ldm.checkpoints.layout import LEARNED_TOKENS, PREFIXES, RUN_LORA
 from ldm.checkpoints.lora import Layers, LoRAWeights, checked_layer
 from ldm.checkpoints.lora_scale import LoraScale
@@ -33,10 +34,10 @@ def run_config(path: Path) -> dict[str, Any]:
 
 
 def model_params(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The params of a config's model section, or the config itself where it has none."""
+    """The params of a config's model section, or the config itself where it has none; see `flat`."""
     node = config.get("model", {"params": config})
     params = node.get("params") if isinstance(node, Mapping) else None
-    return params if isinstance(params, Mapping) else {}
+    return flat(params) if isinstance(params, Mapping) else {}
 
 
 def image_size(config: Mapping[str, Any]) -> int | None:

@@ -6,18 +6,21 @@ function from x_t to the *denoised* latent, the prediction of x0, whatever it is
 """
 
 import math
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.annotations import NonNegativeFloat, Timesteps, Variance
 from ldm.diffusion.schedule import (
     SPACINGS,
     TERMINAL,
     check_choice,
     check_steps,
     karras_sigmas,
+    make_alphas_cumprod,
     sampling_timesteps,
 )
 from ldm.errors import UserError
@@ -79,6 +82,41 @@ class NoiseProcess(Protocol):
         """In which ways the predictions of another process mean something else, for an error message."""
 
 
+@dataclass(frozen=True)
+class ProcessConfig:
+    """Settings of a `DiscreteDiffusion`.
+
+    Args:
+        parameterization: what the UNet predicts: "eps" (SD 1.x), "v" (SD 2.x at 768 pixels) or "x0".
+        beta_schedule, linear_start, linear_end, timesteps: of the noise schedule.
+        zero_terminal_snr: ends the schedule in noise alone (Lin et al. 2024), so that brightness is learnt
+            too; not with "eps".
+        offset_noise: standard deviation of what is added to all of an item's noise in a channel, so that
+            brightness is learnt too (Guttenberg 2023); 0.1 is usual.
+    """
+
+    parameterization: Literal["eps", "v", "x0"] = "eps"
+    beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
+    linear_start: Variance = 0.00085
+    linear_end: Variance = 0.012
+    timesteps: Timesteps = 1000
+    zero_terminal_snr: bool = False
+    offset_noise: NonNegativeFloat = 0.0
+
+    def build(self) -> "DiscreteDiffusion":
+        alphas_cumprod = make_alphas_cumprod(
+            beta_schedule=self.beta_schedule,
+            linear_start=self.linear_start,
+            linear_end=self.linear_end,
+            timesteps=self.timesteps,
+            zero_terminal_snr=self.zero_terminal_snr,
+            dtype=torch.float64,
+        )
+        return DiscreteDiffusion(
+            alphas_cumprod, parameterization=self.parameterization, offset_noise=self.offset_noise
+        )
+
+
 class DiscreteDiffusion(nn.Module):
     """The variance-preserving process of T timesteps, a² = alphas_cumprod[t], s² = 1 - a² (Ho et al. 2020).
 
@@ -97,7 +135,7 @@ class DiscreteDiffusion(nn.Module):
         self.offset_noise = offset_noise
         self.zero_terminal_snr = bool(alphas_cumprod[-1] <= TERMINAL)
         if self.zero_terminal_snr and parameterization == "eps":
-            remedy = "Set model.params.parameterization=v for a base that predicts v, or remove the key."
+            remedy = "Set process.parameterization=v for a base that predicts v, or remove the key."
             raise UserError("Zero-terminal SNR needs v-prediction", where="zero_terminal_snr", remedy=remedy)
         self._alphas: list[float] = alphas_cumprod.double().tolist()
         # Float32 whatever the precision of the latents: in bfloat16, 1 - a² loses whole timesteps.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ldm.annotations import named, node_kind, section_kind
 from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.diffusion.process import ProcessConfig
 from ldm.evaluation.photos import PhotoEvaluation
 from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.families.sdxl.text_encoder import SDXLTextEncoders
@@ -31,6 +32,7 @@ from ldm.training.trainable import Trainable
 
 NODES = {  # where a node usually stands -> the class that its target names
     "model.params": LatentDiffusion,
+    "model.params.process": ProcessConfig,
     "model.params.objective": Objective,
     "model.params.objective.weighting.params": MinSNR,
     "model.params.unet.params": UNetModel,

@@ -1,25 +1,17 @@
 """DreamBooth's training step: `LatentDiffusion` holds the networks under the names of released files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.annotations import (
-    Node,
-    NonNegativeFloat,
-    Seed,
-    Timesteps,
-    Variance,
-)
+from ldm.annotations import Node, Seed
 from ldm.checkpoints.save import save_model
 from ldm.conditioner import Conditioner
 from ldm.config import instantiate
-from ldm.diffusion.process import DiscreteDiffusion, NoiseProcess
-from ldm.diffusion.schedule import make_alphas_cumprod
+from ldm.diffusion.process import NoiseProcess, ProcessConfig
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA
@@ -28,6 +20,7 @@ from ldm.precision import vae_precision
 from ldm.training.compiling import CompileMode, TrainingGraph
 from ldm.training.cuda_graph import GraphedStep, uses_cuda_graph
 from ldm.training.gradients import clip
+from ldm.training.moved_keys import MOVED
 from ldm.training.objective import Loss, Objective
 from ldm.training.optimizer_nodes import OptimizerNode, weights_dtype
 from ldm.training.optimizers import build_optimizer, check_optimizer, with_schedule
@@ -49,13 +42,8 @@ class LatentDiffusion(pl.LightningModule):
 
     Args:
         unet, vae, text_encoder: nodes of the three networks.
-        parameterization: what the UNet predicts: "eps" (SD 1.x), "v" (SD 2.x at 768 pixels) or "x0".
-        linear_start, linear_end, timesteps, beta_schedule: of the noise schedule.
-        zero_terminal_snr: ends the schedule in noise alone (Lin et al. 2024), so that brightness is learnt
-            too; not with "eps".
+        process: how noise is added, and what the UNet predicts.
         objective: what predictions are compared with, and how errors become one loss.
-        offset_noise: standard deviation of what is added to all of an item's noise in a channel, so that
-            brightness is learnt too (Guttenberg 2023); 0.1 is usual.
         trainable: which parameters learn, and at which rates.
         optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
             bfloat16 and rounds their updates stochastically; or a node of any optimizer, as of torch.optim.
@@ -67,27 +55,7 @@ class LatentDiffusion(pl.LightningModule):
         seed: of the run; all draws follow from it and the item's number.
     """
 
-    MOVED: ClassVar[Mapping[str, str]] = {
-        "train_unet": "trainable.unet",
-        "train_text_encoder": "trainable.text_encoder",
-        "text_encoder_steps": "trainable.text_encoder_steps",
-        "learning_rate": "trainable.learning_rate",
-        "text_encoder_learning_rate": "trainable.text_encoder_learning_rate",
-        "lora": "trainable.lora",
-        "learned_token": "trainable.learned_token",
-        "new_word": "trainable.learned_token",
-        "fused_backward": "optimizer={target: ldm.training.fused_backward.FusedBackward}",
-        "step_in_backward": "optimizer={target: ldm.training.fused_backward.FusedBackward}",
-        "betas": "optimizer={target: torch.optim.AdamW, params: {betas: [0.9, 0.999]}}",
-        "weight_decay": "optimizer={target: torch.optim.AdamW, params: {weight_decay: 0.01}}",
-        "warmup_steps": "lr_schedule={target: ldm.training.schedules.Constant, params: {warmup_steps: 9}}",
-        "prior_loss_weight": "objective.prior_loss_weight",
-        "prior_target": "objective.prior_target",
-        "l2_sp_weight": "objective.l2_sp_weight",
-        "l2_pull": "objective.l2_sp_weight",
-        "min_snr_gamma": "objective.weighting={target: ldm.training.objective.MinSNR, params: {gamma: 5}}",
-        "min_snr_floor": "objective.weighting={target: ldm.training.objective.MinSNR, params: {floor: 1}}",
-    }
+    MOVED = MOVED
 
     def __init__(
         self,
@@ -95,14 +63,8 @@ class LatentDiffusion(pl.LightningModule):
         unet: Node,
         vae: Node,
         text_encoder: Node,
-        parameterization: Literal["eps", "v", "x0"] = "eps",
-        linear_start: Variance = 0.00085,
-        linear_end: Variance = 0.012,
-        timesteps: Timesteps = 1000,
-        zero_terminal_snr: bool = False,
-        beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear",
+        process: ProcessConfig | None = None,
         objective: Objective | None = None,
-        offset_noise: NonNegativeFloat = 0.0,
         trainable: Trainable | None = None,
         optimizer: OptimizerNode = "adamw",
         lr_schedule: ScheduleNode = "constant",
@@ -115,17 +77,7 @@ class LatentDiffusion(pl.LightningModule):
         self.first_stage_model: AutoencoderKL = instantiate(vae)
         self.cond_stage_model: CLIPTextEncoder = instantiate(text_encoder)
         networks = self.networks
-        alphas_cumprod = make_alphas_cumprod(
-            beta_schedule=beta_schedule,
-            linear_start=linear_start,
-            linear_end=linear_end,
-            timesteps=timesteps,
-            zero_terminal_snr=zero_terminal_snr,
-            dtype=torch.float64,
-        )
-        self.process: NoiseProcess = DiscreteDiffusion(
-            alphas_cumprod, parameterization=parameterization, offset_noise=offset_noise
-        )
+        self.process: NoiseProcess = (process or ProcessConfig()).build()
         self.seed = seed
         self.objective = objective or Objective()
         self.trainable = trainable or Trainable()

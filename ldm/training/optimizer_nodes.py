@@ -1,7 +1,6 @@
 """Optimizers as a config names them: short names, or nodes of any class that is allowed."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch.optim import Optimizer
@@ -43,8 +42,9 @@ def steps_in_backward(optimizer: OptimizerNode) -> bool:
 def build(optimizer: OptimizerNode, groups: list[dict], *, seed: int = 0, fused: bool = True) -> Optimizer:
     """The optimizer of parameter groups, each with its "lr". seed: for those that take one."""
     node = node_of(optimizer, fused=fused)
-    from_code: Mapping[str, Any] = {"seed": seed} if takes(node, "seed") else {}
-    return instantiate(node, params=groups, **{**from_code, **_own_seed(node)})
+    own = node.get("params") or {}
+    more = {"seed": seed} if takes(node, "seed") and "seed" not in own else {}
+    return instantiate(node, params=groups, **more)
 
 
 def weights_dtype(optimizer: OptimizerNode) -> torch.dtype | None:
@@ -56,8 +56,3 @@ def weights_dtype(optimizer: OptimizerNode) -> torch.dtype | None:
 def kind_of(optimizer: OptimizerNode) -> type[Optimizer]:
     """The class of what steps the weights."""
     return get_class(stepping(optimizer)["target"])
-
-
-def _own_seed(node: Node) -> dict[str, int]:
-    params = node.get("params") or {}
-    return {"seed": params["seed"]} if "seed" in params else {}

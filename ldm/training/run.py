@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from ldm.checkpoints.infer_config import model_config
+from ldm.checkpoints.known import flat
 from ldm.checkpoints.load import load_state_dicts, open_model
 from ldm.checkpoints.modelspec import file_metadata
 from ldm.checkpoints.save import DTYPES
@@ -210,7 +211,7 @@ def export(
 
     size: pixels a side. words: the run's {identifier} and {class_word}.
     """
-    path, params = folder / "model.safetensors", config.model.get("params") or {}
+    path, params = folder / "model.safetensors", flat(config.model.get("params") or {})
     state_dicts = {name: network.state_dict() for name, network in getattr(module, "networks", {}).items()}
     if "unet" in state_dicts:
         about = file_metadata(

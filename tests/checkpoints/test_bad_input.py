@@ -131,5 +131,5 @@ def test_a_config_that_reads_predictions_otherwise_is_refused(tmp_path, said, co
     if fits:
         model.require_prediction(config)
     else:
-        with pytest.raises(UserError, match=rf"Set model\.params\.parameterization={said}"):
+        with pytest.raises(UserError, match=rf"Set model\.params\.process\.parameterization={said}"):
             model.require_prediction(config)

@@ -78,9 +78,8 @@ def test_the_newest_run_is_found_and_named(workdir, tiny_model_file, monkeypatch
 
 def test_a_config_stands_in_for_metadata(workdir, tiny_model_file, tiny_config, monkeypatch):
     model = {"target": "ldm.training.latent_diffusion.LatentDiffusion", "params": tiny_config}
-    Path("v.yaml").write_text(
-        json.dumps({"model": model | {"params": tiny_config | {"parameterization": "v"}}})
-    )
+    process = tiny_config["process"] | {"parameterization": "v"}
+    Path("v.yaml").write_text(json.dumps({"model": model | {"params": tiny_config | {"process": process}}}))
     options = ["--prompt", "a dog", "--n", 1, "--model", tiny_model_file, *QUICK]
     sample(monkeypatch, *options, "--out", "eps")
     sample(monkeypatch, *options, "--out", "v", "--config", "v.yaml")
@@ -172,7 +171,8 @@ def test_the_base_guides_and_is_named(
             parameter *= 1.1
     parts = {part: network.state_dict() for part, network in tiny_networks.items()}
     Path("logs/tuned").mkdir(parents=True)
-    for path, config in (("logs/tuned/model", tiny_config), ("other", tiny_config | {"linear_end": 0.02})):
+    other = tiny_config | {"process": tiny_config["process"] | {"linear_end": 0.02}}
+    for path, config in (("logs/tuned/model", tiny_config), ("other", other)):
         metadata = {"ldm.config": json.dumps(config)}
         save_model(f"{path}.safetensors", parts, alphas_cumprod=None, metadata=metadata)
     options = ["--prompt", "a dog", "--n", 1, "--model", "logs/tuned", *QUICK]

@@ -16,7 +16,7 @@ from tests.training.conftest import At, Job, Killed, curves_of, differences, kil
 COSINE = {"target": "ldm.training.schedules.Cosine", "params": {"warmup_steps": 2}}
 EVERYTHING = {"lr_schedule": COSINE}
 FROZEN_TEXT = {"trainable": {"text_encoder": False}, "objective": {"weighting": MIN_SNR}}
-PULLED = {"objective": {"l2_sp_weight": 0.1}, "offset_noise": 0.1}
+PULLED = {"objective": {"l2_sp_weight": 0.1}, "process": {"offset_noise": 0.1}}
 NEW_WORD = {"target": "ldm.training.techniques.LearnedToken", "params": {"word": "sks", "init": "disc"}}
 WORD_AND_TEXT = {"trainable": {"learned_token": NEW_WORD, "text_encoder_steps": 2}}
 WORD_ALONE = {"trainable": {"learned_token": NEW_WORD, "unet": False, "text_encoder": False}}

@@ -149,7 +149,7 @@ ADAMW = "model.params.optimizer={target: ldm.training.fused_adamw.FusedAdamW, pa
         *(
             "model.params.trainable.learning_rate=-1e-6",
             "model.params.objective.prior_loss_weight=-1",
-            "model.params.timesteps=0",
+            "model.params.process.timesteps=0",
         ),
         *(
             f"{ADAMW}betas: [0.9]}}}}",
@@ -158,13 +158,13 @@ ADAMW = "model.params.optimizer={target: ldm.training.fused_adamw.FusedAdamW, pa
         ),
         *(
             "model.params.lr_schedule={target: ldm.training.schedules.WSD, params: {warmup_steps: -1}}",
-            "model.params.linear_start=0",
+            "model.params.process.linear_start=0",
             "model.params.objective.weighting.params.gamma=0",
         ),
         *(
-            "model.params.timesteps=100000000000",
+            "model.params.process.timesteps=100000000000",
             f"{ADAMW}weight_decay: .nan}}}}",
-            "model.params.linear_end=1.0",
+            "model.params.process.linear_end=1.0",
         ),
         *(
             "model.params.trainable.learning_rate=.inf",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ldm.checkpoints.embedding import read_embedding
 from ldm.checkpoints.load import read_checkpoint
+from ldm.diffusion.process import ProcessConfig
 from ldm.errors import UserError
 from ldm.models.conditioning import Conditioning
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -45,8 +46,8 @@ class SeenNoise(LatentDiffusion):
         return super().apply_model(x, t, conditioning)
 
 
-def noise_of(config: dict, batch: dict, **settings: object) -> Tensor:
-    module = SeenNoise(**config, seed=7, **settings)
+def noise_of(config: dict, batch: dict, *, offset_noise: float = 0.0) -> Tensor:
+    module = SeenNoise(**config | {"process": ProcessConfig(offset_noise=offset_noise)}, seed=7)
     module.x0 = batch["latent_stats"].chunk(2, dim=1)[0]
     with torch.no_grad():
         module.loss_per_item(batch)
@@ -186,4 +187,4 @@ def test_a_text_encoder_reads_new_words(tiny_networks):
 
 def test_zero_terminal_snr_is_refused_where_it_says_nothing(tiny_config):
     with pytest.raises(UserError, match="needs v-prediction"):
-        build_module(tiny_config | {"parameterization": "eps"}, zero_terminal_snr=True)
+        build_module(tiny_config, process={"zero_terminal_snr": True})
