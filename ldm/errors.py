@@ -10,4 +10,4 @@ class UserError(Exception):
     def __init__(self, what: str, *, where: object = None, remedy: str | None = None):
         self.what, self.where, self.remedy = what, where, remedy
         place = f" ({where})" if where is not None else ""
-        super().__init__(f"{what}{place}." + (f" {remedy}" if remedy else ""))
+        super().__init__(f"{what.removesuffix('.')}{place}." + (f" {remedy}" if remedy else ""))

@@ -11,6 +11,7 @@ from ldm.checkpoints.save import save_model
 from ldm.diffusion.schedule import make_alphas_cumprod
 from tests import factories
 
+pytest_plugins = ["tests.errors_page"]
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
