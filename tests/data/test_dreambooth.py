@@ -449,7 +449,7 @@ def test_online_priors_are_new_images_for_every_item(folders, drawn, online):
         return by_number(items(data, 3))
 
     first = rows()
-    shown = [float(first[True, k]["latent_stats"][0, 0, 0]) for k in range(6)]
+    shown = [float(first["prior", k]["latent_stats"][0, 0, 0]) for k in range(6)]
     if not online:
         assert set(shown) <= set(map(float, range(6))) and asked == []
         return

@@ -263,7 +263,7 @@ def test_long_prompts_are_read_in_chunks_by_both_encoders(pipe, folder, ours):
     long, encoders = "a red dog on a mat, " * 2, ours["text_encoder"]
     ids = encoders.tokenize_chunks(long)
     chunks = len(ids)
-    assert ids.shape == (chunks, 2, tiny_sdxl.LENGTH) and chunks > 2
+    assert ids.shape == (chunks, 2, tiny_sdxl.LENGTH) and chunks > 1
     first = pipe.text_encoder(ids[:, 0], output_hidden_states=True)
     second = pipe.text_encoder_2(ids[:, 1], output_hidden_states=True)
     expected = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=2)
