@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.load import init_on_meta, load_state_dicts, open_model
 from ldm.checkpoints.lora import read_lora, save_lora
+from ldm.conditioner import Conditioner
 from ldm.config import instantiate
 from ldm.errors import UserError
 from ldm.families.sdxl.conditioning import Sizes, size_vector
@@ -254,3 +255,23 @@ def test_swapped_text_encoders_and_a_vae_of_another_scale_are_refused(folder, si
     (swapped / "model_index.json").write_text(json.dumps(index | {"requires_aesthetics_score": True}))
     with pytest.raises(UserError, match="the refiner of Stable Diffusion XL"):
         open_model(swapped)
+
+
+@torch.no_grad()
+def test_long_prompts_are_read_in_chunks_by_both_encoders(pipe, folder, ours):
+    """Each chunk as transformers reads it alone; pooled is the first's; no prompt is as long, and zeros."""
+    long, encoders = "a red dog on a mat, " * 2, ours["text_encoder"]
+    ids = encoders.tokenize_chunks(long)
+    chunks = len(ids)
+    assert ids.shape == (chunks, 2, tiny_sdxl.LENGTH) and chunks > 1
+    first = pipe.text_encoder(ids[:, 0], output_hidden_states=True)
+    second = pipe.text_encoder_2(ids[:, 1], output_hidden_states=True)
+    expected = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=2)
+    encoding = Conditioner(encoders).encode([long], 2, chunked=True)[long]
+    assert relative_error(encoding.context, expected.flatten(0, 1)[None]) <= TOLERANCE
+    assert relative_error(encoding.pooled, second.text_embeds[:1]) <= TOLERANCE
+    pipeline = Text2Image.from_file(folder)
+    drawn = pipeline(long, steps=2, long_prompts=True, guidance_scale=3.0, **PICTURE)
+    assert drawn[0].latents.isfinite().all()
+    ((prompt, nothing),) = pipeline._encodings([long], (None,), 2, chunked=True)
+    assert nothing.context.shape == prompt.context.shape and not nothing.context.any()
