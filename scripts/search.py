@@ -17,11 +17,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-from ldm.config import allow
 from ldm.contact_sheet import contact_sheet
 from ldm.data.images import load_image
 from ldm.errors import UserError
 from ldm.reports import search_page
+from ldm.targets import allow
 from ldm.training import signals
 from ldm.training.grid import run_in_processes, slug, write_text
 from ldm.training.search import Search, check_search, overrides_of

@@ -97,7 +97,7 @@ def run_config(
         "base_checkpoint": str(base),
         "model": {
             "target": "ldm.training.latent_diffusion.LatentDiffusion",
-            "params": model | {"learning_rate": 1e-3},
+            "params": model | {"trainable": {"learning_rate": 1e-3}},
         },
         "data": {
             "target": "ldm.data.dreambooth.DreamBoothDataModule",

@@ -74,6 +74,7 @@ PARTIAL = {  # parts of names in files that hold one network
     "vision_model.": "a whole CLIP model",
     "visual.": "a whole CLIP model",
     "text_model.": "a text encoder alone",
+    "conditioner.embedders.": "text encoders alone",
     "resblocks.": "a text encoder alone",
     "input_blocks.": "a UNet alone",
     "time_embed.": "a UNet alone",

@@ -75,7 +75,7 @@ def write(path: Path, content: object) -> None:
 
 
 def another_pipeline(folder: Path) -> None:
-    write(folder / "model_index.json", {"_class_name": "StableDiffusionXLPipeline"})
+    write(folder / "model_index.json", {"_class_name": "StableDiffusion3Pipeline"})
 
 
 def one_network(folder: Path) -> None:
@@ -96,7 +96,7 @@ def broken_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (another_pipeline, "the folder of a StableDiffusionXLPipeline"),
+        (another_pipeline, "the folder of a StableDiffusion3Pipeline"),
         (one_network, r"one network \(UNet2DConditionModel\).*Name the folder that holds unet"),
         (half_of_it, "incomplete: vae, text_encoder with its config.json is missing"),
         (broken_config, "config cannot be read"),

@@ -149,7 +149,7 @@ def test_averaged_weights_take_the_place_of_the_raw(released):
         ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "a LoRA"),
         ("unet.down_blocks.0.attn1.to_k.lora_A.weight", "a LoRA"),
         ("encoder.down.0.block.0.norm1.weight", "an autoencoder (VAE) alone"),
-        ("conditioner.embedders.0.transformer.x", "a Stable Diffusion XL model"),
+        ("conditioner.embedders.0.transformer.x", "text encoders alone"),
         ("down_blocks.0.resnets.0.norm1.weight", "one network of a diffusers folder"),
         ("text_model.final_layer_norm.bias", "a text encoder alone"),
         ("fc.weight", "something else"),

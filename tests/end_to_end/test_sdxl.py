@@ -36,6 +36,8 @@ def base(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def job(workdir: Path, base: Path, subject_folder: Path) -> list[str]:
     """Command-line arguments of a job of 2 steps, photos of several sizes, prior images of its own."""
+    known = dict(open_model(base).config)
+    networks = {name: known.pop(name) for name in ("unet", "vae", "text_encoder")}
     config = {
         "name": "tiny",
         "seed": 5,
@@ -43,7 +45,7 @@ def job(workdir: Path, base: Path, subject_folder: Path) -> list[str]:
         "checkpoint_every": 1,
         "model": {
             "target": "ldm.training.latent_diffusion.LatentDiffusion",
-            "params": open_model(base).config | TRAINING,
+            "params": networks | {"process": known} | TRAINING,
         },
         "data": {
             "target": "ldm.data.dreambooth.DreamBoothDataModule",

@@ -16,12 +16,13 @@ from tests.training.conftest import At, Job, Killed, curves_of, differences, kil
 COSINE = {"target": "ldm.training.schedules.Cosine", "params": {"warmup_steps": 2}}
 EVERYTHING = {"lr_schedule": COSINE}
 FROZEN_TEXT = {"trainable": {"text_encoder": False}, "objective": {"weighting": MIN_SNR}}
-PULLED = {"objective": {"l2_sp_weight": 0.1}, "process": {"offset_noise": 0.1}}
+OFFSET = {"process": {"offset_noise": 0.1}}
+PULLED = {"objective": {"l2_sp_weight": 0.1}} | OFFSET
 NEW_WORD = {"target": "ldm.training.techniques.LearnedToken", "params": {"word": "sks", "init": "disc"}}
 WORD_AND_TEXT = {"trainable": {"learned_token": NEW_WORD, "text_encoder_steps": 2}}
 WORD_ALONE = {"trainable": {"learned_token": NEW_WORD, "unet": False, "text_encoder": False}}
 HELD = {"prior_caption_dropout": 0.5}
-PULLED_AND_TAUGHT = {"objective": {"l2_sp_weight": 0.1, "prior_target": "teacher"}, "offset_noise": 0.1}
+PULLED_AND_TAUGHT = {"objective": {"l2_sp_weight": 0.1, "prior_target": "teacher"}} | OFFSET
 LORA = {"trainable": {"lora": {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}}}
 
 
