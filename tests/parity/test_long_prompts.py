@@ -72,7 +72,7 @@ def test_a_short_prompt_is_one_chunk_and_each_chunk_is_encoded_alone(tiny_networ
     process = DiscreteDiffusion(torch.linspace(0.99, 0.01, 1000))
     t2i = Text2Image(**tiny_networks, process=process, default_size=16)
     long = "the big red dog here, " + "b" * 25
-    (encoding, negative), (short, _) = t2i._encodings([long, "a dog"], "mud", 4, chunked=True)
+    (encoding, negative), (short, _) = t2i._encodings([long, "a dog"], ["mud"], 4, chunked=True)
     parts = [
         text_encoder(text_encoder.tokenize([part])) for part in ("the big red dog here,", "b" * 25, "mud", "")
     ]

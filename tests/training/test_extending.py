@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WEIGHTING = "model.params.objective.weighting"
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 MODULES = ("mine", "mine_metric", "mine_regularizer")
+ALLOW_ALL = [word for module in MODULES for word in ("--allow", module)]
 
 
 @pytest.fixture
@@ -143,6 +144,5 @@ def test_every_config_of_the_page_is_one(mine: Path):
     assert len(blocks) > 1
     for block in blocks:
         (mine / "block.yaml").write_text(block)
-        config = parse(["--base", "configs/dreambooth.yaml", "block.yaml", "--allow", "mine"])
-        params = config.model["params"]
-        assert OmegaConf.merge(params, OmegaConf.create(block).model.params) == params
+        config = parse(["--base", "configs/dreambooth.yaml", "block.yaml", *ALLOW_ALL])
+        assert OmegaConf.merge(config.container, OmegaConf.create(block)) == config.container

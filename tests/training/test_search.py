@@ -38,8 +38,8 @@ seed: 1
 model:
   target: ldm.training.latent_diffusion.LatentDiffusion
   params:
-    learning_rate: 1.5e-4
-    prior_loss_weight: 2.5
+    trainable: {learning_rate: 1.5e-4}
+    objective: {prior_loss_weight: 2.5}
     unet: {target: ldm.models.unet.UNetModel, params: {model_channels: 48}}
     vae: {target: ldm.models.autoencoder.AutoencoderKL}
     text_encoder: {target: ldm.models.text_encoder.CLIPTextEncoder}
@@ -48,7 +48,8 @@ trainer: {max_steps: 280}
 evaluation: {target: ldm.evaluation.storybook.StorybookEvaluation}
 """  # a config that is soon parsed, of runs that are scripted
 BASE = ROOT / "configs/dreambooth.yaml"
-RATE, WEIGHT = "model.params.learning_rate", "model.params.prior_loss_weight"
+RATE = "model.params.trainable.learning_rate"
+WEIGHT = "model.params.objective.prior_loss_weight"
 CONTENT = {
     "title": "Rates",
     "trials": 8,
@@ -71,9 +72,10 @@ def read(folder: Path, config: Path | str = "lean.yaml", **changes: Any) -> Sear
 def fidelity(config: RunConfig, share: float) -> dict[str, float]:
     """Best at a rate of 1e-4 and a weight of 2, and growing with the steps; a little more for cats."""
     params = config.model["params"]
-    far = abs(math.log10(params["learning_rate"]) + 4) + 0.1 * abs(params["prior_loss_weight"] - 2)
+    rate, weight = params["trainable"]["learning_rate"], params["objective"]["prior_loss_weight"]
+    far = abs(math.log10(rate) + 4) + 0.1 * abs(weight - 2)
     value = share * math.exp(-far) + 0.1 * (config.data["params"]["class_word"] == "cat")
-    lost = 0.1 * params["learning_rate"] / 1e-4
+    lost = 0.1 * rate / 1e-4
     return {"subject_fidelity": value, "prompt_fidelity": 0.9, "class_drift": lost, "class_shift": lost}
 
 
@@ -193,7 +195,7 @@ def test_settings_reach_the_config_as_they_are(workdir: Path):
     values = {"data.params.identifier": "null", "ema_decay": None, RATE: 1e-05, "trainer.max_steps": 70}
     config = read(workdir).first_job("trial 0000", overrides_of(values)).config
     assert config.data["params"]["identifier"] == "null" and config.ema_decay is None
-    assert (config.model["params"]["learning_rate"], config.trainer.max_steps) == (1e-05, 70)
+    assert (config.model["params"]["trainable"]["learning_rate"], config.trainer.max_steps) == (1e-05, 70)
 
 
 def test_without_optuna_one_sentence_names_the_remedy(workdir: Path, monkeypatch: pytest.MonkeyPatch):
@@ -412,7 +414,7 @@ def test_the_command_leaves_a_page_and_configs_to_run(
     assert [path.name for path in files] == [f"{kind}-{number:04d}.yaml" for number in store.best()]
     own = store.results()[store.best()[0]]
     config = RunConfig.read(files[0])
-    assert config.model["params"]["learning_rate"] == own.settings[RATE]
+    assert config.model["params"]["trainable"]["learning_rate"] == own.settings[RATE]
     assert (config.name, config.data["params"]["class_word"]) == (f"rates-{own.number:04d}", "dog")
     page = (folder / "search.html").read_text()
     assert all(f"Trial {number}</summary>" in page for number in range(3)) and "data:image" in page

@@ -22,6 +22,7 @@ data.params.batch_size=4 data.params.captions_per_image=2 data.params.validation
 trainer.devices=1 trainer.strategy=auto
 trainer.enable_progress_bar=false trainer.val_check_interval=2 checkpoint_every=2
 """.split()
+SCHEDULE = "model.params.lr_schedule={{target: ldm.training.schedules.{}, params: {{warmup_steps: 200}}}}"
 
 
 @pytest.fixture
@@ -64,8 +65,8 @@ def test_what_the_short_step_leaves_out_is_refused(params: dict, more: dict):
 def test_a_run_taken_up_is_the_run_that_never_stopped(workdir: Path):
     words = ["--base", str(ROOT / "configs/storybook/base.yaml"), *SMALL]
     run_job(parse([*words, "name=whole", "trainer.max_steps=4", "data.params.num_workers=2"]))
-    run_job(parse([*words, "name=part", "trainer.max_steps=2", "model.params.lr_schedule=constant"]))
-    more = ["trainer.max_steps=4", "model.params.lr_schedule=cosine"]
+    run_job(parse([*words, "name=part", "trainer.max_steps=2", SCHEDULE.format("Constant")]))
+    more = ["trainer.max_steps=4", SCHEDULE.format("Cosine")]
     run_job(parse([*words, "name=part", *more]), "logs/part", allow_config_change=True)
     whole, part = (load_file(f"logs/{name}/model.safetensors") for name in ("whole", "part"))
     assert whole.keys() == part.keys()
