@@ -60,7 +60,7 @@ def test_a_run_leaves_its_results_and_a_resumed_one_the_same_weights(job: list[s
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "a photo of sks disc" in page and page.count("data:image/") >= 4 + 3 + 4
     assert "main.py --base tiny.yaml</dd>" in page and "<dd>3, each of 2 photos</dd>" in page
-    assert "<dd>learning_rate 0.001</dd>" in page and "tiny.safetensors, sha256" in page
+    assert "<dd>trainable.learning_rate 0.001</dd>" in page and "tiny.safetensors, sha256" in page
     names = {p.name for p in (folder / "samples").iterdir()}
     assert names == {"00-00.png", "00-01.png", "before", "contact_sheet.png", "step-000002.png"}
 

@@ -22,7 +22,7 @@ data.params.batch_size=4 data.params.captions_per_image=2 data.params.validation
 trainer.devices=1 trainer.strategy=auto
 trainer.enable_progress_bar=false trainer.val_check_interval=2 checkpoint_every=2
 """.split()
-SCHEDULE = "model.params.lr_schedule={{target: ldm.training.schedules.{}, params: {{warmup_steps: 200}}}}"
+SCHEDULE = "model.params.lr_schedule={{target: ldm.training.schedules.{}, params: {{warmup_steps: 2}}}}"
 
 
 @pytest.fixture
