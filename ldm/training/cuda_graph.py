@@ -70,9 +70,13 @@ def uses_cuda_graph(module: pl.LightningModule, trainer: pl.Trainer | None) -> b
 def graphed_loss(
     module: pl.LightningModule, function: Callable[..., Tensor], others: Iterable[nn.Parameter] = ()
 ) -> GraphedLoss:
-    """A function of a module's batches by graphs. others: parameters that it reads besides the module's."""
+    """A function of a module's batches by graphs. others: parameters that it reads besides the module's.
+
+    It has nothing to do with the VAE, which is moved between devices during a run.
+    """
     learning = [p for part in module.trainable_modules.values() for p in part.parameters() if p.requires_grad]
-    fixed = [p for p in (*module.parameters(), *others) if not p.requires_grad]
+    read = (p for name in ("unet", "text_encoder") for p in module.networks[name].parameters())
+    fixed = [p for p in (*read, *others) if not p.requires_grad]
     return GraphedLoss(function, learning=learning, fixed=fixed)
 
 

@@ -99,3 +99,22 @@ def test_values_of_a_step_outlive_the_next(
     kept = first.detach().clone()
     second = module.loss_per_item(batch_of(10))
     assert torch.equal(first.detach(), kept) and not torch.equal(second.detach(), kept)
+
+
+def test_graphs_are_captured_anew_where_weights_have_moved(
+    tiny_config: dict, tiny_networks: dict, monkeypatch: pytest.MonkeyPatch
+):
+    """The VAE's, which moves between devices during a run, are not in them."""
+    captured = []
+
+    def counted(work: Callable[[], None], pool: None) -> tuple[Callable[[], None], None]:
+        captured.append(work)
+        return again(work, pool)
+
+    monkeypatch.setattr(cuda_graph, "GraphedLoss", partial(GraphedLoss, recorded=counted))
+    module = module_of(tiny_config, tiny_networks, "cpu", graphed=True)
+    for moved, captures in ((None, 2), ("vae", 2), ("unet", 4), ("text_encoder", 6)):
+        for p in module.networks[moved].parameters() if moved else ():
+            p.data = p.data.clone()
+        module.loss_per_item(batch_of(0))
+        assert len(captured) == captures, moved
