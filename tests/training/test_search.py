@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm import config as configs
+from ldm import targets
 from ldm.errors import UserError
 from ldm.reports.search_page import to_csv
 from ldm.training import grid, trials
@@ -434,11 +434,11 @@ def test_every_process_gets_the_whole_command(workdir: Path, optuna: Any, monkey
     argv = ["--base", "lean.yaml", "rates.yaml", "--processes", "3", "--allow", "mine"]
     script_of_search.main(argv)
     assert started == [(script_of_search.__file__, argv, 3)]
-    monkeypatch.setattr(configs, "ALLOWED", list(configs.ALLOWED))
+    monkeypatch.setattr(targets, "ALLOWED", list(targets.ALLOWED))
     worked: list[int] = []
     monkeypatch.setattr(script_of_search, "Worker", lambda store, processes: lambda: worked.append(processes))
     script_of_search.main([*argv, "--worker"])
-    assert worked == [3] and "mine." in configs.ALLOWED and len(started) == 1
+    assert worked == [3] and "mine." in targets.ALLOWED and len(started) == 1
 
 
 OWN = '''
@@ -494,8 +494,8 @@ def test_true_runs_of_a_killed_search_are_those_of_a_whole_one(
     pytest.importorskip("optuna")
     (workdir / "brightness.py").write_text(OWN)
     monkeypatch.syspath_prepend(workdir)
-    monkeypatch.setattr(configs, "ALLOWED", list(configs.ALLOWED))
-    configs.allow("brightness")
+    monkeypatch.setattr(targets, "ALLOWED", list(targets.ALLOWED))
+    targets.allow("brightness")
     content = {
         "title": "A true search",
         "trials": 1,
