@@ -112,9 +112,8 @@ class Conditioner:
         with lora_off(*self.without):
             encoding = self.text_encoder.encode(self.ids_of(prompts))
         if "" in prompts and self.text_encoder.unconditional is None:
-            each = encoding.split([1] * len(prompts))
-            pairs = zip(prompts, each, strict=True)
-            return TextEncoding.cat([own if prompt else own.zeroed() for prompt, own in pairs])
+            given = torch.tensor([prompt != "" for prompt in prompts])
+            return encoding.where(given.to(encoding.context.device, non_blocking=True))
         return encoding
 
     def _warn_if_truncated(self, text: str) -> None:

@@ -54,7 +54,8 @@ class GraphedPrediction:
             return self._plain(x, t, prepared, rows)
         kind = self._kind_of(x, prepared, rows)
         if kind != self._kind:
-            self._kind, self._run = kind, None  # the memory of the last one first
+            self._kind = kind
+            self._run = None  # the memory of the last one first
             return self._plain(x, t, prepared, rows)
         if self._run is None:
             self._capture(x, t, prepared, rows)
@@ -69,8 +70,10 @@ class GraphedPrediction:
         return self._output.clone()
 
     def _capture(self, x: Tensor, t: Tensor, prepared: Prepared, rows: Sequence[int]) -> None:
-        self._x, self._t = x.clone(), t.clone()
-        self._last, self._prepared = prepared, prepared.select(rows).clone()
+        self._x = x.clone()
+        self._t = t.clone()
+        self._last = prepared
+        self._prepared = prepared.select(rows).clone()
 
         def predict() -> None:
             self._output = self.unet.predict(self._x, self._t, self._prepared)

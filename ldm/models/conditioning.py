@@ -39,8 +39,8 @@ class TextEncoding(NamedTuple):
 
     def where(self, given: Tensor) -> Self:
         """Zeros for all but the prompts that are `given`: [P] bool."""
-        pooled = None if self.pooled is None else self.pooled * given[:, None]
-        return type(self)(self.context * given[:, None, None], pooled)
+        pooled = None if self.pooled is None else self.pooled.where(given[:, None], 0)
+        return type(self)(self.context.where(given[:, None, None], 0), pooled)
 
     def zeroed(self) -> Self:
         """Zeros of the same shapes."""

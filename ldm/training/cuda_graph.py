@@ -143,7 +143,8 @@ class _Passes:
         self.learning = learning
         self.inputs = {name: torch.empty_like(x, device=device) for name, x in inputs.items()}
         self.fill(inputs)
-        self.output = self.output_gradient = torch.empty(0)
+        self.output = torch.empty(0)
+        self.output_gradient = torch.empty(0)
         self.gradients: list[Tensor | None] = []
         self._warm_up(device)
         self.run_forward, pool = recorded(self.forward, None)
@@ -197,7 +198,8 @@ class _Passes:
                 self.output_gradient = torch.zeros_like(self.output)
                 self.backward()
         torch.cuda.current_stream(device).wait_stream(stream)
-        self.gradients, self.output = [], torch.empty(0)
+        self.gradients = []
+        self.output = torch.empty(0)
 
 
 class _Replay(torch.autograd.Function):

@@ -30,23 +30,24 @@ def try_lock(file: IO[str]) -> bool:
     return True
 
 
+def _opened(path: Path) -> IO[str]:
+    """The file of a lock, made where there is none."""
+    make_folder(path.parent)
+    with writing(path):
+        return path.open("a")
+
+
 @contextmanager
 def claim(path: Path) -> Iterator[bool]:
     """Locks a file until the block is left -> whether no other process holds it."""
-    make_folder(path.parent)
-    with writing(path):
-        file = path.open("a")
-    with file:
+    with _opened(path) as file:
         yield try_lock(file)
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Waits for a file's lock, and holds it until the block is left."""
-    make_folder(path.parent)
-    with writing(path):
-        file = path.open("a")
-    with file:
+    with _opened(path) as file:
         if fcntl is not None:
             fcntl.lockf(file, fcntl.LOCK_EX)
         yield
