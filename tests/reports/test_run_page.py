@@ -303,5 +303,5 @@ def test_an_installed_package_has_the_templates():
     patterns = project["tool"]["setuptools"]["package-data"]["ldm.reports"]
     others = {path for path in (ROOT / "ldm/reports").rglob("*.*") if path.suffix not in (".py", ".pyc")}
     assert others == {path for pattern in patterns for path in (ROOT / "ldm/reports").glob(pattern)}
-    assert {path.name for path in others} == {"run.html", "run.css", "search.html", "study.md"}
+    assert {path.name for path in others} == {"head.html", "run.html", "run.css", "search.html", "study.md"}
     assert any(name.startswith("jinja2") for name in project["project"]["dependencies"])
