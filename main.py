@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from ldm.errors import UserError
-from ldm.training.command import Command, read_command
+from ldm.runs.command import Command, read_command
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,8 +27,9 @@ def main(argv: Sequence[str]) -> int:
 def work(command: Command) -> None:
     """Prints the paths of what the run leaves, or the plan of a dry run."""
     # Not before: --help and a wrong option need not wait for torch and Lightning
-    from ldm.training import distributed, job, signals
-    from ldm.training.options import config_of
+    from ldm.engine import distributed, signals
+    from ldm.runs import job
+    from ldm.runs.options import config_of
 
     signals.stop_at_once()
     config = config_of(command)

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.cases import Case
 from benchmarks.ours import export
 from benchmarks.side import open_side
-from ldm.training.device import keep_freed_memory
+from ldm.engine.device import keep_freed_memory
 
 STEPS = 6
 KERNELS = {  # what is listed -> parts of the names of its operators

@@ -13,10 +13,10 @@ from ldm.checkpoints.infer_config import model_config
 from ldm.checkpoints.save_folder import save_folder
 from ldm.config import instantiate
 from ldm.models.text_encoder import load_tokenizer
+from ldm.optim.optimizer_nodes import FUSED_BACKWARD, steps_in_backward
 from ldm.pipeline import Text2Image
-from ldm.training.callbacks import OffloadVAE
+from ldm.runs.callbacks import OffloadVAE
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.optimizer_nodes import FUSED_BACKWARD, steps_in_backward
 
 RECOMPUTED = [1, 2]  # levels of the UNet, where it is lean: the finest have the largest activations
 TARGET = "ldm.training.latent_diffusion.LatentDiffusion"

@@ -15,7 +15,7 @@ import torch
 from benchmarks import ours
 from benchmarks.cases import Case
 from benchmarks.timing import Answer
-from ldm.training.device import keep_freed_memory, peak_resident_mib, set_matmul_precision
+from ldm.engine.device import keep_freed_memory, peak_resident_mib, set_matmul_precision
 
 FIRST_STEPS = 3  # optimizer states are there after one, what the allocator keeps after some more
 

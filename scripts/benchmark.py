@@ -29,7 +29,7 @@ from benchmarks.pages import PEERS, speed_table
 from benchmarks.plot import plot
 from ldm.errors import UserError
 from ldm.files import write_section
-from ldm.training.run import write_json
+from ldm.runs.run import write_json
 
 COLUMNS = ("script", "best", "memory", "best", "ours ms", "script ms", "best ms", "MiB", "floor ms", "share")
 

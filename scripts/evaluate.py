@@ -22,6 +22,7 @@ from ldm.checkpoints import run_checkpoint
 from ldm.config import check, instantiate
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import ImageFiles
+from ldm.engine.device import keep_freed_memory
 from ldm.errors import UserError
 from ldm.evaluation.image_folder import read_image_folder
 from ldm.evaluation.protocol import Evaluation, SubjectPrompts
@@ -29,9 +30,8 @@ from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.files import atomic_write, make_folder
 from ldm.pipeline import Text2Image, find_model
 from ldm.reports.metrics_plot import metrics_plot
-from ldm.training.device import keep_freed_memory
-from ldm.training.run import find_file, write_json
-from ldm.training.schema import RunConfig
+from ldm.runs.run import find_file, write_json
+from ldm.schema import RunConfig
 
 BASE = "ldm/storybook/assets/base.safetensors"
 BASE_GUIDANCE = 4.0

@@ -12,15 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 from ldm.config import instantiate
+from ldm.engine import distributed
+from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
+from ldm.engine.signals import stop_at_once
 from ldm.errors import UserError
-from ldm.training import distributed
-from ldm.training.device import device_of, keep_freed_memory, set_matmul_precision
-from ldm.training.options import parse
-from ldm.training.run import base_files, load_base
-from ldm.training.sampling import generate_priors, prior_set, text2image
-from ldm.training.schema import RunConfig
-from ldm.training.signals import stop_at_once
-from ldm.training.validate import validate
+from ldm.runs.options import parse
+from ldm.runs.run import base_files, load_base
+from ldm.runs.sampling import generate_priors, prior_set, text2image
+from ldm.runs.validate import validate
+from ldm.schema import RunConfig
 
 
 def main(config: RunConfig) -> Path:

@@ -22,12 +22,12 @@ from ldm.data.images import load_image
 from ldm.data.prompts import read_prompts
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import SPACINGS
+from ldm.engine.device import keep_freed_memory
 from ldm.errors import UserError
 from ldm.families.sdxl.conditioning import Sizes
 from ldm.models.text_encoder import find_words
 from ldm.pipeline import Text2Image, find_model
 from ldm.precision import resolve_precision
-from ldm.training.device import keep_freed_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 SIZES = {"original_size": ("HEIGHT", "WIDTH"), "crop": ("TOP", "LEFT"), "target_size": ("HEIGHT", "WIDTH")}

@@ -19,13 +19,13 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 from ldm.contact_sheet import contact_sheet
 from ldm.data.images import load_image
+from ldm.engine import signals
 from ldm.errors import UserError
 from ldm.reports import search_page
+from ldm.runs.grid import run_in_processes, slug, write_text
+from ldm.runs.search import Search, check_search, overrides_of
+from ldm.runs.trials import Trials, Worker
 from ldm.targets import allow
-from ldm.training import signals
-from ldm.training.grid import run_in_processes, slug, write_text
-from ldm.training.search import Search, check_search, overrides_of
-from ldm.training.trials import Trials, Worker
 
 SHOWN = 8  # images of a run on the page
 

@@ -32,11 +32,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ldm.config import instantiate, param_of
 from ldm.data.images import load_image
+from ldm.engine.resume import by_step, validate_checkpoint
 from ldm.files import read_section, write_section
 from ldm.reports.curves import read_curves
-from ldm.training.job import run_job
-from ldm.training.options import parse
-from ldm.training.resume import by_step, validate_checkpoint
+from ldm.runs.job import run_job
+from ldm.runs.options import parse
 from scripts import generate_priors
 
 SMALL = [

@@ -18,13 +18,13 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.images import load_image
+from ldm.engine import signals
 from ldm.errors import UserError
 from ldm.evaluation.statistics import Row
 from ldm.reports import sweep_page
+from ldm.runs.grid import Job, metric_of, metrics_of, run_in_processes, time_left, work, write_text
+from ldm.runs.sweep import Sweep, baselines_of, jobs_of, read_sweep, rows_of
 from ldm.targets import allow
-from ldm.training import signals
-from ldm.training.grid import Job, metric_of, metrics_of, run_in_processes, time_left, work, write_text
-from ldm.training.sweep import Sweep, baselines_of, jobs_of, read_sweep, rows_of
 
 SHOWN = 8  # images of a row of a study's contact sheet
 

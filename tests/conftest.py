@@ -11,7 +11,7 @@ from ldm.checkpoints.save import save_model
 from ldm.diffusion.schedule import make_alphas_cumprod
 from tests import factories
 
-pytest_plugins = ["tests.errors_page"]
+pytest_plugins = ["tests.errors_page", "tests.short_runs"]
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -11,8 +11,8 @@ from torch import nn
 
 from ldm.annotations import Node
 from ldm.config import instantiate
+from ldm.optim.optimizer_nodes import FUSED_BACKWARD, OptimizerNode
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.optimizer_nodes import FUSED_BACKWARD, OptimizerNode
 
 
 def lean(optimizer: OptimizerNode) -> Node:

@@ -38,22 +38,51 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
     "pipeline": {"denoiser", "diffusion", "families", "model_file", "models", "precision"},
     "evaluation": {"pipeline", "precision", "diffusion", "storybook", "data"},
     "reports": {"evaluation"},
+    "schema": {"config", "data", "diffusion", "precision", "targets"},
+    "optim": {"config", "schema", "targets"},
+    "engine": {"checkpoints", "optim", "schema"},
     "training": {
         "checkpoints",
         "conditioner",
         "config",
         "cuda_graph",
+        "diffusion",
+        "engine",
+        "families",
+        "models",
+        "optim",
+        "precision",
+        "schema",
+    },
+    "storybook.training": {
+        "checkpoints",
+        "config",
+        "engine",
+        "models",
+        "optim",
+        "schema",
+        "storybook",
+        "training",
+    },
+    "runs": {
+        "checkpoints",
+        "config",
         "data",
         "denoiser",
         "diffusion",
+        "engine",
         "evaluation",
         "families",
         "models",
+        "optim",
         "pipeline",
         "precision",
         "reports",
+        "schema",
         "storybook",
+        "storybook.training",
         "targets",
+        "training",
     },
 }
 FILE_LINES, FUNCTION_LINES, NETWORK_INIT_LINES = 350, 40, 60
@@ -92,7 +121,9 @@ def imports(path: Path) -> set[str]:
 
 
 def room(module: str) -> str:
-    """ldm.data.priors -> data; ldm itself -> ldm."""
+    """ldm.data.priors -> data; ldm itself -> ldm. The storybook's trainings are a room of their own."""
+    if (module + ".").startswith("ldm.storybook.training."):
+        return "storybook.training"
     return (module.split(".") + ["ldm"])[1] if module != "ldm" else "ldm"
 
 
@@ -200,9 +231,9 @@ for name in {sorted(MODULES - {"ldm.models.group_norm_triton"})!r}:  # Triton is
 def test_the_page_of_the_architecture_names_what_is_there():
     """docs/architecture.md: each path that it names exists, and its table is the one above."""
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    paths = set(re.findall(r"`([\w./-]+(?:/|\.\w+))`", page)) - {"model.safetensors", "report.html"}
+    paths = set(re.findall(r"`([\w./-]+(?:/|\.\w+))`", page)) - {"model.safetensors", "report.html", "storybook.training"}
     assert len(paths) > 50 and {path for path in paths if not (ROOT / path).exists()} == set()
-    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w.]+)` \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE)
     assert {room: set(names.split(", ")) - {"nothing"} for room, names in rows} == MAY_IMPORT
     assert LEAVES == set(re.findall(r"`ldm/(\w+)\.py`", page.split("From anywhere")[1].split("##")[0]))
 
@@ -211,7 +242,7 @@ def test_the_table_can_fail(tmp_path):
     """A file that breaks the order is seen: a plain, a nested and an aliased import."""
     path = tmp_path / "wrong.py"
     path.write_text(
-        "import ldm.training.resume\nfrom ldm import config as c\ndef f():\n    from ldm.models.unet import X"
+        "import ldm.engine.resume\nfrom ldm import config as c\ndef f():\n    from ldm.models.unet import X"
     )
-    assert imports(path) == {"ldm.training.resume", "ldm.config", "ldm.models.unet"}
-    assert {room(name) for name in imports(path)} == {"training", "config", "models"}
+    assert imports(path) == {"ldm.engine.resume", "ldm.config", "ldm.models.unet"}
+    assert {room(name) for name in imports(path)} == {"engine", "config", "models"}

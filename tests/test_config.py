@@ -298,7 +298,7 @@ def test_another_class_brings_its_own_params(tmp_path: Path):
     one.write_text("node: {target: torch.optim.AdamW, params: {lr: 1, eps: 2}}\n")
     for target, kept in (
         ("torch.optim.SGD", {}),
-        ("ldm.training.fused_adamw.FusedAdamW", {"lr": 1, "eps": 2}),
+        ("ldm.optim.fused_adamw.FusedAdamW", {"lr": 1, "eps": 2}),
     ):
         two.write_text(f"node: {{target: {target}, params: {{foreach: true}}}}\n")
         wanted = {"target": target, "params": kept | {"foreach": True}}

@@ -19,7 +19,7 @@ from ldm.errors import UserError
 from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA, lora_off
 from ldm.pipeline import Sample, Text2Image
-from ldm.training.sampling import base_denoiser, text2image
+from ldm.runs.sampling import base_denoiser, text2image
 from tests.factories import build_module
 
 PROCESS = DiscreteDiffusion(make_alphas_cumprod())

@@ -17,7 +17,7 @@ from ldm.errors import UserError
 from ldm.models.unet import Prepared
 from ldm.pipeline import Sample, Text2Image
 from ldm.randomness import randn
-from ldm.training.sampling import SamplesConfig, generate_samples
+from ldm.runs.sampling import SamplesConfig, generate_samples
 
 PROMPTS = ["a dog", "a red cat", "a dog", "a car", "a dog"]
 SEEDS = [0, 1, 2, 3, 0]

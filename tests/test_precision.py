@@ -11,7 +11,7 @@ from ldm.diffusion.process import DiscreteDiffusion
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.pipeline import Text2Image
 from ldm.precision import autocast_for, resolve_precision
-from ldm.training.sampling import (
+from ldm.runs.sampling import (
     PriorsConfig,
     SamplesConfig,
     generate_samples,

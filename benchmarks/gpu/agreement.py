@@ -10,8 +10,8 @@ from benchmarks.cases import Case
 from benchmarks.gpu.record import CUDA, DEVICE, SIZE, attempt, chosen, memory, milliseconds, profiled, say
 from benchmarks.ours import Batches, Training, build, case_params
 from benchmarks.timing import synchronize
+from ldm.optim.optimizer_nodes import FUSED_BACKWARD
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.optimizer_nodes import FUSED_BACKWARD
 
 SMALL = Case("storybook", "train", 4, text=True)
 

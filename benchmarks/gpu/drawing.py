@@ -22,7 +22,7 @@ from benchmarks.gpu.record import (
 )
 from benchmarks.gpu.runs import command, job_words
 from benchmarks.ours import Sampling
-from ldm.training.device import set_matmul_precision
+from ldm.engine.device import set_matmul_precision
 
 BATCHES = (1, 8, 16) if CUDA else (1, 2)
 PROFILED = 5 if CUDA else 2  # steps

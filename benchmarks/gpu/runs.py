@@ -132,7 +132,7 @@ class _Watch(pl.Callback):
 
 def syncs(*words: str) -> None:
     """Where a step of the whole program waits for the device, and how long the storybook's steps take."""
-    import ldm.training.options  # noqa: F401  (it takes the Trainer's signature, and must find its own)
+    import ldm.runs.options  # noqa: F401  (it takes the Trainer's signature, and must find its own)
     import main  # the command itself, whose Trainer gets a callback more
 
     original = pl.Trainer

@@ -19,10 +19,10 @@ from benchmarks.gpu.record import CUDA, DEVICE, OUT, ROOT, attempt, memory, say
 from benchmarks.gpu.runs import run
 from benchmarks.timing import timed_by_callback
 from ldm.config import instantiate, param_of, with_params
-from ldm.training.device import set_matmul_precision
-from ldm.training.options import parse
-from ldm.training.run import base_files, load_base
-from ldm.training.schema import RunConfig
+from ldm.engine.device import set_matmul_precision
+from ldm.runs.options import parse
+from ldm.runs.run import base_files, load_base
+from ldm.schema import RunConfig
 
 CONFIGS = [str(ROOT / f"configs/storybook/{name}.yaml") for name in ("base", "base-gpu")]
 ON_A_CPU = """

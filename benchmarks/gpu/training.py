@@ -28,9 +28,9 @@ from benchmarks.ours import Sampling, Training, build, case_params
 from benchmarks.timing import synchronize
 from ldm.config import load_config
 from ldm.data.latents import cached_latent_stats
-from ldm.training.device import set_matmul_precision
-from ldm.training.optimizers import build_optimizer
-from ldm.training.schema import RunConfig
+from ldm.engine.device import set_matmul_precision
+from ldm.optim.optimizers import build_optimizer
+from ldm.schema import RunConfig
 
 FULL = Case(SIZE, "train", 2, text=True)
 CONFIG = "dreambooth-sd1.yaml" if SIZE == "sd1" else "dreambooth.yaml"

@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ldm.cuda_graph import Recorder, capture
 from ldm.models.conditioning import Conditioning
-from ldm.training.optimizer_nodes import steps_in_backward
+from ldm.optim.optimizer_nodes import steps_in_backward
 from ldm.training.techniques import Reference
 
 WARM_UP = 3  # eager passes before a capture: libraries choose their kernels and workspaces in them

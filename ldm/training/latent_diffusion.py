@@ -12,22 +12,22 @@ from ldm.checkpoints.save import save_model
 from ldm.conditioner import Conditioner
 from ldm.config import instantiate
 from ldm.diffusion.process import NoiseProcess, ProcessConfig
+from ldm.engine.gradients import clip
+from ldm.engine.sharding import Sharded, shard
+from ldm.engine.step_log import StepMean, begins_step, is_logged
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA
 from ldm.models.text_encoder import CLIPTextEncoder
+from ldm.optim.optimizer_nodes import OptimizerNode, weights_dtype
+from ldm.optim.optimizers import build_optimizer, check_optimizer, with_schedule
+from ldm.optim.schedules import ScheduleNode, build_schedule
 from ldm.precision import vae_precision
+from ldm.schema import TrainerOptions
 from ldm.training.compiling import CompileMode, TrainingGraph
 from ldm.training.cuda_graph import GraphedStep, uses_cuda_graph
-from ldm.training.gradients import clip
 from ldm.training.moved_keys import MOVED
 from ldm.training.objective import Loss, Objective
-from ldm.training.optimizer_nodes import OptimizerNode, weights_dtype
-from ldm.training.optimizers import build_optimizer, check_optimizer, with_schedule
-from ldm.training.schedules import ScheduleNode, build_schedule
-from ldm.training.schema import TrainerOptions
-from ldm.training.sharding import Sharded, shard
-from ldm.training.step_log import StepMean, begins_step, is_logged
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
 from ldm.training.techniques import L2SP, Reference
 from ldm.training.trainable import Trainable

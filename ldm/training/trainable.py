@@ -13,7 +13,7 @@ from ldm.checkpoints.layout import LEARNED_TOKENS
 from ldm.checkpoints.lora import lora_beside, merge_lora, save_lora
 from ldm.config import instantiate
 from ldm.models.lora import LoRA
-from ldm.training.optimizers import ParamGroups
+from ldm.optim.optimizers import ParamGroups
 from ldm.training.techniques import LearnedToken
 from ldm.training.text_rates import each_encoder, freeze_unrated, rates_of_encoders
 

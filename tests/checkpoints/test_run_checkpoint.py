@@ -13,9 +13,9 @@ from ldm.checkpoints.load import open_model
 from ldm.checkpoints.lora import merge_lora
 from ldm.errors import UserError
 from ldm.model_file import ModelFile
+from ldm.runs.run import base_files, load_base
+from ldm.schema import RunConfig, TrainerOptions
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.run import base_files, load_base
-from ldm.training.schema import RunConfig, TrainerOptions
 from scripts import convert
 from tests.factories import build_module
 

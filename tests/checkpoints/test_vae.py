@@ -17,8 +17,8 @@ from ldm.config import instantiate
 from ldm.errors import UserError
 from ldm.model_file import ModelFile
 from ldm.pipeline import Text2Image
-from ldm.training.run import base_files, load_base
-from ldm.training.schema import RunConfig, TrainerOptions
+from ldm.runs.run import base_files, load_base
+from ldm.schema import RunConfig, TrainerOptions
 from scripts import convert
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from ldm.data.priors import PriorSet, PriorSpec
 from ldm.errors import UserError
 from ldm.files import file_sha256
-from ldm.training.sampling import generate_priors
+from ldm.runs.sampling import generate_priors
 
 SPEC = PriorSpec(
     prompt="a photo of a dog",

@@ -12,9 +12,9 @@ from PIL import Image
 
 from ldm.config import load_config
 from ldm.errors import UserError
+from ldm.runs.run import find_file
 from ldm.storybook.subjects import new_subject, write_subject
 from ldm.storybook.world import CONTEXTS, draw, same_subject
-from ldm.training.run import find_file
 from scripts import evaluate
 
 CAT = new_subject("cat", seed=51)

@@ -9,9 +9,9 @@ from ldm.evaluation.storybook import ClassImages, StorybookEvaluation
 from ldm.evaluation.storybook_limits import pixels_of
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import Text2Image
-from ldm.training.job import run_job
-from ldm.training.options import parse
-from ldm.training.sweep import jobs_of, read_sweep
+from ldm.runs.job import run_job
+from ldm.runs.options import parse
+from ldm.runs.sweep import jobs_of, read_sweep
 from tests.end_to_end.test_prior_preservation import BASE, SHORT
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from ldm.errors import UserError
+from ldm.runs.job import run_job
+from ldm.runs.options import parse
 from ldm.storybook.subjects import new_subject, write_subject
-from ldm.training.job import run_job
-from ldm.training.options import parse
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHORT = [

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm.errors import UserError
+from ldm.runs.job import run_job
+from ldm.runs.options import parse
 from ldm.storybook.subjects import SUBJECTS, write_subject
-from ldm.training.job import run_job
-from ldm.training.options import parse
 from tests.factories import run_config
 
 ROOT = Path(__file__).resolve().parents[2]

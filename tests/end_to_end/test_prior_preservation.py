@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm.training.job import run_job
-from ldm.training.options import parse
+from ldm.runs.job import run_job
+from ldm.runs.options import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "ldm/storybook/assets/base.safetensors"

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from ldm.checkpoints.load import open_model
 from ldm.errors import UserError
-from ldm.training.job import plan, run_job
-from ldm.training.options import parse
+from ldm.runs.job import plan, run_job
+from ldm.runs.options import parse
 from scripts import convert, sample
 from tests.families import tiny_sdxl
 

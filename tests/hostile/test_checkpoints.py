@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from ldm.checkpoints.tensors import read_tensors
+from ldm.engine.checkpoints import AtomicCheckpointIO, checksum_path
+from ldm.engine.resume import latest_valid_checkpoint, validate_checkpoint
 from ldm.errors import UserError
-from ldm.training.checkpoints import AtomicCheckpointIO, checksum_path
-from ldm.training.resume import latest_valid_checkpoint, validate_checkpoint
 from tests.hostile.conftest import HOSTILE, outcome
 
 WEIGHTS = {"state_dict": {"w": torch.arange(64.0)}}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ldm.config import load_config, to_container
 from ldm.errors import UserError
-from ldm.training.options import parse
+from ldm.runs.options import parse
 from tests.hostile.conftest import HOSTILE, outcome
 
 ROOT = Path(__file__).resolve().parents[2]

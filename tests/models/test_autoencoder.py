@@ -3,7 +3,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
-from ldm.training.autoencoder import net2wider_state
+from ldm.storybook.training.autoencoder import net2wider_state
 from tests.checkpoints import sd_v1
 
 

@@ -8,10 +8,10 @@ from torch.utils.data import DataLoader
 
 from ldm.checkpoints.load import load_state_dicts, open_model
 from ldm.config import instantiate, load_config, to_container
+from ldm.runs.run import find_file
 from ldm.storybook.dataset import StorybookDataset
+from ldm.storybook.training.text_encoder import TextEncoderTask
 from ldm.storybook.world import ATTRIBUTES, full_caption, sample_scene
-from ldm.training.run import find_file
-from ldm.training.text_encoder import TextEncoderTask
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs/storybook/text_encoder.yaml"
 

@@ -11,13 +11,13 @@ from torch._dynamo.testing import CompileCounter
 
 from ldm.errors import UserError
 from ldm.models.conditioning import Conditioning
+from ldm.runs.sampling import text2image
+from ldm.schema import TrainerOptions
 from ldm.training import latent_diffusion
 from ldm.training.compiling import TrainingGraph
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.sampling import text2image
-from ldm.training.schema import TrainerOptions
 from tests.factories import LEAN, build_module
-from tests.training.conftest import At, Job, Killed, curves_of, differences, kill, state_of
+from tests.short_runs import At, Job, Killed, curves_of, differences, kill, state_of
 
 
 def test_compiling_keeps_names(tiny_config: dict):

@@ -15,7 +15,7 @@ from ldm.errors import UserError
 from ldm.evaluation.protocol import CLASS_SAMPLINGS
 from ldm.evaluation.storybook import ClassImages, Measurement, Subject
 from ldm.reports.run_page import cards
-from ldm.training.options import parse
+from ldm.runs.options import parse
 from tests.factories import build_module
 
 ROOT = Path(__file__).resolve().parents[2]

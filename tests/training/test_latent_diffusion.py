@@ -7,8 +7,8 @@ from torch import Tensor
 from ldm import randomness
 from ldm.checkpoints.layout import PREFIXES
 from ldm.models.conditioning import Conditioning
+from ldm.optim.optimizers import build_optimizer
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.optimizers import build_optimizer
 from tests.factories import build_module
 
 

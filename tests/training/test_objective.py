@@ -9,8 +9,8 @@ from torch import Tensor
 from ldm.diffusion.process import DiscreteDiffusion
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
+from ldm.runs.options import parse
 from ldm.training.objective import MinSNR, Objective, StreamLoss, Weighting
-from ldm.training.options import parse
 from tests.factories import MIN_SNR
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from ldm.models.conditioning import Conditioning
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.techniques import Reference
 from tests.factories import TAUGHT, build_module
-from tests.training.conftest import state_of
+from tests.short_runs import state_of
 
 
 @pytest.fixture

@@ -1,0 +1,167 @@
+"""Optimizers over parameter groups, what they cannot be combined with, and learning rates over time."""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldm.errors import UserError
+from ldm.optim.fused_backward import FusedBackward
+from ldm.optim.optimizer_nodes import SHORT, OptimizerNode, build, stepping, steps_in_backward
+from ldm.optim.schedules import Constant, LRSchedule
+from ldm.schema import TrainerOptions
+from ldm.targets import parameters_of
+
+ParamGroups = Mapping[str, tuple[nn.Module, float]]  # name -> (module, learning rate)
+WHERE = "model.params.optimizer"
+
+
+def build_optimizer(
+    param_groups: ParamGroups, optimizer: OptimizerNode = "adamw", *, fused: bool = True, seed: int = 0
+) -> Optimizer:
+    """An optimizer, with one parameter group per module that has trainable weights.
+
+    optimizer: a node, or the name of an AdamW (Loshchilov & Hutter 2019): "adamw" has float32 states, 8 bytes
+    a weight, `fused` in one kernel; "adamw_8bit" (bitsandbytes) 2 bytes; "adamw_bf16" 4 bytes, for bfloat16
+    weights. seed: of stochastic rounding.
+    """
+    groups = [
+        {"name": group_name, "lr": lr, "params": [p for p in module.parameters() if p.requires_grad]}
+        for group_name, (module, lr) in param_groups.items()
+    ]
+    groups = [group for group in groups if group["params"]]
+    built = build(optimizer, groups, fused=fused, seed=seed)
+    if not stepping(optimizer)["target"].startswith("bitsandbytes."):
+        built.register_load_state_dict_post_hook(match_state_strides)
+    return built
+
+
+def check_optimizer(
+    optimizer: OptimizerNode, trainer: TrainerOptions, *, compiled: bool = False, processes: int = 1
+) -> None:
+    """Raises UserError if the optimizer cannot be built, or not be used with these Trainer settings."""
+    node = stepping(optimizer)
+    if node["target"].startswith("bitsandbytes.") and importlib.util.find_spec("bitsandbytes") is None:
+        remedy = f'Install it with `pip install -e ".[8bit]"`, or set {WHERE}=adamw.'
+        raise UserError("8-bit AdamW needs bitsandbytes, which is not installed", where=WHERE, remedy=remedy)
+    if "lr" in (node.get("params") or {}):
+        remedy = "Take it off, and set model.params.trainable.learning_rate."
+        raise UserError("The learning rates are the model's", where=f"{WHERE}.params.lr", remedy=remedy)
+    if not node["target"].startswith("bitsandbytes."):
+        _try(node)
+    if steps_in_backward(optimizer):
+        _check_fused_backward(trainer, compiled=compiled, processes=processes)
+    elif optimizer != "adamw" and node["target"] == SHORT["adamw"] and trainer.precision == "16-mixed":
+        what = "16-mixed scales gradients, and FusedAdamW would not see them as they are clipped"
+        raise UserError(what, where=WHERE, remedy=f"Set {WHERE}=adamw, which is torch's own there.")
+
+
+def _try(node: OptimizerNode) -> None:
+    """Raises UserError if the optimizer does not take these params, or weights in groups.
+
+    torch's own also make a step on one weight; others may be for a GPU alone.
+    """
+    weights = [nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    try:
+        optimizer = build(node, [{"params": [weight], "lr": 0.0} for weight in weights])
+        if node["target"].startswith("torch."):
+            optimizer.step()
+    except UserError:
+        raise
+    except Exception as error:  # of any kind, by whoever wrote the class
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = f"{node['target']} does not train this model: {reason}"
+        raise UserError(what, where=WHERE, remedy="Set its params, or name another one.") from error
+
+
+def _check_fused_backward(trainer: TrainerOptions, *, compiled: bool, processes: int) -> None:
+    if compiled:
+        remedy = f"Set model.params.compile=null, or {WHERE}=adamw."
+        what = "A compiled backward pass gives all gradients at its end, so steps in it would save no memory"
+        raise UserError(what, where="model.params.compile", remedy=remedy)
+    refused = {
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
+        "trainer.gradient_clip_val": bool(trainer.gradient_clip_val),
+        "trainer.precision": str(trainer.precision).startswith("16"),
+        "trainer.devices": processes > 1,
+    }
+    for key in (key for key, present in refused.items() if present):
+        remedy = f"Take {key} off, or set {WHERE}=adamw."
+        raise UserError("A fused backward pass never has all gradients at once", where=key, remedy=remedy)
+
+
+def match_state_strides(optimizer: torch.optim.Optimizer) -> None:
+    """Gives loaded optimizer states the strides of their parameters.
+
+    Fused kernels ignore strides: with states from a checkpoint in another memory format they would pair each
+    weight with the moments of another one.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def lr_factor(schedule: LRSchedule, *, max_steps: int) -> Callable[[int], float]:
+    """Optimizer step -> factor of the learning rates. Raises UserError for a schedule of an endless run."""
+    if max_steps < 1 and type(schedule) is not Constant:
+        what = "A schedule of the learning rate needs the length of the run"
+        remedy = "Set trainer.max_steps, or model.params.lr_schedule=constant."
+        raise UserError(what, where="model.params.lr_schedule", remedy=remedy)
+    return lambda step: schedule(step, max_steps)
+
+
+class ConfiguredSchedule(LambdaLR):
+    """A learning-rate schedule of which a checkpoint keeps the step alone.
+
+    Learning rates, and the other parameters of the optimizer (betas, weight decay), are the config's: a
+    checkpoint that is loaded into the optimizer before this one brings back the old ones, and they are
+    replaced. So are rates of an end that has been moved: the next step has that of the new schedule.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]):
+        super().__init__(optimizer, factor)
+        self.configured = [_options(optimizer, group) for group in optimizer.param_groups]
+
+    def state_dict(self) -> dict:
+        return {key: value for key, value in super().state_dict().items() if key != "configured"}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        rates = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = rates
+        groups = zip(self.optimizer.param_groups, self.configured, self._rates(), strict=True)
+        for group, options, lr in groups:
+            group |= options | {"lr": lr}
+        self._last_lr = self._rates()
+
+    def _rates(self) -> list[float]:
+        """The rate of each group at this step."""
+        rates = zip(self.base_lrs, self.lr_lambdas, strict=True)
+        return [rate * factor(self.last_epoch) for rate, factor in rates]
+
+
+def _options(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a parameter group a config gives, besides the rate; the rest may change with the steps."""
+    stepping_one = optimizer.inner if isinstance(optimizer, FusedBackward) else optimizer
+    given = parameters_of(type(stepping_one)).keys() - {"params", "lr"}
+    return {key: value for key, value in group.items() if key in given}
+
+
+def with_schedule(optimizer: Optimizer, schedule: LRSchedule, *, max_steps: int) -> dict:
+    """The dict for `LightningModule.configure_optimizers`; the schedule advances with optimizer steps."""
+    factor = lr_factor(schedule, max_steps=max_steps)
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {
+            "scheduler": ConfiguredSchedule(optimizer, factor),
+            "interval": "step",
+            "name": "lr",
+        },
+    }

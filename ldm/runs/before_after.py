@@ -1,0 +1,93 @@
+"""Metrics of a run: the live networks are evaluated before and after training."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from ldm.annotations import Node
+from ldm.config import check, instantiate, with_params
+from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.images import ImageFiles
+from ldm.errors import UserError
+from ldm.evaluation.memo import ImageMemo, MemoPipeline
+from ldm.evaluation.protocol import Evaluation, SubjectPrompts
+from ldm.pipeline import Text2Image
+from ldm.schema import RunConfig
+from ldm.targets import get_class
+
+
+def evaluation_nodes(config: RunConfig) -> dict[str, Node]:
+    """The evaluations of a run by the keys that ask for them; a run without any has no metrics.
+
+    Raises UserError for params of `evaluate_also` and `online_eval` that the evaluation does not take.
+    """
+    asked = {f"evaluate_also.{name}": params for name, params in (config.evaluate_also or {}).items()}
+    if asked and not config.evaluation:
+        remedy = "Add one, or leave `evaluate_also` out."
+        raise UserError("`evaluate_also` needs an `evaluation`", where="evaluate_also", remedy=remedy)
+    if not config.evaluation:
+        return {}
+    asked["online_eval"] = config.online_eval.params
+    kind = get_class(config.evaluation["target"])
+    if not all(hasattr(kind, method) for method in ("subject", "measure", "summary", "score")):
+        remedy = "Name one of ldm.evaluation, such as ldm.evaluation.photos.PhotoEvaluation."
+        raise UserError(f"{kind.__name__} is no evaluation", where="evaluation.target", remedy=remedy)
+    nodes = {"evaluation": config.evaluation}
+    for where, params in asked.items():
+        nodes[where] = with_params(config.evaluation, params)
+        check({where: nodes[where]}, {where: Node})
+    return nodes
+
+
+class BeforeAfterEvaluation:
+    """Evaluates the images of a run by the config's `evaluation`; there are no metrics without one, and none
+    of a subject that it cannot judge.
+
+    pipeline: whether the base gives the unconditional prediction -> the pipeline. The constructor reads the
+    judge and the photos, so errors in them are raised before long work. Images of a base with a hash are
+    generated once in a process, which saves a study much time.
+    """
+
+    _of_bases: ClassVar[dict[str, ImageMemo]] = {}
+
+    def __init__(
+        self,
+        evaluation: Node | None,
+        pipeline: Callable[[bool], Text2Image],
+        data: DreamBoothDataModule,
+        *,
+        base_hash: str = "",
+    ):
+        self.evaluation: Evaluation | None = instantiate(evaluation) if evaluation else None
+        if self.evaluation is None:
+            return
+        photos = ImageFiles(photo.path for photo in data.subject_photos)
+        self.prompts = SubjectPrompts(data.subject_prompt, data.prior_prompt, **data.words)
+        if self.evaluation.unfit(photos, self.prompts):
+            self.evaluation = None
+            return
+        self.pipeline = pipeline(self.evaluation.guidance_base)
+        self.base_pipeline = pipeline(False)  # of the base, both predictions are the base's anyway
+        self.base_memo = self._of_bases.setdefault(base_hash, ImageMemo()) if base_hash else ImageMemo()
+        self.subject = self.evaluation.subject(photos)
+
+    def before(self) -> None:
+        """Evaluates the untouched base."""
+        if self.evaluation is not None:
+            self.base = self._measure(MemoPipeline(self.base_pipeline, self.base_memo), is_base=True)
+
+    def after(self, memo: ImageMemo | None = None) -> Mapping[str, Any]:
+        """The metrics of `metrics.json`, with those of the base; call `before` first.
+
+        Evaluations of the same weights may share a memo: images that both need are generated once.
+        """
+        if self.evaluation is None:
+            return {}
+        pipeline = MemoPipeline(self.pipeline, ImageMemo() if memo is None else memo)
+        return self.evaluation.summary(self._measure(pipeline), self.base, self.subject)
+
+    def noise_floor(self) -> Mapping[str, float]:
+        """What the metrics of a shift are by chance, by this number of samples; call `before` first."""
+        return self.evaluation.summary(self.base, self.base, self.subject).get("noise_floor", {})
+
+    def _measure(self, pipeline: MemoPipeline, *, is_base: bool = False) -> Any:
+        return self.evaluation.measure(pipeline, subject=self.subject, prompts=self.prompts, is_base=is_base)

@@ -1,0 +1,205 @@
+"""A DreamBooth run: prior images, samples and metrics of the base, training, samples and metrics after it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from ldm.annotations import Node
+from ldm.data.caption_length import check_lengths, prompts_of
+from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.images import ImageFiles
+from ldm.data.priors import PriorSet
+from ldm.data.prompts import fill
+from ldm.engine import distributed
+from ldm.engine.device import peak_memory_mib
+from ldm.evaluation.memo import ImageMemo
+from ldm.pipeline import Text2Image
+from ldm.reports.curves import read_curves
+from ldm.reports.run_page import Report, Row, write_report
+from ldm.runs import run
+from ldm.runs.before_after import BeforeAfterEvaluation, evaluation_nodes
+from ldm.runs.callbacks import LogFirstStepTime, OffloadVAE, Previews, ThroughputLogger
+from ldm.runs.limits import limits_of
+from ldm.runs.online_eval import OnlineEvalCallback, Watch, best_of
+from ldm.runs.run_facts import run_facts
+from ldm.runs.sampling import (
+    base_denoiser,
+    frozen,
+    generate_priors,
+    generate_samples,
+    prior_generator,
+    prior_set,
+    text2image,
+)
+from ldm.schema import RunConfig
+from ldm.training.latent_diffusion import LatentDiffusion
+
+SHOWN_PRIORS = 32  # in the report
+
+
+class DreamBoothRun:
+    """A run on networks with the base's weights, by a validated config; call it once, for all phases.
+
+    base_hash: sha256 of the base. watch: sees each row of online evaluation.
+    """
+
+    def __init__(
+        self,
+        module: LatentDiffusion,
+        data: DreamBoothDataModule,
+        config: RunConfig,
+        folder: Path,
+        *,
+        base_hash: str,
+        watch: Watch | None = None,
+    ):
+        self.module = module
+        self.data = data
+        self.config = config
+        self.folder = folder
+        self.base_hash = base_hash
+        self.timer = run.PhaseTimer()
+        self.pipeline = text2image(module, size=data.size)
+        self._guided: Text2Image | None = None
+        nodes = evaluation_nodes(config)
+        self.before_after = self._before_after(config.evaluation)
+        judged = self.before_after.evaluation is not None
+        also = config.evaluate_also or {} if judged else {}
+        self.also = {name: self._before_after(nodes[f"evaluate_also.{name}"]) for name in also}
+        self.online_eval: OnlineEvalCallback | None = None
+        if config.online_eval.every_steps and judged:
+            evaluation = self._before_after(nodes["online_eval"])
+            self.online_eval = OnlineEvalCallback(evaluation, config.online_eval, watch)
+        self.samples = config.samples
+        self.sample_pipeline = self._pipeline(self.samples.guidance_base)  # of samples and previews
+        self.prompts = [fill(prompt, **data.words) for prompt in self.samples.prompts]
+        said = prompts_of(data) | {f"samples.prompts.{k}": prompt for k, prompt in enumerate(self.prompts)}
+        check_lengths(said, module.cond_stage_model, identifier=data.words["identifier"])
+        self.notes = limits_of(config, module.cond_stage_model, data, said)
+
+    def __call__(self) -> list[Path]:
+        """-> the paths that rank 0 writes: contact sheet, model file, report."""
+        with self.timer("prior_images"):
+            priors = self._priors() if self.data.generates_priors else None
+        generate = None
+        if self.data.online_priors:
+            base = frozen(self.pipeline)
+            generate = prior_generator(priors.spec, base, batch_size=self.data.prior_batch_size)
+        encode = self.module.encode_images
+        self.data.attach(encode=encode, vae_hash=self.base_hash, priors=priors, generate=generate)
+        before = self._evaluate_base() if distributed.rank() == 0 else []
+        with self.timer("encoding"):
+            self.data.setup()
+        with self.timer("training"):
+            run.fit(
+                self.module,
+                self.data,
+                self.config,
+                folder=self.folder,
+                callbacks=self._callbacks(),
+                online_eval=self.online_eval,
+            )
+        return self._finalize(before) if distributed.rank() == 0 else []
+
+    def _before_after(self, evaluation: Node | None) -> BeforeAfterEvaluation:
+        return BeforeAfterEvaluation(evaluation, self._pipeline, self.data, base_hash=self.base_hash)
+
+    def _pipeline(self, guidance_base: bool) -> Text2Image:
+        """The sampling pipeline, optionally with the base for the unconditional prediction."""
+        if not guidance_base:
+            return self.pipeline
+        if self._guided is None:
+            base = base_denoiser(self.module)
+            self._guided = text2image(self.module, size=self.data.size, guidance_base=base)
+        return self._guided
+
+    def _priors(self) -> PriorSet:
+        """The prior images; missing ones are generated."""
+        config = self.config.priors
+        none = self.module.cond_stage_model.unconditional
+        about = {"base_sha256": self.base_hash, "device": self.module.device, "unconditional": none}
+        priors = prior_set(self.data, config, **about)
+        generate_priors(self.pipeline, priors, self.data.num_priors, batch_size=config.batch_size)
+        return priors
+
+    def _evaluate_base(self) -> run.SampleGrid:
+        """Samples and metrics of the untouched base; a resumed run has the samples already."""
+        kept, settings = self.folder / "samples" / "before", asdict(self.samples)
+        for other in ("prompts", "n", "every_steps", "preview_n", "batch_size"):
+            del settings[other]
+        with self.timer("samples_before"):
+            rows = run.load_image_grid(kept, self.prompts, self.samples.n, settings)
+            if rows is None:
+                rows = generate_samples(self.sample_pipeline, self.samples, self.prompts, progress=True)
+                run.save_image_grid(kept, rows, settings)
+        with self.timer("figures_before"):
+            for evaluation in (self.before_after, *self.also.values()):
+                evaluation.before()
+            if self.online_eval is not None:
+                self.online_eval.before_after.before()
+        return rows
+
+    def _callbacks(self) -> list[pl.Callback]:
+        callbacks = [ThroughputLogger(), LogFirstStepTime()]
+        if self.data.cache_latents and not self.data.online_priors:
+            callbacks.append(OffloadVAE())
+        if self.samples.every_steps:
+            callbacks.append(
+                Previews(self.sample_pipeline, self.samples, self.prompts, self.folder / "samples")
+            )
+        return callbacks
+
+    def _finalize(self, before: run.SampleGrid) -> list[Path]:
+        """Model file, samples, metrics and report of the trained networks."""
+        history = run.load_eval_history(self.folder)
+        best = history[best_of(history)]["step"] if history else None
+        if best is not None and self.config.export.weights == "best":
+            run.load_best_weights(self.module, self.folder, best)
+        about = {"size": self.data.size, "words": self.data.words, "base_hash": self.base_hash}
+        model = run.export(self.module, self.config, self.folder, **about)
+        with self.timer("samples_after"):
+            after = generate_samples(self.sample_pipeline, self.samples, self.prompts, progress=True)
+        with self.timer("figures_after"):
+            memo = ImageMemo()
+            final = self.before_after.after(memo)
+            also = {name: evaluation.after(memo) for name, evaluation in self.also.items()}
+        grid = run.save_samples(self.folder / "samples", before, after)
+        online = {"measures": history, "best_step": best} if history else {}
+        if self.online_eval is not None:
+            online["measures_seconds"] = round(self.online_eval.seconds, 2)  # of "training"
+            online["measures_noise_floor"] = self.online_eval.before_after.noise_floor()
+        metrics = {
+            **final,
+            **({"evaluate_also": also} if also else {}),
+            **online,
+            "seconds": self.timer.seconds,
+            "peak_memory_mib": max(self.timer.peak_mib.values(), default=round(peak_memory_mib(), 1)),
+            "phase_peak_memory_mib": self.timer.peak_mib,
+            "prior_images": self.data.num_priors if self.data.generates_priors else 0,
+            **({"notes": self.notes} if self.notes else {}),
+        }
+        run.write_json(self.folder / "metrics.json", metrics)
+        return [grid, model, self._report(before, after, metrics)]
+
+    def _report(self, before: run.SampleGrid, after: run.SampleGrid, metrics: Mapping[str, Any]) -> Path:
+        """Writes the report -> report.html."""
+        pairs = zip(before, after, strict=True)
+        of_class = self.data.prior_batch_size and not self.data.priors_show_subject
+        priors = self.data.prior_images[:SHOWN_PRIORS] if of_class else ()
+        previews = sorted(self.folder.glob("samples/step-*.png"))
+        report = Report(
+            title=f"{self.folder.name}: {self.data.subject_prompt}",
+            facts=run_facts(self.config, self.data, self.folder, base_hash=self.base_hash),
+            subject=ImageFiles(photo.path for photo in self.data.subject_photos),
+            priors=ImageFiles(photo.path for photo in priors),
+            rows=[Row(prompt, old, new) for (prompt, old), (_, new) in pairs],
+            metrics=metrics,
+            curves=read_curves(self.folder / "tensorboard"),
+            config=(self.folder / "config.yaml").read_text(encoding="utf-8"),
+            previews=ImageFiles(previews),
+            preview_steps=[int(path.stem.split("-")[1]) for path in previews],
+        )
+        return write_report(self.folder / "report.html", report)

@@ -1,0 +1,169 @@
+"""What a run has read, by hash: so that a resumed run says which of its files have changed since it began."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+from ldm.checkpoints.load import file_hash
+from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.items import SourceImage
+from ldm.engine import distributed
+from ldm.errors import UserError
+from ldm.files import atomic_write, file_sha256
+
+log = logging.getLogger(__name__)
+
+FILE = "inputs.json"  # in the run's folder
+KINDS = {  # field -> how a sentence begins
+    "photos": "The subject's photos",
+    "captions": "The subject's captions",
+    "prior_photos": "The given photos of the class",
+    "prior_captions": "The captions of the class",
+    "base": "The base model's files",
+}
+Hashes = Mapping[str, str]  # name of a file -> its SHA-256
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The files of a run by kind, and the photos that are held out for validation."""
+
+    photos: Hashes = field(default_factory=dict)
+    captions: Hashes = field(default_factory=dict)
+    prior_photos: Hashes = field(default_factory=dict)
+    prior_captions: Hashes = field(default_factory=dict)
+    base: Hashes = field(default_factory=dict)
+    held_out: Hashes = field(default_factory=dict)
+
+    def changes(self, now: "RunInputs") -> list[str]:
+        """One sentence for each kind of file that is not as it was."""
+        differences = {kind: _difference(getattr(self, kind), getattr(now, kind)) for kind in KINDS}
+        return [
+            f"{KINDS[kind]} have changed since this run began: {found}"
+            for kind, found in differences.items()
+            if found
+        ]
+
+
+def keep_inputs(folder: Path, data: object, base: Mapping[str, Path], *, allow_change: bool) -> None:
+    """Compares what a run reads now with what it read when it began, and keeps it with the run.
+
+    base: network -> file. The photo that was held out then is held out now, wherever it sorts. Raises
+    UserError for changed files, unless `allow_change`. To be called by all processes.
+    """
+    if not isinstance(data, DreamBoothDataModule):
+        return
+    kept = distributed.on_rank0_broadcast(lambda: _compare(folder, data, base, allow_change=allow_change))
+    data.hold(kept.held_out)
+
+
+def read_inputs(folder: Path) -> RunInputs | None:
+    """What a run has kept; None for a new run."""
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        return RunInputs(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        remedy = "Remove the file: the run goes on with the files as they are now."
+        raise UserError("The hashes of the run's files cannot be read", where=path, remedy=remedy) from error
+
+
+def _compare(
+    folder: Path, data: DreamBoothDataModule, base: Mapping[str, Path], *, allow_change: bool
+) -> RunInputs:
+    """What the run reads now, with the hold-out of when it began."""
+    before, now = read_inputs(folder), inputs_of(data, base)
+    if before is not None:
+        changes = before.changes(now)
+        held = _still_held(before, now) if data.hold_out else {}
+        if data.hold_out and before.held_out and not held:
+            changes.append(f"The photo that was held out, {', '.join(before.held_out)}, is gone: none is now")
+        if now.held_out and not before.held_out:
+            log.warning("%s: no photo is held out, because none was when it began", folder)
+        now = replace(now, held_out=held)
+        if changes and not allow_change:
+            remedy = "Restore the files, or add --allow_config_change."
+            raise UserError(". ".join(changes), where=folder, remedy=remedy)
+        for change in changes:
+            log.warning("%s goes on: %s", folder, change)
+    if now != before:
+        with atomic_write(folder / FILE) as temporary:
+            temporary.write_text(json.dumps(asdict(now), indent=2) + "\n", encoding="utf-8")
+    return now
+
+
+def inputs_of(data: DreamBoothDataModule, base: Mapping[str, Path]) -> RunInputs:
+    """The files that a run on this data and base reads."""
+    given = data.prior_images if data.prior_batch_size and data.prior_root is not None else ()
+    return RunInputs(
+        photos=_photos(data.subject_photos),
+        captions=_captions(data.subject_photos) if data.captions else {},
+        prior_photos=_photos(given),
+        prior_captions=_captions(given) if data.captions else {},
+        base=_bases(base),
+        held_out=_photos(data.held_out_photos),
+    )
+
+
+def _bases(base: Mapping[str, Path]) -> dict[str, str]:
+    return {_base_name(part, path): base_hash(path) for part, path in base.items()}
+
+
+def has_changed_base(folder: Path, base: Mapping[str, Path]) -> bool:
+    """Whether the base of the run in `folder` is not what it was when the run began."""
+    before = read_inputs(folder)
+    return before is not None and before.base != _bases(base)
+
+
+def _base_name(part: str, path: Path) -> str:
+    """A name that stays when a run is resumed from another folder."""
+    return path.name if part == "all" else f"{part}: {path.name}"
+
+
+def base_hash(path: Path) -> str:
+    """`file_hash` of a base model, which is read once in a process as long as its files are untouched."""
+    files = [path] if path.suffix != ".json" else sorted(path.parent.iterdir())
+    files = sorted(path.rglob("*")) if path.is_dir() else files
+    return _hash_of(path, tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=8)
+def _hash_of(path: Path, stamp: tuple) -> str:
+    return file_hash(path)
+
+
+def _photos(photos: tuple[SourceImage, ...]) -> dict[str, str]:
+    return {photo.path.name: photo.sha256 for photo in photos}
+
+
+def _captions(photos: tuple[SourceImage, ...]) -> dict[str, str]:
+    files = [photo.path.with_suffix(".txt") for photo in photos]
+    return {file.name: file_sha256(file) for file in files if file.exists()}
+
+
+def _still_held(before: RunInputs, now: RunInputs) -> dict[str, str]:
+    """The held-out photos that are still there: by content, or by name with a content that is new."""
+    trained = set(before.photos.values()) - set(before.held_out.values())
+    names = {sha256: name for name, sha256 in now.photos.items()}
+    found = {}
+    for name, sha256 in before.held_out.items():
+        there = now.photos.get(name)
+        if sha256 in names and there != sha256:
+            found[names[sha256]] = sha256
+        elif there is not None and there not in trained:
+            found[name] = there
+    return found
+
+
+def _difference(before: Hashes, now: Hashes) -> str:
+    """ "changed 1.jpg; added 5.jpg, 6.jpg; removed 2.jpg"; empty if nothing differs."""
+    kinds = {
+        "changed": [name for name in before if name in now and before[name] != now[name]],
+        "added": [name for name in now if name not in before],
+        "removed": [name for name in before if name not in now],
+    }
+    return "; ".join(f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names)

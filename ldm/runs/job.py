@@ -1,0 +1,87 @@
+"""The job of a config: validation, training, and the paths of the results."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+from omegaconf import OmegaConf
+
+from ldm.config import instantiate, param_of, save_config
+from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.engine import distributed
+from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
+from ldm.runs import run
+from ldm.runs.callbacks import ThroughputLogger
+from ldm.runs.dreambooth import DreamBoothRun
+from ldm.runs.folder import claimed, folder_of
+from ldm.runs.inputs import keep_inputs
+from ldm.runs.memory import encoding, estimate, report
+from ldm.runs.online_eval import Watch
+from ldm.runs.recompute import with_checkpointing_chosen
+from ldm.runs.validate import validate
+from ldm.schema import RunConfig
+from ldm.training.latent_diffusion import LatentDiffusion
+
+
+def run_job(
+    config: RunConfig,
+    resume: str | None = None,
+    *,
+    allow_config_change: bool = False,
+    watch: Watch | None = None,
+) -> list[Path]:
+    """Runs the job of a config, or continues the one in `resume` -> the paths of its results.
+
+    "auto" continues the newest unfinished run of the config's name, if there is one. watch: sees each row of
+    online evaluation, and what it raises ends the run, unfinished.
+    """
+    config = replace(config, trainer=distributed.join(config.trainer))
+    validate(config)
+    if config.is_dreambooth:
+        config = with_checkpointing_chosen(config, device_of(config.trainer))
+    pl.seed_everything(config.seed, verbose=False)
+    keep_freed_memory()
+    set_matmul_precision(config.matmul_precision)
+    folder = distributed.on_rank0_broadcast(
+        lambda: folder_of(config.container, resume, allow_config_change=allow_config_change)
+    )
+    with claimed(folder) if distributed.rank() == 0 else nullcontext():
+        if distributed.rank() == 0:
+            save_config(config.source, folder / "config.yaml")
+        return _train(config, folder, allow_change=allow_config_change, watch=watch)
+
+
+def _train(config: RunConfig, folder: Path, *, allow_change: bool, watch: Watch | None) -> list[Path]:
+    """Loads the base, trains, exports -> the paths that rank 0 writes."""
+    module, data = instantiate(config.model), instantiate(config.data)
+    files, base_hash = run.base_files(config), ""
+    keep_inputs(folder, data, files, allow_change=allow_change)
+    if files:
+        predicts = module.process.parameterization if isinstance(module, LatentDiffusion) else None
+        base_hash = run.load_base(module.networks, files, parameterization=predicts)
+        module.to(device_of(config.trainer))
+        if isinstance(module, LatentDiffusion):
+            module.add_learned_token()
+            data.attach(encode=module.encode_images, vae_hash=base_hash)
+    if isinstance(data, DreamBoothDataModule):
+        return DreamBoothRun(module, data, config, folder, base_hash=base_hash, watch=watch)()
+    run.fit(module, data, config, folder=folder, callbacks=[ThroughputLogger()])
+    return [] if distributed.rank() else [run.export(module, config, folder, size=data.size)]
+
+
+def plan(config: RunConfig) -> str:
+    """The resolved config, and for DreamBooth an estimate of memory and disk; refuses what a run refuses."""
+    validate(config)
+    text = OmegaConf.to_yaml(config.source, resolve=True)
+    if config.is_dreambooth:
+        device = device_of(config.trainer)
+        chosen = with_checkpointing_chosen(config, device)
+        if chosen != config:
+            params = chosen.model["params"]["unet"]["params"]
+            text += (
+                f"use_checkpoint, by the free memory of {device}: {str(params['use_checkpoint']).lower()}\n"
+            )
+        caches = param_of(config.data, "cache_latents")
+        text += report(*estimate(chosen), encoding=encoding(config) if caches else 0)
+    return text

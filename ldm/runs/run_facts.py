@@ -1,0 +1,50 @@
+"""What a run page says of its run at the top: date, command, photos, base, steps, rates."""
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.engine import distributed
+from ldm.schema import RunConfig
+
+
+def run_facts(
+    config: RunConfig, data: DreamBoothDataModule, folder: Path, *, base_hash: str
+) -> dict[str, str]:
+    """Name -> value, of a run that has ended just now."""
+    batch = (
+        data.batch_size * config.trainer.accumulate_grad_batches * distributed.process_count(config.trainer)
+    )
+    steps = [int(path.stem.split("-")[1]) for path in folder.glob("checkpoints/step-*.ckpt")]
+    asked = config.trainer.max_steps
+    done = max(steps, default=asked)
+    stopped = "" if done == asked else f" of {asked}, stopped early"
+    facts = {
+        "Date": f"{datetime.now():%d %B %Y, %H:%M}",
+        "Command": command_line(),
+        "Subject": f"{data.subject_prompt}, {len(data.subject_photos)} photos",
+        "Base": f"{config.base_checkpoint}, sha256 {base_hash[:12]}",
+        "Steps": f"{done}{stopped}, each of {batch} photos",
+        "Learning rate": ", ".join(f"{name} {value:g}" for name, value in rates(config.model["params"])),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def command_line() -> str:
+    """The command of this process as it can be typed again; empty in a notebook."""
+    typed = getattr(sys.modules["__main__"], "__file__", None)
+    return shlex.join(["python", *sys.argv]) if typed else ""
+
+
+def rates(params: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, float]]:
+    """The learning rates anywhere in the params of a model, by their keys."""
+    for key, value in params.items():
+        name = f"{within}.{key}" if within else str(key)
+        if isinstance(value, Mapping):
+            yield from rates(value, name)
+        elif "learning_rate" in name and isinstance(value, int | float):
+            yield name, value

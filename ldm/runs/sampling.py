@@ -1,0 +1,145 @@
+"""Sampling in a training run: its prior images, its previews and its final samples."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.priors import GenerateImages, PriorSet, PriorSpec
+from ldm.denoiser import Denoiser
+from ldm.engine import distributed
+from ldm.engine.device import temporarily_on
+from ldm.pipeline import Text2Image
+from ldm.precision import resolve_precision
+from ldm.schema import PriorsConfig, SamplesConfig
+from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.techniques import frozen_copy
+
+
+def text2image(module: LatentDiffusion, *, size: int, guidance_base: Denoiser | None = None) -> Text2Image:
+    """The sampling pipeline over the live networks of a run."""
+    return Text2Image(
+        **module.networks,
+        process=module.process,
+        default_size=size,
+        guidance_base=guidance_base,
+    )
+
+
+def base_denoiser(module: LatentDiffusion) -> Denoiser:
+    """The base model of a run, unchanged by training; call this before training starts.
+
+    With LoRA these are the live networks with the LoRA off, otherwise copies of them.
+    """
+    unet, text_encoder = module.networks["unet"], module.networks["text_encoder"]
+    without = [] if module.lora is None else [module.lora]
+    if module.lora is None:
+        unet, text_encoder = frozen_copy(unet), frozen_copy(text_encoder)
+    return Denoiser(unet, text_encoder, process=module.process, without=without)
+
+
+def prior_set(
+    data: DreamBoothDataModule,
+    config: PriorsConfig,
+    *,
+    base_sha256: str,
+    device: torch.device,
+    unconditional: str | None = "",
+) -> PriorSet:
+    """The set that is named by these settings, this base and the precision on the device.
+
+    unconditional: what no negative prompt is, see `CLIPTextEncoder.unconditional`.
+    """
+    spec = PriorSpec(
+        prompt=data.prior_prompt,
+        base_sha256=base_sha256,
+        sampler=config.sampler,
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        negative_prompt=unconditional if config.negative_prompt is None else config.negative_prompt,
+        size=data.size,
+        seed=config.seed,
+        precision=resolve_precision(config.precision, device),
+    )
+    return PriorSet(Path(config.folder), spec)
+
+
+def prior_generator(spec: PriorSpec, pipeline: Text2Image, *, batch_size: int) -> GenerateImages:
+    """-> the function that generates images of a set with the networks of `pipeline`."""
+
+    def generate(seeds: Sequence[int]) -> list[tuple[Image.Image, Tensor]]:
+        with temporarily_on(pipeline.vae, next(pipeline.unet.parameters()).device):
+            samples = pipeline(
+                [spec.prompt] * len(seeds),
+                seeds=seeds,
+                sampler=spec.sampler,
+                steps=spec.steps,
+                guidance_scale=spec.guidance_scale,
+                negative_prompt=spec.negative_prompt,
+                batch_size=batch_size,
+                precision=spec.precision,
+            )
+        return [(sample.image, sample.latents) for sample in samples]
+
+    return generate
+
+
+def frozen(pipeline: Text2Image) -> Text2Image:
+    """A pipeline with frozen copies of the UNet and text encoder, which training does not change."""
+    return Text2Image(
+        unet=frozen_copy(pipeline.unet),
+        text_encoder=frozen_copy(pipeline.text_encoder),
+        vae=pipeline.vae,
+        process=pipeline.process,
+        default_size=pipeline.default_size,
+    )
+
+
+def generate_priors(pipeline: Text2Image, priors: PriorSet, count: int, *, batch_size: int) -> int:
+    """Generates the missing prior images, divided among the processes -> how many were missing."""
+    missing = len(priors.missing(count))
+    distributed.barrier()  # until all have counted
+    if missing == 0:
+        if distributed.rank() == 0 and not priors.is_listed(count):
+            priors.write_manifest(count)
+        return 0
+    generate = prior_generator(priors.spec, pipeline, batch_size=batch_size)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    with tqdm(total=missing, desc="Generating prior images", unit="image", disable=rank > 0) as bar:
+        priors.generate_missing(
+            count,
+            generate,
+            batch_size=batch_size,
+            progress=lambda n: bar.update(n * world_size),
+            rank=rank,
+            world_size=world_size,
+        )
+    distributed.barrier()
+    if rank == 0:
+        priors.write_manifest(count)
+    return missing
+
+
+def generate_samples(
+    pipeline: Text2Image, config: SamplesConfig, prompts: Sequence[str], *, progress: bool = False
+) -> list[tuple[str, list[Image.Image]]]:
+    """`n` images of each prompt from fixed seeds -> (prompt, images) rows."""
+    jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.n)]
+    samples = pipeline(
+        [prompt for prompt, _ in jobs],
+        seeds=[seed for _, seed in jobs],
+        sampler=config.sampler,
+        spacing=config.spacing,
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        negative_prompt=config.negative_prompt,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        progress=progress,
+    )
+    images = [sample.image for sample in samples]
+    return [(prompt, images[k * config.n : (k + 1) * config.n]) for k, prompt in enumerate(prompts)]

@@ -1,0 +1,97 @@
+"""A run's folder: one process at a time, runs of one name apart, unfinished ones found again."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ldm.errors import UserError
+from ldm.runs.folder import MARKER, claimed, find_unfinished, folder_of, new_folder
+
+HOLD = """
+import sys, pathlib
+from ldm.runs.folder import claimed
+with claimed(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_process_in(folder: Path):
+    """Another process works on the run meanwhile, and is killed afterwards."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout.readline() == b"held\n"
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_two_runs_of_one_name_have_a_folder_each(tmp_path: Path):
+    folders = [new_folder(tmp_path / "a" / "run") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["run", "run-2", "run-3"]
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="folder cannot be created.*Choose another `name`"):
+        new_folder(tmp_path / "file" / "run")
+
+
+def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = new_folder(tmp_path / "run")
+    with another_process_in(folder):
+        with pytest.raises(UserError, match="Another process is working on this run"), claimed(folder):
+            raise AssertionError("two processes are in one run")
+        with caplog.at_level(logging.INFO):
+            assert find_unfinished(tmp_path / "run") is None
+        assert "another process is working on it" in caplog.text
+    assert find_unfinished(tmp_path / "run") == folder
+    (folder / ".model.safetensors.abc.tmp").write_bytes(b"half")
+    with claimed(folder):
+        assert not list(folder.glob("*.tmp"))
+        assert (folder / MARKER).exists()
+    assert not (folder / MARKER).exists() and find_unfinished(tmp_path / "run") is None
+
+
+def test_an_error_leaves_the_run_unfinished(tmp_path: Path):
+    folder = new_folder(tmp_path / "run")
+    with pytest.raises(ZeroDivisionError), claimed(folder):
+        raise ZeroDivisionError
+    assert find_unfinished(tmp_path / "run") == folder
+
+
+def test_auto_takes_the_run_last_worked_on_of_just_this_name(tmp_path: Path):
+    now = time.time()
+    for age, name in enumerate(["run-2", "run", "runner", "run-b", "run-3"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MARKER).touch()
+        os.utime(tmp_path / name / MARKER, (now - age, now - age))
+    assert find_unfinished(tmp_path / "run").name == "run-2"
+    (tmp_path / "run-2" / MARKER).unlink()
+    assert find_unfinished(tmp_path / "run").name == "run"
+
+
+def test_resuming_with_another_config_says_what_changed(tmp_path: Path):
+    plain = {"name": "run", "seed": 5}
+    first = folder_of(plain, None, allow_config_change=False, logs=tmp_path)
+    (first / "config.yaml").write_text("name: run\nseed: 5\n")
+    (first / MARKER).touch()
+    same = {"allow_config_change": False, "logs": tmp_path}
+    assert folder_of(plain, "auto", **same) == folder_of(plain, str(first), **same) == first
+    for resume in ("auto", str(first)):
+        with pytest.raises(UserError, match="seed: 5 -> 6.*--allow_config_change"):
+            folder_of(plain | {"seed": 6}, resume, **same)
+    assert folder_of(plain | {"seed": 6}, "auto", allow_config_change=True, logs=tmp_path) == first
+    assert folder_of(plain, None, **same).name == "run-2"
+    assert folder_of({"name": "new"}, "auto", **same).name == "new"

@@ -1,0 +1,237 @@
+"""Studies: the grid, its checks before any run, the table against closed forms, and a rerun bit for bit."""
+
+import csv
+import io
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from ldm.config import save_config
+from ldm.errors import UserError
+from ldm.reports import sweep_page
+from ldm.runs.grid import identity
+from ldm.runs.sweep import baselines_of, jobs_of, read_sweep
+from scripts import study
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs/studies").glob("*.yaml"))
+
+CONTENT = {
+    "title": "Weights",
+    "claim": "More is more.",
+    "base": [str(ROOT / "configs/dreambooth.yaml")],
+    "variants": {
+        "Weight 0": ["model.params.objective.prior_loss_weight=0"],
+        "weight 1": ["model.params.objective.prior_loss_weight=1"],
+    },
+    "subjects": {"rex": {"class_word": "dog", "seed": 51}, "car": {"class_word": "car", "photos": "cars"}},
+    "seeds": [1, 2],
+    "set": ["trainer.max_steps=3"],
+}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    path = folder / "weights.yaml"
+    path.write_text(yaml.safe_dump(CONTENT | changes, sort_keys=False))
+    return path
+
+
+def test_the_grid(workdir: Path):
+    jobs = jobs_of(read_sweep(write(workdir)))
+    assert [(j.variant, j.subject, j.seed) for j in jobs[:3]] == [
+        ("Weight 0", "rex", 1),
+        ("Weight 0", "rex", 2),
+        ("Weight 0", "car", 1),
+    ]
+    assert len(jobs) == 8 and len({job.folder for job in jobs}) == 8
+    first, last = jobs[0].config.container, jobs[-1].config.container
+    assert jobs[0].folder == Path("logs/study-weights/weight-0--rex--1")
+    weights = [content["model"]["params"]["objective"]["prior_loss_weight"] for content in (first, last)]
+    assert weights == [0, 1] and first["trainer"]["max_steps"] == 3 and last["seed"] == 2
+    assert (last["data"]["params"]["class_word"], last["data"]["params"]["subject_root"]) == ("car", "cars")
+    assert len(list(Path(first["data"]["params"]["subject_root"]).glob("*.png"))) == 5
+
+
+def test_runs_that_studies_have_in_common_are_known(workdir: Path):
+    jobs = jobs_of(read_sweep(write(workdir)))
+    again = CONTENT | {"variants": {"alone": ["model.params.objective.prior_loss_weight=1.0"]}}
+    (workdir / "other.yaml").write_text(yaml.safe_dump(again, sort_keys=False))
+    others = jobs_of(read_sweep(workdir / "other.yaml"))
+    contents = {job.folder.name: identity(job.config.container) for job in [*jobs, *others]}
+    same = {(a.folder.name, b.folder.name) for a in jobs for b in others}
+    same = {(a, b) for a, b in same if contents[a] == contents[b]}
+    runs = ("rex--1", "rex--2", "car--1", "car--2")
+    assert same == {(f"weight-1--{run}", f"alone--{run}") for run in runs}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": {}}, "`variants` is missing"),
+        ({"colour": 1}, "`colour` is not a key"),
+        ({"seeds": 5}, r"5 \(int\) should be Sequence"),
+        ({"metrics": ["subject_fidelity", "colour"]}, "has no metric `colour`.*class_drift"),
+        ({"frontier": ["class_drift", "beauty"]}, "has no metric `beauty`"),
+        ({"set": ["evaluation=null", "online_eval.every_steps=0"]}, "has no metric `subject_fidelity`"),
+        ({"variants": {"a": ["model.params.no_such=1"]}}, "The variant `a` is not a config.*no_such"),
+        ({"variants": {"a b": [], "a-b": []}}, "would share a folder"),
+        ({"subjects": {"rex": {"class_word": "dog"}}}, "`rex` is not complete"),
+        ({"subjects": {"rex": {"class_word": "whale", "seed": 1}}}, "has no `whale`"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_run(workdir: Path, changes: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        jobs_of(read_sweep(write(workdir, **changes)))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_studies_are_sound(path: Path, monkeypatch: pytest.MonkeyPatch, workdir: Path):
+    sweep = read_sweep(path)
+    (workdir / "configs").symlink_to(ROOT / "configs")
+    jobs = jobs_of(sweep)
+    assert len(sweep.subjects) >= 4 and len(sweep.subjects) * len(sweep.seeds) >= 8 and len(jobs) >= 12
+    assert sweep.finding.strip() and sweep.made_at.strip(), "a study is shipped with what it found, and where"
+    rows = list(csv.DictReader((ROOT / f"studies/{sweep.name}.csv").open()))
+    found: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        found.setdefault(row["variant"], []).append((row["subject"], row["seed"]))
+    wanted: dict[str, list[tuple[str, str]]] = {}
+    for job in jobs:
+        for name in (
+            job.variant,
+            *(f"{job.variant}, {also}" for also in job.config.evaluate_also or ()),
+        ):
+            wanted.setdefault(name, []).append((job.subject, str(job.seed)))
+    assert found == wanted
+
+
+def test_a_finished_study_is_published_with_a_row_for_each_sampling(workdir: Path):
+    also = "evaluate_also={guidance 4: {guidance_scale: 4.0}}"
+    sweep = read_sweep(write(workdir, set=[*CONTENT["set"], also]))
+    jobs = jobs_of(sweep)
+    for k, job in enumerate(jobs):
+        values = {name: k / 10 for name in sweep.metrics}
+        doubled = {name: 2 * value for name, value in values.items()}
+        seconds = {"training": 10.0 * (job.variant == "weight 1") + k % 4}
+        job.folder.mkdir(parents=True)
+        metrics = {**values, "evaluate_also": {"guidance 4": doubled}, "seconds": seconds}
+        (job.folder / "metrics.json").write_text(json.dumps(metrics))
+        save_config(job.config.source, job.folder / "config.yaml")
+    paths = study.publish(sweep, jobs, workdir / "studies")
+    rows = list(csv.DictReader(paths[0].open()))
+    names = ["Weight 0", "Weight 0, guidance 4", "weight 1", "weight 1, guidance 4"]
+    assert [row["variant"] for row in rows] == [name for name in names for _ in range(4)]
+    assert [float(row["class_drift"]) for row in rows[:8]] == [0, 0.1, 0.2, 0.3, 0, 0.2, 0.4, 0.6]
+    page = (workdir / "studies/weights.md").read_text()
+    assert "| Weight 0, guidance 4 | 0.300 " in page and page.count("| 2 |") == 2 and "| 12 |" in page
+
+
+ROWS = [
+    {
+        "variant": variant,
+        "subject": subject,
+        "seed": seed,
+        "subject_fidelity": value,
+        "class_drift": value / 2,
+    }
+    for variant, values in {"off": (0.2, 0.4, 0.6, 0.8), "on <1>": (0.5,) * 4}.items()
+    for (subject, seed), value in zip((("a", 1), ("a", 2), ("b", 1), ("b", 2)), values, strict=True)
+]
+
+
+def test_csv():
+    back = list(csv.DictReader(io.StringIO(sweep_page.to_csv(ROWS))))
+    assert [float(row["subject_fidelity"]) for row in back] == [row["subject_fidelity"] for row in ROWS]
+
+
+def test_the_page_holds_every_variant():
+    metrics = ("subject_fidelity", "class_drift")
+    lines = sweep_page.table(ROWS, metrics, {"off": 10, "on <1>": 20}).splitlines()
+    assert (
+        lines[2] == "| off | 0.500 (0.30, 0.70) | 0.250 (0.15, 0.35) | 10 |"
+        and lines[3] == "| on <1> | 0.500 (0.50, 0.50) | 0.250 (0.25, 0.25) | 20 |"
+    )
+
+
+def test_differences_are_bold_beyond_their_interval():
+    many = [
+        {
+            "variant": variant,
+            "subject": f"s{k}",
+            "seed": 1,
+            "clear": k + shift,
+            "unclear": k + shift * (-1) ** k,
+        }
+        for variant, shift in (("off", 0.0), ("on", 0.5))
+        for k in range(6)
+    ]
+    line = sweep_page.differences(many, ("clear", "unclear"), {"on": "off"}).splitlines()[-1]
+    assert line.startswith("| on - off | **+0.500 (+0.50 to +0.50)** | +0.000 (-0.")
+    few = sweep_page.differences(ROWS, ("class_drift",), {"on <1>": "off"}).splitlines()[-1]
+    assert few == "| on <1> - off | +0.000 (+0.10, -0.10) |"
+
+
+def test_each_sampling_is_compared_with_the_baselines_own(workdir: Path):
+    variants = {"off": ["model.params.objective.prior_loss_weight=0"], "off, long": ["trainer.max_steps=9"]}
+    rows = ["off", "off, guidance 4", "off, long", "off, long, guidance 4"]
+    sweep = read_sweep(write(workdir, variants=variants))
+    assert baselines_of(sweep, rows) == {"off, long": "off", "off, long, guidance 4": "off, guidance 4"}
+    sweep = read_sweep(write(workdir, variants=variants, baseline="off, long"))
+    assert baselines_of(sweep, rows) == {"off": "off, long", "off, guidance 4": "off, long, guidance 4"}
+    with pytest.raises(UserError, match="`on` is not a variant"):
+        read_sweep(write(workdir, variants=variants, baseline="on"))
+
+
+def test_images_stand_side_by_side(workdir: Path):
+    prompt = "a photo of a {class_word}"
+    words = ["trainer.max_steps=3", f"samples.prompts=['a photo','{prompt}']"]
+    sweep = read_sweep(write(workdir, set=words, pictures=prompt))
+    jobs = jobs_of(sweep)
+    for k, job in enumerate(jobs):
+        for place, level in (("samples/before", 255), ("samples", 20 * k)):
+            (job.folder / place).mkdir(parents=True, exist_ok=True)
+            for row in (0, 1):
+                Image.new("L", (64, 64), level * row).save(job.folder / place / f"{row:02d}-00.png")
+    (path,) = study.save_pictures(sweep, jobs, workdir)
+    sheet = Image.open(path).convert("L")
+    height = sheet.height // 6  # base and two variants of two subjects
+    shown = [sheet.getpixel((30, height * k + height // 2 + 10)) for k in range(6)]
+    by_subject = {
+        s: [20 * k for k, j in enumerate(jobs) if (j.subject, j.seed) == (s, 1)] for s in sweep.subjects
+    }
+    assert shown == [level for levels in by_subject.values() for level in (255, *levels)]
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        sweep_page.panels(ROWS, ("subject_fidelity", "class_drift")),
+        sweep_page.frontier(ROWS, "class_drift", "subject_fidelity"),
+    ],
+)
+def test_plots_are_well_formed_and_inside_their_frame(plot: str):
+    root = ElementTree.fromstring(plot)
+    *_, width, height = map(float, root.attrib["viewBox"].split())
+    circles = [e for e in root.iter() if e.tag.endswith("circle")]
+    assert len(circles) >= 2
+    for circle in circles:
+        assert 0 <= float(circle.attrib["cx"]) <= width and 0 <= float(circle.attrib["cy"]) <= height
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_pages_are_made_of_their_csv(path: Path):
+    """The seconds of trainings are the only numbers of a page that its CSV has not."""
+    sweep, page = read_sweep(path), (ROOT / f"studies/{path.stem}.md").read_text(encoding="utf-8")
+    table = page.split("| variant |")[1].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")] for line in table]
+    seconds = {cell[1]: float(cell[-2]) for cell in cells}
+    rows = [
+        {name: value if name in ("variant", "subject") else json.loads(value) for name, value in row.items()}
+        for row in csv.DictReader((ROOT / f"studies/{path.stem}.csv").open())
+    ]
+    for name, text in study.texts_of(sweep, rows, seconds).items():
+        assert (ROOT / "studies" / name).read_text(encoding="utf-8") == text
