@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm.families.sdxl.conditioning import size_vector
-from ldm.models.conditioning import Conditioning, TextEncoding, distinct, index_tensor
+from ldm.models.conditioning import Conditioning, TextEncoding, distinct
 from ldm.models.lora import LoRA, lora_off
 from ldm.models.text_encoder import CLIPTextEncoder
 
@@ -72,14 +72,13 @@ class Conditioner:
         sizes: [B, 6], original height and width, top and left of the crop, target height and width. Where the
         text encoder gives `pooled`, an item's vector is that of its prompt with these six numbers' sinusoids.
         """
+        if prompt_index is not None:
+            encoding = encoding.select(prompt_index)
         if encoding.pooled is None:
-            return Conditioning.of(encoding.context, prompt_index)
+            return Conditioning(encoding.context)
         if sizes is None:
             raise ValueError("this text encoder's conditioning needs the sizes of the items")
-        pooled = encoding.pooled
-        if prompt_index is not None:
-            pooled = pooled.index_select(0, index_tensor(prompt_index, pooled.device))
-        return Conditioning.of(encoding.context, prompt_index, vector=size_vector(pooled, sizes))
+        return Conditioning(encoding.context, size_vector(encoding.pooled, sizes))
 
     def forget(self) -> None:
         """Empties the caches; to be called when weights, tokens or the device change outside a step."""

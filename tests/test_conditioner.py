@@ -33,16 +33,15 @@ def test_equal_prompts_have_one_number():
 
 
 @pytest.mark.parametrize("rows", [[0, 0, 1, 1], [1, 1, 0, 1], [0, 1], [1, 0]])
-def test_expanded_each_item_has_its_own(rows: list[int]):
-    context = torch.randn(2, 3, 4)
-    told = Conditioning.of(context, rows)
-    assert (told.index is None) == (rows == sorted(rows))
-    assert torch.equal(told.expanded().context, context[rows]) and told.expanded().index is None
-    assert told.expanded().items == told.items == len(rows)
-    vector = torch.randn(2, 5)
-    selected = Conditioning.of(context, vector=vector).select(rows)
-    assert torch.equal(selected.vector, vector[rows])
-    assert torch.equal(selected.expanded().context, context[rows])
+def test_items_get_what_their_prompts_have(rows: list[int]):
+    context, vector = torch.randn(2, 3, 4), torch.randn(2, 5)
+    layer, keys, values = torch.nn.Identity(), torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4)
+    told = Conditioning(context, vector, {layer: (keys, values)}).select(torch.tensor(rows))
+    assert torch.equal(told.context, context[rows]) and torch.equal(told.vector, vector[rows])
+    assert torch.equal(told.kept[layer][0], keys[rows]) and torch.equal(told.kept[layer][1], values[rows])
+    encoding = TextEncoding(context, vector).select(rows)
+    assert torch.equal(encoding.context, context[rows]) and torch.equal(encoding.pooled, vector[rows])
+    assert TextEncoding(context).select(rows).pooled is None
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def test_one_step_is_the_mix_of_both_predictions(tiny_networks, parameterization
     def eps(networks: dict[str, nn.Module], prompt: str) -> torch.Tensor:
         context = networks["text_encoder"](networks["text_encoder"].tokenize([prompt]))
         t = torch.ones(2, dtype=torch.int64)
-        prediction = networks["unet"](x, t, Conditioning.of(context, [0, 0]))
+        prediction = networks["unet"](x, t, Conditioning(context[[0, 0]]))
         return prediction if parameterization == "eps" else first.a * prediction + first.s * x
 
     of_base = eps(tiny_networks, "blur")
@@ -123,7 +123,7 @@ def test_networks_without_a_lora_s_factors_are_their_own_base(tiny_networks):
 
 
 def test_factors_are_off_inside_alone_and_on_after_an_error(tiny_networks):
-    x, t, told = torch.ones(1, 4, 8, 8), torch.tensor([9]), Conditioning.of(torch.ones(1, 3, 32))
+    x, t, told = torch.ones(1, 4, 8, 8), torch.tensor([9]), Conditioning(torch.ones(1, 3, 32))
     unet = tiny_networks["unet"]
     with torch.no_grad():
         bare = unet(x, t, told)

@@ -47,18 +47,15 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """[P, M, D] -> keys and values, both [P, heads, M, c]."""
+        """[B, M, D] -> keys and values, both [B, heads, M, c]."""
         return self._heads(self.to_k(context)), self._heads(self.to_v(context))
 
     def forward(self, x: Tensor, conditioning: Conditioning | None = None) -> Tensor:
-        """Without prompts, x attends to itself. Items of one prompt share its keys and values."""
-        told = Conditioning.of(x) if conditioning is None else conditioning
+        """Without prompts, x attends to itself."""
+        told = Conditioning(x) if conditioning is None else conditioning
         k, v = self.keys_values(told.context) if told.kept is None else told.kept[self]
-        if told.index is not None:  # index_select: quicker back through than k[index]
-            k, v = k.index_select(0, told.index), v.index_select(0, told.index)
-        q = self.to_q(x)
-        q = self._heads(q.reshape(len(k), -1, q.shape[2]))  # a run of items is one long item
-        return self.to_out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
+        q = self._heads(self.to_q(x))
+        return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, N, heads c] -> [B, heads, N, c]."""

@@ -6,9 +6,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-KeysValues = Mapping[nn.Module, tuple[Tensor, Tensor]]  # of each cross-attention, [P, heads, M, c] both
-
-COPIED = ("context", "index", "vector")  # fields of a Conditioning that are tensors
+KeysValues = Mapping[nn.Module, tuple[Tensor, Tensor]]  # of each cross-attention, [B, heads, M, c] both
 
 
 class TextEncoding(NamedTuple):
@@ -32,6 +30,12 @@ class TextEncoding(NamedTuple):
         pooled = [None] * len(sizes) if self.pooled is None else self.pooled.split(list(sizes))
         return [type(self)(*pair) for pair in zip(contexts, pooled, strict=True)]
 
+    def select(self, prompt_index: Sequence[int]) -> Self:
+        """Of B items; prompt_index: [B], which of the P prompts each has."""
+        index = index_tensor(prompt_index, self.context.device)
+        pooled = None if self.pooled is None else self.pooled.index_select(0, index)
+        return type(self)(self.context.index_select(0, index), pooled)
+
     def joined(self) -> Self:
         """N chunks of one prompt -> that prompt's: context [1, N M, D], pooled [1, V] of the first chunk."""
         pooled = None if self.pooled is None else self.pooled[:1]
@@ -53,67 +57,37 @@ class TextEncoding(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """Conditioning of B items: P contexts [P, M, D], and index [B] int64, which of them each item has.
+    """Conditioning of B items: the context [B, M, D] of each.
 
-    index None: the items lie in P runs of B / P, one for each context in its order. vector [B, V]: of each
-    item, for a UNet that takes one (Podell et al. 2023, sec. 2.2); None elsewhere. kept: keys and values of
-    these contexts for each layer, if they were computed before.
+    vector: [B, V], for a UNet that takes one (Podell et al. 2023, sec. 2.2); None elsewhere. kept: keys and
+    values of these contexts for each layer, if they were computed before.
     """
 
     context: Tensor
-    items: int
-    index: Tensor | None = None
     vector: Tensor | None = None
     kept: KeysValues | None = None
 
-    @classmethod
-    def of(
-        cls, context: Tensor, prompt_index: Sequence[int] | None = None, *, vector: Tensor | None = None
-    ) -> Self:
-        """prompt_index: [B], the number of each item's context; None: as many items as contexts."""
-        if prompt_index is None:
-            return cls(context, len(context), vector=vector)
-        items, run = len(prompt_index), len(prompt_index) // len(context)
-        if list(prompt_index) == [i for i in range(len(context)) for _ in range(run)]:
-            return cls(context, items, vector=vector)
-        return cls(context, items, index_tensor(prompt_index, context.device), vector)
+    @property
+    def items(self) -> int:
+        return len(self.context)
 
-    def select(self, prompt_index: Sequence[int]) -> Self:
-        """From the conditioning of P prompts, one each, that of B items; prompt_index: [B], as in `of`."""
-        vector = self.vector
-        if vector is not None:
-            vector = vector.index_select(0, index_tensor(prompt_index, vector.device))
-        return self.of(self.context, prompt_index, vector=vector)._replace(kept=self.kept)
-
-    def expanded(self) -> Self:
-        """The same with a context for each item, [B, M, D]."""
-        index = self.prompt_of_items()
-        return self._replace(context=self.context.index_select(0, index), index=None, kept=None)
+    def select(self, index: Tensor) -> Self:
+        """Those of B items from those of P; index: [B] int64, which of the P each has."""
+        vector = None if self.vector is None else self.vector.index_select(0, index)
+        kept = self.kept
+        if kept is not None:
+            kept = {layer: tuple(x.index_select(0, index) for x in pair) for layer, pair in kept.items()}
+        return type(self)(self.context.index_select(0, index), vector, kept)
 
     def tensors(self) -> list[Tensor]:
         """All that there are."""
         kept = (tensor for pair in (self.kept or {}).values() for tensor in pair)
-        return [tensor for tensor in (self.context, self.index, self.vector, *kept) if tensor is not None]
+        return [tensor for tensor in (self.context, self.vector, *kept) if tensor is not None]
 
     def by_name(self, prefix: str) -> dict[str, Tensor]:
         """Context, and vector if there is one, by their names after a prefix."""
         found = {prefix + "context": self.context, prefix + "vector": self.vector}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    def clone(self) -> Self:
-        """A copy with memory of its own."""
-        own = {name: x if x is None else x.clone() for name, x in self._asdict().items() if name in COPIED}
-        kept = self.kept
-        if kept is not None:
-            kept = {layer: (k.clone(), v.clone()) for layer, (k, v) in kept.items()}
-        return self._replace(kept=kept, **own)
-
-    def prompt_of_items(self) -> Tensor:
-        """[B] int64, which of the contexts each item has."""
-        if self.index is not None:
-            return self.index
-        rows = torch.arange(len(self.context), device=self.context.device)
-        return rows.repeat_interleave(self.items // len(self.context))
 
     def to(self, dtype: torch.dtype) -> Self:
         """The same with context and vector in this dtype."""

@@ -18,7 +18,7 @@ from ldm.models.attention import (
     repeat_batch,
     zero_init,
 )
-from ldm.models.conditioning import Conditioning
+from ldm.models.conditioning import Conditioning, index_tensor
 from ldm.models.group_norm import GroupNorm, fuse
 from ldm.models.widths import check_widths, depth_of_levels
 
@@ -124,26 +124,27 @@ class Prepared(NamedTuple):
 
     conditioning: with the keys and values of its contexts. shifts: [S, sum of out_channels], each residual
     block's in its columns; [P S, sum] where each prompt has a vector. timesteps: [S] float32, which need not
-    be whole numbers.
+    be whole numbers. index: [B] int64, which of the P prompts each item has.
     """
 
     conditioning: Conditioning
     shifts: Tensor
     timesteps: Tensor
+    index: Tensor
     blocks: Sequence[ResBlock]
 
     def select(self, prompt_index: Sequence[int]) -> Self:
         """For B items; prompt_index: [B], which of the P prompts that were prepared each has."""
-        return self._replace(conditioning=self.conditioning.select(prompt_index))
+        index = index_tensor(prompt_index, self.index.device)
+        return self._replace(conditioning=self.conditioning.select(index), index=index)
 
     def tensors(self) -> list[Tensor]:
         """All that differ from sampling to sampling."""
-        return [*self.conditioning.tensors(), self.shifts, self.timesteps]
+        return [*self.conditioning.tensors(), self.shifts, self.timesteps, self.index]
 
     def clone(self) -> Self:
-        """A copy with memory of its own."""
-        copied = {"shifts": self.shifts.clone(), "timesteps": self.timesteps.clone()}
-        return self._replace(conditioning=self.conditioning.clone(), **copied)
+        """What `select` gave, with memory of its own."""
+        return self._replace(shifts=self.shifts.clone(), timesteps=self.timesteps.clone())
 
     def time_embedding(self, timesteps: Tensor) -> TimeEmbedding:
         """timesteps: [b], of those prepared for; an error of the device where one is not.
@@ -152,7 +153,7 @@ class Prepared(NamedTuple):
         """
         first = 0
         if self.conditioning.vector is not None:
-            first = self.conditioning.prompt_of_items() * len(self.timesteps)  # [B]
+            first = self.index * len(self.timesteps)  # [B]
             timesteps = repeat_batch(timesteps, len(first))
         same = timesteps.float()[:, None] == self.timesteps  # [b or B, S]
         row = torch.where(same.any(dim=1), first + same.int().argmax(dim=1), len(self.shifts))
@@ -274,6 +275,7 @@ class UNetModel(nn.Module):
             told._replace(kept={layer: layer.keys_values(told.context) for layer in layers}),
             shifts=torch.cat([block.emb_layers(emb) for block in blocks], dim=1),
             timesteps=timesteps,
+            index=torch.arange(told.items, device=timesteps.device),
             blocks=blocks,
         )
 

@@ -176,7 +176,7 @@ def _activations(module: LatentDiffusion, data: DreamBoothDataModule, *, precisi
         x = torch.zeros(subject + priors, module.networks["vae"].embed_dim, side, side)
         stages = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
         weights, dtype = _without_data(unet), unet.dtype
-        told = Conditioning.of(context, rows, vector=vector).to(dtype)
+        told = Conditioning(context.index_select(0, torch.tensor(rows)), vector).to(dtype)
         with _saving(unet, weights | lora_weights, {stage: side for stage in stages}) as saved:
             functional_call(unet, weights, (x.to(dtype), timesteps, told))
         found["unet"] = sum(saved)

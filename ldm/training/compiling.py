@@ -17,8 +17,7 @@ class TrainingGraph:
     """A UNet's forward and backward pass, compiled at its first call.
 
     Compilation takes minutes and is for one batch size, with gradients or without: validation, previews,
-    samples and prior images run the uncompiled network. Each item gets its own context, because the number
-    of distinct ones in a batch would be part of the shapes too.
+    samples and prior images run the uncompiled network.
 
     mode: of torch.compile. backend: of torch.compile, or a function of a graph and its inputs.
     """
@@ -33,4 +32,4 @@ class TrainingGraph:
         """As `UNetModel.predict`, for training."""
         x, t = repeat_batch(x, conditioning.items), repeat_batch(t, conditioning.items)
         dtype = self.unet.dtype
-        return self.compiled(x.to(dtype), t, conditioning.expanded().to(dtype))
+        return self.compiled(x.to(dtype), t, conditioning.to(dtype))

@@ -81,10 +81,7 @@ def graphed_loss(
 
 
 class GraphedStep:
-    """`LatentDiffusion.losses` by graphs, from a batch.
-
-    Each item gets its own context: the number of distinct ones in a batch would be part of the shapes.
-    """
+    """`LatentDiffusion.losses` by graphs, from a batch."""
 
     def __init__(self, module: pl.LightningModule, reference: Reference | None):
         self.module = module
@@ -105,10 +102,10 @@ class GraphedStep:
             if module.cond_stage_model.unconditional is None:  # an empty prompt is zeros
                 tensors["given"] = torch.tensor([caption != "" for caption in batch["caption"]])
         else:
-            tensors |= module.condition(batch["caption"], sizes).expanded().by_name("")
+            tensors |= module.condition(batch["caption"], sizes).by_name("")
         if self.reference is not None and batch["reference_items"]:
             tensors["reference_rows"] = batch["reference_rows"]
-            tensors |= self.reference.condition_of(batch).expanded().by_name("reference_")
+            tensors |= self.reference.condition_of(batch).by_name("reference_")
         return self.graphed(**tensors)
 
     def _losses(self, **tensors: Tensor) -> Tensor:
@@ -119,12 +116,12 @@ class GraphedStep:
                 encoding = encoding.where(tensors["given"])
             told = module.conditioner.conditioning(encoding, None, tensors.get("sizes"))
         else:
-            told = Conditioning.of(tensors["context"], vector=tensors.get("vector"))
+            told = Conditioning(tensors["context"], tensors.get("vector"))
         batch = {"latent_stats": tensors["latent_stats"], "randomness": tensors["randomness"]}
         batch["reference_rows"] = tensors.get("reference_rows", torch.empty(0))
         if "reference_context" in tensors:
             context, vector = tensors["reference_context"], tensors.get("reference_vector")
-            batch["reference_told"] = Conditioning.of(context, vector=vector)
+            batch["reference_told"] = Conditioning(context, vector)
         return module.losses(batch, told)
 
 

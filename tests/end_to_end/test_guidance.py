@@ -36,7 +36,7 @@ def moved(model: Text2Image, base: Text2Image, *, guidance_scale: float) -> floa
     guided = []
     for draw in (model, base):
         contexts = draw.text_encoder(draw.text_encoder.tokenize(["", "a photo of a dog"]))
-        told = [Conditioning.of(contexts, [row] * len(x)) for row in (0, 1)]
+        told = [Conditioning(contexts[[row] * len(x)]) for row in (0, 1)]
         empty, of_class = (draw.unet.predict(x, t, prompt) for prompt in told)
         guided.append(empty + guidance_scale * (of_class - empty))
     return float((guided[0] - guided[1]).norm() / guided[1].norm())

@@ -15,7 +15,7 @@ def flat_gradient(unet: nn.Module, text_encoder: nn.Module, *, autocast: bool) -
     x, target = (torch.randn(2, 4, 8, 8, generator=draws) for _ in range(2))
     ids = torch.randint(100, (2, 32), generator=draws)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        prediction = unet.predict(x, torch.tensor([20, 700]), Conditioning.of(text_encoder(ids)))
+        prediction = unet.predict(x, torch.tensor([20, 700]), Conditioning(text_encoder(ids)))
     loss = (prediction.float() - target).square().mean()
     loss.backward()
     parameters = [*unet.parameters(), *text_encoder.parameters()]

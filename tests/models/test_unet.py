@@ -38,7 +38,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
 def predict(unet: UNetModel, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """For `inputs`, each with a context of its own."""
     x, timesteps, context = inputs(dtype)
-    return unet(x, timesteps, Conditioning.of(context))
+    return unet(x, timesteps, Conditioning(context))
 
 
 def test_sd1_names_and_counts():
@@ -106,7 +106,7 @@ def test_gradient_checkpointing_changes_nothing(mode, chosen):
         unet.input_blocks[0].requires_grad_(False)
         x, timesteps, context = inputs()
         context.requires_grad_()
-        output = unet(x, timesteps, Conditioning.of(context))
+        output = unet(x, timesteps, Conditioning(context))
         output.square().sum().backward()
         gradients = {name: p.grad for name, p in unet.named_parameters() if p.requires_grad}
         assert all(gradient is not None for gradient in gradients.values())
@@ -139,17 +139,17 @@ def test_gradient_checkpointing_keeps_fewer_activations():
 def test_each_item_is_computed_by_itself():
     unet = build()
     x, timesteps, context = inputs()
-    both = unet(x, timesteps, Conditioning.of(context))
-    alone = unet(x[1:], timesteps[1:], Conditioning.of(context[1:]))
+    both = unet(x, timesteps, Conditioning(context))
+    alone = unet(x[1:], timesteps[1:], Conditioning(context[1:]))
     torch.testing.assert_close(both[1:], alone, rtol=1e-5, atol=1e-5)
-    assert (both - unet(x, timesteps.flip(0), Conditioning.of(context))).abs().max() > 1e-2
+    assert (both - unet(x, timesteps.flip(0), Conditioning(context))).abs().max() > 1e-2
 
 
-def shared(unet: UNetModel, rows: list[int]) -> list[torch.Tensor]:
-    """Output of two latents under two prompts each, and all gradients: of what is there once."""
+def guided(unet: UNetModel, rows: list[int]) -> list[torch.Tensor]:
+    """Output of two latents under two prompts each, and all gradients."""
     x, timesteps, context = inputs(torch.float64)
     context.requires_grad_()
-    output = unet.predict(x, timesteps, Conditioning.of(context, rows))
+    output = unet.predict(x, timesteps, Conditioning(context[rows]))
     output.square().sum().backward()
     return [output.detach(), context.grad, *(p.grad for p in unet.parameters())]
 
@@ -157,15 +157,15 @@ def shared(unet: UNetModel, rows: list[int]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("resolutions", [(2,), (1, 2), ()], ids=["second", "all", "middle"])
 @pytest.mark.parametrize("use_checkpoint", [False, True])
 @pytest.mark.parametrize("rows", [[0, 0, 1, 1], [1, 1, 0, 1]], ids=["runs", "mixed"])
-def test_items_share_prompts_and_what_comes_before_them(resolutions, use_checkpoint, rows):
-    """As if each item had latents and a context of its own."""
+def test_items_of_one_latent_share_what_comes_before_the_prompt(resolutions, use_checkpoint, rows):
+    """As if each item had latents of its own."""
     options = {"attention_resolutions": resolutions, "use_checkpoint": use_checkpoint}
     unet, plain = (build(**options).double() for _ in range(2))
     x, timesteps, context = inputs(torch.float64)
     context.requires_grad_()
-    expected = plain(torch.cat([x, x]), torch.cat([timesteps, timesteps]), Conditioning.of(context[rows]))
+    expected = plain(torch.cat([x, x]), torch.cat([timesteps, timesteps]), Conditioning(context[rows]))
     expected.square().sum().backward()
-    found = shared(unet, rows)
+    found = guided(unet, rows)
     assert found[0].shape == (4, 4, 8, 6)
     references = [expected.detach(), context.grad, *(p.grad for p in plain.parameters())]
     for one, other in zip(found, references, strict=True):
@@ -176,19 +176,14 @@ def test_items_share_prompts_and_what_comes_before_them(resolutions, use_checkpo
 def test_what_is_shared_is_computed_once():
     unet, seen = build(), {}
     first, transformer = unet.input_blocks[1][0], unet.input_blocks[3][1].transformer_blocks[0]
-    layers = {
-        "block": first,
-        "self": transformer.attn1,
-        "cross": transformer.attn2,
-        "keys": transformer.attn2.to_k,
-    }
+    layers = {"block": first, "self": transformer.attn1, "cross": transformer.attn2}
     for name, layer in layers.items():
         layer.register_forward_hook(
             lambda _, inputs, output, name=name: seen.update({name: (len(inputs[0]), len(output))})
         )
     x, timesteps, context = inputs()
-    unet(x, timesteps, Conditioning.of(context, [0, 0, 1, 1, 0, 0]))
-    assert seen == {"block": (2, 2), "self": (2, 2), "cross": (6, 6), "keys": (2, 2)}
+    unet(x, timesteps, Conditioning(context[[0, 0, 1, 1, 0, 0]]))
+    assert seen == {"block": (2, 2), "self": (2, 2), "cross": (6, 6)}
 
 
 @torch.no_grad()
@@ -205,7 +200,7 @@ def test_half_precision_and_autocast_follow_float32():
 
 def test_latents_that_cannot_be_halved_are_refused():
     with pytest.raises(UserError, match="7 x 6 cells .*multiples of 2"):
-        build()(torch.randn(1, 4, 7, 6), torch.tensor([0]), Conditioning.of(torch.randn(1, 7, 12)))
+        build()(torch.randn(1, 4, 7, 6), torch.tensor([0]), Conditioning(torch.randn(1, 7, 12)))
 
 
 @pytest.mark.parametrize("use_linear", [False, True])
@@ -215,8 +210,8 @@ def test_prepared_contexts_and_timesteps_predict_the_same(rows, use_linear):
     """To rounding, as embeddings of all timesteps are one product; keys and values are computed once."""
     unet = build(use_linear_in_transformer=use_linear, attention_resolutions=(1, 2)).double()
     x, _, contexts = inputs(torch.float64)
-    own, told = Conditioning.of(contexts), Conditioning.of(contexts, rows)
-    rows = range(2) if rows is None else rows
+    rows = [0, 1] if rows is None else rows
+    own, told = Conditioning(contexts), Conditioning(contexts[rows])
     counted = []
     for name, layer in unet.named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v", "emb_layers.1", "time_embed.2")):
@@ -245,6 +240,6 @@ def test_prepared_contexts_and_timesteps_predict_the_same(rows, use_linear):
 
 def test_a_vector_of_an_item_is_not_ignored():
     x, timesteps, context = inputs()
-    told = Conditioning.of(context, vector=torch.zeros(2, 5))
+    told = Conditioning(context, vector=torch.zeros(2, 5))
     with pytest.raises(ValueError, match="no vector"):
         build()(x, timesteps, told)

@@ -41,7 +41,7 @@ def ours(model: Path, lora: Path | None) -> Tensor:
     file.fill(loras=[] if lora is None else [(lora, 1.0)])
     text_encoder = file.networks["text_encoder"]
     context = text_encoder(text_encoder.tokenize([PROMPT] * 2))
-    return file.networks["unet"].predict(x, torch.tensor([1, 801]), Conditioning.of(context))
+    return file.networks["unet"].predict(x, torch.tensor([1, 801]), Conditioning(context))
 
 
 def relative(a: Tensor, b: Tensor) -> float:

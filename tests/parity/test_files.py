@@ -135,7 +135,7 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 def assert_computes_the_same(ours: dict[str, nn.Module], pipe: StableDiffusionPipeline) -> None:
     torch.manual_seed(1)
     x, context, t = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.tensor([1, 801])
-    told, prediction = Conditioning.of(context), pipe.unet(x, t, context).sample
+    told, prediction = Conditioning(context), pipe.unet(x, t, context).sample
     assert relative_error(ours["unet"](x, t, told), prediction) <= TOLERANCE
     assert relative_error(ours["unet"](x, t + 1, told), prediction) > 10 * TOLERANCE
     pixels, scale = torch.rand(2, 3, 16, 16), pipe.vae.config.scaling_factor

@@ -96,7 +96,7 @@ def test_the_unet_equals_diffusers(pipe, ours):
     expected = pipe.unet(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": SIZES}).sample
 
     def predicted(pooled: Tensor, sizes: Tensor) -> Tensor:
-        return ours["unet"](x, t, Conditioning.of(context, vector=size_vector(pooled, sizes)))
+        return ours["unet"](x, t, Conditioning(context, vector=size_vector(pooled, sizes)))
 
     assert relative_error(predicted(pooled, SIZES), expected) <= TOLERANCE
     for k in range(6):  # every number, and the pooled vector, reach the prediction
@@ -225,7 +225,7 @@ def test_our_lora_in_diffusers_changes_what_ours_does(folder, pipe, style, tmp_p
     encoding = built["text_encoder"].encode(built["text_encoder"].tokenize(PROMPTS))
     assert relative_error(encoding.context, context) <= TOLERANCE
     assert relative_error(encoding.pooled, pooled) <= TOLERANCE
-    told = Conditioning.of(context, vector=size_vector(pooled, SIZES))
+    told = Conditioning(context, vector=size_vector(pooled, SIZES))
     added = {"text_embeds": pooled, "time_ids": SIZES}
     expected = reference.unet(x, t, context, added_cond_kwargs=added).sample
     assert relative_error(built["unet"](x, t, told), expected) <= TOLERANCE

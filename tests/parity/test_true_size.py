@@ -115,7 +115,7 @@ def drawn_here(t2i: Text2Image, latents: Tensor | None = None) -> dict[str, Tens
     context, pixels = t2i.text_encoder(t2i.text_encoder.tokenize([PROMPT])), t2i.vae.decode(latents)
     return {
         "context": context,
-        "prediction": t2i.unet(start(), torch.tensor([501]), Conditioning.of(context)),
+        "prediction": t2i.unet(start(), torch.tensor([501]), Conditioning(context)),
         "pixels": pixels,
         "mean": t2i.vae.encode(pixels).mean,
         "latents": latents,

@@ -59,7 +59,7 @@ def test_output_equals_diffusers(params):
     x, context = torch.randn(2, params.get("in_channels", 4), 16, 8), torch.randn(2, 7, params["context_dim"])
     timesteps = torch.tensor([1, 801])
     expected = reference(x, timesteps, context).sample
-    assert relative_error(unet(x, timesteps, Conditioning.of(context)), expected) <= TOLERANCE
+    assert relative_error(unet(x, timesteps, Conditioning(context)), expected) <= TOLERANCE
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def test_epsilons_equal_diffusers():
     torch.manual_seed(1)
     x, context, timesteps = 0.01 * torch.randn(2, 4, 16, 8), torch.randn(2, 7, 24), torch.tensor([1, 801])
     expected = reference(x, timesteps, context).sample
-    assert relative_error(unet(x, timesteps, Conditioning.of(context)), expected) <= TOLERANCE
+    assert relative_error(unet(x, timesteps, Conditioning(context)), expected) <= TOLERANCE
 
 
 @torch.no_grad()
@@ -81,11 +81,11 @@ def test_the_tolerance_tells_neighbours_apart():
     unet = build(**SD1)
     torch.manual_seed(1)
     x, context, timesteps = torch.randn(2, 4, 16, 8), torch.randn(2, 7, 24), torch.tensor([1, 801])
-    output = unet(x, timesteps, Conditioning.of(context))
+    output = unet(x, timesteps, Conditioning(context))
     other_heads = build(**SD1 | {"num_heads": 8})
-    assert relative_error(unet(x, timesteps + 1, Conditioning.of(context)), output) > 10 * TOLERANCE
-    assert relative_error(unet(x, timesteps, Conditioning.of(context[:, :-1])), output) > 10 * TOLERANCE
-    assert relative_error(other_heads(x, timesteps, Conditioning.of(context)), output) > 10 * TOLERANCE
+    assert relative_error(unet(x, timesteps + 1, Conditioning(context)), output) > 10 * TOLERANCE
+    assert relative_error(unet(x, timesteps, Conditioning(context[:, :-1])), output) > 10 * TOLERANCE
+    assert relative_error(other_heads(x, timesteps, Conditioning(context)), output) > 10 * TOLERANCE
 
 
 def test_gradients_equal_diffusers():
@@ -93,7 +93,7 @@ def test_gradients_equal_diffusers():
     reference = counterpart(unet, **SD1)
     torch.manual_seed(1)
     x, context, timesteps = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 24), torch.tensor([500])
-    unet(x, timesteps, Conditioning.of(context)).square().mean().backward()
+    unet(x, timesteps, Conditioning(context)).square().mean().backward()
     reference(x, timesteps, context).sample.square().mean().backward()
     for ours, theirs in [
         (unet.time_embed[0], reference.time_embedding.linear_1),

@@ -47,7 +47,7 @@ def reference_loss(module: LatentDiffusion, batch: dict, k: int) -> Tensor:
     t = torch.randint(1000, (1,), generator=draw["timestep"])
     noisy = module.process.add_noise(x0[None], noise[None], t)
     context = module.cond_stage_model(module.cond_stage_model.tokenize([batch["caption"][k]]))
-    return (module.apply_model(noisy, t, Conditioning.of(context)) - noise).square().mean()
+    return (module.apply_model(noisy, t, Conditioning(context)) - noise).square().mean()
 
 
 def test_loss_is_subject_mean_plus_weighted_prior_mean(module: LatentDiffusion, batch: dict):
