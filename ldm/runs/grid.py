@@ -31,6 +31,7 @@ from ldm.runs.online_eval import Watch
 from ldm.runs.options import merge
 from ldm.runs.run import base_files
 from ldm.schema import RunConfig
+from ldm.shipped import find_file
 from ldm.storybook.subjects import new_subject, write_subject
 from ldm.storybook.world import CLASSES
 
@@ -82,7 +83,7 @@ class Grid:
         Raises UserError for what is missing, unknown or of another type.
         """
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = yaml.safe_load(find_file(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             what, remedy = f"The {cls.KIND} cannot be read", "Give a YAML file."
             raise UserError(what, where=path, remedy=remedy) from error

@@ -41,6 +41,7 @@ from ldm.optim.sizes import checkpoint_bytes
 from ldm.runs.inputs import base_hash
 from ldm.runs.online_eval import OnlineEvalCallback
 from ldm.schema import FitConfig, RunConfig, TrainerOptions
+from ldm.shipped import find_file
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +98,6 @@ def load_base(
             text.tokenizer_name = str(model.tokenizer)
     hashes = [base_hash(path) for path in files.values()]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def find_file(name: str) -> Path:
-    """A path as given or, if nothing is there, relative to the repository."""
-    given, shipped = Path(name), Path(__file__).resolve().parents[2] / name
-    return shipped if not given.exists() and shipped.exists() else given
 
 
 def fit(
