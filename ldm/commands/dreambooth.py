@@ -6,6 +6,7 @@ Files are merged from left to right, then the overrides.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,20 +20,24 @@ def main(words: Sequence[str]) -> int:
 
 
 def work(command: Command) -> None:
-    """Prints the paths of what the run leaves, or the plan of a dry run."""
+    """Prints what the run has measured and left, or the plan of a dry run."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"{' + '.join(command.paths)}: PyTorch is being loaded", file=sys.stderr, flush=True)
     # Not before: --help and a wrong option need not wait for torch and Lightning
     from ldm.engine import distributed, signals
-    from ldm.runs import job
+    from ldm.runs import console, job
     from ldm.runs.options import config_of
 
     signals.stop_at_once()
+    console.speak()
     config = config_of(command)
     if command.dry_run:
         print(job.plan(config))
         return
     distributed.launch(config.trainer)
     left = job.run_job(config, command.resume, allow_config_change=command.allow_config_change)
-    print(*left, sep="\n")
+    if left:
+        print(console.closing(left, config))
     distributed.leave()
 
 

@@ -23,6 +23,7 @@ from ldm.engine.locks import CAN_LOCK, claim
 from ldm.errors import UserError
 from ldm.evaluation.protocol import Better
 from ldm.files import atomic_write
+from ldm.runs.console import duration
 from ldm.runs.folder import MARKER
 from ldm.runs.inputs import FILE as INPUTS
 from ldm.runs.inputs import has_changed_base
@@ -293,14 +294,6 @@ def time_left(jobs: Sequence[Job], *, processes: int) -> str:
         return ""
     seconds = sum(mean(taken.get(variant, every)) for variant in unfinished)
     return f"about {duration(seconds / min(processes, max(1, len(unfinished))))} left"
-
-
-def duration(seconds: float) -> str:
-    """ "40 s", "12 min", "3 h 05 min"."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def run_in_processes(script: str, words: Sequence[str], processes: int) -> None:

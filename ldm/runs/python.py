@@ -30,7 +30,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What metrics.json holds: each metric of the model, its base and the real photos, seconds, memory."""
+        """What metrics.json holds: each metric, with the base's and the photos'; seconds and memory."""
         return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
 
 
