@@ -75,6 +75,7 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
         "engine",
         "evaluation",
         "families",
+        "model_file",
         "models",
         "optim",
         "pipeline",
