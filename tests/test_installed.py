@@ -85,7 +85,7 @@ assert not slow, slow
 
 
 def test_every_module_imports_without_posix_and_with_mps(tmp_path: Path):
-    """No `fcntl`, no `resource`, and torch that says it has MPS: Windows and Apple silicon, as far as that goes."""
+    """No `fcntl`, no `resource`, and torch that says it has MPS: what of Windows and Apple can be tried."""
     script = f"""
 import importlib, sys
 import pytorch_lightning, torch, transformers

@@ -13,6 +13,13 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
     parser = ArgumentParser(
         description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
+    _add_what(parser)
+    _add_how(parser)
+    return parser.parse_args(words)
+
+
+def _add_what(parser: ArgumentParser) -> None:
+    """Options of prompts and files."""
     add = parser.add_argument
     add("--prompt", nargs="+", default=[], metavar="TEXT", help="one or several, each in quotes")
     add("--prompts", metavar="FILE", help="more, one a line; or dreambooth-live, dreambooth-object")
@@ -31,6 +38,11 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
     add("--vae", type=Path, metavar="FILE", help="a VAE in place of the model's: a file or diffusers folder")
     add("--n", type=int, default=4, help="images of each prompt")
     add("--seed", type=int, default=23, help="image i of a prompt has the seed + i")
+
+
+def _add_how(parser: ArgumentParser) -> None:
+    """Options of the sampling."""
+    add = parser.add_argument
     add(
         "--negative_prompt",
         metavar="TEXT",
@@ -84,7 +96,6 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
         help="of the networks; bf16 on CUDA, else fp32",
     )
     add("--out", type=Path, help="folder; None: a new one in `samples`, beside the model file")
-    return parser.parse_args(words)
 
 
 def main(options: Namespace) -> None:

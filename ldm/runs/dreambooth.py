@@ -25,6 +25,7 @@ from ldm.runs.before_after import BeforeAfterEvaluation, evaluation_nodes
 from ldm.runs.callbacks import LogFirstStepTime, OffloadVAE, Previews, ThroughputLogger
 from ldm.runs.console import Phases, TrainingBar
 from ldm.runs.limits import limits_of
+from ldm.runs.model_card import write_card
 from ldm.runs.online_eval import OnlineEvalCallback, Watch, best_of
 from ldm.runs.run_facts import run_facts
 from ldm.runs.sampling import (
@@ -205,6 +206,7 @@ class DreamBoothRun:
             **({"notes": self.notes} if self.notes else {}),
         }
         run.write_json(self.folder / "metrics.json", metrics)
+        write_card(self.folder, self.config, metrics)
         return [grid, model, self._report(before, after, metrics)]
 
     def _report(self, before: run.SampleGrid, after: run.SampleGrid, metrics: Mapping[str, Any]) -> Path:

@@ -89,7 +89,6 @@ def test_only_lines_named_are_left_out(capsys: pytest.CaptureFixture, monkeypatc
         for line in said:
             logging.getLogger("any").warning(line)
             logging.getLogger("any").error("\n" + line)
-        warnings.simplefilter  # noqa: B018
         warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated, use another", stacklevel=1)
         with pytest.warns(UserWarning, match="a new one"):
             warnings.warn("a new one", stacklevel=1)
