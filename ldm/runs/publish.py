@@ -17,6 +17,7 @@ from ldm.pipeline import find_model
 from ldm.runs.model_card import CARD, files_of
 
 PICTURES = "samples/contact_sheet.png"
+HUB = "https://huggingface.co"
 MIB = 2**20
 
 
@@ -33,9 +34,6 @@ def publish(options: Namespace) -> None:
         print("Nothing was uploaded: read README.md, then add --yes.")
         return
     print(upload(folder, files, options.to, private=not options.public))
-
-
-HUB = "https://huggingface.co"
 
 
 def check_target(name: str) -> None:
