@@ -24,12 +24,13 @@ COMMANDS = PROJECT["project"]["scripts"]
 
 def commands_of(page: Path) -> list[str]:
     """The lines of a page's blocks of commands (without a language), each a command."""
-    blocks = re.findall(r"^```\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    commands = [block.replace("\\\n", " ") for language, block in blocks if not language]
+    lines = [line for block in commands for line in block.splitlines()]
     return [re.sub(r"\s+", " ", line.partition("   #")[0]).strip() for line in lines if line.strip()]
 
 
-ALL = sorted({(command, page.name) for page in PAGES for command in commands_of(page)})
+ALL = sorted({command: page.name for page in PAGES for command in commands_of(page)}.items())
 
 
 @pytest.fixture
