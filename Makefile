@@ -9,12 +9,12 @@ dreambooth: .venv/installed
 test: .venv/tests-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt -e .
 	touch $@
 
-.venv/tests-installed: pyproject.toml constraints.txt
+.venv/tests-installed: pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt -e ".[test]"
 	touch $@

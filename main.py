@@ -1,46 +1,8 @@
-"""The whole job from one config: prior images, training, samples, metrics, model file.
+"""See `ldm/commands/dreambooth.py`, and --help."""
 
-    python main.py --base configs/dreambooth.yaml [more.yaml ...] [key.sub=value ...]
-
-Files are merged from left to right, then the overrides.
-"""
-
-import logging
 import sys
-from collections.abc import Sequence
 
-from ldm.errors import UserError
-from ldm.runs.command import Command, read_command
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs a command line -> the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    try:
-        work(read_command(argv, description=__doc__))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def work(command: Command) -> None:
-    """Prints the paths of what the run leaves, or the plan of a dry run."""
-    # Not before: --help and a wrong option need not wait for torch and Lightning
-    from ldm.engine import distributed, signals
-    from ldm.runs import job
-    from ldm.runs.options import config_of
-
-    signals.stop_at_once()
-    config = config_of(command)
-    if command.dry_run:
-        print(job.plan(config))
-        return
-    distributed.launch(config.trainer)
-    left = job.run_job(config, command.resume, allow_config_change=command.allow_config_change)
-    print(*left, sep="\n")
-    distributed.leave()
-
+from ldm.commands import dreambooth
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(dreambooth.command())

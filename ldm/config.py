@@ -22,9 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.annotations import Node, fits, named, node_kind, section_kind
 from ldm.errors import UserError
 from ldm.files import atomic_write
+from ldm.shipped import CONFIGS, find_file
 from ldm.targets import get_class, hints_of, nearest, parameters_of
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 INCLUDE = "include"  # of a file: others that it is merged over
 FROM_CODE = {"params", "optimizer"}  # arguments that code passes to optimizers and schedules
 
@@ -33,7 +33,7 @@ def load_config(
     paths: Sequence[str | Path],
     dotlist: Sequence[str] = (),
     *,
-    literals: Mapping[str, str | int] | None = None,
+    literals: Mapping[str, object] | None = None,
 ) -> DictConfig:
     """Merges YAML files from left to right, then values as they are, then `a.b=value` overrides.
 
@@ -280,8 +280,9 @@ def _escaped(text: str) -> str:
 def _read(path: Path, including: Sequence[Path] = ()) -> dict[Path, DictConfig]:
     """A file and those that it includes, in the order in which they are merged: itself last.
 
-    An included name is one beside the file or, if nothing is there, in the repository's configs/.
+    An included name is one beside the file or, if nothing is there, in the configs that ship.
     """
+    path = find_file(path)
     own = _load(path)
     names = OmegaConf.to_container(own).get(INCLUDE, [])
     if not fits(names, str | list[str]):

@@ -149,7 +149,7 @@ class Text2Image:
         prompts, seeds, sample = _checked(prompts, seeds, sampler=sampler, eta=eta, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
         levels = self._levels(sampler, steps, spacing, None if init_image is None else strength)
-        with self._eval(precision), _heard(progress, total=len(prompts) * (len(levels) - 1)) as tell:
+        with self._eval(precision), _heard(progress, len(prompts), steps=len(levels) - 1) as tell:
             told = Sizes.told(sizes, *(n * self.vae.factor for n in shape[1:]), to=self.unet)
             how = (levels, guidance_scale, batched_guidance, told)
             negative = () if guidance_scale == 1 else (self.negative(negative_prompt),)
@@ -320,10 +320,17 @@ def _checked(
 
 
 @contextmanager
-def _heard(progress: bool | Callable[[int], object], *, total: int) -> Iterator[Callback]:
-    """A sampler's callback that reports its steps to the callable, or to a bar of `total` steps."""
-    with tqdm(total=total, disable=progress is not True) as bar:
-        more = progress if callable(progress) else bar.update
+def _heard(progress: bool | Callable[[int], object], images: int, *, steps: int) -> Iterator[Callback]:
+    """A sampler's callback that reports its steps to the callable, or to a bar of images."""
+    done = 0
+    with tqdm(total=images, desc="images", unit="image", disable=progress is not True) as bar:
+
+        def show(more: int) -> None:
+            nonlocal done
+            done += more
+            bar.update(done // steps - bar.n)
+
+        more = progress if callable(progress) else show
         yield lambda i, x: more(len(x))
 
 

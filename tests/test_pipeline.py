@@ -207,7 +207,8 @@ def test_progress_counts_steps_of_pictures(pipeline, capsys):
     pipeline(PROMPTS, seeds=SEEDS, steps=2, batch_size=3, progress=heard.append)
     assert heard == [3, 3, 2, 2] and capsys.readouterr().err == ""
     pipeline(PROMPTS, seeds=SEEDS, steps=2, progress=True)
-    assert "10/10" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "images: " in said and "5/5" in said
 
 
 def test_a_cut_prompt_is_said_once(pipeline, caplog):

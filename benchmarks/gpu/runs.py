@@ -133,7 +133,7 @@ class _Watch(pl.Callback):
 def syncs(*words: str) -> None:
     """Where a step of the whole program waits for the device, and how long the storybook's steps take."""
     import ldm.runs.options  # noqa: F401  (it takes the Trainer's signature, and must find its own)
-    import main  # the command itself, whose Trainer gets a callback more
+    from ldm.commands import dreambooth  # the command itself, whose Trainer gets a callback more
 
     original = pl.Trainer
     os.chdir(tempfile.mkdtemp())
@@ -152,7 +152,7 @@ def syncs(*words: str) -> None:
             pl.Trainer = Watched
             try:
                 run_name = f"name={name.replace(' ', '-')}"
-                if main.main([*STORYBOOK, *more, *place, run_name, steps]) != 0:
+                if dreambooth.main([*STORYBOOK, *more, *place, run_name, steps]) != 0:
                     raise RuntimeError("main.py failed, see the log")
             finally:
                 pl.Trainer = original

@@ -163,11 +163,11 @@ def caps(*words: str) -> None:
 
 def _forecast(name: str) -> float | None:
     """GiB of the device, by `main.py --dry_run`."""
-    import main  # the command itself
+    from ldm.commands import dreambooth  # the command itself
 
     words = ["--base", str(ROOT / "configs" / CONFIG), _preset_file(name), *NAMED, "--dry_run"]
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        main.main(words)
+        dreambooth.main(words)
     sums = [line.split()[-1] for line in said.getvalue().splitlines() if line.startswith("sum ")]
     return float(sums[0].replace(",", "")) / 1024 if sums else None
 

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, Sampler
 from ldm.data.images import fit_image, list_images, load_image, square_crop, to_tensor, upright_size
 from ldm.files import file_sha256
 from ldm.randomness import generator
+from ldm.shipped import find_file
 
 StreamName = Literal["subject", "prior"]
 Index = tuple[StreamName, int]  # (stream, item number)
@@ -210,7 +211,7 @@ def read_source_images(
     folder: str | Path, *, caption: Callable[[Path], str], skip_unreadable: bool = False
 ) -> tuple[SourceImage, ...]:
     """The images of a folder with their captions, sorted by name."""
-    paths = list_images(folder, skip_unreadable=skip_unreadable)
+    paths = list_images(find_file(folder), skip_unreadable=skip_unreadable)
     return tuple(SourceImage(path, file_sha256(path), caption(path)) for path in paths)
 
 

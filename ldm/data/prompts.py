@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 
 from ldm.errors import UserError
+from ldm.shipped import CONFIGS, find_file
 
 log = logging.getLogger(__name__)
 
 SUBJECT_TEMPLATE = "a photo of {identifier} {class_word}"  # Ruiz et al. 2023, section 3.2: "a [V] [class]"
 PRIOR_TEMPLATE = "a photo of a {class_word}"
-REPOSITORY = Path(__file__).resolve().parents[2]
 # Words that every base model knows: an identifier should not have a meaning already.
 COMMON_WORDS = frozenset(
     """
@@ -93,13 +93,10 @@ def read_caption(image: Path, *, identifier: str, class_word: str) -> str | None
 def read_prompts(file: str | Path, *, identifier: str | None, class_word: str | None) -> list[str]:
     """Filled prompts of a text file, one per line; empty lines and lines that begin with # are skipped.
 
-    file: a path, relative to the current folder or the repository, or a name in configs/prompts/.
+    file: a path, or a name in configs/prompts/.
     """
-    named = REPOSITORY / "configs" / "prompts"
-    path = next(
-        (p for p in (Path(file), REPOSITORY / file, named / f"{file}.txt") if p.is_file()),
-        None,
-    )
+    named = CONFIGS / "prompts"
+    path = next((p for p in (find_file(file), named / f"{file}.txt") if p.is_file()), None)
     if path is None:
         names = ", ".join(sorted(p.stem for p in named.glob("*.txt"))) or "none"
         raise UserError("There is no such prompt file", where=file, remedy=f"Known names: {names}.")

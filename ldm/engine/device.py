@@ -3,7 +3,6 @@
 import ctypes
 import os
 import platform
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,11 @@ import torch
 from torch import nn
 
 from ldm.schema import MatmulPrecision, TrainerOptions
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -76,11 +80,13 @@ def peak_memory_mib() -> float:
 
 
 def peak_resident_mib() -> float:
-    """Peak resident memory of this process in MiB."""
+    """Peak resident memory of this process in MiB; 0 on Windows, which is not asked."""
     status = Path("/proc/self/status")  # unlike `ru_maxrss`, not inherited from the parent process
     if status.exists():
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
+    if resource is None:
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 

@@ -19,8 +19,8 @@ from ldm.annotations import NonNegativeInt, PositiveInt
 from ldm.errors import UserError
 from ldm.models.conditioning import TextEncoding
 from ldm.models.widths import check_widths
+from ldm.shipped import find_file
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 VOCABULARY = ("vocab.json", "merges.txt")
 COMMA_BACKTRACK = 20  # a full chunk ends after its last comma, if at most this many tokens follow it
 
@@ -319,9 +319,9 @@ def _parameter_name(word: str) -> str:
 
 
 def load_tokenizer(name: str) -> CLIPTokenizer:
-    """CLIP's tokenizer, from a folder (relative to the current one or the repository) or from the hub."""
-    folders = [path for path in (Path(name), REPOSITORY / name) if path.is_dir()]
-    folder = folders[0] if folders else _download(name)
+    """CLIP's tokenizer, from a folder (in the current one, or one that ships) or from the hub."""
+    given = find_file(name)
+    folder = given if given.is_dir() else _download(name)
     if not all((folder / file).is_file() for file in VOCABULARY):
         raise UserError("The tokenizer folder lacks vocab.json or merges.txt", where=folder)
     try:

@@ -56,7 +56,10 @@ class OffloadVAE(pl.Callback):
 
 
 class LogFirstStepTime(pl.Callback):
-    """Logs how long the first step took, including compilation if the UNet is compiled."""
+    """Logs how long the first step took, which includes compilation if the UNet is compiled."""
+
+    def __init__(self, *, compiled: bool):
+        self.compiled = compiled
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.said = False
@@ -72,7 +75,8 @@ class LogFirstStepTime(pl.Callback):
         if not self.said:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            log.info("The first step, compilation included, took %.1f s", time.perf_counter() - self.since)
+            also = ", compilation included," if self.compiled else ""
+            log.info("The first step%s took %.1f s", also, time.perf_counter() - self.since)
             self.said = True
 
 

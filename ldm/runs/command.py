@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ldm.errors import UserError
 from ldm.runs.find_run import find_run
+from ldm.runs.old_flags import remedy_for
 
 ALIASES = {  # flag -> config key
     "name": "name",
@@ -63,7 +64,8 @@ def _command(options: argparse.Namespace, rest: Sequence[str]) -> Command:
     """The command of parsed options, and of the words that are none."""
     unknown = [word for word in rest if "=" not in word or word.startswith("-")]
     if unknown:
-        raise UserError(f"`{unknown[0]}` is not an option", remedy="Write overrides as `key.sub=value`.")
+        remedy = remedy_for(unknown[0]) or "Write overrides as `key.sub=value`."
+        raise UserError(f"`{unknown[0]}` is not an option", remedy=remedy)
     words = options.base + rest
     paths = [word for word in words if "=" not in word]
     if options.resume not in (None, "auto"):

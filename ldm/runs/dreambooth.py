@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ldm.annotations import Node
+from ldm.config import param_of
 from ldm.data.caption_length import check_lengths, prompts_of
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import ImageFiles
@@ -22,7 +23,9 @@ from ldm.reports.run_page import Report, Row, write_report
 from ldm.runs import run
 from ldm.runs.before_after import BeforeAfterEvaluation, evaluation_nodes
 from ldm.runs.callbacks import LogFirstStepTime, OffloadVAE, Previews, ThroughputLogger
+from ldm.runs.console import Phases, TrainingBar
 from ldm.runs.limits import limits_of
+from ldm.runs.model_card import write_card
 from ldm.runs.online_eval import OnlineEvalCallback, Watch, best_of
 from ldm.runs.run_facts import run_facts
 from ldm.runs.sampling import (
@@ -38,6 +41,24 @@ from ldm.schema import RunConfig
 from ldm.training.latent_diffusion import LatentDiffusion
 
 SHOWN_PRIORS = 32  # in the report
+
+
+def titles_of(config: RunConfig, data: DreamBoothDataModule) -> dict[str, str]:
+    """The phases that a run says, by the timer's name."""
+    samples = len(config.samples.prompts) * config.samples.n
+    titles = {
+        "prior_images": f"Prior images: {data.num_priors} of `{data.prior_prompt}`",
+        "samples_before": f"Samples of the untouched base: {samples}",
+        "figures_before": "Metrics of the untouched base",
+        "encoding": "Photos and prior images to latents",
+        "training": f"Training: {config.trainer.max_steps} steps",
+        "samples_after": f"Samples of the trained model: {samples}",
+        "figures_after": "Metrics of the trained model",
+    }
+    absent = set() if data.generates_priors else {"prior_images"}
+    absent |= set() if config.evaluation else {"figures_before", "figures_after"}
+    absent |= set() if data.cache_latents else {"encoding"}
+    return {name: title for name, title in titles.items() if name not in absent}
 
 
 class DreamBoothRun:
@@ -61,7 +82,7 @@ class DreamBoothRun:
         self.config = config
         self.folder = folder
         self.base_hash = base_hash
-        self.timer = run.PhaseTimer()
+        self.timer = Phases(titles_of(config, data))
         self.pipeline = text2image(module, size=data.size)
         self._guided: Text2Image | None = None
         nodes = evaluation_nodes(config)
@@ -143,7 +164,10 @@ class DreamBoothRun:
         return rows
 
     def _callbacks(self) -> list[pl.Callback]:
-        callbacks = [ThroughputLogger(), LogFirstStepTime()]
+        compiled = param_of(self.config.model, "compile") is not None
+        callbacks = [ThroughputLogger(), LogFirstStepTime(compiled=compiled)]
+        if self.config.trainer.enable_progress_bar:
+            callbacks.append(TrainingBar())
         if self.data.cache_latents and not self.data.online_priors:
             callbacks.append(OffloadVAE())
         if self.samples.every_steps:
@@ -182,6 +206,7 @@ class DreamBoothRun:
             **({"notes": self.notes} if self.notes else {}),
         }
         run.write_json(self.folder / "metrics.json", metrics)
+        write_card(self.folder, self.config, metrics)
         return [grid, model, self._report(before, after, metrics)]
 
     def _report(self, before: run.SampleGrid, after: run.SampleGrid, metrics: Mapping[str, Any]) -> Path:

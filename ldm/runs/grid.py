@@ -23,6 +23,7 @@ from ldm.engine.locks import CAN_LOCK, claim
 from ldm.errors import UserError
 from ldm.evaluation.protocol import Better
 from ldm.files import atomic_write
+from ldm.runs.console import duration
 from ldm.runs.folder import MARKER
 from ldm.runs.inputs import FILE as INPUTS
 from ldm.runs.inputs import has_changed_base
@@ -31,6 +32,7 @@ from ldm.runs.online_eval import Watch
 from ldm.runs.options import merge
 from ldm.runs.run import base_files
 from ldm.schema import RunConfig
+from ldm.shipped import find_file
 from ldm.storybook.subjects import new_subject, write_subject
 from ldm.storybook.world import CLASSES
 
@@ -82,7 +84,7 @@ class Grid:
         Raises UserError for what is missing, unknown or of another type.
         """
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = yaml.safe_load(find_file(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             what, remedy = f"The {cls.KIND} cannot be read", "Give a YAML file."
             raise UserError(what, where=path, remedy=remedy) from error
@@ -292,14 +294,6 @@ def time_left(jobs: Sequence[Job], *, processes: int) -> str:
         return ""
     seconds = sum(mean(taken.get(variant, every)) for variant in unfinished)
     return f"about {duration(seconds / min(processes, max(1, len(unfinished))))} left"
-
-
-def duration(seconds: float) -> str:
-    """ "40 s", "12 min", "3 h 05 min"."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def run_in_processes(script: str, words: Sequence[str], processes: int) -> None:

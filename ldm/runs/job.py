@@ -13,6 +13,7 @@ from ldm.engine import distributed
 from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.runs import run
 from ldm.runs.callbacks import ThroughputLogger
+from ldm.runs.console import TrainingBar
 from ldm.runs.dreambooth import DreamBoothRun
 from ldm.runs.folder import claimed, folder_of
 from ldm.runs.inputs import keep_inputs
@@ -66,7 +67,8 @@ def _train(config: RunConfig, folder: Path, *, allow_change: bool, watch: Watch 
             data.attach(encode=module.encode_images, vae_hash=base_hash)
     if isinstance(data, DreamBoothDataModule):
         return DreamBoothRun(module, data, config, folder, base_hash=base_hash, watch=watch)()
-    run.fit(module, data, config, folder=folder, callbacks=[ThroughputLogger()])
+    bars = [TrainingBar()] if config.trainer.enable_progress_bar else []
+    run.fit(module, data, config, folder=folder, callbacks=[ThroughputLogger(), *bars])
     return [] if distributed.rank() else [run.export(module, config, folder, size=data.size)]
 
 

@@ -9,8 +9,8 @@ from ldm.errors import UserError
 from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.evaluation.storybook_limits import reasons_against, unknown_in
 from ldm.models.text_encoder import CLIPTextEncoder
-from ldm.runs.run import find_file
 from ldm.schema import RunConfig
+from ldm.shipped import find_file
 from ldm.storybook.judge import Judge
 from ldm.targets import get_class
 

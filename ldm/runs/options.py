@@ -17,7 +17,7 @@ def config_of(command: Command) -> RunConfig:
 
 
 def merge(
-    paths: Sequence[str | Path], dotlist: Sequence[str] = (), *, literals: Mapping[str, str | int]
+    paths: Sequence[str | Path], dotlist: Sequence[str] = (), *, literals: Mapping[str, object]
 ) -> RunConfig:
     """Config files, then values as they are, then overrides -> the checked config (see `load_config`)."""
     config = load_config(paths, dotlist, literals=literals)

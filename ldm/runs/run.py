@@ -12,7 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
+from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from ldm.checkpoints.infer_config import model_config
@@ -40,7 +40,8 @@ from ldm.files import atomic_write, make_folder, require_space
 from ldm.optim.sizes import checkpoint_bytes
 from ldm.runs.inputs import base_hash
 from ldm.runs.online_eval import OnlineEvalCallback
-from ldm.schema import FitConfig, RunConfig, TrainerOptions
+from ldm.schema import FitConfig, RunConfig
+from ldm.shipped import find_file
 
 log = logging.getLogger(__name__)
 
@@ -99,12 +100,6 @@ def load_base(
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def find_file(name: str) -> Path:
-    """A path as given or, if nothing is there, relative to the repository."""
-    given, shipped = Path(name), Path(__file__).resolve().parents[2] / name
-    return shipped if not given.exists() and shipped.exists() else given
-
-
 def fit(
     module: pl.LightningModule,
     data: pl.LightningDataModule,
@@ -133,12 +128,12 @@ def fit(
         pl.Trainer(
             default_root_dir=folder,
             logger=instantiate(logger) if logger else tensorboard_logger(folder, start=data.start_step),
-            callbacks=[FreeGradients(), *average, *callbacks, *core, *progress_bar(config.trainer)],
+            callbacks=[FreeGradients(), *average, *callbacks, *core],
             plugins=[AtomicCheckpointIO()],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             enable_model_summary=False,
-            **trainer,
+            **{**trainer, "enable_progress_bar": False},  # callbacks has ours
         ).fit(learner, data, ckpt_path=last)
     module.to(place)  # the Trainer moves it to the CPU
 
@@ -170,12 +165,6 @@ def load_best_weights(module: pl.LightningModule, folder: Path, step: int) -> No
     state = unpickle(path, mapped=True)
     module.load_state_dict(state["state_dict"])
     module.on_load_checkpoint(state)
-
-
-def progress_bar(trainer: TrainerOptions) -> list[pl.Callback]:
-    """A bar that is refreshed as often as the log: a refresh reads the losses, so waits for the device."""
-    wanted = trainer.enable_progress_bar
-    return [TQDMProgressBar(refresh_rate=trainer.log_every_n_steps)] if wanted else []
 
 
 def resume_from(module: pl.LightningModule, checkpoint: Path, *, max_steps: int) -> int:

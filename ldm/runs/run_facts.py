@@ -37,7 +37,13 @@ def run_facts(
 def command_line() -> str:
     """The command of this process as it can be typed again; empty in a notebook."""
     typed = getattr(sys.modules["__main__"], "__file__", None)
-    return shlex.join(["python", *sys.argv]) if typed else ""
+    return shlex.join([*program(), *sys.argv[1:]]) if typed else ""
+
+
+def program() -> list[str]:
+    """How this process was called: `python main.py`, or the name of a console command."""
+    called = sys.argv[0]
+    return ["python", called] if called.endswith(".py") else [Path(called).name]
 
 
 def rates(params: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, float]]:

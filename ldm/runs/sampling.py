@@ -109,7 +109,7 @@ def generate_priors(pipeline: Text2Image, priors: PriorSet, count: int, *, batch
         return 0
     generate = prior_generator(priors.spec, pipeline, batch_size=batch_size)
     rank, world_size = distributed.rank(), distributed.world_size()
-    with tqdm(total=missing, desc="Generating prior images", unit="image", disable=rank > 0) as bar:
+    with tqdm(total=missing, desc="prior images", unit="image", disable=rank > 0) as bar:
         priors.generate_missing(
             count,
             generate,

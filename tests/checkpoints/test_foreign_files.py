@@ -11,12 +11,12 @@ from torch import Tensor
 from ldm.checkpoints.ema import EMA_PREFIX, dotted
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.lora import read_lora, save_lora
+from ldm.commands import convert
 from ldm.config import instantiate
 from ldm.errors import UserError
 from ldm.model_file import ModelFile
 from ldm.models.lora import LoRA
 from ldm.models.unet import UNetModel
-from scripts import convert
 
 UNET = "model.diffusion_model."
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from ldm.checkpoints.embedding import read_embedding
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.lora import merge_lora
+from ldm.commands import convert
 from ldm.errors import UserError
 from ldm.model_file import ModelFile
 from ldm.runs.run import base_files, load_base
 from ldm.schema import RunConfig, TrainerOptions
 from ldm.training.latent_diffusion import LatentDiffusion
-from scripts import convert
 from tests.factories import build_module
 
 TARGET = "ldm.training.latent_diffusion.LatentDiffusion"

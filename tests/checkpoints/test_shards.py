@@ -8,8 +8,8 @@ import torch
 
 from ldm.checkpoints.load import file_hash, read_checkpoint
 from ldm.checkpoints.shards import INDEX, read_shards, write_shards
+from ldm.commands import convert
 from ldm.errors import UserError
-from scripts import convert
 
 BASE = Path(__file__).resolve().parents[2] / "ldm/storybook/assets/base.safetensors"
 MIB = 2**20

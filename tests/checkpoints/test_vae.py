@@ -13,13 +13,13 @@ from ldm.checkpoints.load import open_model
 from ldm.checkpoints.save import save_model
 from ldm.checkpoints.save_folder import save_folder
 from ldm.checkpoints.vae import open_vae
+from ldm.commands import convert
 from ldm.config import instantiate
 from ldm.errors import UserError
 from ldm.model_file import ModelFile
 from ldm.pipeline import Text2Image
 from ldm.runs.run import base_files, load_base
 from ldm.schema import RunConfig, TrainerOptions
-from scripts import convert
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import pytest
 
 from ldm.data.prompts import (
     PRIOR_TEMPLATE,
-    REPOSITORY,
     SUBJECT_TEMPLATE,
     check_prompts,
     fill,
@@ -14,6 +13,7 @@ from ldm.data.prompts import (
     read_prompts,
 )
 from ldm.errors import UserError
+from ldm.shipped import CONFIGS
 
 WORDS = {"identifier": "sks", "class_word": "dog"}
 GOOD = WORDS | {"subject_prompt": "a photo of sks dog", "prior_prompt": "a photo of a dog"}
@@ -91,8 +91,6 @@ def test_prompt_files(tmp_path):
         read_prompts("absent", **WORDS)
 
 
-@pytest.mark.parametrize(
-    "file", sorted((REPOSITORY / "configs" / "prompts").glob("*.txt")), ids=lambda f: f.stem
-)
+@pytest.mark.parametrize("file", sorted((CONFIGS / "prompts").glob("*.txt")), ids=lambda f: f.stem)
 def test_shipped_prompts_are_found_by_name(file):
     assert read_prompts(file.stem, **WORDS) == read_prompts(file, **WORDS)

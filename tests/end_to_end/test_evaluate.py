@@ -10,12 +10,13 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from ldm.commands import evaluate
 from ldm.config import load_config
 from ldm.errors import UserError
-from ldm.runs.run import find_file
+from ldm.runs import evaluate_model
+from ldm.shipped import find_file
 from ldm.storybook.subjects import new_subject, write_subject
 from ldm.storybook.world import CONTEXTS, draw, same_subject
-from scripts import evaluate
 
 CAT = new_subject("cat", seed=51)
 
@@ -70,7 +71,7 @@ def test_a_model_is_measured_under_the_guidance_of_its_base(folders, monkeypatch
     """The base under its own guidance is the base."""
     words = [
         "--model",
-        find_file(evaluate.BASE),
+        find_file(evaluate_model.BASE),
         *PHOTOS,
         "--seeds",
         "1",
@@ -94,7 +95,7 @@ def a_run(folders: Path) -> Path:
     """A run on the storybook's base that was never measured."""
     folder = folders / "logs" / "cat"
     folder.mkdir(parents=True)
-    (folder / "model.safetensors").symlink_to(find_file(evaluate.BASE))
+    (folder / "model.safetensors").symlink_to(find_file(evaluate_model.BASE))
     photos = {"subject_root": str(folders / "photos"), "class_word": "cat"}
     config = load_config([find_file("configs/dreambooth.yaml")])
     own = {"name": "cat", "data": {"params": photos}, "evaluation": None, "samples": SAMPLES}
@@ -118,17 +119,24 @@ def test_a_run_without_an_evaluation_is_measured_as_it_samples(a_run, monkeypatc
 
 
 def test_a_runs_own_evaluation_comes_before_its_samples(a_run):
-    config = evaluate.run_config(a_run / "model.safetensors")
-    own = {"target": evaluate.METRICS["storybook"], "params": {"guidance_scale": 3.0}}
+    config = evaluate_model.run_config(a_run / "model.safetensors")
+    own = {"target": evaluate_model.METRICS["storybook"], "params": {"guidance_scale": 3.0}}
     options = SimpleNamespace(
         **dict.fromkeys(("metrics", "no_diversity", "guidance_base", "prompts", "seeds"))
     )
     for name in ("class_samples", "steps", "guidance_scale", "dino", "clip"):
         setattr(options, name, None)
-    assert evaluate.evaluation_of(options, replace(config, evaluation=own)).sampling["guidance_scale"] == 3.0
-    assert evaluate.evaluation_of(options, replace(config, evaluation=own)).sampling["sampler"] == "ddim"
-    assert evaluate.evaluation_of(options, config).sampling["guidance_scale"] == 2.0
-    assert evaluate.evaluation_of(options, None).sampling["guidance_scale"] == evaluate.BASE_GUIDANCE
+    assert (
+        evaluate_model.evaluation_of(options, replace(config, evaluation=own)).sampling["guidance_scale"]
+        == 3.0
+    )
+    assert (
+        evaluate_model.evaluation_of(options, replace(config, evaluation=own)).sampling["sampler"] == "ddim"
+    )
+    assert evaluate_model.evaluation_of(options, config).sampling["guidance_scale"] == 2.0
+    assert (
+        evaluate_model.evaluation_of(options, None).sampling["guidance_scale"] == evaluate_model.BASE_GUIDANCE
+    )
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,24 @@ def run(script: str, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, ROOT / script, *words], capture_output=True, text=True)
 
 
+OURS = (
+    r"tiny.yaml: PyTorch is being loaded",
+    r"\[\d/\d\] [A-Z].*",
+    r"(prior images|images|encoding|training): .*",
+    r".*/\d+.png is held out for validation",
+    r"The first step took [\d.]+ s",
+    r"warning: .*(enlarged to|sks|tokens).*",
+)
+
+
+def assert_only_our_lines(text: str) -> None:
+    """Nothing of a library, and the phases in order, each once."""
+    lines = [line for line in re.split(r"[\n\r]+", text) if line.strip()]
+    assert [line for line in lines if not any(re.fullmatch(ours, line) for ours in OURS)] == []
+    numbers = [tuple(map(int, found)) for found in re.findall(r"^\[(\d)/(\d)\]", text, re.M)]
+    assert numbers == [(k + 1, len(numbers)) for k in range(len(numbers))] and len(numbers) >= 5
+
+
 def scalars(folder: Path) -> set[str]:
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
     return set(board.Tags()["scalars"])
@@ -49,9 +67,12 @@ def scalars(folder: Path) -> set[str]:
 def test_a_run_leaves_its_results_and_a_resumed_one_the_same_weights(job: list[str]):
     done = run("main.py", *job)
     assert done.returncode == 0, done.stderr
-    for path in done.stdout.split():
-        assert Path(path).exists()
     folder = Path("logs/tiny")
+    *_, samples, model, report, following = done.stdout.splitlines()
+    for line in (samples, model, report):
+        assert folder in Path(line[9:]).parents and Path(line[9:]).exists()
+    assert following[:9].strip() == "next" and "scripts/sample.py --model logs/tiny --prompt" in following
+    assert_only_our_lines(done.stderr)
     losses = {"train/subject_loss", "train/prior_loss", "val/subject_loss", "val/loss"}
     others = {"train/grad_norm", "train/images_per_second", "train/peak_memory_mib", "lr/unet"}
     assert losses | others <= scalars(folder)

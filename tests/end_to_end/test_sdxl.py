@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ldm.checkpoints.load import open_model
+from ldm.commands import convert, sample
 from ldm.errors import UserError
 from ldm.runs.job import plan, run_job
 from ldm.runs.options import parse
-from scripts import convert, sample
 from tests.families import tiny_sdxl
 
 TRAINING = {"trainable": {"learning_rate": 1e-3}, "objective": {"prior_target": "teacher"}}

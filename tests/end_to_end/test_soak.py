@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import soak
 from ldm.errors import UserError
 from ldm.files import write_section
-from scripts import soak
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORTER = ["trainer.max_steps=6", "data.params.num_priors=8", "samples.every_steps=0", "priors.steps=2"]

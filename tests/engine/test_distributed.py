@@ -27,11 +27,11 @@ sys.path.insert(0, sys.argv.pop(1))
 from ldm.engine import distributed
 from ldm.runs.job import run_job
 from ldm.runs.options import parse
-from scripts import generate_priors
+from ldm.runs.generate_set import generate_set
 
 torch.set_num_threads(1)
 config = parse(sys.argv[1:])
-generate_priors.main(config)
+generate_set(config)
 left = run_job(config)
 assert bool(left) == (distributed.rank() == 0)
 if distributed.rank() == 1:

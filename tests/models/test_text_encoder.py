@@ -5,8 +5,8 @@ import torch
 
 from ldm.checkpoints.run_checkpoint import learned_tokens
 from ldm.errors import UserError
-from ldm.models import text_encoder
-from ldm.models.text_encoder import CLIPTextEncoder
+from ldm.files import make_folder
+from ldm.models.text_encoder import CLIPTextEncoder, find_words
 from tests.checkpoints import sd_v1
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -89,11 +89,11 @@ def test_the_network_needs_no_vocabulary():
 
 
 def test_tokenizer_beside_the_library_or_in_the_current_folder(tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_encoder, "REPOSITORY", tiny_tokenizer.parent)
-    monkeypatch.chdir(tmp_path)
     expected = build(tiny_tokenizer).tokenize(["a cat"])
-    assert torch.equal(build(tiny_tokenizer.name).tokenize(["a cat"]), expected)
-    monkeypatch.setattr(text_encoder, "REPOSITORY", tmp_path)
+    (tmp_path / "ldm").symlink_to(tiny_tokenizer.parent)
+    monkeypatch.setattr("ldm.shipped.PACKAGE", tmp_path / "ldm")
+    monkeypatch.chdir(make_folder(tmp_path / "elsewhere"))
+    assert torch.equal(build(f"ldm/{tiny_tokenizer.name}").tokenize(["a cat"]), expected)
     monkeypatch.chdir(tiny_tokenizer.parent)
     assert torch.equal(build(tiny_tokenizer.name).tokenize(["a cat"]), expected)
 
@@ -135,7 +135,7 @@ def test_learned_words_are_whole_words_in_any_case(tiny_tokenizer, words, prompt
     for word in words:
         encoder.add_token(word, torch.randn(count, 32))
     ids = encoder._tokenize(prompt)
-    matches = text_encoder.find_words(prompt, words)
+    matches = find_words(prompt, words)
     assert [match[0] for match in matches] == found
     lower = [word.lower() for word in words]
     expected = [190 + count * lower.index(word.lower()) + k for word in found for k in range(count)]

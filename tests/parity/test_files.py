@@ -19,12 +19,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ldm.checkpoints.load import Model, init_on_meta, load_state_dicts, open_model
 from ldm.checkpoints.save import save_model
 from ldm.checkpoints.save_folder import save_folder
+from ldm.commands import convert
 from ldm.config import instantiate
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import Text2Image
-from scripts import convert
 
 TOLERANCE = 1e-5  # of the largest output, float32
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -13,11 +13,12 @@ from torch import nn
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.lora import read_lora, save_lora
 from ldm.checkpoints.save_folder import save_folder
+from ldm.commands import convert
 from ldm.errors import UserError
 from ldm.models.lora import LoRA
 from ldm.pipeline import Text2Image
 from ldm.randomness import randn
-from scripts import convert, sample
+from ldm.runs import sample_images
 
 KINDS = {
     "unet": ["attention", "feed_forward", "projections", "convolutions"],
@@ -125,11 +126,11 @@ def test_merged_into_a_model_it_draws_the_same(
     target = tmp_path / "merged.safetensors"
     words = [tiny_model_file, target, "--lora", file, "--lora_weight", 0.5]
     convert.main(convert.parse([str(word) for word in words]))
-    half = drawn(Text2Image.from_file(tiny_model_file, loras=[sample.weighted(f"{file}:0.5")]))
+    half = drawn(Text2Image.from_file(tiny_model_file, loras=[sample_images.weighted(f"{file}:0.5")]))
     assert np.array_equal(drawn(Text2Image.from_file(target)), half)
     twice = Text2Image.from_file(tiny_model_file, loras=[(file, 0.25), (file, 0.25)])
     assert abs(drawn(twice) - half).max() <= 1
-    assert sample.weighted("C:/a.safetensors") == (Path("C:/a.safetensors"), 1.0)
+    assert sample_images.weighted("C:/a.safetensors") == (Path("C:/a.safetensors"), 1.0)
 
 
 def test_what_does_not_fit_is_named(tiny_model_file: Path, lora: LoRA, tmp_path: Path):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.load import init_on_meta, load_state_dicts, open_model
 from ldm.checkpoints.lora import read_lora, save_lora
+from ldm.commands import convert
 from ldm.conditioner import Conditioner
 from ldm.config import instantiate
 from ldm.errors import UserError
@@ -21,7 +22,6 @@ from ldm.families.sdxl.conditioning import Sizes, size_vector
 from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA
 from ldm.pipeline import Text2Image
-from scripts import convert
 from tests.families import tiny_sdxl
 from tests.families.tiny_sdxl import relative_error
 

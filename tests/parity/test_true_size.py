@@ -19,11 +19,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.save import save_model
+from ldm.commands import convert
 from ldm.config import instantiate, load_config, to_container
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import Text2Image
-from scripts import convert
 from tests.checkpoints import sd_v1, sd_v2
 from tests.parity.test_files import SCHEDULE, relative_error
 from tests.parity.test_long_prompts import VOCABULARY, real
@@ -219,9 +219,7 @@ print(seconds, (memory("VmHWM") - before) / size)
 
 
 def test_loading_is_quick_and_takes_little_more_than_the_model(tmp_path):
-    config = to_container(
-        load_config([Path(convert.__file__).parents[1] / "configs" / "dreambooth-sd1.yaml"])
-    )
+    config = to_container(load_config(["configs/dreambooth-sd1.yaml"]))
     networks = instantiate(config["model"]).networks
     parts = {part: network.state_dict() for part, network in networks.items()}
     file = save_model(tmp_path / "sd.safetensors", parts, alphas_cumprod=make_alphas_cumprod())

@@ -20,15 +20,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ldm import targets
+from ldm.commands import search as command_of_search
 from ldm.engine.non_finite import NonFiniteError
 from ldm.errors import UserError
 from ldm.reports.search_page import to_csv
 from ldm.runs import grid, trials
 from ldm.runs import search as searches
+from ldm.runs import search_results as script_of_search
 from ldm.runs.search import Range, Search, check_search, overrides_of
 from ldm.runs.trials import Trials, Worker, is_better, mend_journal, running_mean
 from ldm.schema import RunConfig
-from scripts import search as script_of_search
 from tests.short_runs import Killed, ScriptedRuns
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -396,7 +397,7 @@ def finished_search(workdir: Path, script: Callable, argv: list[str]) -> None:
         Image.new("RGB", (16, 16), "red").save(folder / "00-00.png")
 
     runs.before_step = picture
-    script_of_search.main(argv)
+    script_of_search.run_search(command_of_search.parse(argv), argv)
 
 
 @pytest.mark.parametrize("metrics", [["subject_fidelity"], ["subject_fidelity", "class_drift"]])
@@ -432,12 +433,12 @@ def test_every_process_gets_the_whole_command(workdir: Path, optuna: Any, monkey
     (workdir / "mine.py").touch()
     monkeypatch.syspath_prepend(workdir)
     argv = ["--base", "lean.yaml", "rates.yaml", "--processes", "3", "--allow", "mine"]
-    script_of_search.main(argv)
-    assert started == [(script_of_search.__file__, argv, 3)]
+    script_of_search.run_search(command_of_search.parse(argv), argv)
+    assert started == [(sys.argv[0], argv, 3)]
     monkeypatch.setattr(targets, "ALLOWED", list(targets.ALLOWED))
     worked: list[int] = []
     monkeypatch.setattr(script_of_search, "Worker", lambda store, processes: lambda: worked.append(processes))
-    script_of_search.main([*argv, "--worker"])
+    script_of_search.run_search(command_of_search.parse([*argv, "--worker"]), argv)
     assert worked == [3] and "mine." in targets.ALLOWED and len(started) == 1
 
 

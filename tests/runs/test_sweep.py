@@ -13,9 +13,9 @@ from PIL import Image
 from ldm.config import save_config
 from ldm.errors import UserError
 from ldm.reports import sweep_page
+from ldm.runs import sweep_results as study
 from ldm.runs.grid import identity
 from ldm.runs.sweep import baselines_of, jobs_of, read_sweep
-from scripts import study
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs/studies").glob("*.yaml"))

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from ldm.checkpoints.load import load_state_dicts, open_model
 from ldm.config import instantiate, load_config, to_container
-from ldm.runs.run import find_file
+from ldm.shipped import find_file
 from ldm.storybook.dataset import StorybookDataset
 from ldm.storybook.training.text_encoder import TextEncoderTask
 from ldm.storybook.world import ATTRIBUTES, full_caption, sample_scene

@@ -1,0 +1,48 @@
+"""Convert a Stable Diffusion model: convert.py SOURCE TARGET.
+
+SOURCE is a .ckpt file, a .safetensors file, the .safetensors.index.json of several, or a diffusers folder.
+TARGET is one of these by its suffix; without one it is a folder.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.commands.entry import one_of, parser_of, run
+
+
+def parse(words: Sequence[str] | None = None) -> Namespace:
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("source", type=Path, help="model file or diffusers folder")
+    add("target", type=Path, help="NAME.safetensors, NAME.safetensors.index.json, NAME.ckpt, or a new folder")
+    add(
+        "--max_file_mib", type=int, default=16, help="of each file, where TARGET is a .safetensors.index.json"
+    )
+    dtypes = one_of("ldm.checkpoints.save:DTYPES")
+    add("--dtype", type=dtypes, help="of the weights: fp32, fp16 or bf16; default: as they are")
+    add("--ema", action="store_true", help="take the averaged weights of the UNet, from a file that has both")
+    add("--lora", type=Path, metavar="FILE", help="a LoRA to merge into the weights")
+    add("--lora_weight", type=float, default=1.0, help="its weight (1)")
+    add("--vae", type=Path, metavar="FILE", help="a VAE in place of the model's: a file or diffusers folder")
+    add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
+    add("--tokenizer", metavar="FOLDER", help="with vocab.json and merges.txt; default: the model's own")
+    return parser.parse_args(words)
+
+
+def main(options: Namespace) -> Path:
+    """Writes the target -> its path."""
+    from ldm.runs.convert_model import convert_model
+
+    return convert_model(options)
+
+
+def work(options: Namespace) -> None:
+    written = main(options)
+    from ldm.checkpoints.load import file_hash
+
+    print(f"{written}\nsha256 {file_hash(written)}")
+
+
+def command() -> int:
+    return run(lambda: work(parse()))

@@ -1,0 +1,66 @@
+"""A model file or folder as another format: what `convert.py` does."""
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ldm.checkpoints.embedding import embeddings_beside, save_embedding
+from ldm.checkpoints.infer_config import SCHEDULE
+from ldm.checkpoints.layout import join
+from ldm.checkpoints.load import Model, open_model
+from ldm.checkpoints.lora import merge_lora, read_lora, stored_as
+from ldm.checkpoints.modelspec import file_metadata
+from ldm.checkpoints.save import DTYPES, cast_tensors, save_model
+from ldm.checkpoints.save_folder import check_folder, save_folder
+from ldm.checkpoints.shards import INDEX, write_shards
+from ldm.config import load_config, to_container
+from ldm.diffusion.schedule import make_alphas_cumprod
+from ldm.families.sdxl.family import encoder_params
+from ldm.model_file import check_model
+from ldm.models.text_encoder import load_tokenizer
+
+
+def opened(options: Namespace) -> Model:
+    """The source, checked as when it is loaded, with its LoRA merged in the dtype of each tensor."""
+    config = to_container(load_config([options.config])) if options.config else None
+    model = open_model(options.source, ema=options.ema, vae=options.vae, config=config)
+    check_model(model, model.config)
+    if options.lora is None:
+        return model
+    layers = read_lora(options.lora, model.state_dicts)
+    merged = merge_lora(model.state_dicts, layers, weight=options.lora_weight)
+    if options.dtype is None:
+        merged = {name: stored_as(tensors, model.state_dicts[name]) for name, tensors in merged.items()}
+    return replace(model, state_dicts=merged)
+
+
+def convert_model(options: Namespace) -> Path:
+    """Writes the model of `convert.py`'s options -> its path."""
+    sharded = options.target.name.endswith(INDEX)
+    to_folder = options.target.suffix not in (".safetensors", ".ckpt") and not sharded
+    if to_folder:
+        check_folder(options.target)
+    model = opened(options)
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    for word, vectors in model.learned_tokens.items():
+        print(save_embedding(embeddings_beside(options.target), word, vectors, metadata={}))
+    size = model.size(model.config["parameterization"])
+    if to_folder:
+        name = options.tokenizer or encoder_params(model.config["text_encoder"]["params"])[0]["tokenizer"]
+        folder = load_tokenizer(name).name_or_path
+        return save_folder(
+            options.target, model.state_dicts, config=model.config, tokenizer=folder, size=size, dtype=dtype
+        )
+    schedule = {key: model.config[key] for key in SCHEDULE}
+    alphas_cumprod = make_alphas_cumprod(**schedule, dtype=torch.float64)
+    metadata = file_metadata(model.config, title=options.source.stem, size=size) | dict(model.metadata)
+    if sharded:
+        parts = {name: cast_tensors(part, dtype) for name, part in model.state_dicts.items()}
+        tensors = join(parts, alphas_cumprod, v_prediction=model.config["parameterization"] == "v")
+        max_bytes = options.max_file_mib * 2**20
+        return write_shards(options.target, tensors, max_bytes=max_bytes, metadata=metadata)[-1]
+    return save_model(
+        options.target, model.state_dicts, alphas_cumprod=alphas_cumprod, dtype=dtype, metadata=metadata
+    )

@@ -1,0 +1,141 @@
+"""The metrics of a model beside its base's, or of folders of images: what `evaluate.py` does."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.annotations import Node
+from ldm.checkpoints import run_checkpoint
+from ldm.config import check, instantiate
+from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.images import ImageFiles
+from ldm.engine.device import keep_freed_memory
+from ldm.errors import UserError
+from ldm.evaluation.image_folder import read_image_folder
+from ldm.evaluation.protocol import Evaluation, SubjectPrompts
+from ldm.evaluation.storybook import StorybookEvaluation
+from ldm.files import atomic_write, make_folder
+from ldm.pipeline import Text2Image, find_model
+from ldm.reports.metrics_plot import metrics_plot
+from ldm.runs.run import write_json
+from ldm.schema import RunConfig
+from ldm.shipped import find_file
+
+BASE = "ldm/storybook/assets/base.safetensors"
+BASE_GUIDANCE = 4.0
+SAMPLING = ("sampler", "steps", "guidance_scale", "guidance_base", "batch_size", "precision")  # of a run
+METRICS = {
+    "storybook": "ldm.evaluation.storybook.StorybookEvaluation",
+    "photos": "ldm.evaluation.photos.PhotoEvaluation",
+}
+
+
+def run_config(model: Path | None) -> RunConfig | None:
+    """The config of the run that a model file or a checkpoint lies in; None without one."""
+    places = [] if model is None else [model.with_name("config.yaml"), run_checkpoint.config_of(model)]
+    path = next((path for path in places if path is not None and path.is_file()), None)
+    return RunConfig.read(path) if path else None
+
+
+def evaluation_of(options: Namespace, config: RunConfig | None) -> Evaluation:
+    """The evaluation of the run, in full size, or the one that the options ask for."""
+    own = (config and config.evaluation) or {}
+    target = METRICS[options.metrics] if options.metrics else own.get("target", METRICS["storybook"])
+    params = dict(own.get("params") or {}) if target == own.get("target") else sampling_of(config)
+    if target == METRICS["storybook"]:
+        params |= {"seeds": 16, "class_samples": 128}
+    if options.no_diversity:
+        params["diversity"] = False
+    given = ("prompts", "seeds", "class_samples", "steps", "guidance_scale", "dino", "clip")
+    params |= {name: getattr(options, name) for name in given if getattr(options, name) is not None}
+    if options.guidance_base:
+        params["guidance_base"] = True
+    node = {"target": target, "params": params}
+    check({"evaluation": node}, {"evaluation": Node})
+    return instantiate(node)
+
+
+def sampling_of(config: RunConfig | None) -> dict[str, Any]:
+    """How a run draws its samples: how it is measured where it has no such evaluation of its own."""
+    return {name: getattr(config.samples, name) for name in SAMPLING} if config else {}
+
+
+def photos_of(options: Namespace, config: RunConfig | None) -> DreamBoothDataModule:
+    """The photos and the names of their subject, from the options, else from the run's config."""
+    params = dict(config.data["params"]) if config and config.is_dreambooth else {}
+    given = {"subject_root": options.data_root, "class_word": options.class_word}
+    given["identifier"] = options.identifier
+    params |= {name: value for name, value in given.items() if value is not None}
+    lacking = [flag for flag in ("subject_root", "class_word") if flag not in params]
+    if lacking:
+        remedy = "Give --data_root and --class_word, or a folder of a run."
+        raise UserError(f"The {lacking[0]} is missing", where="evaluate.py", remedy=remedy)
+    data = DreamBoothDataModule(**{"size": 64} | params)
+    data.check()
+    return data
+
+
+def evaluate(options: Namespace, model: Path | None) -> Mapping[str, Any]:
+    """The metrics of a model with its base's, or of folders of images."""
+    config = run_config(model)
+    data = photos_of(options, config)
+    samples = read_image_folder(options.pictures) if options.pictures else []
+    of_class = read_image_folder(options.class_pictures, at_least=2) if options.class_pictures else []
+    evaluation = evaluation_of(options, config)
+    prompts = SubjectPrompts(data.subject_prompt, data.prior_prompt, **data.words)
+    photos = ImageFiles(photo.path for photo in data.subject_photos)
+    if against := evaluation.unfit(photos, prompts):
+        raise UserError(". ".join(against), where=data.subject_root, remedy="Take --metrics photos.")
+    subject = evaluation.subject(photos)
+    if model is None:
+        return evaluation.measure_images(samples, subject=subject, prompts=prompts, of_class=of_class)
+    base = find_file(options.base or (config and config.base_checkpoint) or BASE)
+    pipelines = {
+        "before": Text2Image.from_file(base),
+        "after": Text2Image.from_file(model, guidance_base=base if evaluation.guidance_base else None),
+    }
+    before, after = (
+        evaluation.measure(pipeline, subject=subject, prompts=prompts, is_base=when == "before")
+        for when, pipeline in pipelines.items()
+    )
+    return evaluation.summary(after, before, subject)
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """A row per metric: value, interval, base, photos and noise floor, where there are any."""
+    rows = [("", "measured", "95 %", "base", "photos", "noise")]
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            low_high = metrics.get("intervals", {}).get(name)
+            beside = [metrics.get(key, {}).get(name, "") for key in ("base", "ceiling", "noise_floor")]
+            interval = "{:.3f} to {:.3f}".format(*low_high) if low_high else ""
+            rows.append((name, f"{value:.3f}", interval, *map(str, beside)))
+    lines = ["{:30}{:>8}{:>18}{:>9}{:>9}{:>9}".format(*row).rstrip() for row in rows]
+    if sampling := metrics.get("sampling"):
+        lines.append(", ".join(f"{name} {value}" for name, value in sampling.items() if value is not None))
+    return "\n".join(lines)
+
+
+def evaluate_model(options: Namespace) -> None:
+    """Measures what the options of `evaluate.py` name; prints a table and writes its files."""
+    keep_freed_memory()
+    given = find_file(BASE) if options.captions and options.model is None else options.model
+    model = None if options.pictures else find_model(given)
+    print(f"images: {options.pictures}" if model is None else f"model: {model}")
+    if options.captions:
+        evaluation = StorybookEvaluation(
+            steps=options.steps or 25, guidance_scale=options.guidance_scale or BASE_GUIDANCE
+        )
+        metrics = evaluation.examine(Text2Image.from_file(model), samples=options.captions)
+    else:
+        metrics = evaluate(options, model)
+    print(table(metrics))
+    is_run = model is not None and model.with_name("config.yaml").exists()
+    name = (model or options.pictures).stem
+    folder = options.out or (model.parent / "evaluation" if is_run else Path("logs") / f"evaluation-{name}")
+    make_folder(folder)
+    print(write_json(folder / "metrics.json", metrics))
+    with atomic_write(folder / "figures.svg") as temporary:
+        temporary.write_text(metrics_plot(metrics), encoding="utf-8")
+    print(folder / "figures.svg")

@@ -1,0 +1,37 @@
+"""The prior images of a config, and nothing else: what `generate_priors.py` does."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ldm.config import instantiate
+from ldm.engine import distributed
+from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
+from ldm.errors import UserError
+from ldm.runs.run import base_files, load_base
+from ldm.runs.sampling import generate_priors, prior_set, text2image
+from ldm.runs.validate import validate
+from ldm.schema import RunConfig
+
+
+def generate_set(config: RunConfig) -> Path:
+    """Generates the missing images -> the folder of the set."""
+    keep_freed_memory()
+    trainer = distributed.join(config.trainer)
+    validate(replace(config, trainer=trainer))
+    data = instantiate(config.data)
+    if not config.is_dreambooth or not data.generates_priors:
+        raise UserError("This config has no prior images to generate", where="data.params.num_priors")
+    module = instantiate(config.model)
+    base_hash = load_base(
+        module.networks, base_files(config), parameterization=module.process.parameterization
+    )
+    set_matmul_precision(config.matmul_precision)
+    module.to(device_of(trainer))
+    sampling = config.priors
+    pipeline = text2image(module, size=data.size)
+    about = {"device": module.device, "unconditional": pipeline.text_encoder.unconditional}
+    priors = prior_set(data, sampling, base_sha256=base_hash, **about)
+    missing = generate_priors(pipeline, priors, data.num_priors, batch_size=sampling.batch_size)
+    if distributed.rank() == 0:
+        print(f"{missing} generated, {data.num_priors - missing} were there")
+    return priors.folder

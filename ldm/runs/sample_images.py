@@ -1,0 +1,155 @@
+"""Images of prompts by a trained model, as files: what `sample.py` does."""
+
+import re
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ldm.checkpoints.embedding import read_embedding
+from ldm.checkpoints.load import Model, file_hash, open_model
+from ldm.checkpoints.modelspec import sampling_defaults, taught_words
+from ldm.checkpoints.save import DTYPES
+from ldm.config import load_config, to_container
+from ldm.contact_sheet import contact_sheet, save_image
+from ldm.data.images import load_image
+from ldm.data.prompts import read_prompts
+from ldm.engine.device import keep_freed_memory
+from ldm.errors import UserError
+from ldm.families.sdxl.conditioning import Sizes
+from ldm.models.text_encoder import find_words
+from ldm.pipeline import Sample, Text2Image, find_model
+from ldm.precision import resolve_precision
+
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+SIZES = ("original_size", "crop", "target_size")  # of Sizes: what SDXL is told
+SETTINGS = ("negative_prompt", "steps", "guidance_scale", "sampler", "spacing", "eta", "height", "width")
+
+
+def weighted(word: str) -> tuple[Path, float]:
+    """FILE[:WEIGHT] -> (file, weight)."""
+    file, colon, weight = word.rpartition(":")
+    try:
+        return (Path(file), float(weight)) if colon else (Path(word), 1.0)
+    except ValueError:
+        return Path(word), 1.0  # the colon is the path's
+
+
+def check_embeddings(files: Sequence[Path], prompts: Sequence[str]) -> None:
+    """Raises UserError for an embedding whose word no prompt has: it would change nothing."""
+    for file in files:
+        words = list(read_embedding(file))
+        if not any(find_words(prompt, words) for prompt in prompts):
+            what = f"No prompt has the word of this embedding, `{'` or `'.join(words)}`"
+            raise UserError(what, where=file, remedy="Write it into a prompt, as a word of its own.")
+
+
+def sizes_of(options: Namespace, pipeline: Text2Image, *, height: int, width: int) -> Sizes | None:
+    """What SDXL is told of the images: what the options say, else what is usual; None for other models."""
+    usual = Sizes.of_sample(height, width)
+    given = [getattr(options, name) for name in SIZES]
+    sizes = Sizes(*(tuple(own or other) for own, other in zip(given, usual, strict=True)))
+    return Sizes.told(sizes if any(given) else None, height, width, to=pipeline.unet)
+
+
+def name_of(path: Path) -> str:
+    """Name of a model: its file's, or its run's."""
+    return path.resolve().parent.name if path.stem == "model" else path.stem
+
+
+def sample_images(options: Namespace) -> None:
+    """Draws the images that the options of `sample.py` name, and prints the paths of their files."""
+    if not (options.prompt or options.prompts) or options.n < 1:
+        raise UserError("There is nothing to generate", remedy="Give --prompt or --prompts, and --n from 1.")
+    keep_freed_memory()
+    options.device = options.device or DEVICE
+    path = find_model(options.model)
+    precision = resolve_precision(options.precision, options.device)
+    print(f"model: {path}")
+    config = to_container(load_config([options.config])) if options.config else None
+    model = open_model(path, vae=options.vae, config=config)
+    prompts = prompts_of(options, model)
+    check_embeddings(options.embedding, [*prompts, options.negative_prompt or ""])
+    init_image = load_image(options.init_image) if options.init_image else None
+    loras = [weighted(word) for word in options.lora]
+    base = find_model(options.guidance_base) if options.guidance_base else None
+    added = {"loras": loras, "embeddings": options.embedding, "guidance_base": base, "vae": options.vae}
+    place = {"device": options.device, "dtype": DTYPES[precision]}
+    pipeline = Text2Image.from_file(path, config=config, **place, **added)
+    settings = settings_of(options, model, pipeline)
+    about = settings | {"model": name_of(path), "model_hash": pipeline.model_hash, "precision": precision}
+    sizes = sizes_of(options, pipeline, height=settings["height"], width=settings["width"])
+    about |= _added(options, pipeline, base=base, sizes=sizes, negative_prompt=settings["negative_prompt"])
+    if init_image:
+        settings["strength"] = options.strength
+    settings |= {"init_image": init_image, "long_prompts": options.long_prompts, "sizes": sizes}
+    out = options.out or path.parent / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
+    images = [[] for _ in prompts]
+    for row, sample in drawn(pipeline, prompts, options, settings):
+        out.mkdir(parents=True, exist_ok=True)
+        slug = re.sub(r"\W+", "-", sample.prompt.lower())[:40].strip("-")
+        file = out / f"{row:03d}-{slug}-{sample.seed}.png"
+        written = save_image(file, sample.image, {"prompt": sample.prompt, "seed": sample.seed} | about)
+        tqdm.write(str(written))
+        images[row].append(sample.image)
+    grid = contact_sheet(list(zip(prompts, images, strict=True)))
+    print(save_image(out / "contact_sheet.png", grid, {"prompts": prompts, "seed": options.seed} | about))
+
+
+def prompts_of(options: Namespace, model: Model) -> list[str]:
+    """The prompts of the command line, then those of the file, with the words that the model was taught."""
+    words = taught_words(model.metadata)
+    words |= {name: getattr(options, name) for name in words if getattr(options, name)}
+    return options.prompt + (read_prompts(options.prompts, **words) if options.prompts else [])
+
+
+def settings_of(options: Namespace, model: Model, pipeline: Text2Image) -> dict[str, Any]:
+    """What the options say of the sampling, else what is usual for the model."""
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    usual = sampling_defaults(model.metadata, model.family)
+    settings |= {name: value for name, value in usual.items() if settings[name] is None}
+    settings |= {side: pipeline.default_size for side in ("height", "width") if settings[side] is None}
+    settings["negative_prompt"] = pipeline.negative(settings["negative_prompt"])
+    return settings
+
+
+def _added(
+    options: Namespace,
+    pipeline: Text2Image,
+    *,
+    base: Path | None,
+    sizes: Sizes | None,
+    negative_prompt: str | None,
+) -> dict[str, Any]:
+    """What else the files' metadata says: of the image that is changed, sizes, and files beside the model."""
+    about: dict[str, Any] = {}
+    if options.init_image:
+        about |= {"strength": options.strength, "init_image": options.init_image.name}
+    if sizes is not None:
+        about |= sizes._asdict() | {"unconditional": "zeros" if negative_prompt is None else "prompt"}
+    about |= {"lora": options.lora} if options.lora else {}
+    about |= {"vae": options.vae.name, "vae_hash": file_hash(options.vae)} if options.vae else {}
+    if base:
+        about |= {"guidance_base": name_of(base), "guidance_base_hash": pipeline.guidance_base.model_hash}
+    return about | ({"embedding": [file.name for file in options.embedding]} if options.embedding else {})
+
+
+def drawn(
+    pipeline: Text2Image, prompts: Sequence[str], options: Namespace, settings: dict[str, Any]
+) -> Iterator[tuple[int, Sample]]:
+    """(index of its prompt, sample) of `n` samples of each prompt, batch by batch, with a bar of steps."""
+    jobs = [(row, options.seed + i) for row in range(len(prompts)) for i in range(options.n)]
+    how = {"batched_guidance": not options.low_memory, "batch_size": options.batch_size}
+    size = max(options.batch_size, 1)
+    steps = int(settings["steps"] * options.strength) if settings["init_image"] else settings["steps"]
+    with tqdm(total=len(jobs) * steps, desc=f"{len(jobs)} images", unit="step") as bar:
+        for batch in (jobs[first : first + size] for first in range(0, len(jobs), size)):
+            rows, seeds = zip(*batch, strict=True)
+            samples = pipeline(
+                [prompts[i] for i in rows], seeds=seeds, progress=bar.update, **settings, **how
+            )
+            yield from zip(rows, samples, strict=True)

@@ -1,0 +1,10 @@
+"""See `ldm/commands/publish.py`, and --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+from ldm.commands import publish
+
+if __name__ == "__main__":
+    sys.exit(publish.command())

@@ -1,0 +1,35 @@
+"""Flags of other tools are answered with what is written here, and that is right."""
+
+import pytest
+
+from ldm.errors import UserError
+from ldm.runs.command import ALIASES, read_command
+from ldm.runs.old_flags import FLAGS, OVERRIDES, remedies
+from ldm.runs.options import parse
+
+SD1 = ["--base", "configs/dreambooth-sd1.yaml", "configs/presets/8gb-lora.yaml"]
+
+
+def test_every_override_is_a_key_of_a_real_config():
+    parse([*SD1, "--class_word", "dog", *OVERRIDES.values()])
+
+
+@pytest.mark.parametrize("flag", [*OVERRIDES, *FLAGS, "-t", "--no-test", "-l", "--debug", "-p"])
+@pytest.mark.parametrize("how", ["{}", "{} 1", "{}=1"])
+def test_a_flag_is_answered(flag, how):
+    if flag.startswith("--") or "=" not in how:
+        with pytest.raises(UserError) as error:
+            read_command(["--base", "a.yaml", *how.format(flag).split()], description=None)
+        assert error.value.remedy == remedies()[flag]
+        assert error.value.what.startswith(f"`{flag}")
+
+
+def test_flags_of_ours_exist_and_are_not_shadowed():
+    ours = {f"--{name}" for name in ALIASES} | {"--base", "--resume", "--allow", "--dry_run"}
+    assert {words.split()[0] for words in FLAGS.values()} <= ours
+    assert not ours & remedies().keys()
+
+
+def test_an_unknown_flag_is_said_as_before():
+    with pytest.raises(UserError, match="`--lerning_rate=1` is not an option.*key.sub=value"):
+        read_command(["--base", "a.yaml", "--lerning_rate=1"], description=None)
