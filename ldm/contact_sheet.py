@@ -81,13 +81,20 @@ def parameters_line(settings: Mapping[str, Any]) -> str:
     values = dict(settings)
     if "sampler" in values:
         karras = " Karras" if values.get("spacing") == "karras" else ""
-        values["sampler"] = A1111_SAMPLERS[values["sampler"]] + karras
+        values["sampler"] = _sampler_name(values["sampler"]) + karras
     if "width" in values and "height" in values:
         values["size"] = f"{values['width']}x{values['height']}"
     if values.get("model_hash"):
         values["model_hash"] = values["model_hash"][:10]
     pairs = [f"{name}: {values[key]}" for key, name in A1111_NAMES.items() if values.get(key) is not None]
     return "\n".join([*lines, ", ".join(pairs)])
+
+
+def _sampler_name(sampler: str | Mapping[str, Any]) -> str:
+    """A sampler as AUTOMATIC1111 calls it; one of somebody's own, a node, by its own name."""
+    if isinstance(sampler, str):
+        return A1111_SAMPLERS.get(sampler, sampler)
+    return str(sampler["target"]).rpartition(".")[2]
 
 
 def _enlarge(image: Image.Image, cell: int) -> Image.Image:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ldm.denoiser import Denoiser, evaluating, filler, placement, require_same_kind
 from ldm.diffusion.guidance import Denoise, classifier_free_guidance
 from ldm.diffusion.process import Level, NoiseProcess
-from ldm.diffusion.samplers import DEFAULT_SPACING, ENDS_CLEAN, SAMPLERS, Callback, ddim
+from ldm.diffusion.samplers import Callback, Sampler, ddim
 from ldm.diffusion.schedule import Spacing
 from ldm.errors import UserError
 from ldm.families.sdxl.conditioning import Sizes
@@ -32,6 +32,7 @@ from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 from ldm.precision import Precision, autocast_for, vae_precision
 from ldm.randomness import randn
+from ldm.sampler_nodes import SamplerNode, build_sampler, sampler_label, sampling_levels
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class Text2Image:
         steps: int = 50,
         guidance_scale: float = 7.5,
         eta: float = 0.0,
-        sampler: str = "ddim",
+        sampler: SamplerNode | Sampler = "ddim",
         spacing: Spacing | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -175,11 +176,10 @@ class Text2Image:
         return self.vae.embed_dim, *(n // self.vae.factor for n in pixels.values())
 
     def _levels(
-        self, sampler: str, steps: int, spacing: Spacing | None, strength: float | None
+        self, sampler: SamplerNode | Sampler, steps: int, spacing: Spacing | None, strength: float | None
     ) -> list[Level]:
         """Those of the steps and of the end; given a strength, of the last floor(steps * strength) steps."""
-        usual = "trailing" if self.process.zero_terminal_snr else DEFAULT_SPACING[sampler]
-        levels = self.process.levels(steps, spacing or usual, clean=sampler in ENDS_CLEAN)
+        levels = sampling_levels(self.process, sampler, steps=steps, spacing=spacing)
         if strength is None:
             return levels
         kept = int(steps * strength) if 0 <= strength <= 1 else 0
@@ -295,8 +295,13 @@ def find_model(path: Path | None = None) -> Path:
 
 
 def _checked(
-    prompts: str | Sequence[str], seeds: Sequence[int] | None, *, sampler: str, eta: float, batch_size: int
-) -> tuple[Sequence[str], Sequence[int], Callable[..., Tensor]]:
+    prompts: str | Sequence[str],
+    seeds: Sequence[int] | None,
+    *,
+    sampler: SamplerNode | Sampler,
+    eta: float,
+    batch_size: int,
+) -> tuple[Sequence[str], Sequence[int], Sampler]:
     """Prompts and seeds as they are meant, and the sampler.
 
     A string is one prompt for all seeds, which count from 0.
@@ -306,17 +311,14 @@ def _checked(
     seeds = range(len(prompts)) if seeds is None else seeds
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts do not go with {len(seeds)} seeds")
-    if sampler not in SAMPLERS:
-        *others, last = SAMPLERS
-        remedy = f"Choose {', '.join(others)} or {last}."
-        raise UserError(f"The sampler {sampler!r} is unknown", remedy=remedy)
-    if eta != 0 and sampler != "ddim":
-        raise UserError(f"The {sampler} sampler has no eta (it is {eta})", remedy="Set eta to 0 or use ddim.")
+    built, name = build_sampler(sampler), sampler_label(sampler)
+    if eta != 0 and name != "ddim":
+        raise UserError(f"The {name} sampler has no eta (it is {eta})", remedy="Set eta to 0 or use ddim.")
     if not 0 <= eta <= 1:
         raise UserError(f"eta {eta} is impossible", remedy="Choose from 0 to 1.")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is impossible", remedy="Choose 1 or more.")
-    return prompts, seeds, partial(ddim, eta=eta) if sampler == "ddim" else SAMPLERS[sampler]
+    return prompts, seeds, partial(ddim, eta=eta) if name == "ddim" else built
 
 
 @contextmanager

@@ -32,10 +32,19 @@ from ldm.pipeline import Text2Image, find_model
 from ldm.reports.metrics_plot import metrics_plot
 from ldm.runs.run import find_file, write_json
 from ldm.schema import RunConfig
+from ldm.targets import allow
 
 BASE = "ldm/storybook/assets/base.safetensors"
 BASE_GUIDANCE = 4.0
-SAMPLING = ("sampler", "steps", "guidance_scale", "guidance_base", "batch_size", "precision")  # of a run
+SAMPLING = (
+    "sampler",
+    "spacing",
+    "steps",
+    "guidance_scale",
+    "guidance_base",
+    "batch_size",
+    "precision",
+)  # of a run
 METRICS = {
     "storybook": "ldm.evaluation.storybook.StorybookEvaluation",
     "photos": "ldm.evaluation.photos.PhotoEvaluation",
@@ -67,6 +76,13 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, help="sampling steps (the run's own)")
     add("--guidance_scale", type=float, help="guidance scale (the run's own)")
     add("--guidance_base", action="store_true", help="the base predicts for the empty prompt (the run's own)")
+    add(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let a run's config name your own code",
+    )
     add("--out", type=Path, help="folder of metrics.json (`evaluation` in the run's folder)")
     return parser.parse_args()
 
@@ -158,6 +174,8 @@ def table(metrics: Mapping[str, Any]) -> str:
 
 
 def main(options: argparse.Namespace) -> None:
+    for package in options.allow:
+        allow(package)
     keep_freed_memory()
     given = find_file(BASE) if options.captions and options.model is None else options.model
     model = None if options.pictures else find_model(given)

@@ -28,6 +28,8 @@ from ldm.families.sdxl.conditioning import Sizes
 from ldm.models.text_encoder import find_words
 from ldm.pipeline import Text2Image, find_model
 from ldm.precision import resolve_precision
+from ldm.sampler_nodes import build_sampler
+from ldm.targets import allow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 SIZES = {"original_size": ("HEIGHT", "WIDTH"), "crop": ("TOP", "LEFT"), "target_size": ("HEIGHT", "WIDTH")}
@@ -66,7 +68,13 @@ def parse() -> argparse.Namespace:
         type=float,
         help="1: no guidance; None: as for the samples of the model's run, else 7.5, or 5 for SDXL",
     )
-    add("--sampler", choices=SAMPLERS, help="None: as for the samples of the model's run, else ddim")
+    add(
+        "--sampler",
+        metavar="NAME",
+        help=f"{', '.join(SAMPLERS)}, or a function of an allowed package, package.name; "
+        "None: as for the samples of the model's run, else ddim",
+    )
+    add("--allow", action="append", default=[], metavar="PACKAGE", help="let a sampler be of your own code")
     add(
         "--spacing",
         choices=SPACINGS,
@@ -130,6 +138,11 @@ def sizes_of(options: argparse.Namespace, pipeline: Text2Image, *, height: int, 
     return Sizes.told(sizes if any(given) else None, height, width, to=pipeline.unet)
 
 
+def sampler_node(name: str | None) -> str | dict[str, str] | None:
+    """A sampler as `Text2Image` takes it, from a short name or the dotted name of one's own."""
+    return {"target": name} if name is not None and "." in name else name
+
+
 def name_of(path: Path) -> str:
     """Name of a model: its file's, or its run's."""
     return path.resolve().parent.name if path.stem == "model" else path.stem
@@ -138,6 +151,8 @@ def name_of(path: Path) -> str:
 def main(options: argparse.Namespace) -> None:
     if not (options.prompt or options.prompts) or options.n < 1:
         raise UserError("There is nothing to generate", remedy="Give --prompt or --prompts, and --n from 1.")
+    for package in options.allow:
+        allow(package)
     keep_freed_memory()
     path, precision = find_model(options.model), resolve_precision(options.precision, options.device)
     print(f"model: {path}")
@@ -152,10 +167,12 @@ def main(options: argparse.Namespace) -> None:
     base = find_model(options.guidance_base) if options.guidance_base else None
     added = {"loras": loras, "embeddings": options.embedding, "guidance_base": base, "vae": options.vae}
     place = {"device": options.device, "dtype": DTYPES[precision]}
-    pipeline = Text2Image.from_file(path, config=config, **place, **added)
     settings = {name: getattr(options, name) for name in SETTINGS}
     usual = sampling_defaults(model.metadata, model.family)
+    settings["sampler"] = sampler_node(options.sampler)
     settings |= {name: value for name, value in usual.items() if settings[name] is None}
+    build_sampler(settings["sampler"])  # refused before the networks are read
+    pipeline = Text2Image.from_file(path, config=config, **place, **added)
     settings |= {side: pipeline.default_size for side in ("height", "width") if settings[side] is None}
     settings["negative_prompt"] = pipeline.negative(settings["negative_prompt"])
     about = settings | {"model": name_of(path), "model_hash": pipeline.model_hash, "precision": precision}

@@ -35,10 +35,11 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
     "cuda_graph": {"models"},
     "denoiser": {"conditioner", "cuda_graph", "diffusion", "families", "models"},
     "model_file": {"checkpoints", "config", "denoiser", "diffusion", "families", "models"},
-    "pipeline": {"denoiser", "diffusion", "families", "model_file", "models", "precision"},
-    "evaluation": {"pipeline", "precision", "diffusion", "storybook", "data"},
+    "pipeline": {"denoiser", "diffusion", "families", "model_file", "models", "precision", "sampler_nodes"},
+    "sampler_nodes": {"config", "diffusion"},
+    "evaluation": {"pipeline", "precision", "diffusion", "sampler_nodes", "storybook", "data"},
     "reports": {"evaluation"},
-    "schema": {"config", "data", "diffusion", "precision", "targets"},
+    "schema": {"config", "data", "diffusion", "precision", "sampler_nodes", "targets"},
     "optim": {"config", "schema", "targets"},
     "engine": {"checkpoints", "optim", "schema"},
     "training": {
@@ -78,6 +79,7 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
         "pipeline",
         "precision",
         "reports",
+        "sampler_nodes",
         "schema",
         "storybook",
         "storybook.training",
@@ -231,7 +233,11 @@ for name in {sorted(MODULES - {"ldm.models.group_norm_triton"})!r}:  # Triton is
 def test_the_page_of_the_architecture_names_what_is_there():
     """docs/architecture.md: each path that it names exists, and its table is the one above."""
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    paths = set(re.findall(r"`([\w./-]+(?:/|\.\w+))`", page)) - {"model.safetensors", "report.html", "storybook.training"}
+    paths = set(re.findall(r"`([\w./-]+(?:/|\.\w+))`", page)) - {
+        "model.safetensors",
+        "report.html",
+        "storybook.training",
+    }
     assert len(paths) > 50 and {path for path in paths if not (ROOT / path).exists()} == set()
     rows = re.findall(r"^\| `([\w.]+)` \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE)
     assert {room: set(names.split(", ")) - {"nothing"} for room, names in rows} == MAY_IMPORT

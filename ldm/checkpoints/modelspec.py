@@ -32,7 +32,7 @@ SAMPLING_DEFAULTS = {  # usual ones; spacing None: as suits the sampler
     "steps": 50,
 }
 KINDS = {
-    "sampler": (str,),
+    "sampler": (str, dict),  # a short name, or the node of somebody's own
     "spacing": (str, type(None)),
     "steps": (int,),
     "guidance_scale": (int, float),
@@ -89,7 +89,7 @@ def taught_words(metadata: Mapping[str, str]) -> dict[str, str | None]:
     }
 
 
-def sampling_defaults(metadata: Mapping[str, str], family: Family) -> dict[str, str | int | float | None]:
+def sampling_defaults(metadata: Mapping[str, str], family: Family) -> dict[str, Any]:
     """Sampler, spacing, steps and guidance scale that suit a file: its run's, else usual ones."""
     usual = SAMPLING_DEFAULTS | {"guidance_scale": family.guidance_scale}
     samples = _section(training_of(metadata), "samples")

@@ -4,7 +4,7 @@ import math
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from ldm.annotations import Builds, Node, NonNegativeInt, Probability
-from ldm.config import instantiate
+from ldm.config import bound
 
 
 @runtime_checkable
@@ -64,4 +64,4 @@ SHORT = {"constant": Constant, "cosine": Cosine, "wsd": WSD}
 
 def build_schedule(schedule: ScheduleNode) -> LRSchedule:
     """A short name stands for the class with its defaults."""
-    return SHORT[schedule]() if isinstance(schedule, str) else instantiate(schedule)
+    return SHORT[schedule]() if isinstance(schedule, str) else bound(schedule)

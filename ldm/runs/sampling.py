@@ -15,6 +15,7 @@ from ldm.engine import distributed
 from ldm.engine.device import temporarily_on
 from ldm.pipeline import Text2Image
 from ldm.precision import resolve_precision
+from ldm.sampler_nodes import usual_spacing
 from ldm.schema import PriorsConfig, SamplesConfig
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.techniques import frozen_copy
@@ -58,6 +59,7 @@ def prior_set(
         prompt=data.prior_prompt,
         base_sha256=base_sha256,
         sampler=config.sampler,
+        spacing=None if config.spacing == usual_spacing(config.sampler) else config.spacing,
         steps=config.steps,
         guidance_scale=config.guidance_scale,
         negative_prompt=unconditional if config.negative_prompt is None else config.negative_prompt,
@@ -77,6 +79,7 @@ def prior_generator(spec: PriorSpec, pipeline: Text2Image, *, batch_size: int) -
                 [spec.prompt] * len(seeds),
                 seeds=seeds,
                 sampler=spec.sampler,
+                spacing=spec.spacing,
                 steps=spec.steps,
                 guidance_scale=spec.guidance_scale,
                 negative_prompt=spec.negative_prompt,

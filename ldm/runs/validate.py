@@ -16,9 +16,11 @@ from torch import nn
 from ldm.annotations import Node
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.vae import check_same_scale, open_vae
-from ldm.config import instantiate, param_of
+from ldm.config import instantiate, param_of, takes
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.prompts import fill
+from ldm.diffusion.process import NoiseProcess
+from ldm.diffusion.schedule import Spacing
 from ldm.engine import distributed
 from ldm.engine.sharding import check_sharding
 from ldm.errors import UserError
@@ -32,12 +34,14 @@ from ldm.runs.folder import check_name
 from ldm.runs.memory import checkpoint_bytes
 from ldm.runs.online_eval import check_online_eval
 from ldm.runs.sampling import text2image
+from ldm.sampler_nodes import SamplerNode, sampling_levels
 from ldm.schema import RunConfig, TrainerOptions
 from ldm.storybook.training.base import StorybookBase
 from ldm.training.latent_diffusion import LatentDiffusion
 
 log = logging.getLogger(__name__)
 LEAST_SDXL = 512  # pixels a side
+SAMPLING = ("steps", "sampler", "spacing")  # what decides the noise levels of a sampling
 LOGGERS = {  # class of a logger -> the package that it needs
     "WandbLogger": "wandb",
     "CometLogger": "comet_ml",
@@ -90,11 +94,7 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
     data.check()
     check_prior_target(module, data)
     nodes = evaluation_nodes(config)
-    _check_sampling(config, nodes, timesteps=len(module.process.alphas_cumprod), words=data.words)
-    if config.samples.spacing is not None:
-        module.process.levels(
-            config.samples.steps, config.samples.spacing
-        )  # refuses what the schedule has not
+    _check_sampling(config, nodes, module.process, words=data.words)
     for node in nodes.values():
         instantiate(node)  # reads its own networks and prompts
 
@@ -177,20 +177,43 @@ def _learns(network: nn.Module) -> bool:
 
 
 def _check_sampling(
-    config: RunConfig, nodes: Mapping[str, Node], *, timesteps: int, words: Mapping[str, str]
+    config: RunConfig, nodes: Mapping[str, Node], process: NoiseProcess, *, words: Mapping[str, str]
 ) -> None:
-    """Refuses prompts of samples with unknown placeholders, and more sampling steps than timesteps."""
+    """Refuses prompts of samples with unknown placeholders, and steps that the schedule does not have."""
     for k, prompt in enumerate(config.samples.prompts):
         try:
             fill(prompt, **words)
         except UserError as error:
             raise UserError(error.what, where=f"samples.prompts.{k}", remedy=error.remedy) from error
-    steps = {"priors.steps": config.priors.steps, "samples.steps": config.samples.steps}
-    steps |= {f"{key}.params.steps": param_of(node, "steps") for key, node in nodes.items()}
-    for key, count in steps.items():
-        if count > timesteps:
-            what = f"{count} sampling steps are more than the schedule's {timesteps} timesteps"
-            raise UserError(what, where=key, remedy=f"Choose from 1 to {timesteps}.")
+    asked = {
+        section: {name: getattr(getattr(config, section), name) for name in SAMPLING}
+        for section in ("priors", "samples")
+    }
+    asked |= {
+        f"{key}.params": {name: param_of(node, name) for name in SAMPLING if takes(node, name)}
+        for key, node in nodes.items()
+    }
+    for key, how in asked.items():
+        _check_levels(process, key, **how)
+
+
+def _check_levels(
+    process: NoiseProcess,
+    key: str,
+    *,
+    steps: int,
+    sampler: SamplerNode = "ddim",
+    spacing: Spacing | None = None,
+) -> None:
+    """Refuses steps of a sampling that the schedule does not have. key: of its section."""
+    timesteps = len(process.alphas_cumprod)
+    if steps > timesteps:
+        what = f"{steps} sampling steps are more than the schedule's {timesteps} timesteps"
+        raise UserError(what, where=f"{key}.steps", remedy=f"Choose from 1 to {timesteps}.")
+    try:
+        sampling_levels(process, sampler, steps=steps, spacing=spacing)
+    except UserError as error:
+        raise UserError(error.what, where=f"{key}.spacing", remedy=error.remedy) from error
 
 
 def _check_logger(config: RunConfig) -> None:
