@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.conditioner import clip_skip_of
 from ldm.denoiser import Denoiser, evaluating, filler, placement, require_same_kind
 from ldm.diffusion.guidance import Denoise, classifier_free_guidance
 from ldm.diffusion.process import Level, NoiseProcess
@@ -136,6 +137,7 @@ class Text2Image:
         init_image: Image.Image | None = None,
         strength: float = 0.75,
         long_prompts: bool = False,
+        clip_skip: int | None = None,
         batch_size: int = 8,
         batched_guidance: bool = True,
         precision: Precision = "auto",
@@ -145,7 +147,7 @@ class Text2Image:
 
         `negative_prompt` None: SDXL's zeros, else "". `spacing` None: as suits the sampler. `sizes`: told to
         SDXL. `init_image`: of img2img, for the last `strength` of the steps. `long_prompts`: encode in
-        chunks. `progress`: a bar, or a callable that gets step counts.
+        chunks. `clip_skip`: None is the text encoder's. `progress`: a bar, or a callable of step counts.
         """
         prompts, seeds, sample = _checked(prompts, seeds, sampler=sampler, eta=eta, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
@@ -154,7 +156,8 @@ class Text2Image:
             told = Sizes.told(sizes, *(n * self.vae.factor for n in shape[1:]), to=self.unet)
             how = (levels, guidance_scale, batched_guidance, told)
             negative = () if guidance_scale == 1 else (self.negative(negative_prompt),)
-            pairs = self._encodings(prompts, negative, batch_size, chunked=long_prompts)
+            reading = {"chunked": long_prompts, "clip_skip": clip_skip or clip_skip_of(self.text_encoder)}
+            pairs = self._encodings(prompts, negative, batch_size, **reading)
             initial = None if init_image is None else self._posterior(init_image, shape)
             for batch in _batches([encoding.context.shape[1] for encoding, _ in pairs], batch_size):
                 denoise = self._guided([pairs[i] for i in batch], *how)
@@ -193,18 +196,19 @@ class Text2Image:
         return self.text_encoder.unconditional if prompt is None else prompt
 
     def _encodings(
-        self, prompts: Sequence[str], negative: Sequence[str | None], batch_size: int, *, chunked: bool
+        self, prompts: Sequence[str], negative: Sequence[str | None], batch_size: int, **how: Any
     ) -> list[tuple[TextEncoding, TextEncoding | None]]:
         """The encoding of each prompt, and of the negative prompt, if any, beside it: contexts [1, N M, D].
 
-        negative: it alone, or nothing. N is 1 or, `chunked`, as many chunks as the longer one has.
+        negative: it alone, or nothing. how: as of `Conditioner.encode`. N is 1 or, `chunked`, as many chunks
+        as the longer one has.
         """
         model, base = self.denoiser, self.guidance_base
         if not negative:
-            own = model.encode(prompts, batch_size, chunked=chunked)
+            own = model.encode(prompts, batch_size, **how)
             return [(own[prompt], None) for prompt in prompts]
-        own = model.encode([*([] if base else negative), "", *prompts], batch_size, chunked=chunked)
-        others = base.encode([*negative, ""], batch_size, chunked=chunked) if base else own
+        own = model.encode([*([] if base else negative), "", *prompts], batch_size, **how)
+        others = base.encode([*negative, ""], batch_size, **how) if base else own
         fill = filler(own)
         fill_negative = filler(others) if base else fill
         tokens = {text: encoding.context.shape[1] for text, encoding in own.items()}

@@ -13,7 +13,19 @@ from typing import Any
 
 from ldm.errors import UserError
 
-ALLOWED = ["ldm.", "torch.optim.", "pytorch_lightning.", "bitsandbytes.optim."]  # and what `allow` adds
+OPTIONAL = {  # package of optimizers -> the extra that installs it
+    "bitsandbytes": "8bit",
+    "prodigyopt": "optimizers",
+    "schedulefree": "optimizers",
+}
+ALLOWED = [  # and what `allow` adds
+    "ldm.",
+    "torch.optim.",
+    "pytorch_lightning.",
+    "bitsandbytes.optim.",
+    "prodigyopt.",
+    "schedulefree.",
+]
 RENAMED = {  # keys of latent-diffusion's configs and of earlier versions -> what they are called here
     "unet_config": "unet",
     "first_stage_config": "vae",
@@ -66,7 +78,10 @@ def _imported(target: str, wanted: Callable[[Any], bool], kind: str) -> Any:
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists, but something that it imports does not
-        raise UserError(f"`{target}` cannot be imported: there is no `{error.name}`") from error
+        extra = OPTIONAL.get(str(error.name))
+        remedy = f'Install it with `pip install -e ".[{extra}]"`.' if extra else None
+        what = f"`{target}` cannot be imported: there is no `{error.name}`"
+        raise UserError(what, remedy=remedy) from error
     known = {n: x for n, x in vars(module).items() if wanted(x) and _is_allowed(x.__module__)}
     if name not in known:
         raise UserError(f"`{name}` is not a {kind} of {module_name}", remedy=nearest(name, known))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+from ldm.conditioner import clip_skip_of
 from ldm.config import instantiate
 from ldm.engine import distributed
 from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
@@ -40,6 +41,7 @@ def main(config: RunConfig) -> Path:
     sampling = config.priors
     pipeline = text2image(module, size=data.size)
     about = {"device": module.device, "unconditional": pipeline.text_encoder.unconditional}
+    about["clip_skip"] = clip_skip_of(pipeline.text_encoder)
     priors = prior_set(data, sampling, base_sha256=base_hash, **about)
     missing = generate_priors(pipeline, priors, data.num_priors, batch_size=sampling.batch_size)
     if distributed.rank() == 0:

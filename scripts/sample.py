@@ -16,6 +16,7 @@ from ldm.checkpoints.embedding import read_embedding
 from ldm.checkpoints.load import file_hash, open_model
 from ldm.checkpoints.modelspec import sampling_defaults, taught_words
 from ldm.checkpoints.save import DTYPES
+from ldm.conditioner import clip_skip_of
 from ldm.config import load_config, to_container
 from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.images import load_image
@@ -99,6 +100,12 @@ def parse() -> argparse.Namespace:
     add("--init_image", type=Path, help="image to start from instead of noise, cropped to the size")
     add("--strength", type=float, default=0.75, help="share of the steps that change it, up to 1")
     add("--long_prompts", action="store_true", help="encode all of a long prompt, in chunks of 75 tokens")
+    add(
+        "--clip_skip",
+        type=int,
+        metavar="N",
+        help="2: the context is of the text encoder's layer before the last (SD 1.x); None: as in training",
+    )
     add("--batch_size", type=int, default=8, help="images at a time; no effect on the images")
     add("--low_memory", action="store_true", help="guidance in two passes instead of a doubled batch")
     add("--device", default=DEVICE, help="where to compute")
@@ -185,6 +192,9 @@ def main(options: argparse.Namespace) -> None:
             "unconditional": "zeros" if about["negative_prompt"] is None else "prompt"
         }
     settings |= {"init_image": init_image, "long_prompts": options.long_prompts, "sizes": sizes}
+    own = clip_skip_of(pipeline.text_encoder)
+    settings["clip_skip"] = own if options.clip_skip is None else options.clip_skip
+    about |= {"clip_skip": settings["clip_skip"]} if settings["clip_skip"] != 1 else {}
     about |= {"lora": options.lora} if loras else {}
     about |= {"vae": options.vae.name, "vae_hash": file_hash(options.vae)} if options.vae else {}
     if base:

@@ -68,6 +68,9 @@ def file_metadata(
     }
     if parameterization in PREDICTION_TYPES:
         about["modelspec.prediction_type"] = PREDICTION_TYPES[parameterization]
+    clip_skip = config["text_encoder"]["params"].get("clip_skip", 1)
+    if clip_skip > 1:
+        about["modelspec.encoder_layer"] = str(clip_skip)
     if trigger_phrase is not None:
         about["modelspec.trigger_phrase"] = trigger_phrase
     if base_sha256 is not None:

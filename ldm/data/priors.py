@@ -27,7 +27,7 @@ from ldm.files import atomic_write, file_sha256, make_folder
 GenerateImages = Callable[[list[int]], Sequence[tuple[Image.Image, Tensor]]]
 
 
-LEFT_OUT = {"precision": "fp32", "spacing": None}  # of a name, so that older sets keep theirs
+LEFT_OUT = {"precision": "fp32", "spacing": None, "clip_skip": 1}  # of a name, so that older sets keep theirs
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class PriorSpec:
     eta: float = 0.0
     precision: str = "fp32"  # of the networks: see `ldm.precision`
     spacing: str | None = None  # of the steps; None: as suits the sampler
+    clip_skip: int = 1  # of the text encoder
 
     @property
     def hash(self) -> str:

@@ -50,10 +50,12 @@ def prior_set(
     base_sha256: str,
     device: torch.device,
     unconditional: str | None = "",
+    clip_skip: int = 1,
 ) -> PriorSet:
     """The set that is named by these settings, this base and the precision on the device.
 
-    unconditional: what no negative prompt is, see `CLIPTextEncoder.unconditional`.
+    unconditional: what no negative prompt is, see `CLIPTextEncoder.unconditional`. clip_skip: of the text
+    encoder.
     """
     spec = PriorSpec(
         prompt=data.prior_prompt,
@@ -66,6 +68,7 @@ def prior_set(
         size=data.size,
         seed=config.seed,
         precision=resolve_precision(config.precision, device),
+        clip_skip=clip_skip,
     )
     return PriorSet(Path(config.folder), spec)
 
@@ -85,6 +88,7 @@ def prior_generator(spec: PriorSpec, pipeline: Text2Image, *, batch_size: int) -
                 negative_prompt=spec.negative_prompt,
                 batch_size=batch_size,
                 precision=spec.precision,
+                clip_skip=spec.clip_skip,
             )
         return [(sample.image, sample.latents) for sample in samples]
 

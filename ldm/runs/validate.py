@@ -28,6 +28,8 @@ from ldm.families.known import family_of
 from ldm.families.sdxl.conditioning import vector_width
 from ldm.families.sdxl.family import SDXL
 from ldm.files import require_space
+from ldm.optim.optimizer_nodes import averages_weights, optimizer_of
+from ldm.optim.schedules import Constant
 from ldm.runs import run
 from ldm.runs.before_after import evaluation_nodes
 from ldm.runs.folder import check_name
@@ -66,6 +68,7 @@ def validate(config: RunConfig) -> None:
         module.check(config.trainer, processes=processes)
         _check_learning(module, config.trainer, processes=processes)
         _check_networks(module)
+    _check_average(config, module)
     if config.is_dreambooth:
         _check_dreambooth(config, module, files)
     else:
@@ -84,7 +87,7 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
     if "all" not in files and not files.keys() >= module.networks.keys():
         remedy = "Name one with --actual_resume FILE."
         raise UserError("DreamBooth needs a base to train on", where="base_checkpoint", remedy=remedy)
-    if not any(_rates(module)):
+    if not any(module.trainable.rates(module.networks)):
         remedy = "Raise model.params.trainable.learning_rate."
         raise UserError(
             "Every learning rate is 0", where="model.params.trainable.learning_rate", remedy=remedy
@@ -122,6 +125,20 @@ def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> N
         what = "Without prior images, the empty prompt needs the teacher's prediction as its target"
         remedy = "Set model.params.objective.prior_target=teacher, or raise data.params.num_priors."
         raise UserError(what, where="prior_caption_dropout", remedy=remedy)
+
+
+def _check_average(config: RunConfig, module: Any) -> None:
+    """Refuses an average or a decay of the rates beside an optimizer that averages the weights itself."""
+    if not averages_weights(optimizer_of(module)):
+        return
+    if config.ema_decay is not None:
+        what = "The optimizer averages the weights already, and that is what is evaluated and exported"
+        raise UserError(what, where="ema_decay", remedy="Take it off, or set model.params.optimizer=adamw.")
+    schedule = getattr(module, "lr_schedule", None)
+    if schedule is not None and type(schedule) is not Constant:
+        what = "A schedule-free optimizer's average takes the place of a decay of the rates"
+        where, remedy = "model.params.lr_schedule", "Set it to constant, or model.params.optimizer=adamw."
+        raise UserError(what, where=where, remedy=remedy)
 
 
 def _check_networks(module: LatentDiffusion) -> None:
@@ -162,14 +179,6 @@ def _check_learning(module: LatentDiffusion, trainer: TrainerOptions, *, process
         what = f"Nothing learns after step {until}, for the UNet does not"
         remedy = "Take it off, or end the run there with trainer.max_steps."
         raise UserError(what, where="model.params.trainable.text_encoder_steps", remedy=remedy)
-
-
-def _rates(module: LatentDiffusion) -> list[float]:
-    """Learning rates of what learns."""
-    groups = module.trainable.param_groups(module.networks)
-    rates = [rate for part, rate in groups.values() if _learns(part)]
-    new = module.trainable.learned_token  # its embeddings come with the base's weights
-    return rates if new is None else [*rates, new.learning_rate]
 
 
 def _learns(network: nn.Module) -> bool:

@@ -99,6 +99,7 @@ CHANGES = {
     "eta": 1.0,
     "precision": "bf16",
     "spacing": "karras",
+    "clip_skip": 2,
 }
 
 
