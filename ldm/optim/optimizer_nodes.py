@@ -1,5 +1,7 @@
 """Optimizers as a config names them: short names, or nodes of any class that is allowed."""
 
+import io
+from contextlib import redirect_stdout
 from typing import Annotated, Any, Literal
 
 import torch
@@ -48,7 +50,8 @@ def build(optimizer: OptimizerNode, groups: list[dict], *, seed: int = 0, fused:
     node = node_of(optimizer, fused=fused)
     own = node.get("params") or {}
     more = {"seed": seed} if takes(node, "seed") and "seed" not in own else {}
-    return instantiate(node, params=groups, **more)
+    with redirect_stdout(io.StringIO()):  # Prodigy prints its params
+        return instantiate(node, params=groups, **more)
 
 
 def weights_dtype(optimizer: OptimizerNode) -> torch.dtype | None:

@@ -75,11 +75,11 @@ def check_optimizer(
     if "lr" in (node.get("params") or {}):
         remedy = "Take it off, and set model.params.trainable.learning_rate."
         raise UserError("The learning rates are the model's", where=f"{WHERE}.params.lr", remedy=remedy)
+    depends_on_all = package != "bitsandbytes" and _try(node, rates)
     if package == "prodigyopt" and 0 < max(rates, default=0) < LEAST_FACTOR:
         what = f"Prodigy finds the learning rate, and {max(rates)} of it is next to nothing"
         remedy = "Set model.params.trainable.learning_rate=1."
         raise UserError(what, where="model.params.trainable.learning_rate", remedy=remedy)
-    depends_on_all = package != "bitsandbytes" and _try(node, rates)
     if steps_in_backward(optimizer):
         _check_fused_backward(trainer, compiled=compiled, processes=processes)
         if depends_on_all:

@@ -138,9 +138,9 @@ def test_which_optimizers_average():
 def test_a_second_average_or_a_decay_is_refused(
     workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folder: Path, change: str, key: str
 ):
-    model = {"params": {"optimizer": "schedule_free"}}
     place = {"base": tiny_model_file, "subject": subject_folder, "name": "one"}
-    config = run_config(tiny_config, **place, model=model, trainer={"max_steps": 2})
+    config = run_config(tiny_config, **place, trainer={"max_steps": 2})
+    config["model"]["params"]["optimizer"] = "schedule_free"
     validate(RunConfig.parse(config))
     name, _, value = change.partition("=")
     section = config if "." not in name else config["model"]["params"]

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,20 @@ from ldm.errors import UserError
 from ldm.evaluation.protocol import CLASS_SAMPLINGS
 from ldm.evaluation.storybook import ClassImages, Measurement, Subject
 from ldm.pipeline import Text2Image
+from ldm.reports.curves import read_curves
 from ldm.reports.run_page import cards
+from ldm.runs import run
 from ldm.runs.options import parse
 from ldm.runs.sampling import generate_samples
 from ldm.runs.validate import validate
 from ldm.sampler_nodes import build_sampler, sampling_levels
-from ldm.schema import RunConfig, SamplesConfig
-from tests.factories import build_module, run_config
+from ldm.schema import FitConfig, RunConfig, SamplesConfig, TrainerOptions
+from tests.factories import build_module, photos, run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTING = "model.params.objective.weighting"
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-MODULES = ("mine", "mine_metric", "mine_regularizer", "mine_sampler")
+MODULES = ("mine", "mine_metric", "mine_regularizer", "mine_sampler", "mine_stream")
 ALLOW_ALL = [word for module in MODULES for word in ("--allow", module)]
 
 
@@ -235,6 +237,49 @@ def test_every_place_of_a_sampling_has_its_spacing_checked(
         OmegaConf.update(wrong, f"{key}.spacing", "leading", force_add=True)
         with pytest.raises(UserError, match=rf"must begin at the last timestep.*{key}\.spacing"):
             validate(RunConfig.parse(wrong))
+
+
+def test_the_stream_of_the_page_trains(mine: Path, tiny_config: dict, subject_folder: Path):
+    """Its items are in each batch, its mean is in the loss by its weight, and it has a curve."""
+    words = ["--base", "configs/dreambooth.yaml", "mine_stream.yaml", "--allow", "mine_stream"]
+    parsed = parse(words)
+    assert (parsed.model["params"]["scene_loss_weight"], parsed.data["params"]["scene_batch_size"]) == (
+        0.5,
+        2,
+    )
+    photos(mine / "scenes")
+    rates = {"trainable": {"learning_rate": 1e-3}, "objective": {"prior_loss_weight": 3.0}}
+    params = tiny_config | rates | {"scene_loss_weight": 0.5, "seed": 7}
+    module = instantiate({"target": "mine_stream.LearnsScenes", "params": params})
+    own = {"scene_root": "scenes", "scene_caption": "a place", "scene_batch_size": 2}
+    own |= {"subject_root": str(subject_folder), "prior_root": str(subject_folder), "class_word": "disc"}
+    own |= {"size": 16, "batch_size": 1, "seed": 7, "validation_batches": 1}
+    data = instantiate({"target": "mine_stream.WithScenes", "params": own})
+    data.attach(encode=module.encode_images, vae_hash="tiny")
+    data.setup()
+    first, second = islice(iter(data.loader()), 2)
+    assert first["stream"] == ["subject", "prior", "scene", "scene"]
+    assert first["caption"][2:] == ["a place"] * 2 and second["item"].tolist() == [1, 1, 2, 3]
+    batch = module.on_before_batch_transfer(first, 0)
+    with torch.no_grad():
+        losses = module.eval().loss_per_item(batch)
+        total = module.objective.combine(losses, batch["stream_masks"]).total
+    torch.testing.assert_close(total, losses[0] + 3.0 * losses[1] + 0.5 * losses[2:].mean())
+    trainer = TrainerOptions(max_steps=2, accelerator="cpu", log_every_n_steps=1, enable_progress_bar=False)
+    run.fit(module, data, FitConfig(trainer=trainer), folder=mine / "run", callbacks=[])
+    assert len(read_curves(mine / "run" / "tensorboard")["train/scene_loss"]) == 2
+
+
+def test_a_function_weighs_as_a_class_does(mine: Path, tiny_config: dict):
+    (mine / "mine_function.py").write_text(
+        "def p2(process, t, *, gamma: float = 1.0):\n    return (1.0 + process.snr(t)) ** -gamma\n"
+    )
+    targets.allow("mine_function")
+    node = {"target": "mine_function.p2", "params": {"gamma": 0.5}}
+    module = build_module(tiny_config, objective={"weighting": node})
+    t = torch.tensor([3, 700])
+    weights = module.objective.weighting(module.process, t)
+    torch.testing.assert_close(weights, (1 - module.process.alphas_cumprod[t]) ** 0.5)
 
 
 def batch_of(count: int) -> dict:
