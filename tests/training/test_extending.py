@@ -265,6 +265,7 @@ def test_the_stream_of_the_page_trains(mine: Path, tiny_config: dict, subject_fo
         losses = module.eval().loss_per_item(batch)
         total = module.objective.combine(losses, batch["stream_masks"]).total
     torch.testing.assert_close(total, losses[0] + 3.0 * losses[1] + 0.5 * losses[2:].mean())
+    (mine / "run").mkdir()
     trainer = TrainerOptions(max_steps=2, accelerator="cpu", log_every_n_steps=1, enable_progress_bar=False)
     run.fit(module, data, FitConfig(trainer=trainer), folder=mine / "run", callbacks=[])
     assert len(read_curves(mine / "run" / "tensorboard")["train/scene_loss"]) == 2
