@@ -64,7 +64,7 @@ def check_optimizer(
 ) -> None:
     """Raises UserError if the optimizer cannot be built, or not be used with these Trainer settings.
 
-    rates: learning rates of the parameter groups.
+    rates: learning rates of the parameter groups, as far as there are any.
     """
     node = stepping(optimizer)
     package = package_of(node["target"])
@@ -75,7 +75,7 @@ def check_optimizer(
     if "lr" in (node.get("params") or {}):
         remedy = "Take it off, and set model.params.trainable.learning_rate."
         raise UserError("The learning rates are the model's", where=f"{WHERE}.params.lr", remedy=remedy)
-    depends_on_all = package != "bitsandbytes" and _try(node, rates)
+    depends_on_all = package != "bitsandbytes" and _try(node, rates or [1e-3])
     if package == "prodigyopt" and 0 < max(rates, default=0) < LEAST_FACTOR:
         what = f"Prodigy finds the learning rate, and {max(rates)} of it is next to nothing"
         remedy = "Set model.params.trainable.learning_rate=1."

@@ -201,6 +201,7 @@ def _check_sampling(
     asked |= {
         f"{key}.params": {name: param_of(node, name) for name in SAMPLING if takes(node, name)}
         for key, node in nodes.items()
+        if takes(node, "steps")
     }
     for key, how in asked.items():
         _check_levels(process, key, **how)

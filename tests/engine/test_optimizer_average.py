@@ -89,7 +89,7 @@ def test_killed_in_any_micro_batch_it_is_the_run_that_never_stopped(job: Job, tm
     params = PARAMS | ({"trainable": {"lora": node}} if lora else {})
     job = replace(job, accumulate=2)
     whole = job(tmp_path / "whole", params=params)
-    for micro_batch in [6] if lora else [1, 4, 7]:
+    for micro_batch in [6] if lora else [1, 5]:
         with pytest.raises(Killed):
             job(tmp_path / "again", callbacks=[At(micro_batch, kill)], params=params)
     again = job(tmp_path / "again", params=params)

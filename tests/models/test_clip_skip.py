@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.checkpoints.infer_config import model_config
 from ldm.checkpoints.modelspec import file_metadata
+from ldm.checkpoints.save_folder import save_folder
 from ldm.conditioner import Conditioner, clip_skip_of
 from ldm.config import instantiate
 from ldm.contact_sheet import parameters_line, save_image
@@ -151,6 +152,17 @@ def test_a_file_without_it_says_nothing(tiny_config: dict, tiny_networks: dict[s
     config = model_config(state_dicts, known)
     assert config["text_encoder"]["params"]["clip_skip"] == 1
     assert "modelspec.encoder_layer" not in file_metadata(config, title="x", size=16)
+
+
+def test_a_folder_that_cannot_say_it_warns(
+    tmp_path: Path, tiny_config: dict, tiny_networks: dict[str, nn.Module], caplog: pytest.LogCaptureFixture
+):
+    state_dicts = {name: network.state_dict() for name, network in tiny_networks.items()}
+    tokenizer = tiny_config["text_encoder"]["params"]["tokenizer"]
+    for clip_skip in (1, 2):
+        config = model_config(state_dicts, skipping(tiny_config, clip_skip))
+        save_folder(tmp_path / str(clip_skip), state_dicts, config=config, tokenizer=tokenizer, size=16)
+        assert ("--clip_skip 2, clip_skip=1 in diffusers" in caplog.text) == (clip_skip == 2)
 
 
 def test_a_picture_says_so_as_others_do(tmp_path: Path):

@@ -73,7 +73,7 @@ def test_every_way_of_stepping_takes_the_new_rate(job: Job, tmp_path: Path, chan
     assert max(float((moved[k] - after[k]).abs().max()) for k in after) > 1e-4
 
 
-@pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - {"constant"}))
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_a_finished_run_that_is_extended_never_steps_at_rate_0(job: Job, tmp_path: Path, schedule: str):
     steps_of(job, tmp_path, steps=3, lr_schedule=schedule)
     seen = steps_of(job, tmp_path, steps=6, lr_schedule=schedule)

@@ -318,7 +318,6 @@ NODES = {
     "Lion": {"target": SHORT["lion"], "params": {"betas": [0.95, 0.98], "weight_decay": 0.1}},
     "Prodigy": {"target": SHORT["prodigy"], "params": {"d_coef": 2.0, "safeguard_warmup": True}},
     "AdamWScheduleFree": {"target": SHORT["schedule_free"], "params": {"betas": [0.95, 0.99], "r": 1.0}},
-    "SGDScheduleFree": {"target": "schedulefree.SGDScheduleFree", "params": {"momentum": 0.8}},
 }
 
 

@@ -185,13 +185,19 @@ def test_a_sampler_of_ones_own_is_let_in_by_allow_alone(mine: Path, key: str):
         parse(base)
     allowed = [*base, "--allow", "mine_sampler"]
     assert OmegaConf.select(parse(allowed).source, key).params.beta == 0.5
+
+
+def test_the_arguments_of_a_sampler_are_checked_as_a_class_s_are(mine: Path):
+    key = "samples.sampler"
+    node = f"{key}={{target: mine_sampler.heavy_ball, params: {{beta: 0.5}}}}"
+    words = ["--base", "configs/dreambooth.yaml", node, "--allow", "mine_sampler"]
     for wrong, message in [
         ("beta=2", f"at most 1.*{key}.params.beta"),
         ("bets=1", f"bets.*{key}.params.*Did you mean `beta`"),
         ("noise=1", f"`noise` is not a parameter of heavy_ball.*{key}.params.noise"),
     ]:
         with pytest.raises(UserError, match=message):
-            parse([*allowed, f"{key}.params.{wrong}"])
+            parse([*words, f"{key}.params.{wrong}"])
 
 
 @pytest.mark.parametrize(
