@@ -5,7 +5,7 @@ import torch
 
 from ldm.checkpoints.run_checkpoint import learned_tokens
 from ldm.errors import UserError
-from ldm.models import text_encoder
+from ldm.models import text_encoder, vocabulary
 from ldm.models.text_encoder import CLIPTextEncoder
 from tests.checkpoints import sd_v1
 
@@ -89,11 +89,11 @@ def test_the_network_needs_no_vocabulary():
 
 
 def test_tokenizer_beside_the_library_or_in_the_current_folder(tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_encoder, "REPOSITORY", tiny_tokenizer.parent)
+    monkeypatch.setattr(vocabulary, "REPOSITORY", tiny_tokenizer.parent)
     monkeypatch.chdir(tmp_path)
     expected = build(tiny_tokenizer).tokenize(["a cat"])
     assert torch.equal(build(tiny_tokenizer.name).tokenize(["a cat"]), expected)
-    monkeypatch.setattr(text_encoder, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(vocabulary, "REPOSITORY", tmp_path)
     monkeypatch.chdir(tiny_tokenizer.parent)
     assert torch.equal(build(tiny_tokenizer.name).tokenize(["a cat"]), expected)
 
