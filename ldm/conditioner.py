@@ -16,6 +16,11 @@ log = logging.getLogger(__name__)
 KEPT_PROMPTS = 1024  # at most so many are cached: 236 KiB each in SD 1.x
 
 
+def clip_skip_of(text_encoder: CLIPTextEncoder) -> int:
+    """A text encoder's own clip skip; of SDXL's two, which have none, 1."""
+    return text_encoder.encoders[0].clip_skip
+
+
 class Conditioner:
     """The text encoder, with a cache of token ids and, while it is frozen, of encodings.
 
@@ -41,14 +46,21 @@ class Conditioner:
         return self.conditioning(self._cached(unique) if frozen else self._encode(unique), rows, sizes)
 
     def encode(
-        self, texts: Sequence[str | None], batch_size: int, *, chunked: bool
+        self, texts: Sequence[str | None], batch_size: int, *, chunked: bool, clip_skip: int | None = None
     ) -> dict[str | None, TextEncoding]:
         """Encodes each distinct text once, without caches -> its context [1, N M, D], pooled [1, V].
 
         N is 1, or, if `chunked`, the number of the text's chunks, the first of which gives `pooled`;
         otherwise long texts are truncated, with a warning. None is no text: SDXL's zeros, elsewhere as "".
+        clip_skip: in place of the text encoder's own, with which `__call__` encodes. Raises UserError where
+        there is none.
         """
         unique, text_encoder = list(dict.fromkeys(texts)), self.text_encoder
+        how: dict[str, int] = {}
+        if clip_skip is not None and clip_skip != clip_skip_of(text_encoder):
+            how["clip_skip"] = clip_skip
+            for encoder in text_encoder.encoders:
+                encoder.check_clip_skip(clip_skip)
         for text in [] if chunked else unique:
             self._warn_if_truncated(text or "")
         ids = [
@@ -57,7 +69,7 @@ class Conditioner:
         ]
         batches = torch.cat(ids).to(text_encoder.device).split(batch_size)
         with lora_off(*self.without):
-            encoding = TextEncoding.cat([text_encoder.encode(batch) for batch in batches])
+            encoding = TextEncoding.cat([text_encoder.encode(batch, **how) for batch in batches])
         chunks = encoding.split([len(own) for own in ids])
         found = {text: own.joined() for text, own in zip(unique, chunks, strict=True)}
         if None in found and text_encoder.unconditional is None:

@@ -7,11 +7,12 @@ anything. Targets are limited (`ldm.targets`), so that a config from somebody el
 """
 
 import copy
+import functools
 import inspect
 import math
 import re
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ldm.annotations import Node, fits, named, node_kind, section_kind
 from ldm.errors import UserError
 from ldm.files import atomic_write
 from ldm.shipped import CONFIGS, find_file
-from ldm.targets import get_class, hints_of, nearest, parameters_of
+from ldm.targets import get_callable, get_class, hints_of, nearest, node_target, parameters_of
 
 INCLUDE = "include"  # of a file: others that it is merged over
 FROM_CODE = {"params", "optimizer"}  # arguments that code passes to optimizers and schedules
@@ -83,9 +84,10 @@ def _without_old_params(config: DictConfig, update: DictConfig) -> DictConfig:
 def _is_derived(target: Any, other: Any) -> bool:
     """Whether a target names a class that is derived from another; true of what `check` will refuse."""
     try:
-        return issubclass(get_class(target), get_class(other))
+        kinds = get_callable(target), get_callable(other)
     except UserError:
         return True
+    return all(map(inspect.isclass, kinds)) and issubclass(*kinds)
 
 
 def save_config(config: DictConfig, path: str | Path) -> Path:
@@ -105,7 +107,16 @@ def instantiate(node: DictConfig | Mapping[str, Any], **from_code: Any) -> Any:
     return kind(**{**_built(kind, own.get("params") or {}), **from_code})
 
 
-def _built(kind: type, params: Mapping[str, Any]) -> dict[str, Any]:
+def bound(node: DictConfig | Mapping[str, Any]) -> Any:
+    """What a node is called as: the object of its class, or its function with the params as arguments."""
+    own = to_container(node)
+    function = get_callable(own.get("target"))
+    if inspect.isclass(function):
+        return instantiate(own)
+    return functools.partial(function, **_built(function, own.get("params") or {}))
+
+
+def _built(kind: Callable[..., Any], params: Mapping[str, Any]) -> dict[str, Any]:
     """The params of a class, where a mapping stands for the class that annotates it as that object."""
     hints = hints_of(kind)
     sections = {name: section_kind(hints.get(name, Any)) for name in params}
@@ -192,22 +203,25 @@ def _check_node(node: dict[str, Any], key: str, wanted: type = object) -> Iterat
     for name in node.keys() - {"target", "params"}:
         yield UserError(f"`{name}` is beside `target`", where=f"{key}.{name}", remedy="Move it to `params`.")
     try:
-        kind = get_class(node["target"])
+        kind, free = node_target(node["target"], wanted)
     except UserError as error:
         yield UserError(error.what, where=f"{key}.target", remedy=error.remedy)
-    else:
-        if not issubclass(kind, wanted):
-            what = f"{kind.__name__} is no {wanted.__name__}"
-            yield UserError(what, where=f"{key}.target", remedy=f"Name a {wanted.__name__}.")
-        yield from _check_params(kind, node.get("params") or {}, f"{key}.params")
+        return
+    if inspect.isclass(kind) and not issubclass(kind, wanted):
+        what = f"{kind.__name__} is no {wanted.__name__}"
+        yield UserError(what, where=f"{key}.target", remedy=f"Name a {wanted.__name__}.")
+    yield from _check_params(kind, node.get("params") or {}, f"{key}.params", free)
 
 
-def _check_params(kind: type, params: Any, key: str) -> Iterator[UserError]:
-    """Errors in `params`: names and types that do not fit the signature of `kind`."""
+def _check_params(
+    kind: Callable[..., Any], params: Any, key: str, free: Mapping[str, inspect.Parameter] | None = None
+) -> Iterator[UserError]:
+    """Errors in `params`: names and types that do not fit the signature of `kind`, or its `free` part."""
     if not isinstance(params, dict):
         yield UserError(f"{params!r} is not a mapping of the parameters of {kind.__name__}", where=key)
         return
     signature, hints = inspect.signature(kind).parameters.values(), hints_of(kind)
+    signature = signature if free is None else free.values()
     known = {p.name: p for p in signature if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in signature)
     refused: Mapping[str, str] = getattr(kind, "REFUSED", {})  # name -> why it is no parameter here

@@ -22,6 +22,7 @@ A1111_NAMES = {  # setting -> its name in the parameters line, in order
     "model": "Model",
     "eta": "Eta",
     "strength": "Denoising strength",
+    "clip_skip": "Clip skip",
 }
 A1111_SAMPLERS = {
     "ddim": "DDIM",
@@ -63,7 +64,8 @@ def save_image(path: str | Path, image: Image.Image, settings: Mapping[str, Any]
 
     "dreambooth" holds all of `settings` as JSON; "parameters" the line that AUTOMATIC1111's interface and
     others read. Of the settings these appear there, where given: prompt, negative_prompt, steps, sampler,
-    guidance_scale, seed, width, height, model_hash, model, eta; and the spacing, if it is "karras".
+    guidance_scale, seed, width, height, model_hash, model, eta, strength; the spacing, if it is
+    "karras", and the clip_skip from 2 on.
     """
     text = PngInfo()
     text.add_text("parameters", parameters_line(settings))
@@ -81,13 +83,22 @@ def parameters_line(settings: Mapping[str, Any]) -> str:
     values = dict(settings)
     if "sampler" in values:
         karras = " Karras" if values.get("spacing") == "karras" else ""
-        values["sampler"] = A1111_SAMPLERS[values["sampler"]] + karras
+        values["sampler"] = _sampler_name(values["sampler"]) + karras
     if "width" in values and "height" in values:
         values["size"] = f"{values['width']}x{values['height']}"
+    if values.get("clip_skip") == 1:
+        del values["clip_skip"]
     if values.get("model_hash"):
         values["model_hash"] = values["model_hash"][:10]
     pairs = [f"{name}: {values[key]}" for key, name in A1111_NAMES.items() if values.get(key) is not None]
     return "\n".join([*lines, ", ".join(pairs)])
+
+
+def _sampler_name(sampler: str | Mapping[str, Any]) -> str:
+    """A sampler as AUTOMATIC1111 calls it; one of somebody's own, a node, by its own name."""
+    if isinstance(sampler, str):
+        return A1111_SAMPLERS.get(sampler, sampler)
+    return str(sampler["target"]).rpartition(".")[2]
 
 
 def _enlarge(image: Image.Image, cell: int) -> Image.Image:

@@ -51,10 +51,10 @@ class Denoiser:
         return self.unet, self.text_encoder
 
     def encode(
-        self, texts: Sequence[str | None], batch_size: int, *, chunked: bool
+        self, texts: Sequence[str | None], batch_size: int, *, chunked: bool, clip_skip: int | None = None
     ) -> dict[str | None, TextEncoding]:
         """As `Conditioner.encode`, in the UNet's device and dtype."""
-        encodings = self.conditioner.encode(texts, batch_size, chunked=chunked)
+        encodings = self.conditioner.encode(texts, batch_size, chunked=chunked, clip_skip=clip_skip)
         return {text: encoding.to(*placement(self.unet)) for text, encoding in encodings.items()}
 
     def conditioned(

@@ -18,10 +18,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.conditioner import clip_skip_of
 from ldm.denoiser import Denoiser, evaluating, filler, placement, require_same_kind
 from ldm.diffusion.guidance import Denoise, classifier_free_guidance
 from ldm.diffusion.process import Level, NoiseProcess
-from ldm.diffusion.samplers import DEFAULT_SPACING, ENDS_CLEAN, SAMPLERS, Callback, ddim
+from ldm.diffusion.samplers import Callback, Sampler, ddim
 from ldm.diffusion.schedule import Spacing
 from ldm.errors import UserError
 from ldm.families.sdxl.conditioning import Sizes
@@ -32,6 +33,7 @@ from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 from ldm.precision import Precision, autocast_for, vae_precision
 from ldm.randomness import randn
+from ldm.sampler_nodes import SamplerNode, build_sampler, sampler_label, sampling_levels
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +129,7 @@ class Text2Image:
         steps: int = 50,
         guidance_scale: float = 7.5,
         eta: float = 0.0,
-        sampler: str = "ddim",
+        sampler: SamplerNode | Sampler = "ddim",
         spacing: Spacing | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -135,6 +137,7 @@ class Text2Image:
         init_image: Image.Image | None = None,
         strength: float = 0.75,
         long_prompts: bool = False,
+        clip_skip: int | None = None,
         batch_size: int = 8,
         batched_guidance: bool = True,
         precision: Precision = "auto",
@@ -144,7 +147,7 @@ class Text2Image:
 
         `negative_prompt` None: SDXL's zeros, else "". `spacing` None: as suits the sampler. `sizes`: told to
         SDXL. `init_image`: of img2img, for the last `strength` of the steps. `long_prompts`: encode in
-        chunks. `progress`: a bar, or a callable that gets step counts.
+        chunks. `clip_skip`: None is the text encoder's. `progress`: a bar, or a callable of step counts.
         """
         prompts, seeds, sample = _checked(prompts, seeds, sampler=sampler, eta=eta, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
@@ -153,7 +156,8 @@ class Text2Image:
             told = Sizes.told(sizes, *(n * self.vae.factor for n in shape[1:]), to=self.unet)
             how = (levels, guidance_scale, batched_guidance, told)
             negative = () if guidance_scale == 1 else (self.negative(negative_prompt),)
-            pairs = self._encodings(prompts, negative, batch_size, chunked=long_prompts)
+            reading = {"chunked": long_prompts, "clip_skip": clip_skip or clip_skip_of(self.text_encoder)}
+            pairs = self._encodings(prompts, negative, batch_size, **reading)
             initial = None if init_image is None else self._posterior(init_image, shape)
             for batch in _batches([encoding.context.shape[1] for encoding, _ in pairs], batch_size):
                 denoise = self._guided([pairs[i] for i in batch], *how)
@@ -175,11 +179,10 @@ class Text2Image:
         return self.vae.embed_dim, *(n // self.vae.factor for n in pixels.values())
 
     def _levels(
-        self, sampler: str, steps: int, spacing: Spacing | None, strength: float | None
+        self, sampler: SamplerNode | Sampler, steps: int, spacing: Spacing | None, strength: float | None
     ) -> list[Level]:
         """Those of the steps and of the end; given a strength, of the last floor(steps * strength) steps."""
-        usual = "trailing" if self.process.zero_terminal_snr else DEFAULT_SPACING[sampler]
-        levels = self.process.levels(steps, spacing or usual, clean=sampler in ENDS_CLEAN)
+        levels = sampling_levels(self.process, sampler, steps=steps, spacing=spacing)
         if strength is None:
             return levels
         kept = int(steps * strength) if 0 <= strength <= 1 else 0
@@ -193,18 +196,19 @@ class Text2Image:
         return self.text_encoder.unconditional if prompt is None else prompt
 
     def _encodings(
-        self, prompts: Sequence[str], negative: Sequence[str | None], batch_size: int, *, chunked: bool
+        self, prompts: Sequence[str], negative: Sequence[str | None], batch_size: int, **how: Any
     ) -> list[tuple[TextEncoding, TextEncoding | None]]:
         """The encoding of each prompt, and of the negative prompt, if any, beside it: contexts [1, N M, D].
 
-        negative: it alone, or nothing. N is 1 or, `chunked`, as many chunks as the longer one has.
+        negative: it alone, or nothing. how: as of `Conditioner.encode`. N is 1 or, `chunked`, as many chunks
+        as the longer one has.
         """
         model, base = self.denoiser, self.guidance_base
         if not negative:
-            own = model.encode(prompts, batch_size, chunked=chunked)
+            own = model.encode(prompts, batch_size, **how)
             return [(own[prompt], None) for prompt in prompts]
-        own = model.encode([*([] if base else negative), "", *prompts], batch_size, chunked=chunked)
-        others = base.encode([*negative, ""], batch_size, chunked=chunked) if base else own
+        own = model.encode([*([] if base else negative), "", *prompts], batch_size, **how)
+        others = base.encode([*negative, ""], batch_size, **how) if base else own
         fill = filler(own)
         fill_negative = filler(others) if base else fill
         tokens = {text: encoding.context.shape[1] for text, encoding in own.items()}
@@ -295,8 +299,13 @@ def find_model(path: Path | None = None) -> Path:
 
 
 def _checked(
-    prompts: str | Sequence[str], seeds: Sequence[int] | None, *, sampler: str, eta: float, batch_size: int
-) -> tuple[Sequence[str], Sequence[int], Callable[..., Tensor]]:
+    prompts: str | Sequence[str],
+    seeds: Sequence[int] | None,
+    *,
+    sampler: SamplerNode | Sampler,
+    eta: float,
+    batch_size: int,
+) -> tuple[Sequence[str], Sequence[int], Sampler]:
     """Prompts and seeds as they are meant, and the sampler.
 
     A string is one prompt for all seeds, which count from 0.
@@ -306,17 +315,14 @@ def _checked(
     seeds = range(len(prompts)) if seeds is None else seeds
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts do not go with {len(seeds)} seeds")
-    if sampler not in SAMPLERS:
-        *others, last = SAMPLERS
-        remedy = f"Choose {', '.join(others)} or {last}."
-        raise UserError(f"The sampler {sampler!r} is unknown", remedy=remedy)
-    if eta != 0 and sampler != "ddim":
-        raise UserError(f"The {sampler} sampler has no eta (it is {eta})", remedy="Set eta to 0 or use ddim.")
+    built, name = build_sampler(sampler), sampler_label(sampler)
+    if eta != 0 and name != "ddim":
+        raise UserError(f"The {name} sampler has no eta (it is {eta})", remedy="Set eta to 0 or use ddim.")
     if not 0 <= eta <= 1:
         raise UserError(f"eta {eta} is impossible", remedy="Choose from 0 to 1.")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is impossible", remedy="Choose 1 or more.")
-    return prompts, seeds, partial(ddim, eta=eta) if sampler == "ddim" else SAMPLERS[sampler]
+    return prompts, seeds, partial(ddim, eta=eta) if name == "ddim" else built
 
 
 @contextmanager

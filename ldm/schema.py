@@ -24,10 +24,10 @@ from ldm.annotations import (
 )
 from ldm.config import check, load_config, takes, to_container, with_params
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.diffusion.samplers import SamplerName
 from ldm.diffusion.schedule import Spacing
 from ldm.errors import UserError
 from ldm.precision import Precision
+from ldm.sampler_nodes import SamplerNode
 from ldm.targets import get_class
 
 MatmulPrecision = Literal["highest", "high", "medium"]
@@ -91,7 +91,8 @@ class PriorsConfig:
 
     Args:
         folder: where sets are kept, and found again by name.
-        sampler: see docs/samplers.md.
+        sampler: a name of docs/samplers.md, or a node of one's own.
+        spacing: of the steps; None: as suits the sampler.
         steps: of the sampler.
         guidance_scale: of classifier-free guidance; 1 is none.
         negative_prompt: of which guidance moves away; null: none, which is zeros to SDXL, elsewhere "".
@@ -101,7 +102,8 @@ class PriorsConfig:
     """
 
     folder: str = "priors"
-    sampler: SamplerName = "ddim"
+    sampler: SamplerNode = "ddim"
+    spacing: Spacing | None = None
     steps: PositiveInt = 50
     guidance_scale: NonNegativeFloat = 7.5
     negative_prompt: str | None = None
@@ -117,7 +119,7 @@ class SamplesConfig:
     Args:
         prompts: templates, sampled before and after training.
         n: images of each prompt.
-        sampler: see docs/samplers.md.
+        sampler: a name of docs/samplers.md, or a node of one's own.
         spacing: of the steps; None: as suits the sampler.
         steps: of the sampler.
         guidance_scale: of classifier-free guidance; 1 is none.
@@ -132,7 +134,7 @@ class SamplesConfig:
 
     prompts: Sequence[str] = field(default_factory=list)
     n: PositiveInt = 4
-    sampler: SamplerName = "ddim"
+    sampler: SamplerNode = "ddim"
     spacing: Spacing | None = None
     steps: PositiveInt = 50
     guidance_scale: NonNegativeFloat = 7.5

@@ -8,12 +8,24 @@ import importlib
 import importlib.util
 import inspect
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ldm.errors import UserError
 
-ALLOWED = ["ldm.", "torch.optim.", "pytorch_lightning.", "bitsandbytes.optim."]  # and what `allow` adds
+OPTIONAL = {  # package of optimizers -> the extra that installs it
+    "bitsandbytes": "8bit",
+    "prodigyopt": "optimizers",
+    "schedulefree": "optimizers",
+}
+ALLOWED = [  # and what `allow` adds
+    "ldm.",
+    "torch.optim.",
+    "pytorch_lightning.",
+    "bitsandbytes.optim.",
+    "prodigyopt.",
+    "schedulefree.",
+]
 RENAMED = {  # keys of latent-diffusion's configs and of earlier versions -> what they are called here
     "unet_config": "unet",
     "first_stage_config": "vae",
@@ -48,6 +60,15 @@ def _is_allowed(name: str) -> bool:
 
 def get_class(target: str) -> type:
     """Imports the class of a dotted name. Raises UserError unless it is defined under an ALLOWED prefix."""
+    return _imported(target, inspect.isclass, "class")
+
+
+def get_callable(target: str) -> type | Callable[..., Any]:
+    """The same of a class or a function."""
+    return _imported(target, lambda x: inspect.isclass(x) or inspect.isfunction(x), "class or function")
+
+
+def _imported(target: str, wanted: Callable[[Any], bool], kind: str) -> Any:
     if not isinstance(target, str) or not _is_allowed(target):
         remedy = f"It may start with {' '.join(ALLOWED)}; add your own code with --allow PACKAGE."
         raise UserError(f"`{target}` is not an allowed target", remedy=remedy)
@@ -57,11 +78,44 @@ def get_class(target: str) -> type:
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists, but something that it imports does not
-        raise UserError(f"`{target}` cannot be imported: there is no `{error.name}`") from error
-    classes = {n: c for n, c in vars(module).items() if inspect.isclass(c) and _is_allowed(c.__module__)}
-    if name not in classes:
-        raise UserError(f"`{name}` is not a class of {module_name}", remedy=nearest(name, classes))
-    return classes[name]
+        extra = OPTIONAL.get(str(error.name))
+        remedy = f'Install it with `pip install -e ".[{extra}]"`.' if extra else None
+        what = f"`{target}` cannot be imported: there is no `{error.name}`"
+        raise UserError(what, remedy=remedy) from error
+    known = {n: x for n, x in vars(module).items() if wanted(x) and _is_allowed(x.__module__)}
+    if name not in known:
+        raise UserError(f"`{name}` is not a {kind} of {module_name}", remedy=nearest(name, known))
+    return known[name]
+
+
+def node_target(target: str, wanted: type) -> tuple[Any, dict[str, inspect.Parameter] | None]:
+    """The class or function that a node names, and of a function the parameters that the node's params are.
+
+    A function may stand where `wanted` is a protocol of what is called: its params are then bound to it.
+    """
+    is_called = getattr(wanted, "_is_protocol", False) and "__call__" in vars(wanted)
+    kind = get_callable(target) if is_called else get_class(target)
+    return kind, _free_parameters(kind, wanted) if inspect.isfunction(kind) else None
+
+
+def _free_parameters(function: Callable[..., Any], protocol: type) -> dict[str, inspect.Parameter]:
+    """The parameters of a function that are not those that a callable protocol's objects are called with.
+
+    Raises UserError for a function that cannot be called so.
+    """
+    called_with = list(inspect.signature(protocol.__call__).parameters.values())[1:]
+    by_name = {p.name for p in called_with if p.kind == p.KEYWORD_ONLY}
+    own = inspect.signature(function).parameters
+    first = list(own)[: len(called_with) - len(by_name)]
+    placed = [
+        own[name].kind in (own[name].POSITIONAL_ONLY, own[name].POSITIONAL_OR_KEYWORD) for name in first
+    ]
+    absent = by_name - own.keys()
+    if not all(placed) or len(first) < len(called_with) - len(by_name) or absent:
+        wanted = ", ".join(p.name for p in called_with)
+        what = f"{function.__name__} is no {protocol.__name__}, which is called with {wanted}"
+        raise UserError(what, remedy="Write these parameters, and its own after them by name.")
+    return {name: p for name, p in own.items() if name not in (*first, *by_name)}
 
 
 def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
@@ -77,18 +131,24 @@ def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
     return found
 
 
-def hints_of(kind: type) -> dict[str, Any]:
-    """Annotations of the constructor, and of those above that its `**params` go to.
+def hints_of(kind: type | Callable[..., Any]) -> dict[str, Any]:
+    """Annotations of a function, or of a constructor and of those above that its `**params` go to.
 
     Without those that use types which only a type checker imports.
     """
+    if inspect.isfunction(kind):
+        return _resolved(kind)
     found: dict[str, Any] = {}
     for base in reversed([base for base in kind.__mro__ if "__init__" in vars(base)]):
-        try:
-            found |= typing.get_type_hints(base.__init__, include_extras=True)
-        except NameError:
-            continue
+        found |= _resolved(base.__init__)
     return {name: found[name] for name in parameters_of(kind) if name in found}
+
+
+def _resolved(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except NameError:
+        return {}
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

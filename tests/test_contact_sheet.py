@@ -68,6 +68,7 @@ def test_every_sampler_has_the_name_that_others_know():
         ({"sampler": "dpm++2m_sde", "spacing": "karras"}, "DPM++ 2M SDE Karras"),
         ({"sampler": "euler_a", "spacing": "trailing"}, "Euler a"),
         ({"sampler": "unipc", "spacing": None}, "UniPC"),
+        ({"sampler": {"target": "mine.heavy_ball", "params": {"beta": 0.5}}}, "heavy_ball"),
     ]:
         assert f"Sampler: {name}, " in parameters_line(SETTINGS | settings)
 

@@ -58,6 +58,7 @@ PARAMS: dict[str, dict[str, Check]] = {  # params of networks that shapes do not
         "num_attention_heads": whole(1, 1024),
         "hidden_act": one_of("quick_gelu", "gelu"),
         "layer": one_of("last", "penultimate", "penultimate_hidden"),
+        "clip_skip": whole(1, 256),
         "tokenizer": TEXT,
         "bos_token_id": TOKEN,
         "eos_token_id": TOKEN,

@@ -32,7 +32,7 @@ SAMPLING_DEFAULTS = {  # usual ones; spacing None: as suits the sampler
     "steps": 50,
 }
 KINDS = {
-    "sampler": (str,),
+    "sampler": (str, dict),  # a short name, or the node of somebody's own
     "spacing": (str, type(None)),
     "steps": (int,),
     "guidance_scale": (int, float),
@@ -68,6 +68,9 @@ def file_metadata(
     }
     if parameterization in PREDICTION_TYPES:
         about["modelspec.prediction_type"] = PREDICTION_TYPES[parameterization]
+    clip_skip = config["text_encoder"]["params"].get("clip_skip", 1)
+    if clip_skip > 1:
+        about["modelspec.encoder_layer"] = str(clip_skip)
     if trigger_phrase is not None:
         about["modelspec.trigger_phrase"] = trigger_phrase
     if base_sha256 is not None:
@@ -89,7 +92,7 @@ def taught_words(metadata: Mapping[str, str]) -> dict[str, str | None]:
     }
 
 
-def sampling_defaults(metadata: Mapping[str, str], family: Family) -> dict[str, str | int | float | None]:
+def sampling_defaults(metadata: Mapping[str, str], family: Family) -> dict[str, Any]:
     """Sampler, spacing, steps and guidance scale that suit a file: its run's, else usual ones."""
     usual = SAMPLING_DEFAULTS | {"guidance_scale": family.guidance_scale}
     samples = _section(training_of(metadata), "samples")

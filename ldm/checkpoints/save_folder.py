@@ -1,6 +1,7 @@
 """Writing a model as a diffusers folder, for `from_pretrained` of StableDiffusionPipeline or its XL."""
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ from ldm.families.sd.openclip import PROJECTION, without_last_layer
 from ldm.families.sdxl.family import ENCODERS
 from ldm.families.shapes import TEXT_MODEL
 from ldm.lazy import under
+
+log = logging.getLogger(__name__)
 
 StateDicts = Mapping[str, Mapping[str, Tensor]]
 VOCABULARY = ("vocab.json", "merges.txt")
@@ -69,6 +72,10 @@ def save_folder(
     missing = [name for name in VOCABULARY if not (tokenizer / name).is_file()]
     if missing:
         raise UserError(f"The tokenizer folder lacks {' and '.join(missing)}", where=tokenizer)
+    clip_skip = config["text_encoder"]["params"].get("clip_skip", 1)
+    if clip_skip > 1:
+        said = "A folder cannot say its clip skip: sample it with --clip_skip %d, clip_skip=%d in diffusers"
+        log.warning(said, clip_skip, clip_skip - 1)
     weights = {name: cast_tensors(inner, dtype) for name, inner in _weights(state_dicts, config).items()}
     jsons = _configs(config, tokenizer, size)
     try:

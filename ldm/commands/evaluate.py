@@ -44,6 +44,13 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
     add("--steps", type=int, help="sampling steps (the run's own)")
     add("--guidance_scale", type=float, help="guidance scale (the run's own)")
     add("--guidance_base", action="store_true", help="the base predicts for the empty prompt (the run's own)")
+    add(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let a config name your own code",
+    )
     add("--out", type=Path, help="folder of metrics.json (`evaluation` in the run's folder)")
     return parser.parse_args(words)
 

@@ -54,13 +54,13 @@ def _add_how(parser: ArgumentParser) -> None:
         type=float,
         help="1: no guidance; None: as for the samples of the model's run, else 7.5, or 5 for SDXL",
     )
-    samplers = one_of("ldm.diffusion.samplers:SAMPLERS")
     add(
         "--sampler",
-        type=samplers,
         metavar="NAME",
-        help="of docs/samplers.md; None: as for the samples of the model's run, else ddim",
+        help="of docs/samplers.md, or a function of an allowed package, package.name; "
+        "None: as for the samples of the model's run, else ddim",
     )
+    add("--allow", action="append", default=[], metavar="PACKAGE", help="let a sampler be of your own code")
     add(
         "--spacing",
         type=one_of("ldm.diffusion.schedule:SPACINGS"),
@@ -86,6 +86,12 @@ def _add_how(parser: ArgumentParser) -> None:
     add("--init_image", type=Path, help="image to start from instead of noise, cropped to the size")
     add("--strength", type=float, default=0.75, help="share of the steps that change it, up to 1")
     add("--long_prompts", action="store_true", help="encode all of a long prompt, in chunks of 75 tokens")
+    add(
+        "--clip_skip",
+        type=int,
+        metavar="N",
+        help="2: the context is of the text encoder's layer before the last (SD 1.x); None: as in training",
+    )
     add("--batch_size", type=int, default=8, help="images at a time; no effect on the images")
     add("--low_memory", action="store_true", help="guidance in two passes instead of a doubled batch")
     add("--device", help="where to compute; None: cuda, mps or cpu, the first that there is")

@@ -196,19 +196,19 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Fixed items that are never trained on, the same for any number of ranks and micro-batches."""
-        batches = self._batches(**self._rank(), start_step=VALIDATION_START)
+        batches = self.batches(**self._rank(), start_step=VALIDATION_START)
         return self._loader(list(islice(batches, self.validation_batches * self.accumulate)))
 
     def loader(self, *, rank: int = 0, world_size: int = 1, start_step: int = 0) -> DataLoader:
         """Batches: {"latent_stats" [B, 2z, h, w] or "image" [B, 3, H, W], "caption" list[str],
         "stream" B of "subject" and "prior", "item" [B] int64}, subject items before prior items."""
-        return self._loader(self._batches(rank=rank, world_size=world_size, start_step=start_step))
+        return self._loader(self.batches(rank=rank, world_size=world_size, start_step=start_step))
 
     def _rank(self) -> dict[str, int]:
         trainer = self.trainer
         return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
 
-    def _batches(self, *, rank: int = 0, world_size: int = 1, start_step: int = 0) -> ItemBatches:
+    def batches(self, *, rank: int = 0, world_size: int = 1, start_step: int = 0) -> ItemBatches:
         return ItemBatches(
             batch_size=self.batch_size,
             prior_batch_size=self.prior_batch_size,

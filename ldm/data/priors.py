@@ -10,10 +10,11 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -26,13 +27,16 @@ from ldm.files import atomic_write, file_sha256, make_folder
 GenerateImages = Callable[[list[int]], Sequence[tuple[Image.Image, Tensor]]]
 
 
+LEFT_OUT = {"precision": "fp32", "spacing": None, "clip_skip": 1}  # of a name, so that older sets keep theirs
+
+
 @dataclass(frozen=True)
 class PriorSpec:
     """All that determines the images of a set. Image i has the seed `seed` + i."""
 
     prompt: str
     base_sha256: str  # of the base model's file
-    sampler: str
+    sampler: str | Mapping[str, Any]  # a short name, or the node of one's own
     steps: int
     guidance_scale: float
     negative_prompt: str | None  # None: zeros, of SDXL
@@ -40,14 +44,17 @@ class PriorSpec:
     seed: int
     eta: float = 0.0
     precision: str = "fp32"  # of the networks: see `ldm.precision`
+    spacing: str | None = None  # of the steps; None: as suits the sampler
+    clip_skip: int = 1  # of the text encoder
 
     @property
     def hash(self) -> str:
-        """12 hex digits of the SHA-256 of the canonical JSON; fp32 is left out of it, and 7 equals 7.0."""
+        """12 hex digits of the SHA-256 of the canonical JSON; 7 equals 7.0, and what is usual is left out."""
         numbers = {"guidance_scale": float(self.guidance_scale), "eta": float(self.eta)}
         said = asdict(self) | numbers
-        if self.precision == "fp32":
-            del said["precision"]
+        for name, usual in LEFT_OUT.items():
+            if said[name] == usual:
+                del said[name]
         text = json.dumps(said, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -199,9 +206,10 @@ class PriorSet:
             manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
             images = [PriorImage(**image) for image in manifest["images"]]
             numbers = [int(image.seed) - self.spec.seed for image in images]
+            same = PriorSpec(**manifest["spec"]) == self.spec
         except (OSError, ValueError, KeyError, TypeError):
             return {}
-        return dict(zip(numbers, images, strict=True)) if manifest.get("spec") == asdict(self.spec) else {}
+        return dict(zip(numbers, images, strict=True)) if same else {}
 
     def _write_manifest(self, present: dict[int, PriorImage]) -> None:
         """Lists these images, and those that another process or a run of more images has listed."""

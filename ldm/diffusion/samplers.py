@@ -9,18 +9,39 @@ level of a zero-terminal-SNR schedule. `denoise` is called at levels[:-1] alone.
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ldm.diffusion.guidance import Denoise
 from ldm.diffusion.process import Level
+from ldm.diffusion.schedule import Spacing
 
 Noise = Callable[[int], Tensor]  # step index -> standard normal noise, shaped like x
 Callback = Callable[[int, Tensor], object]  # step index, x after the step
-Sampler = Callable[..., Tensor]
 Known = tuple[Tensor, Level]  # a prediction of x0, and the level at which it was made
 SamplerName = Literal["ddim", "plms", "dpm++2m", "euler", "euler_a", "heun", "dpm++2m_sde", "unipc"]
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """A sampler: from noise x at levels[0] to a latent at levels[-1]."""
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        levels: Sequence[Level],
+        *,
+        noise: Noise | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """x: [B, C, h, w] -> [B, C, h, w].
+
+        `noise` is asked for at most once a step, by its index: it is a function of an image's own seed and of
+        the step. `callback` is called after each step.
+        """
+
 
 # Weights of the last n predictions, newest first (Liu et al. 2022, eq. 12).
 ADAMS_BASHFORTH = {
@@ -287,7 +308,7 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc": unipc,
 }
 # Trailing timesteps begin at the noisiest level: at 12 steps DPM-Solver++ is then twice as near to its limit.
-DEFAULT_SPACING: dict[str, str] = {
+DEFAULT_SPACING: dict[str, Spacing] = {
     name: "leading" if name in ("ddim", "plms") else "trailing" for name in SAMPLERS
 }
 # Those of k-diffusion's kind end without noise, the others at the schedule's first level.

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from ldm.engine.optimizer_average import OptimizerAverage
 from ldm.errors import UserError
 
 
@@ -191,14 +192,19 @@ class WeightAverage(pl.Callback):
             self._take_out()
 
 
-def averaging(decay: float | None, *, device: Literal["cpu"] | None, every: int) -> list[WeightAverage]:
-    """The callback of these settings; none without a decay."""
+def averaging(
+    decay: float | None, *, device: Literal["cpu"] | None, every: int, by_optimizer: bool = False
+) -> list[WeightAverage | OptimizerAverage]:
+    """The callback of these settings; none without a decay, unless the optimizer averages the weights."""
+    if by_optimizer:
+        return [OptimizerAverage()]
     return [] if decay is None else [WeightAverage(decay=decay, device=device, every=every)]
 
 
 def evaluated_weights(trainer: pl.Trainer) -> Any:
     """Context in which the module holds the weights to evaluate: the averages, if there are any."""
-    averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAverage)]
+    kinds = WeightAverage | OptimizerAverage
+    averages = [callback for callback in trainer.callbacks if isinstance(callback, kinds)]
     return averages[0].applied() if averages else nullcontext()
 
 

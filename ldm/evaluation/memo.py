@@ -47,7 +47,7 @@ class MemoPipeline:
         **how: Any,
     ) -> list[GeneratedImage]:
         guided = how["guidance_scale"] != 1 and self.pipeline.guidance_base is not None
-        settings = (guided, self.pipeline.default_size, *sorted(how.items()))
+        settings = repr((guided, self.pipeline.default_size, *sorted(how.items())))
         keys = [(prompt, seed, settings) for prompt, seed in zip(prompts, seeds, strict=True)]
         found = {key: self.memo.images[key] for key in keys if key in self.memo.images}
         new = list(dict.fromkeys(key for key in keys if key not in found))

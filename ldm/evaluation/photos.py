@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.annotations import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from ldm.data.prompts import read_prompts
-from ldm.diffusion.samplers import SamplerName
+from ldm.diffusion.schedule import Spacing
 from ldm.errors import UserError
 from ldm.evaluation.features import CLIP, DINO, Clip, Dino, Lpips
 from ldm.evaluation.image_folder import by_prompt
@@ -34,6 +34,7 @@ from ldm.evaluation.protocol import (
 )
 from ldm.pipeline import Text2Image
 from ldm.precision import Precision
+from ldm.sampler_nodes import SamplerNode
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class PhotoEvaluation:
         seeds: samples of each prompt.
         class_samples: samples of the class, without the identifier; 0 leaves PRES out.
         sampler, steps, guidance_scale: of all samples.
+        spacing: of the steps; None: as suits the sampler.
         guidance_base: the base, not the trained model, predicts for the empty prompt.
         seed: of the first sample.
         precision: of the networks while sampling; "auto" is bf16 on a CUDA device and fp32 elsewhere.
@@ -110,7 +112,8 @@ class PhotoEvaluation:
         prompts: str = "dreambooth-object",
         seeds: PositiveInt = 4,
         class_samples: NonNegativeInt = 100,
-        sampler: SamplerName = "ddim",
+        sampler: SamplerNode = "ddim",
+        spacing: Spacing | None = None,
         steps: PositiveInt = 50,
         guidance_scale: NonNegativeFloat = 7.5,
         guidance_base: bool = False,
@@ -130,6 +133,7 @@ class PhotoEvaluation:
         read_prompts(prompts, identifier="sks", class_word="dog")  # reports a missing file at once
         self.sampling = {
             "sampler": sampler,
+            "spacing": spacing,
             "steps": steps,
             "guidance_scale": guidance_scale,
             "batch_size": batch_size,

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.annotations import NonNegativeFloat, PositiveInt, Seed
-from ldm.diffusion.samplers import SamplerName
+from ldm.diffusion.schedule import Spacing
 from ldm.errors import UserError
 from ldm.evaluation.metrics import (
     Interval,
@@ -36,6 +36,7 @@ from ldm.evaluation.protocol import (
 from ldm.evaluation.storybook_limits import pixels_of, reasons_against
 from ldm.pipeline import Text2Image
 from ldm.precision import Precision
+from ldm.sampler_nodes import SamplerNode
 from ldm.storybook.dataset import SCENES_PER_SEED
 from ldm.storybook.judge import SHIPPED, Judge
 from ldm.storybook.world import CONTEXTS, SUBJECT_ATTRIBUTES, Scene, full_caption, sample_scene
@@ -119,6 +120,7 @@ class StorybookEvaluation:
         seeds: samples of the subject in each of the 8 contexts.
         class_samples: samples of the class, without the identifier.
         sampler, steps, guidance_scale: of all samples.
+        spacing: of the steps; None: as suits the sampler.
         guidance_base: the base, not the trained model, predicts for the empty prompt.
         seed: of the first sample.
         precision: of the networks while sampling; "auto" is bf16 on a CUDA device and fp32 elsewhere.
@@ -141,7 +143,8 @@ class StorybookEvaluation:
         *,
         seeds: PositiveInt = 4,
         class_samples: Annotated[int, Ge(2)] = 64,
-        sampler: SamplerName = "ddim",
+        sampler: SamplerNode = "ddim",
+        spacing: Spacing | None = None,
         steps: PositiveInt = 25,
         guidance_scale: NonNegativeFloat = 4.0,
         guidance_base: bool = False,
@@ -156,6 +159,7 @@ class StorybookEvaluation:
         self.seeds, self.class_samples, self.seed = seeds, class_samples, seed
         self.sampling = {
             "sampler": sampler,
+            "spacing": spacing,
             "steps": steps,
             "guidance_scale": guidance_scale,
             "batch_size": batch_size,

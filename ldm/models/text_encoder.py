@@ -3,13 +3,10 @@
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -18,10 +15,9 @@ from transformers.activations import ACT2FN
 from ldm.annotations import NonNegativeInt, PositiveInt
 from ldm.errors import UserError
 from ldm.models.conditioning import TextEncoding
+from ldm.models.vocabulary import load_tokenizer
 from ldm.models.widths import check_widths
-from ldm.shipped import find_file
 
-VOCABULARY = ("vocab.json", "merges.txt")
 COMMA_BACKTRACK = 20  # a full chunk ends after its last comma, if at most this many tokens follow it
 
 
@@ -70,6 +66,8 @@ class CLIPTextEncoder(nn.Module):
     tokenizer: folder with vocab.json and merges.txt, or a name on the Hugging Face hub.
     pad_token_id: pads prompts to max_length; None = eos_token_id (SD 1.x), 0 in SD 2.x.
     use_checkpoint: gradient checkpointing of each layer. None: a training run chooses; else none.
+    clip_skip: 2 takes the output of the layer before the last one, 3 of that before it, after the final layer
+        norm, as other tools' "Clip skip"; for SD 1.x (`layer` "last").
     """
 
     unconditional: str | None = ""  # the text of no prompt
@@ -91,6 +89,7 @@ class CLIPTextEncoder(nn.Module):
         eos_token_id: NonNegativeInt = 49407,
         pad_token_id: NonNegativeInt | None = None,
         use_checkpoint: bool | None = False,
+        clip_skip: PositiveInt = 1,
     ):
         super().__init__()
         check_widths("text_encoder", [hidden_size], num_attention_heads=num_attention_heads)
@@ -101,11 +100,13 @@ class CLIPTextEncoder(nn.Module):
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self.pad_token_id = eos_token_id if pad_token_id is None else pad_token_id
         self.tokenizer_name, self.use_checkpoint = tokenizer, use_checkpoint
-        self.layer = layer
+        self.layer, self.num_layers = layer, num_hidden_layers
+        self.check_clip_skip(clip_skip)
+        self.clip_skip = clip_skip
         self.context_dim = hidden_size
         self.pooled_dim = projection_dim
         self.token_shape = (max_length,)  # of a prompt's ids
-        self.depth = num_hidden_layers - (layer != "last")
+        self.depth = num_hidden_layers - (layer != "last") - (clip_skip - 1)  # layers below the context
         config = CLIPTextConfig(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
@@ -165,6 +166,22 @@ class CLIPTextEncoder(nn.Module):
         """Token embeddings of a known word -> [n, D]."""
         ids = torch.tensor(self._tokenize(word).ids)
         return self.transformer["text_model"].embeddings.token_embedding.weight[ids.to(self.device)]
+
+    def check_clip_skip(self, clip_skip: int) -> None:
+        """Raises UserError for a clip skip that this text encoder does not have."""
+        if clip_skip > 1 and self.layer != "last":
+            what = "Clip skip is of Stable Diffusion 1.x; this context is always of the layer before the last"
+            raise UserError(what, where="clip_skip", remedy="Take it off.")
+        if not 1 <= clip_skip <= self.num_layers:
+            remedy = f"Choose from 1, all layers, to {self.num_layers}."
+            raise UserError(f"A clip skip of {clip_skip} is impossible", where="clip_skip", remedy=remedy)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """All weights but those of layers after the context that nothing depends on."""
+        super().requires_grad_(requires_grad)
+        if self.text_projection is None:
+            self.layers[self.depth :].requires_grad_(False)
+        return self
 
     @property
     def encoders(self) -> list["CLIPTextEncoder"]:
@@ -256,23 +273,25 @@ class CLIPTextEncoder(nn.Module):
             first += len(vectors)
         raise KeyError(word)
 
-    def encode(self, ids: Tensor) -> TextEncoding:
-        """ids: [B, M] -> what the UNet's conditioning is made of, of each prompt."""
-        found = self(ids)  # not `forward`: FSDP and hooks act on calls
+    def encode(self, ids: Tensor, *, clip_skip: int | None = None) -> TextEncoding:
+        """ids: [B, M] -> what the UNet is told, of each prompt. clip_skip: None is its own."""
+        more = () if clip_skip is None else (clip_skip,)
+        found = self(ids, *more)  # not `forward`: FSDP and hooks act on calls
         return TextEncoding(found) if isinstance(found, Tensor) else TextEncoding(*found)
 
-    def forward(self, ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, clip_skip: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """ids: [B, M] -> context: [B, M, D], and with a projection the pooled vector [B, P].
 
         Attention is causal, and padding is not masked.
         """
         text_model = self.transformer["text_model"]
         layers, norm = text_model.encoder.layers, text_model.final_layer_norm
-        h = self._through(layers[: self.depth], text_model.embeddings(inputs_embeds=self._embed(ids)))
+        depth = self.depth if clip_skip is None else self.num_layers - (clip_skip - 1)
+        h = self._through(layers[:depth], text_model.embeddings(inputs_embeds=self._embed(ids)))
         context = h if self.layer == "penultimate_hidden" else norm(h)
         if self.text_projection is None:
             return context
-        last = self._through(layers[self.depth :], h)
+        last = self._through(layers[depth:], h)
         eos = (ids == self.eos_token_id).int().argmax(dim=1)  # the first one; learned tokens have higher ids
         pooled = norm(last[torch.arange(len(ids), device=ids.device), eos]) @ self.text_projection
         return context, pooled
@@ -316,32 +335,3 @@ def find_words(prompt: str, words: Iterable[str]) -> list[re.Match[str]]:
 def _parameter_name(word: str) -> str:
     """A word as a parameter's name, which may hold no dot; `ldm.checkpoints.run_checkpoint` reads it back."""
     return "word:" + word.replace("%", "%25").replace(".", "%2E")
-
-
-def load_tokenizer(name: str) -> CLIPTokenizer:
-    """CLIP's tokenizer, from a folder (in the current one, or one that ships) or from the hub."""
-    given = find_file(name)
-    folder = given if given.is_dir() else _download(name)
-    if not all((folder / file).is_file() for file in VOCABULARY):
-        raise UserError("The tokenizer folder lacks vocab.json or merges.txt", where=folder)
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # of many kinds, by the tokenizers library
-        raise UserError(f"The tokenizer cannot be read: {str(error)[:200]}", where=folder) from error
-
-
-def _download(name: str) -> Path:
-    """Folder of the vocabulary files in the Hugging Face cache; they are downloaded if they are not there."""
-    try:
-        try:
-            paths = [hf_hub_download(name, file, local_files_only=True) for file in VOCABULARY]
-        except LocalEntryNotFoundError:
-            paths = [hf_hub_download(name, file) for file in VOCABULARY]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "The tokenizer is neither a folder nor available from the Hugging Face hub",
-            where=name,
-            remedy="Where there is a network, run `hf download openai/clip-vit-large-patch14 "
-            f"{' '.join(VOCABULARY)} --local-dir tokenizer`; then give that folder as `tokenizer`.",
-        ) from error
-    return Path(paths[0]).parent

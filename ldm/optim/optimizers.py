@@ -1,7 +1,7 @@
 """Optimizers over parameter groups, what they cannot be combined with, and learning rates over time."""
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,15 +9,26 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldm.annotations import Node
 from ldm.errors import UserError
 from ldm.optim.fused_backward import FusedBackward
-from ldm.optim.optimizer_nodes import SHORT, OptimizerNode, build, stepping, steps_in_backward
+from ldm.optim.optimizer_nodes import (
+    SHORT,
+    OptimizerNode,
+    averages_weights,
+    build,
+    package_of,
+    stepping,
+    steps_in_backward,
+)
 from ldm.optim.schedules import Constant, LRSchedule
 from ldm.schema import TrainerOptions
-from ldm.targets import parameters_of
+from ldm.targets import OPTIONAL, parameters_of
 
 ParamGroups = Mapping[str, tuple[nn.Module, float]]  # name -> (module, learning rate)
 WHERE = "model.params.optimizer"
+TRIED = ("torch.", "ldm.", "prodigyopt.", "schedulefree.")  # optimizers that step on any device
+LEAST_FACTOR = 0.01  # of the rate that Prodigy finds; 1 is its authors'
 
 
 def build_optimizer(
@@ -25,9 +36,12 @@ def build_optimizer(
 ) -> Optimizer:
     """An optimizer, with one parameter group per module that has trainable weights.
 
-    optimizer: a node, or the name of an AdamW (Loshchilov & Hutter 2019): "adamw" has float32 states, 8 bytes
-    a weight, `fused` in one kernel; "adamw_8bit" (bitsandbytes) 2 bytes; "adamw_bf16" 4 bytes, for bfloat16
-    weights. seed: of stochastic rounding.
+    optimizer: a node, or a name. AdamW (Loshchilov & Hutter 2019): "adamw" has float32 states, 8 bytes a
+    weight, `fused` in one kernel; "adamw_8bit" (bitsandbytes) 2 bytes; "adamw_bf16" 4 bytes, for bfloat16
+    weights. "adafactor" (Shazeer & Stern 2018) keeps a row and a column of second moments, "lion" (Chen et
+    al. 2023) one moment. "prodigy" (Mishchenko & Defazio 2023) finds the rate, of which the learning rate is
+    a factor; "schedule_free" (Defazio et al. 2024) averages in place of a schedule. seed: of stochastic
+    rounding.
     """
     groups = [
         {"name": group_name, "lr": lr, "params": [p for p in module.parameters() if p.requires_grad]}
@@ -41,43 +55,73 @@ def build_optimizer(
 
 
 def check_optimizer(
-    optimizer: OptimizerNode, trainer: TrainerOptions, *, compiled: bool = False, processes: int = 1
+    optimizer: OptimizerNode,
+    trainer: TrainerOptions,
+    *,
+    compiled: bool = False,
+    processes: int = 1,
+    rates: Sequence[float] = (1e-3, 1e-3),
 ) -> None:
-    """Raises UserError if the optimizer cannot be built, or not be used with these Trainer settings."""
+    """Raises UserError if the optimizer cannot be built, or not be used with these Trainer settings.
+
+    rates: learning rates of the parameter groups, as far as there are any.
+    """
     node = stepping(optimizer)
-    if node["target"].startswith("bitsandbytes.") and importlib.util.find_spec("bitsandbytes") is None:
-        remedy = f'Install it with `pip install -e ".[8bit]"`, or set {WHERE}=adamw.'
-        raise UserError("8-bit AdamW needs bitsandbytes, which is not installed", where=WHERE, remedy=remedy)
+    package = package_of(node["target"])
+    if package in OPTIONAL and importlib.util.find_spec(package) is None:
+        remedy = f'Install it with `pip install -e ".[{OPTIONAL[package]}]"`, or set {WHERE}=adamw.'
+        name = node["target"].rpartition(".")[2]
+        raise UserError(f"{name} needs {package}, which is not installed", where=WHERE, remedy=remedy)
     if "lr" in (node.get("params") or {}):
         remedy = "Take it off, and set model.params.trainable.learning_rate."
         raise UserError("The learning rates are the model's", where=f"{WHERE}.params.lr", remedy=remedy)
-    if not node["target"].startswith("bitsandbytes."):
-        _try(node)
+    depends_on_all = package != "bitsandbytes" and _try(node, rates or [1e-3])
+    if package == "prodigyopt" and 0 < max(rates, default=0) < LEAST_FACTOR:
+        what = f"Prodigy finds the learning rate, and {max(rates)} of it is next to nothing"
+        remedy = "Set model.params.trainable.learning_rate=1."
+        raise UserError(what, where="model.params.trainable.learning_rate", remedy=remedy)
     if steps_in_backward(optimizer):
         _check_fused_backward(trainer, compiled=compiled, processes=processes)
+        if depends_on_all:
+            what = (
+                f"A step of {node['target']} depends on all gradients, which a fused backward pass never has"
+            )
+            raise UserError(what, where=WHERE, remedy=f"Set {WHERE} to it alone.")
     elif optimizer != "adamw" and node["target"] == SHORT["adamw"] and trainer.precision == "16-mixed":
         what = "16-mixed scales gradients, and FusedAdamW would not see them as they are clipped"
         raise UserError(what, where=WHERE, remedy=f"Set {WHERE}=adamw, which is torch's own there.")
 
 
-def _try(node: OptimizerNode) -> None:
-    """Raises UserError if the optimizer does not take these params, or weights in groups.
+def _try(node: Node, rates: Sequence[float]) -> bool:
+    """Whether a step changes what all weights of a group share: an estimate of Prodigy's, a count.
 
-    torch's own also make a step on one weight; others may be for a GPU alone.
+    Raises UserError if the optimizer does not take these params, or weights in groups of these rates. Those
+    that are known make a step on one weight of each; others may be for a GPU alone.
     """
-    weights = [nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
+    weights = [nn.Parameter(torch.ones(2, 2)) for _ in rates]
     for weight in weights:
-        weight.grad = torch.zeros_like(weight)
+        weight.grad = torch.ones_like(weight)
     try:
-        optimizer = build(node, [{"params": [weight], "lr": 0.0} for weight in weights])
-        if node["target"].startswith("torch."):
+        optimizer = build(
+            node, [{"params": [weight], "lr": rate} for weight, rate in zip(weights, rates, strict=True)]
+        )
+        before = [_shared(group) for group in optimizer.param_groups]
+        if averages_weights(node):
+            optimizer.train()
+        if node["target"].startswith(TRIED):
             optimizer.step()
+        return before != [_shared(group) for group in optimizer.param_groups]
     except UserError:
         raise
     except Exception as error:  # of any kind, by whoever wrote the class
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = f"{node['target']} does not train this model: {reason}"
         raise UserError(what, where=WHERE, remedy="Set its params, or name another one.") from error
+
+
+def _shared(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a parameter group concerns all of its weights."""
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _check_fused_backward(trainer: TrainerOptions, *, compiled: bool, processes: int) -> None:

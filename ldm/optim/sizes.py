@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from ldm.optim.adamw_bf16 import AdamWBF16
-from ldm.optim.optimizer_nodes import OptimizerNode, build, kind_of, stepping
+from ldm.optim.optimizer_nodes import (
+    OptimizerNode,
+    averages_weights,
+    build,
+    kind_of,
+    optimizer_of,
+    stepping,
+)
 
 BLOCK, SMALL = 256, 4096  # bitsandbytes: weights per scale; smaller tensors keep float32 states
 
@@ -30,10 +37,12 @@ def state_bytes(parameter: Tensor, optimizer: OptimizerNode) -> int:
 @lru_cache(maxsize=1024)
 def _asked(node: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes of the states that an optimizer has after a step on a weight of this shape."""
-    weight = nn.Parameter(torch.zeros(shape, dtype=dtype, device="cpu"))
+    weight = nn.Parameter(torch.ones(shape, dtype=dtype, device="cpu"))
     weight.grad = torch.zeros_like(weight)
     try:
-        optimizer = build(json.loads(node), [{"params": [weight], "lr": 0.0}])
+        optimizer = build(json.loads(node), [{"params": [weight], "lr": 1e-3}])
+        if averages_weights(json.loads(node)):
+            optimizer.train()
         optimizer.step()
     except Exception:  # of any kind, by whoever wrote the class
         return 2 * 4 * weight.numel() + 4
@@ -43,11 +52,11 @@ def _asked(node: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
 def checkpoint_bytes(module: nn.Module, *, averaged: bool) -> int:
     """Bytes of a checkpoint's tensors: weights, optimizer states, and the float32 average of what learns.
 
-    The average stands beside the weights; what is frozen is written once. A module that names no
-    `optimizer` has torch's AdamW.
+    The average, a callback's or the optimizer's, stands beside the weights; what is frozen is written once.
     """
     weights = sum(tensor.nbytes for tensor in module.state_dict().values())
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    states = sum(state_bytes(p, getattr(module, "optimizer", "adamw")) for p in learning)
-    average = sum(4 * p.numel() for p in learning) if averaged else 0
+    optimizer = optimizer_of(module)
+    states = sum(state_bytes(p, optimizer) for p in learning)
+    average = sum(4 * p.numel() for p in learning) if averaged or averages_weights(optimizer) else 0
     return weights + states + average

@@ -43,8 +43,8 @@ class BeforeAfterEvaluation:
     of a subject that it cannot judge.
 
     pipeline: whether the base gives the unconditional prediction -> the pipeline. The constructor reads the
-    judge and the photos, so errors in them are raised before long work. Images of a base with a hash are
-    generated once in a process, which saves a study much time.
+    judge and the photos, so errors in them are raised before long work. base: names the base and how it is
+    read, if it is known; its images are then generated once in a process, which saves a study much time.
     """
 
     _of_bases: ClassVar[dict[str, ImageMemo]] = {}
@@ -55,7 +55,7 @@ class BeforeAfterEvaluation:
         pipeline: Callable[[bool], Text2Image],
         data: DreamBoothDataModule,
         *,
-        base_hash: str = "",
+        base: str = "",
     ):
         self.evaluation: Evaluation | None = instantiate(evaluation) if evaluation else None
         if self.evaluation is None:
@@ -67,7 +67,7 @@ class BeforeAfterEvaluation:
             return
         self.pipeline = pipeline(self.evaluation.guidance_base)
         self.base_pipeline = pipeline(False)  # of the base, both predictions are the base's anyway
-        self.base_memo = self._of_bases.setdefault(base_hash, ImageMemo()) if base_hash else ImageMemo()
+        self.base_memo = self._of_bases.setdefault(base, ImageMemo()) if base else ImageMemo()
         self.subject = self.evaluation.subject(photos)
 
     def before(self) -> None:

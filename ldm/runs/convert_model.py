@@ -19,7 +19,7 @@ from ldm.config import load_config, to_container
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.families.sdxl.family import encoder_params
 from ldm.model_file import check_model
-from ldm.models.text_encoder import load_tokenizer
+from ldm.models.vocabulary import load_tokenizer
 
 
 def opened(options: Namespace) -> Model:

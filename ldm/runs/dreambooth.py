@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ldm.annotations import Node
+from ldm.conditioner import clip_skip_of
 from ldm.config import param_of
 from ldm.data.caption_length import check_lengths, prompts_of
 from ldm.data.dreambooth import DreamBoothDataModule
@@ -126,7 +127,10 @@ class DreamBoothRun:
         return self._finalize(before) if distributed.rank() == 0 else []
 
     def _before_after(self, evaluation: Node | None) -> BeforeAfterEvaluation:
-        return BeforeAfterEvaluation(evaluation, self._pipeline, self.data, base_hash=self.base_hash)
+        params = self.config.model.get("params") or {}
+        read_as = repr([params.get(name) for name in ("process", "unet", "vae", "text_encoder")])
+        base = f"{self.base_hash} {read_as}" if self.base_hash else ""
+        return BeforeAfterEvaluation(evaluation, self._pipeline, self.data, base=base)
 
     def _pipeline(self, guidance_base: bool) -> Text2Image:
         """The sampling pipeline, optionally with the base for the unconditional prediction."""
@@ -140,8 +144,9 @@ class DreamBoothRun:
     def _priors(self) -> PriorSet:
         """The prior images; missing ones are generated."""
         config = self.config.priors
-        none = self.module.cond_stage_model.unconditional
-        about = {"base_sha256": self.base_hash, "device": self.module.device, "unconditional": none}
+        text = self.module.cond_stage_model
+        about = {"unconditional": text.unconditional, "clip_skip": clip_skip_of(text)}
+        about |= {"base_sha256": self.base_hash, "device": self.module.device}
         priors = prior_set(self.data, config, **about)
         generate_priors(self.pipeline, priors, self.data.num_priors, batch_size=config.batch_size)
         return priors

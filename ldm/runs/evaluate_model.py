@@ -21,10 +21,19 @@ from ldm.reports.metrics_plot import metrics_plot
 from ldm.runs.run import write_json
 from ldm.schema import RunConfig
 from ldm.shipped import find_file
+from ldm.targets import allow
 
 BASE = "ldm/storybook/assets/base.safetensors"
 BASE_GUIDANCE = 4.0
-SAMPLING = ("sampler", "steps", "guidance_scale", "guidance_base", "batch_size", "precision")  # of a run
+SAMPLING = (  # of a run
+    "sampler",
+    "spacing",
+    "steps",
+    "guidance_scale",
+    "guidance_base",
+    "batch_size",
+    "precision",
+)
 METRICS = {
     "storybook": "ldm.evaluation.storybook.StorybookEvaluation",
     "photos": "ldm.evaluation.photos.PhotoEvaluation",
@@ -119,6 +128,8 @@ def table(metrics: Mapping[str, Any]) -> str:
 
 def evaluate_model(options: Namespace) -> None:
     """Measures what the options of `evaluate.py` name; prints a table and writes its files."""
+    for package in options.allow:
+        allow(package)
     keep_freed_memory()
     given = find_file(BASE) if options.captions and options.model is None else options.model
     model = None if options.pictures else find_model(given)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from ldm.conditioner import clip_skip_of
 from ldm.config import instantiate
 from ldm.engine import distributed
 from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
@@ -30,6 +31,7 @@ def generate_set(config: RunConfig) -> Path:
     sampling = config.priors
     pipeline = text2image(module, size=data.size)
     about = {"device": module.device, "unconditional": pipeline.text_encoder.unconditional}
+    about["clip_skip"] = clip_skip_of(pipeline.text_encoder)
     priors = prior_set(data, sampling, base_sha256=base_hash, **about)
     missing = generate_priors(pipeline, priors, data.num_priors, batch_size=sampling.batch_size)
     if distributed.rank() == 0:

@@ -23,7 +23,7 @@ from ldm.engine.peak import PeakBytes
 from ldm.engine.sharding import FSDP
 from ldm.models.conditioning import Conditioning
 from ldm.optim.fused_backward import pending_gradient_bytes
-from ldm.optim.optimizer_nodes import steps_in_backward
+from ldm.optim.optimizer_nodes import averages_weights, steps_in_backward
 from ldm.optim.sizes import checkpoint_bytes, state_bytes
 from ldm.runs.before_after import evaluation_nodes
 from ldm.schema import RunConfig
@@ -99,11 +99,13 @@ def _average(config: RunConfig, module: LatentDiffusion, needs: Mapping[str, Nee
 
     The copy is made where the average is of another dtype or on another device; no gradients are held then.
     """
+    free_then = sum(need.gradients + need.activations for need in needs.values())
+    if averages_weights(module.optimizer):  # the weights that are trained, beside their average
+        return Need(activations=max(0, _size(_learning(module)) - free_then))
     if config.ema_decay is None:
         return Need()
     learning, apart = _learning(module), config.ema_device == "cpu"
     copied = _size(p for p in learning if apart or p.dtype != torch.float32)
-    free_then = sum(need.gradients + need.activations for need in needs.values())
     return Need(weights=0 if apart else _float_size(learning), activations=max(0, copied - free_then))
 
 

@@ -37,6 +37,7 @@ from ldm.engine.sharding import fsdp_replica
 from ldm.engine.signals import StopSignals
 from ldm.errors import UserError
 from ldm.files import atomic_write, make_folder, require_space
+from ldm.optim.optimizer_nodes import averages_weights, optimizer_of
 from ldm.optim.sizes import checkpoint_bytes
 from ldm.runs.inputs import base_hash
 from ldm.runs.online_eval import OnlineEvalCallback
@@ -123,7 +124,9 @@ def fit(
     require_space(folder, bytes_needed, what="a run's checkpoints")
     with StopSignals() as stop, fsdp_replica(module, config.trainer) as (learner, trainer):
         core = _core_callbacks(kept, stop, online_eval, every=config.checkpoint_every, keep=keep)
-        average = averaging(config.ema_decay, device=config.ema_device, every=config.ema_every)
+        by_optimizer = averages_weights(optimizer_of(module))
+        about = {"device": config.ema_device, "every": config.ema_every, "by_optimizer": by_optimizer}
+        average = averaging(config.ema_decay, **about)
         logger = config.logger
         pl.Trainer(
             default_root_dir=folder,

@@ -14,6 +14,7 @@ from ldm.checkpoints.embedding import read_embedding
 from ldm.checkpoints.load import Model, file_hash, open_model
 from ldm.checkpoints.modelspec import sampling_defaults, taught_words
 from ldm.checkpoints.save import DTYPES
+from ldm.conditioner import clip_skip_of
 from ldm.config import load_config, to_container
 from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.images import load_image
@@ -24,6 +25,8 @@ from ldm.families.sdxl.conditioning import Sizes
 from ldm.models.text_encoder import find_words
 from ldm.pipeline import Sample, Text2Image, find_model
 from ldm.precision import resolve_precision
+from ldm.sampler_nodes import build_sampler
+from ldm.targets import allow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 SIZES = ("original_size", "crop", "target_size")  # of Sizes: what SDXL is told
@@ -56,6 +59,11 @@ def sizes_of(options: Namespace, pipeline: Text2Image, *, height: int, width: in
     return Sizes.told(sizes if any(given) else None, height, width, to=pipeline.unet)
 
 
+def sampler_node(name: str | None) -> str | dict[str, str] | None:
+    """A sampler as `Text2Image` takes it, from a short name or the dotted name of one's own."""
+    return {"target": name} if name is not None and "." in name else name
+
+
 def name_of(path: Path) -> str:
     """Name of a model: its file's, or its run's."""
     return path.resolve().parent.name if path.stem == "model" else path.stem
@@ -65,6 +73,8 @@ def sample_images(options: Namespace) -> None:
     """Draws the images that the options of `sample.py` name, and prints the paths of their files."""
     if not (options.prompt or options.prompts) or options.n < 1:
         raise UserError("There is nothing to generate", remedy="Give --prompt or --prompts, and --n from 1.")
+    for package in options.allow:
+        allow(package)
     keep_freed_memory()
     options.device = options.device or DEVICE
     path = find_model(options.model)
@@ -79,14 +89,20 @@ def sample_images(options: Namespace) -> None:
     base = find_model(options.guidance_base) if options.guidance_base else None
     added = {"loras": loras, "embeddings": options.embedding, "guidance_base": base, "vae": options.vae}
     place = {"device": options.device, "dtype": DTYPES[precision]}
+    settings = settings_of(options, model)
+    build_sampler(settings["sampler"])  # refused before the networks are read
     pipeline = Text2Image.from_file(path, config=config, **place, **added)
-    settings = settings_of(options, model, pipeline)
+    settings |= {side: pipeline.default_size for side in ("height", "width") if settings[side] is None}
+    settings["negative_prompt"] = pipeline.negative(settings["negative_prompt"])
     about = settings | {"model": name_of(path), "model_hash": pipeline.model_hash, "precision": precision}
     sizes = sizes_of(options, pipeline, height=settings["height"], width=settings["width"])
     about |= _added(options, pipeline, base=base, sizes=sizes, negative_prompt=settings["negative_prompt"])
     if init_image:
         settings["strength"] = options.strength
     settings |= {"init_image": init_image, "long_prompts": options.long_prompts, "sizes": sizes}
+    own = clip_skip_of(pipeline.text_encoder)
+    settings["clip_skip"] = own if options.clip_skip is None else options.clip_skip
+    about |= {"clip_skip": settings["clip_skip"]} if settings["clip_skip"] != 1 else {}
     out = options.out or path.parent / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
     images = [[] for _ in prompts]
     for row, sample in drawn(pipeline, prompts, options, settings):
@@ -107,13 +123,12 @@ def prompts_of(options: Namespace, model: Model) -> list[str]:
     return options.prompt + (read_prompts(options.prompts, **words) if options.prompts else [])
 
 
-def settings_of(options: Namespace, model: Model, pipeline: Text2Image) -> dict[str, Any]:
-    """What the options say of the sampling, else what is usual for the model."""
+def settings_of(options: Namespace, model: Model) -> dict[str, Any]:
+    """What the options say of the sampling, else what is usual for the model; None: the pipeline decides."""
     settings = {name: getattr(options, name) for name in SETTINGS}
+    settings["sampler"] = sampler_node(options.sampler)
     usual = sampling_defaults(model.metadata, model.family)
     settings |= {name: value for name, value in usual.items() if settings[name] is None}
-    settings |= {side: pipeline.default_size for side in ("height", "width") if settings[side] is None}
-    settings["negative_prompt"] = pipeline.negative(settings["negative_prompt"])
     return settings
 
 

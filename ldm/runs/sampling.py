@@ -15,6 +15,7 @@ from ldm.engine import distributed
 from ldm.engine.device import temporarily_on
 from ldm.pipeline import Text2Image
 from ldm.precision import resolve_precision
+from ldm.sampler_nodes import usual_spacing
 from ldm.schema import PriorsConfig, SamplesConfig
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.techniques import frozen_copy
@@ -49,21 +50,25 @@ def prior_set(
     base_sha256: str,
     device: torch.device,
     unconditional: str | None = "",
+    clip_skip: int = 1,
 ) -> PriorSet:
     """The set that is named by these settings, this base and the precision on the device.
 
-    unconditional: what no negative prompt is, see `CLIPTextEncoder.unconditional`.
+    unconditional: what no negative prompt is, see `CLIPTextEncoder.unconditional`. clip_skip: of the text
+    encoder.
     """
     spec = PriorSpec(
         prompt=data.prior_prompt,
         base_sha256=base_sha256,
         sampler=config.sampler,
+        spacing=None if config.spacing == usual_spacing(config.sampler) else config.spacing,
         steps=config.steps,
         guidance_scale=config.guidance_scale,
         negative_prompt=unconditional if config.negative_prompt is None else config.negative_prompt,
         size=data.size,
         seed=config.seed,
         precision=resolve_precision(config.precision, device),
+        clip_skip=clip_skip,
     )
     return PriorSet(Path(config.folder), spec)
 
@@ -77,11 +82,13 @@ def prior_generator(spec: PriorSpec, pipeline: Text2Image, *, batch_size: int) -
                 [spec.prompt] * len(seeds),
                 seeds=seeds,
                 sampler=spec.sampler,
+                spacing=spec.spacing,
                 steps=spec.steps,
                 guidance_scale=spec.guidance_scale,
                 negative_prompt=spec.negative_prompt,
                 batch_size=batch_size,
                 precision=spec.precision,
+                clip_skip=spec.clip_skip,
             )
         return [(sample.image, sample.latents) for sample in samples]
 

@@ -16,9 +16,11 @@ from torch import nn
 from ldm.annotations import Node
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.vae import check_same_scale, open_vae
-from ldm.config import instantiate, param_of
+from ldm.config import instantiate, param_of, takes
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.prompts import fill
+from ldm.diffusion.process import NoiseProcess
+from ldm.diffusion.schedule import Spacing
 from ldm.engine import distributed
 from ldm.engine.sharding import check_sharding
 from ldm.errors import UserError
@@ -26,18 +28,22 @@ from ldm.families.known import family_of
 from ldm.families.sdxl.conditioning import vector_width
 from ldm.families.sdxl.family import SDXL
 from ldm.files import require_space
+from ldm.optim.optimizer_nodes import averages_weights, optimizer_of
+from ldm.optim.schedules import Constant
 from ldm.runs import run
 from ldm.runs.before_after import evaluation_nodes
 from ldm.runs.folder import check_name
 from ldm.runs.memory import checkpoint_bytes
 from ldm.runs.online_eval import check_online_eval
 from ldm.runs.sampling import text2image
+from ldm.sampler_nodes import SamplerNode, sampling_levels
 from ldm.schema import RunConfig, TrainerOptions
 from ldm.storybook.training.base import StorybookBase
 from ldm.training.latent_diffusion import LatentDiffusion
 
 log = logging.getLogger(__name__)
 LEAST_SDXL = 512  # pixels a side
+SAMPLING = ("steps", "sampler", "spacing")  # what decides the noise levels of a sampling
 LOGGERS = {  # class of a logger -> the package that it needs
     "WandbLogger": "wandb",
     "CometLogger": "comet_ml",
@@ -62,6 +68,7 @@ def validate(config: RunConfig) -> None:
         module.check(config.trainer, processes=processes)
         _check_learning(module, config.trainer, processes=processes)
         _check_networks(module)
+    _check_average(config, module)
     if config.is_dreambooth:
         _check_dreambooth(config, module, files)
     else:
@@ -80,7 +87,7 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
     if "all" not in files and not files.keys() >= module.networks.keys():
         remedy = "Name one with --actual_resume FILE."
         raise UserError("DreamBooth needs a base to train on", where="base_checkpoint", remedy=remedy)
-    if not any(_rates(module)):
+    if not any(module.trainable.rates(module.networks)):
         remedy = "Raise model.params.trainable.learning_rate."
         raise UserError(
             "Every learning rate is 0", where="model.params.trainable.learning_rate", remedy=remedy
@@ -90,11 +97,7 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
     data.check()
     check_prior_target(module, data)
     nodes = evaluation_nodes(config)
-    _check_sampling(config, nodes, timesteps=len(module.process.alphas_cumprod), words=data.words)
-    if config.samples.spacing is not None:
-        module.process.levels(
-            config.samples.steps, config.samples.spacing
-        )  # refuses what the schedule has not
+    _check_sampling(config, nodes, module.process, words=data.words)
     for node in nodes.values():
         instantiate(node)  # reads its own networks and prompts
 
@@ -122,6 +125,20 @@ def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> N
         what = "Without prior images, the empty prompt needs the teacher's prediction as its target"
         remedy = "Set model.params.objective.prior_target=teacher, or raise data.params.num_priors."
         raise UserError(what, where="prior_caption_dropout", remedy=remedy)
+
+
+def _check_average(config: RunConfig, module: Any) -> None:
+    """Refuses an average or a decay of the rates beside an optimizer that averages the weights itself."""
+    if not averages_weights(optimizer_of(module)):
+        return
+    if config.ema_decay is not None:
+        what = "The optimizer averages the weights already, and that is what is evaluated and exported"
+        raise UserError(what, where="ema_decay", remedy="Take it off, or set model.params.optimizer=adamw.")
+    schedule = getattr(module, "lr_schedule", None)
+    if schedule is not None and type(schedule) is not Constant:
+        what = "A schedule-free optimizer's average takes the place of a decay of the rates"
+        where, remedy = "model.params.lr_schedule", "Set it to constant, or model.params.optimizer=adamw."
+        raise UserError(what, where=where, remedy=remedy)
 
 
 def _check_networks(module: LatentDiffusion) -> None:
@@ -164,33 +181,49 @@ def _check_learning(module: LatentDiffusion, trainer: TrainerOptions, *, process
         raise UserError(what, where="model.params.trainable.text_encoder_steps", remedy=remedy)
 
 
-def _rates(module: LatentDiffusion) -> list[float]:
-    """Learning rates of what learns."""
-    groups = module.trainable.param_groups(module.networks)
-    rates = [rate for part, rate in groups.values() if _learns(part)]
-    new = module.trainable.learned_token  # its embeddings come with the base's weights
-    return rates if new is None else [*rates, new.learning_rate]
-
-
 def _learns(network: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in network.parameters())
 
 
 def _check_sampling(
-    config: RunConfig, nodes: Mapping[str, Node], *, timesteps: int, words: Mapping[str, str]
+    config: RunConfig, nodes: Mapping[str, Node], process: NoiseProcess, *, words: Mapping[str, str]
 ) -> None:
-    """Refuses prompts of samples with unknown placeholders, and more sampling steps than timesteps."""
+    """Refuses prompts of samples with unknown placeholders, and steps that the schedule does not have."""
     for k, prompt in enumerate(config.samples.prompts):
         try:
             fill(prompt, **words)
         except UserError as error:
             raise UserError(error.what, where=f"samples.prompts.{k}", remedy=error.remedy) from error
-    steps = {"priors.steps": config.priors.steps, "samples.steps": config.samples.steps}
-    steps |= {f"{key}.params.steps": param_of(node, "steps") for key, node in nodes.items()}
-    for key, count in steps.items():
-        if count > timesteps:
-            what = f"{count} sampling steps are more than the schedule's {timesteps} timesteps"
-            raise UserError(what, where=key, remedy=f"Choose from 1 to {timesteps}.")
+    asked = {
+        section: {name: getattr(getattr(config, section), name) for name in SAMPLING}
+        for section in ("priors", "samples")
+    }
+    asked |= {
+        f"{key}.params": {name: param_of(node, name) for name in SAMPLING if takes(node, name)}
+        for key, node in nodes.items()
+        if takes(node, "steps")
+    }
+    for key, how in asked.items():
+        _check_levels(process, key, **how)
+
+
+def _check_levels(
+    process: NoiseProcess,
+    key: str,
+    *,
+    steps: int,
+    sampler: SamplerNode = "ddim",
+    spacing: Spacing | None = None,
+) -> None:
+    """Refuses steps of a sampling that the schedule does not have. key: of its section."""
+    timesteps = len(process.alphas_cumprod)
+    if steps > timesteps:
+        what = f"{steps} sampling steps are more than the schedule's {timesteps} timesteps"
+        raise UserError(what, where=f"{key}.steps", remedy=f"Choose from 1 to {timesteps}.")
+    try:
+        sampling_levels(process, sampler, steps=steps, spacing=spacing)
+    except UserError as error:
+        raise UserError(error.what, where=f"{key}.spacing", remedy=error.remedy) from error
 
 
 def _check_logger(config: RunConfig) -> None:

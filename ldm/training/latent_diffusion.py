@@ -45,10 +45,12 @@ class LatentDiffusion(pl.LightningModule):
         process: how noise is added, and what the UNet predicts.
         objective: what predictions are compared with, and how errors become one loss.
         trainable: which parameters learn, and at which rates.
-        optimizer: "adamw", "adamw_8bit" (bitsandbytes), or "adamw_bf16", which keeps UNet and text encoder in
-            bfloat16 and rounds their updates stochastically; or a node of any optimizer, as of torch.optim.
-            `FusedBackward` has one step each weight as soon as its gradient is there, which is then freed.
-        lr_schedule: "constant", "cosine", to 0, or "wsd"; or a node of one, with a warm-up (`Constant`).
+        optimizer: a name, or a node of any optimizer, as of torch.optim. "adamw_bf16" keeps UNet and text
+            encoder in bfloat16 and rounds their updates stochastically; "prodigy" finds the rate, of which
+            `learning_rate` is a factor, 1; "schedule_free" averages the weights, in place of `ema_decay` and
+            of a schedule (docs/optimizers.md). `FusedBackward` has one step each weight as soon as its
+            gradient is there, which is then freed.
+        lr_schedule: a name, or a node of one, with a warm-up (`Constant`); all but "constant" end at 0.
         compile: mode in which torch.compile translates the UNet's training graph, at the first step.
         cuda_graph: a step's forward and backward pass are launched as CUDA graphs (`GraphedStep`). None: on a
             GPU, where one process trains without a fused backward pass.
@@ -239,7 +241,8 @@ class LatentDiffusion(pl.LightningModule):
 
     def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
         """Refuses a Trainer, or its options, with which this module cannot learn."""
-        check_optimizer(self.optimizer, trainer, compiled=self._graph is not None, processes=processes)
+        how = {"compiled": self._graph is not None, "processes": processes}
+        check_optimizer(self.optimizer, trainer, rates=self.trainable.rates(self.networks), **how)
 
     def configure_optimizers(self) -> dict:
         self.check(self.trainer, processes=self.trainer.world_size)

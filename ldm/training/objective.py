@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm.annotations import Builds, Node, NonNegativeFloat, PositiveFloat
-from ldm.config import instantiate
+from ldm.config import bound
 from ldm.diffusion.loss import mean_per_item, mean_where, min_snr_weights, squared_error
 from ldm.diffusion.process import NoiseProcess
 
@@ -79,7 +79,7 @@ class Objective:
             "subject": StreamLoss(1.0, "noise"),
             "prior": StreamLoss(prior_loss_weight, prior_target),
         }
-        self.weighting: Weighting | None = instantiate(weighting) if weighting else None
+        self.weighting: Weighting | None = bound(weighting) if weighting else None
         self.l2_sp_weight = l2_sp_weight
 
     @property

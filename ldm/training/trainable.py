@@ -85,6 +85,13 @@ class Trainable:
             modules |= each_encoder(modules.pop("text_encoder"))
         return {name: (module, self.learning_rates[name]) for name, module in modules.items()}
 
+    def rates(self, networks: Mapping[str, nn.Module]) -> list[float]:
+        """Learning rates of what learns; a new word's too, whose vectors come with the base's weights."""
+        groups = self.param_groups(networks)
+        groups.pop("learned_token", None)
+        learning = [rate for part, rate in groups.values() if any(p.requires_grad for p in part.parameters())]
+        return learning if self.learned_token is None else [*learning, self.learned_token.learning_rate]
+
     def text_learns(self, networks: Mapping[str, nn.Module]) -> bool:
         """Whether the contexts of prompts change in training."""
         modules = (module for name, module in self.modules(networks).items() if name != "unet")

@@ -12,9 +12,13 @@ import torch
 from PIL import Image
 
 from ldm.data.priors import PriorSet, PriorSpec
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.schedule import SPACINGS
 from ldm.errors import UserError
 from ldm.files import file_sha256
-from ldm.runs.sampling import generate_priors
+from ldm.runs.sampling import generate_priors, prior_set
+from ldm.sampler_nodes import usual_spacing
+from ldm.schema import PriorsConfig
 
 SPEC = PriorSpec(
     prompt="a photo of a dog",
@@ -94,6 +98,8 @@ CHANGES = {
     "seed": 101,
     "eta": 1.0,
     "precision": "bf16",
+    "spacing": "karras",
+    "clip_skip": 2,
 }
 
 
@@ -110,8 +116,36 @@ def test_equal_specs_are_one_set():
 
 
 def test_a_set_in_fp32_keeps_its_name():
-    """Sets were drawn before their precision was said."""
+    """Sets were drawn before their precision and spacing were said."""
     assert SPEC.hash == "455115ff226c"
+
+
+def test_a_manifest_that_says_less_is_of_the_same_set(tmp_path):
+    """One that was written before there was a spacing lists its images still."""
+    priors = PriorSet(tmp_path, SPEC)
+    priors.generate_missing(2, Painter(), batch_size=2)
+    path = priors.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["spec"]["spacing"]
+    path.write_text(json.dumps(manifest))
+    assert priors.is_listed(2) and not priors.is_listed(3)
+
+
+class Data:
+    """What a prior set asks of the data."""
+
+    prior_prompt, size = "a photo of a dog", 8
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, {"target": "mine.heavy_ball"}], ids=str)
+def test_the_usual_spacing_is_the_set_that_says_none(tmp_path, sampler):
+    def spec(spacing: str | None) -> PriorSpec:
+        config = PriorsConfig(folder=str(tmp_path), sampler=sampler, spacing=spacing)
+        return prior_set(Data, config, base_sha256="ab", device=torch.device("cpu")).spec
+
+    usual = usual_spacing(sampler)
+    names = {spacing: spec(spacing).hash for spacing in (None, *SPACINGS)}
+    assert names[None] == names[usual] and len(set(names.values())) == len(SPACINGS)
 
 
 def test_images_of_another_set_do_not_count(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from ldm import targets
 from ldm.checkpoints.load import file_hash
 from ldm.checkpoints.save import save_model
 
@@ -125,6 +126,43 @@ def test_a_run_s_own_sampler_steps_and_guidance_are_the_defaults(
     sample(monkeypatch, "--prompt", "a dog", "--n", 1, "--model", path, "--out", "given", *given)
     with Image.open("given/000-a-dog-23.png") as picture:
         assert "Steps: 3, Sampler: Euler a, " in picture.text["parameters"]
+
+
+def test_a_sampler_of_ones_own_draws_where_it_is_allowed(
+    workdir, tiny_networks, tiny_config, monkeypatch, capsys
+):
+    """Named by the option or by the run that made the file, which cannot let it in."""
+    monkeypatch.setattr(targets, "ALLOWED", list(targets.ALLOWED))
+    monkeypatch.syspath_prepend(str(workdir))
+    Path("own_sampler.py").write_text(
+        "from ldm.diffusion.samplers import euler\n\n"
+        "def slow(denoise, x, levels, *, noise=None, callback=None, scale: float = 0.5):\n"
+        "    return scale * euler(denoise, x, levels, callback=callback)\n"
+    )
+    node = {"target": "own_sampler.slow", "params": {"scale": 0.25}}
+    metadata = {
+        "ldm.config": json.dumps(tiny_config),
+        "ldm.training": json.dumps({"samples": {"sampler": node}}),
+    }
+    parts = {part: network.state_dict() for part, network in tiny_networks.items()}
+    path = save_model("taught.safetensors", parts, alphas_cumprod=None, metadata=metadata)
+    options = ["--prompt", "a dog", "--n", 1, "--model", path, *QUICK]
+    for named in ([], ["--sampler", "own_sampler.slow"]):
+        with pytest.raises(SystemExit):
+            sample(monkeypatch, *options, *named, "--out", "refused")
+        assert "`own_sampler.slow` is not an allowed target" in capsys.readouterr().err
+    assert not Path("refused").exists()
+    found = {}
+    for out, named in [
+        ("run", []),
+        ("option", ["--sampler", "own_sampler.slow"]),
+        ("euler", ["--sampler", "euler"]),
+    ]:
+        sample(monkeypatch, *options, *named, "--out", out, "--allow", "own_sampler")
+        with Image.open(f"{out}/000-a-dog-23.png") as picture:
+            found[out] = picture.tobytes(), picture.text["parameters"]
+    assert len({pixels for pixels, _ in found.values()}) == 3
+    assert "Sampler: slow, " in found["run"][1] and "Sampler: Euler, " in found["euler"][1]
 
 
 def test_a_picture_is_drawn_over(workdir, tiny_model_file, monkeypatch):

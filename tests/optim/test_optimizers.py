@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm.annotations import Node
+from ldm.config import check
 from ldm.errors import UserError
 from ldm.optim import adamw_bf16, fused_backward
 from ldm.optim.adamw_bf16 import AdamWBF16, Rounding, buckets, stochastically_rounded_
 from ldm.optim.fused_adamw import FusedAdamW
-from ldm.optim.optimizer_nodes import SHORT, OptimizerName
+from ldm.optim.lion import Lion
+from ldm.optim.optimizer_nodes import SHORT, OptimizerName, OptimizerNode, averages_weights
 from ldm.optim.optimizers import build_optimizer, check_optimizer
 from ldm.optim.sizes import state_bytes
 from ldm.schema import TrainerOptions
@@ -312,14 +315,18 @@ NODES = {
     "Adafactor": {"target": "torch.optim.Adafactor", "params": {"weight_decay": 0.01}},
     "RAdam": {"target": "torch.optim.RAdam", "params": {"betas": [0.9, 0.99]}},
     "SGD": {"target": "torch.optim.SGD", "params": {"momentum": 0.9, "nesterov": True}},
+    "Lion": {"target": SHORT["lion"], "params": {"betas": [0.95, 0.98], "weight_decay": 0.1}},
+    "Prodigy": {"target": SHORT["prodigy"], "params": {"d_coef": 2.0, "safeguard_warmup": True}},
+    "AdamWScheduleFree": {"target": SHORT["schedule_free"], "params": {"betas": [0.95, 0.99], "r": 1.0}},
 }
 
 
 @pytest.mark.parametrize("name", NODES)
-def test_any_optimizer_of_torch_learns_and_resumes_to_the_bit(job: Job, tmp_path: Path, name: str):
+def test_any_optimizer_learns_and_resumes_to_the_bit(job: Job, tmp_path: Path, name: str):
     """By the config alone, which its parameter groups follow."""
     warm = {"target": "ldm.optim.schedules.Constant", "params": {"warmup_steps": 3}}
     params = {"optimizer": NODES[name], "lr_schedule": warm}
+    params["trainable"] = {"learning_rate": 1.0 if name == "Prodigy" else 1e-3}
     module = job(tmp_path / "whole", params=params)
     for steps in (2, 4):
         replace(job, steps=steps)(tmp_path / "halves", params=params)
@@ -338,6 +345,8 @@ def test_any_optimizer_of_torch_learns_and_resumes_to_the_bit(job: Job, tmp_path
 def test_the_states_of_any_optimizer_are_counted(name: str):
     net = network()
     optimizer = build_optimizer({"net": (net, 1e-2)}, NODES[name])
+    if averages_weights(NODES[name]):
+        optimizer.train()
     train(net, optimizer, steps=range(1))
     for parameter in net.parameters():
         held = sum(x.nbytes for x in optimizer.state[parameter].values() if torch.is_tensor(x))
@@ -353,11 +362,67 @@ def test_the_states_of_any_optimizer_are_counted(name: str):
         ({"target": "torch.optim.LBFGS"}, "LBFGS does"),
         ({"target": "torch.optim.SparseAdam"}, "SparseAdam does not"),
         (lean({"target": "torch.optim.SGD", "params": {"momentum": -1}}), "Invalid momentum"),
+        ({"target": "prodigyopt.Prodigy", "params": {"d0": -1.0}}, "Invalid d0"),
+        (
+            "prodigy",
+            r"0.001 of it is next to nothing \(model.params.trainable.learning_rate.*learning_rate=1",
+        ),
+        (lean({"target": "prodigyopt.Prodigy"}), "next to nothing"),
+        (lean("schedule_free"), "depends on all gradients"),
+        (lean({"target": "schedulefree.RAdamScheduleFree"}), "depends on all gradients"),
     ],
 )
 def test_an_optimizer_that_cannot_train_is_refused_before_any_work(node: dict, message: str):
     with pytest.raises(UserError, match=message):
         check_optimizer(node, TrainerOptions(max_steps=3))
+
+
+def test_prodigy_takes_one_rate_and_no_fused_backward_pass():
+    options = TrainerOptions(max_steps=3)
+    check_optimizer("prodigy", options, rates=[1.0, 1.0])
+    check_optimizer("prodigy", options, rates=[1.0, 0.0])
+    with pytest.raises(UserError, match="Setting different lr"):
+        check_optimizer("prodigy", options, rates=[1.0, 0.5])
+    with pytest.raises(UserError, match="depends on all gradients"):
+        check_optimizer(lean("prodigy"), options, rates=[1.0])
+    for name in ("lion", "adafactor"):
+        check_optimizer(lean(name), options)
+
+
+@pytest.mark.parametrize("package", ["prodigyopt", "schedulefree"])
+def test_an_optimizer_whose_package_is_absent_says_how_to_get_it(
+    package: str, monkeypatch: pytest.MonkeyPatch
+):
+    name = {"prodigyopt": "prodigy", "schedulefree": "schedule_free"}[package]
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"needs {package}, .*\[optimizers\]"):
+        check_optimizer(name, TrainerOptions(max_steps=3))
+    with pytest.raises(UserError, match=rf"no `{package}`.*\[optimizers\]"):
+        check({"optimizer": {"target": SHORT[name]}}, {"optimizer": OptimizerNode})
+
+
+def test_lion_is_its_algorithm_by_hand():
+    """Algorithm 2: the sign of an interpolation, decoupled decay, then the average."""
+    weights = [torch.tensor([0.5, -1.0, 2.0]), torch.tensor([[0.1]])]
+    parameters = [nn.Parameter(w.clone()) for w in weights]
+    optimizer = Lion([{"params": parameters, "lr": 0.01}], betas=(0.9, 0.99), weight_decay=0.5)
+    averages = [torch.zeros_like(w) for w in weights]
+    for step in range(4):
+        draws = torch.Generator().manual_seed(step)
+        for k, parameter in enumerate(parameters):
+            g = torch.randn(weights[k].shape, generator=draws)
+            parameter.grad = g.clone()
+            c = 0.9 * averages[k] + 0.1 * g
+            weights[k] = weights[k] - 0.01 * (torch.sign(c) + 0.5 * weights[k])
+            averages[k] = 0.99 * averages[k] + 0.01 * g
+        optimizer.step()
+        for parameter, weight in zip(parameters, weights, strict=True):
+            torch.testing.assert_close(parameter.detach(), weight, rtol=1e-6, atol=1e-7)
+    parameters[0].grad = None  # what has no gradient stays
+    kept = parameters[0].detach().clone()
+    optimizer.step()
+    assert torch.equal(parameters[0], kept)
 
 
 def test_a_fused_kernel_that_would_not_see_scaled_gradients_is_refused():

@@ -231,6 +231,39 @@ def test_samplers_of_karras(sampler, kind, parameterization, name, steps, spacin
         assert error(euler(denoise, X_T, levels), theirs) > 1e-3
 
 
+DPM, SDE = {"algorithm_type": "dpmsolver++"}, {"algorithm_type": "sde-dpmsolver++"}
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20])
+@pytest.mark.parametrize("parameterization, name", PREDICTIONS)
+@pytest.mark.parametrize(
+    "sampler, kind, options",
+    [
+        (dpm_solver_pp_2m, DPMSolverMultistepScheduler, {**DPM, "euler_at_final": True}),
+        (dpm_solver_pp_2m_sde, DPMSolverMultistepScheduler, {**SDE, "euler_at_final": True}),
+        (unipc, UniPCMultistepScheduler, {}),
+    ],
+    ids=["dpm++2m", "dpm++2m_sde", "unipc"],
+)
+def test_solvers_at_karras_levels(sampler, kind, options, parameterization, name, steps):
+    """use_karras_sigmas, final_sigmas_type zero; the network is told our timesteps, theirs are rounded."""
+    about = {"use_karras_sigmas": True, "final_sigmas_type": "zero", "prediction_type": name}
+    scheduler = kind(**BETAS, **about, **options)
+    process, noise = process_of(scheduler), {}
+    levels = process.levels(steps, "karras")
+    scheduler.set_timesteps(steps)
+    x = X_T
+    for i, t in enumerate(scheduler.timesteps):
+        if sampler is dpm_solver_pp_2m_sde:
+            noise = {"variance_noise": STEP_NOISE[i]}
+        prediction = predict(x, torch.full((len(x),), levels[i].t))
+        x = scheduler.step(prediction, t, x, **noise).prev_sample
+    found = sampler(denoiser(process), X_T, levels, noise=lambda i: STEP_NOISE[i])
+    assert error(found, x) <= TOLERANCE
+    if steps > 2:
+        assert error(euler(denoiser(process), X_T, levels), x) > 10 * TOLERANCE
+
+
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("steps", [1, 3, 20])
 @pytest.mark.parametrize("parameterization, name", PREDICTIONS)

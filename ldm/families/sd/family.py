@@ -10,6 +10,7 @@ CLIP = {  # params of CLIP's text encoder ViT-L/14 that shapes do not determine
     "num_attention_heads": 12,
     "hidden_act": "quick_gelu",
     "layer": "last",
+    "clip_skip": 1,
     "tokenizer": "openai/clip-vit-large-patch14",
     "bos_token_id": 49406,
     "eos_token_id": 49407,
