@@ -24,7 +24,7 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import SPACINGS
 from ldm.engine.device import keep_freed_memory
 from ldm.errors import UserError
-from ldm.families.sdxl.conditioning import Sizes
+from ldm.families.sdxl.conditioning import Sizes, warn_of_small_side
 from ldm.models.text_encoder import find_words
 from ldm.pipeline import Text2Image, find_model
 from ldm.precision import resolve_precision
@@ -164,6 +164,7 @@ def main(options: argparse.Namespace) -> None:
         about |= {"strength": options.strength, "init_image": options.init_image.name}
     sizes = sizes_of(options, pipeline, height=settings["height"], width=settings["width"])
     if sizes is not None:
+        warn_of_small_side(min(settings["height"], settings["width"]), where="--height, --width")
         about |= sizes._asdict() | {
             "unconditional": "zeros" if about["negative_prompt"] is None else "prompt"
         }
