@@ -29,7 +29,7 @@ ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 NETWORKS = ("unet", *ENCODERS)
 RATES = {"unet": 1e-3, "text_encoder": 5e-4, "text_encoder_2": 2e-4}
 PRIOR_WEIGHT = 0.5
-PROMPTS = ["a photo of sks disc"] * 2 + ["a photo of a disc"] * 2
+PROMPTS = ["a sks disc"] * 2 + ["a disc"] * 2
 SIZES = torch.tensor([[1003, 3003, 5, 9, 16, 16], [40, 24, 0, 3, 16, 16]] + [[16, 16, 0, 0, 16, 16]] * 2)
 
 
