@@ -19,11 +19,11 @@ from tests.families.test_sdxl_true_size import true_size_networks
 VAE = "first_stage_model."
 
 
-@pytest.mark.parametrize(("part", "said"), [("text_encoder", "CLIP-L"), ("text_encoder_2", "OpenCLIP bigG")])
-def test_a_folder_without_one_of_its_text_encoders(xl_folder: Path, tmp_path: Path, part: str, said: str):
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_a_folder_without_one_of_its_text_encoders(xl_folder: Path, tmp_path: Path, part: str):
     folder = shutil.copytree(xl_folder, tmp_path / "xl")
     shutil.rmtree(folder / part)
-    with pytest.raises(UserError, match=rf"(lacks|no) .*({said}|{part})"):
+    with pytest.raises(UserError, match=f"incomplete: {part} with its config.json"):
         open_model(folder)
 
 

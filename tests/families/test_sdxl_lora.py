@@ -108,12 +108,16 @@ def test_one_training_step_equals_that_of_diffusers_and_peft(module, batch, xl_f
         optimizer.step()
     after = in_diffusers(module, xl_folder, tmp_path / "after")
     for network in NETWORKS:
-        updated = factors(after, network)
-        assert updated.keys() == learning[network].keys() and len(updated) >= 16
-        for name, reference in learning[network].items():
-            reference = reference.detach()
-            assert relative_error(updated[name].detach(), reference) <= TOLERANCE, name
-            assert relative_error(start[network][name], reference) > 10 * TOLERANCE, name
+        mine, reference = factors(after, network), learning[network]
+        assert mine.keys() == reference.keys() and len(mine) >= 16
+        updated, expected, before = (
+            torch.cat([own[name].detach().flatten() for name in reference])
+            for own in (mine, reference, start[network])
+        )
+        apart, moved = (updated - expected).norm(), (expected - before).norm()
+        assert apart <= TOLERANCE * expected.norm(), network
+        assert apart <= 1e-3 * moved, network  # AdamW divides by gradients: some are hardly above its epsilon
+        assert moved > 100 * TOLERANCE * expected.norm(), network
 
 
 @torch.no_grad()
