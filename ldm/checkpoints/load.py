@@ -177,8 +177,6 @@ def _with_vae(model: Model, path: Path) -> Model:
     tensors, node = open_vae(path)
     own = model.known.get("vae") or {"params": model.family.networks["vae"].untold}
     check_same_scale(node, own, where=path)
-    if node is None and model.family is SDXL:
-        logger.warning("%s does not state its scale: it is taken for a VAE of Stable Diffusion XL", path)
     known = model.known if node is None else {**model.known, "vae": node}
     return replace(model, state_dicts={**model.state_dicts, "vae": tensors}, known=known)
 

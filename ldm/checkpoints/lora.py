@@ -17,7 +17,9 @@ from ldm.checkpoints.diffusers_names import rename, unet_table
 from ldm.checkpoints.lora_names import (
     NETWORK_PREFIXES,
     PEFT_PREFIX,
+    READ_PREFIXES,
     SECOND,
+    LoRAKey,
     comparable,
     layer_places,
     lora_key,
@@ -91,10 +93,11 @@ def read_lora(path: str | Path, state_dicts: StateDicts) -> Layers:
     places = layer_places(names)
     if family_of(state_dicts) is SDXL:
         places |= _second_places(names)
+    keys = {key: lora_key(key) for key in tensors}
+    nameless = _networks_of_nameless(keys, tensors, places, state_dicts)
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for key in tensors:
-        spelt = lora_key(key)
-        networks = [] if spelt is None else [spelt.network] if spelt.network else NETWORK_PREFIXES
+    for key, spelt in keys.items():
+        networks = [] if spelt is None else [spelt.network] if spelt.network else nameless
         places_of = [(network, comparable(spelt.layer)) for network in networks]
         place = next((places[name] for name in places_of if name in places), None)
         if place is None:
@@ -105,9 +108,35 @@ def read_lora(path: str | Path, state_dicts: StateDicts) -> Layers:
     layers: dict[str, dict[str, LoRAWeights]] = {network: {} for network in NETWORK_PREFIXES}
     for (network, layer), weights in found.items():
         base = state_dicts[network][f"{layer}.weight"]
+        own = SECOND if layer.startswith(ENCODERS["clip_g"]) else network  # whose config has the alpha
         theirs = names[network][layer]
-        layers[network][layer] = checked_layer(weights, base, theirs, scale, network=network, where=path)
+        layers[network][layer] = checked_layer(weights, base, theirs, scale, network=own, where=path)
     return layers
+
+
+def _networks_of_nameless(
+    keys: Mapping[str, LoRAKey | None],
+    tensors: Mapping[str, Tensor],
+    places: Mapping[tuple[str, str], tuple[str, str]],
+    state_dicts: StateDicts,
+) -> list[str]:
+    """Where layers are looked for whose names tell no network: first the network that takes them all.
+
+    SDXL's text encoders share the names of their layers, and only the widths tell them apart.
+    """
+    downs = [
+        (spelt.layer, tensors[key])
+        for key, spelt in keys.items()
+        if spelt is not None and spelt.network is None and spelt.kind == "down"
+    ]
+
+    def takes(network: str, layer: str, down: Tensor) -> bool:
+        place = places.get((network, comparable(layer)))
+        base = None if place is None else state_dicts[place[0]][f"{place[1]}.weight"]
+        return base is not None and down.shape[1:].numel() == base.shape[1:].numel()
+
+    misfits = {network: sum(not takes(network, *down) for down in downs) for network in READ_PREFIXES}
+    return sorted(misfits, key=misfits.__getitem__)  # of equals the first, as they are listed
 
 
 def _stranger(key: str, tensors: Mapping[str, Tensor], base: Family, *, where: object) -> UserError:

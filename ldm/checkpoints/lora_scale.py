@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints.lora_names import NETWORK_PREFIXES
+from ldm.checkpoints.lora_names import READ_PREFIXES
 from ldm.errors import UserError
 
 HEADER = "lora_adapter_metadata"  # key of the file's metadata, by diffusers
@@ -59,8 +59,8 @@ def read_scale(file: Path, metadata: Mapping[str, str], *, own_format: bool) -> 
         packed = _json(metadata[HEADER], where=file)
         configs: dict[str | None, dict[str, Any]] = {}
         for key, value in packed.items():
-            network = next((n for n, (_, dotted) in NETWORK_PREFIXES.items() if key.startswith(dotted)), None)
-            name = key if network is None else key.removeprefix(NETWORK_PREFIXES[network][1])
+            network = next((n for n in READ_PREFIXES if key.startswith(f"{n}.")), None)
+            name = key.removeprefix(f"{network}.")
             if name in KEYS:
                 configs.setdefault(network, {})[name] = value
     elif own_format:

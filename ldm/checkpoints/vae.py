@@ -1,5 +1,6 @@
 """A VAE by itself, as people swap them: a file in LDM's or diffusers' names, a folder, or that of a model."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from ldm.checkpoints.layout import LATENT_CHANNELS, NOT_WEIGHTS, PREFIXES
 from ldm.checkpoints.shards import INDEX, read_shards
 from ldm.checkpoints.tensors import read_tensors
 from ldm.errors import UserError
+from ldm.families.known import family_of
 from ldm.families.sd.family import SCALE
 from ldm.families.shapes import count_names
-from ldm.lazy import renamed
+from ldm.lazy import renamed, under
 
+log = logging.getLogger(__name__)
 OUTER = (PREFIXES["vae"], "vae.")  # before the names, in files of whole models or of some tools
 HALVES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 LDM_SIGN, DIFFUSERS_SIGN = "decoder.up.", "decoder.up_blocks."
@@ -46,7 +49,8 @@ def open_vae(path: str | Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | N
             and (own := name.removeprefix(prefix)).startswith(HALVES)
             and not own.startswith(NOT_WEIGHTS)
         }
-        tensors, node = renamed(held, table), read_known(metadata, where=path)[0].get("vae")
+        tensors = renamed(held, table)
+        node = read_known(metadata, where=path)[0].get("vae") or _node_of_family(held)
         if any(name.startswith(DIFFUSERS_SIGN) for name in tensors):
             tensors = _own_names(tensors, _levels(tensors))
     _check(tensors, path)
@@ -54,12 +58,25 @@ def open_vae(path: str | Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | N
 
 
 def check_same_scale(node: Mapping[str, Any] | None, own: Mapping[str, Any] | None, *, where: object) -> None:
-    """Raises UserError for a VAE that states another scale of its latents than the model's own node `own`."""
+    """Raises UserError for a VAE that states another scale of its latents than the model's own node `own`.
+
+    Warns of one that states none, where the model's is not Stable Diffusion's: names and shapes are the same.
+    """
     usual = SCALE["scale_factor"]
     theirs, ours = (((n or {}).get("params") or {}).get("scale_factor", usual) for n in (node, own))
     if node is not None and theirs != ours:
         what = f"This VAE scales its latents by {theirs}, the model's by {ours}"
         raise UserError(what, where=where, remedy="Use a VAE of the model's own family.")
+    if node is None and ours != usual:
+        log.warning("%s does not state its scale: it is taken for a VAE of this family, of %s", where, ours)
+
+
+def _node_of_family(held: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """A whole model's VAE has the scale of its family, by its UNet; None where it is alone in the file."""
+    unet = under(held, PREFIXES["unet"])
+    if not unet:
+        return None
+    return {"params": {"scale_factor": family_of({"unet": unet}).networks["vae"].untold["scale_factor"]}}
 
 
 def _own_names(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -21,7 +21,7 @@ from ldm.data.images import load_image
 from ldm.data.prompts import read_prompts
 from ldm.engine.device import keep_freed_memory
 from ldm.errors import UserError
-from ldm.families.sdxl.conditioning import Sizes
+from ldm.families.sdxl.conditioning import Sizes, warn_of_small_side
 from ldm.models.text_encoder import find_words
 from ldm.pipeline import Sample, Text2Image, find_model
 from ldm.precision import resolve_precision
@@ -96,6 +96,8 @@ def sample_images(options: Namespace) -> None:
     settings["negative_prompt"] = pipeline.negative(settings["negative_prompt"])
     about = settings | {"model": name_of(path), "model_hash": pipeline.model_hash, "precision": precision}
     sizes = sizes_of(options, pipeline, height=settings["height"], width=settings["width"])
+    if sizes is not None:
+        warn_of_small_side(min(settings["height"], settings["width"]), where="--height, --width")
     about |= _added(options, pipeline, base=base, sizes=sizes, negative_prompt=settings["negative_prompt"])
     if init_image:
         settings["strength"] = options.strength

@@ -5,7 +5,6 @@ packages and devices. What each part of a run can and cannot do is said where th
 """
 
 import importlib.util
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from ldm.engine import distributed
 from ldm.engine.sharding import check_sharding
 from ldm.errors import UserError
 from ldm.families.known import family_of
-from ldm.families.sdxl.conditioning import vector_width
+from ldm.families.sdxl.conditioning import vector_width, warn_of_small_side
 from ldm.families.sdxl.family import SDXL
 from ldm.files import require_space
 from ldm.optim.optimizer_nodes import averages_weights, optimizer_of
@@ -41,8 +40,6 @@ from ldm.schema import RunConfig, TrainerOptions
 from ldm.storybook.training.base import StorybookBase
 from ldm.training.latent_diffusion import LatentDiffusion
 
-log = logging.getLogger(__name__)
-LEAST_SDXL = 512  # pixels a side
 SAMPLING = ("steps", "sampler", "spacing")  # what decides the noise levels of a sampling
 LOGGERS = {  # class of a logger -> the package that it needs
     "WandbLogger": "wandb",
@@ -108,8 +105,8 @@ def _check_family(module: LatentDiffusion, files: Mapping[str, Path], *, size: i
     if own is SDXL and "vae" in files:  # its names and shapes are those of SD's
         node = {"params": {"scale_factor": module.networks["vae"].scale_factor}}
         check_same_scale(open_vae(files["vae"])[1], node, where=files["vae"])
-    if own is SDXL and size < LEAST_SDXL:
-        log.warning("data.params.size %d: SDXL draws badly below %d pixels", size, LEAST_SDXL)
+    if own is SDXL:
+        warn_of_small_side(size, where="data.params.size")
     try:
         base = open_model(files["all"]) if "all" in files else None
     except UserError:  # which loading says again, with the rest of what is wrong

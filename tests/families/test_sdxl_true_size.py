@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.checkpoints.infer_config import model_config
 from ldm.checkpoints.layout import describe, join, split
@@ -25,11 +25,14 @@ UNET = {
 }
 
 
+def true_size_networks() -> dict[str, nn.Module]:
+    with torch.device("meta"):
+        return {"unet": UNetModel(**UNET), "vae": AutoencoderKL(), "text_encoder": SDXLTextEncoders()}
+
+
 @pytest.fixture(scope="module")
 def state_dicts() -> dict[str, dict[str, Tensor]]:
-    with torch.device("meta"):
-        networks = {"unet": UNetModel(**UNET), "vae": AutoencoderKL(), "text_encoder": SDXLTextEncoders()}
-    return {name: network.state_dict() for name, network in networks.items()}
+    return {name: network.state_dict() for name, network in true_size_networks().items()}
 
 
 def test_parameters_are_the_releases(state_dicts):

@@ -1,15 +1,22 @@
-"""A tiny Stable Diffusion XL of diffusers' own classes, with random weights."""
+"""A tiny Stable Diffusion XL of diffusers' own classes, with random weights, and trainings of it."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ldm.checkpoints.load import init_on_meta, load_state_dicts, open_model
+from ldm.config import instantiate
+from tests import factories
+
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 LENGTH = 16  # tokens of a prompt
+PARTS = ("unet", "vae", "text_encoder")
 
 
 def filled(network: nn.Module) -> nn.Module:
@@ -47,6 +54,32 @@ def saved(pipe: StableDiffusionXLPipeline, folder: Path, tokenizer: Path) -> Pat
         for own in ("tokenizer", "tokenizer_2"):
             (folder / own / name).write_bytes((tokenizer / name).read_bytes())
     return folder
+
+
+def networks(path: Path) -> dict[str, nn.Module]:
+    """Ours, of a file or folder."""
+    model = open_model(path)
+    with init_on_meta():
+        built = {name: instantiate(model.config[name]) for name in PARTS}
+    load_state_dicts(built, model.state_dicts)
+    return {name: network.eval() for name, network in built.items()}
+
+
+def model_section(path: Path) -> dict[str, Any]:
+    """The params of a model section for a file or folder, each said."""
+    known = dict(open_model(path).config)
+    return {name: known.pop(name) for name in PARTS} | {"process": known}
+
+
+def run_config(base: Path, subject: Path, *, name: str, **sections: Any) -> dict[str, Any]:
+    """The config of a DreamBooth run of it on a CPU: photos of several sizes, prior images, the teacher."""
+    learning = {"trainable": {"learning_rate": 1e-3}, "objective": {"prior_target": "teacher"}}
+    data = {"crop": "random", "num_priors": 2, "prior_caption_dropout": 0.5, "validation_batches": 1}
+    own = {"data": {"params": data}, "trainer": {"val_check_interval": 1}}
+    own |= {"samples": {"prompts": ["a photo of {identifier}"], "n": 1}}
+    model = model_section(base) | learning
+    config = factories.run_config(model, base=base, subject=subject, name=name, **own)
+    return OmegaConf.to_container(OmegaConf.merge(config, {"model": {"params": learning}}, sections))
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:

@@ -1,5 +1,6 @@
 """SDXL's vector of an item: pooled text, and six numbers of its size and crop (Podell et al. 2023, 2.2)."""
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.models.unet import UNetModel, timestep_embedding
 
+log = logging.getLogger(__name__)
 NUMBER_WIDTH = 256  # sinusoids of each number
+LEAST_SIDE = 512  # pixels
 
 
 class Sizes(NamedTuple):
@@ -40,6 +43,12 @@ class Sizes(NamedTuple):
     def numbers(self) -> list[int]:
         """[6] in the order in which the UNet takes them."""
         return [*self.original, *self.crop, *self.target]
+
+
+def warn_of_small_side(side: int, *, where: str) -> None:
+    """Logs a warning of images whose shorter side is less than SDXL was trained at."""
+    if side < LEAST_SIDE:
+        log.warning("%s %d: SDXL draws badly below %d pixels", where, side, LEAST_SIDE)
 
 
 def vector_width(pooled: int) -> int:
