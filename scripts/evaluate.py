@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model", type=Path, help="model file or run folder (the newest run under logs/)")
+    add("--model", type=Path, help="model file, run folder or hub id (the newest run under logs/)")
     add("--pictures", type=Path, help="a folder of images of the subject instead, of one size")
     add(
         "--class_pictures", type=Path, help="and one of images of the class, generated without the identifier"

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 from ldm.checkpoints.embedding import read_embedding
+from ldm.checkpoints.hub import HubModel, local_path
 from ldm.checkpoints.load import file_hash, open_model
 from ldm.checkpoints.modelspec import sampling_defaults, taught_words
 from ldm.checkpoints.save import DTYPES
@@ -42,7 +43,7 @@ def parse() -> argparse.Namespace:
     add("--prompts", metavar="FILE", help="more, one a line; or dreambooth-live, dreambooth-object")
     add("--identifier", metavar="WORD", help="for {identifier} in them; None: that of training")
     add("--class_word", metavar="WORD", help="for {class_word} in them; None: that of training")
-    add("--model", type=Path, help="model file or run folder; None: the newest run under logs/")
+    add("--model", type=Path, help="file, run folder or hub id; None: the newest run of logs/")
     add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
     add("--lora", nargs="+", default=[], metavar="FILE[:WEIGHT]", help="LoRA files to merge; weight 1")
     add(
@@ -100,7 +101,7 @@ def parse() -> argparse.Namespace:
         default="auto",
         help="of the networks; bf16 on CUDA, else fp32",
     )
-    add("--out", type=Path, help="folder; None: a new one in `samples`, beside the model file")
+    add("--out", type=Path, help="folder; None: a new one in `samples`, beside the file or in logs/")
     return parser.parse_args()
 
 
@@ -139,6 +140,7 @@ def main(options: argparse.Namespace) -> None:
     if not (options.prompt or options.prompts) or options.n < 1:
         raise UserError("There is nothing to generate", remedy="Give --prompt or --prompts, and --n from 1.")
     keep_freed_memory()
+    options.vae = None if options.vae is None else local_path(options.vae)
     path, precision = find_model(options.model), resolve_precision(options.precision, options.device)
     print(f"model: {path}")
     config = to_container(load_config([options.config])) if options.config else None
@@ -174,7 +176,9 @@ def main(options: argparse.Namespace) -> None:
         about |= {"guidance_base": name_of(base), "guidance_base_hash": pipeline.guidance_base.model_hash}
     about |= {"embedding": [file.name for file in options.embedding]} if options.embedding else {}
     how = {"batched_guidance": not options.low_memory, "batch_size": options.batch_size}
-    out = options.out or path.parent / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
+    of_hub = options.model is not None and HubModel.of(options.model) is not None
+    beside = Path("logs", name_of(path)) if of_hub else path.parent
+    out = options.out or beside / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
 
     jobs = [(row, options.seed + i) for row in range(len(prompts)) for i in range(options.n)]
     images, size = [[] for _ in prompts], max(options.batch_size, 1)

@@ -6,7 +6,7 @@ packages and devices. What each part of a run can and cannot do is said where th
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ldm.data.prompts import fill
 from ldm.engine import distributed
 from ldm.engine.sharding import check_sharding
 from ldm.errors import UserError
+from ldm.families.family import Family
 from ldm.families.known import family_of
 from ldm.families.sdxl.conditioning import vector_width
 from ldm.families.sdxl.family import SDXL
@@ -46,38 +47,42 @@ LOGGERS = {  # class of a logger -> the package that it needs
 }
 
 
-def validate(config: RunConfig) -> None:
-    """Raises UserError for a config whose run cannot end well on this machine."""
+def validate(config: RunConfig, *, download: bool = True) -> None:
+    """Raises UserError for a config whose run cannot end well on this machine.
+
+    A base of the hub is downloaded when all else is right; `download` false only asks for its size.
+    """
     check_name(config.name)
     distributed.check_devices(config.trainer)
     check_sharding(config)
     check_online_eval(config)
     _check_logger(config)
-    files = run.base_files(config)
+    bases = run.base_names(config)
     with torch.device("meta"):
         module = instantiate(config.model)
-    run.check_parts(files, getattr(module, "networks", {}))
+    run.check_parts(bases, getattr(module, "networks", {}))
     if isinstance(module, LatentDiffusion):
         processes = distributed.process_count(config.trainer)
         module.check(config.trainer, processes=processes)
         _check_learning(module, config.trainer, processes=processes)
         _check_networks(module)
     if config.is_dreambooth:
-        _check_dreambooth(config, module, files)
+        _check_dreambooth(config, module, bases)
     else:
         instantiate(config.data)
         _check_other_run(config)
     needed = (config.checkpoints_kept + 1) * checkpoint_bytes(module, averaged=config.ema_decay is not None)
     require_space(Path(), needed, what="a run's checkpoints")
+    _check_bases(config, module, bases, download=download)
 
 
-def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path]) -> None:
+def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) -> None:
     """Refuses a DreamBooth run by its photos, prompts, base and evaluations."""
     data: DreamBoothDataModule = instantiate(config.data)
     if not isinstance(module, LatentDiffusion) or isinstance(module, StorybookBase):
         remedy = "Set model.target=ldm.training.latent_diffusion.LatentDiffusion."
         raise UserError("This model does not learn from photos", where="model.target", remedy=remedy)
-    if "all" not in files and not files.keys() >= module.networks.keys():
+    if "all" not in bases and not set(bases) >= module.networks.keys():
         remedy = "Name one with --actual_resume FILE."
         raise UserError("DreamBooth needs a base to train on", where="base_checkpoint", remedy=remedy)
     if not any(_rates(module)):
@@ -86,7 +91,8 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
             "Every learning rate is 0", where="model.params.trainable.learning_rate", remedy=remedy
         )
     text2image(module, size=data.size).latent_shape()  # refuses a size that the networks cannot halve
-    _check_family(module, files, size=data.size)
+    if data.size < LEAST_SDXL and _family(module) is SDXL:
+        log.warning("data.params.size %d: SDXL draws badly below %d pixels", data.size, LEAST_SDXL)
     data.check()
     check_prior_target(module, data)
     nodes = evaluation_nodes(config)
@@ -99,21 +105,42 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
         instantiate(node)  # reads its own networks and prompts
 
 
-def _check_family(module: LatentDiffusion, files: Mapping[str, Path], *, size: int) -> None:
-    """Refuses a base of another family than the config's; warns of sizes at which SDXL draws badly."""
-    own = family_of({"unet": module.networks["unet"].state_dict()})
+def _check_bases(config: RunConfig, module: Any, bases: Mapping[str, str], *, download: bool) -> None:
+    """Refuses a base of another family than the config's: by its name on the hub, then by its files."""
+    own = _family(module) if config.is_dreambooth else None
+    missing = {part: hub for part, hub in run.hub_models(bases).items() if hub.local() is None}
+    for part, hub in missing.items():
+        found = hub.family()
+        if own is not None and found is not None and part == "all":
+            _check_same_family(found, own, where=hub)
+    if missing and not download:
+        return
+    files = run.base_files(config)
+    if own is not None:
+        _check_family(module, files, own)
+
+
+def _check_family(module: LatentDiffusion, files: Mapping[str, Path], own: Family) -> None:
+    """Refuses base files of another family than the config's networks, which are of `own`."""
     if own is SDXL and "vae" in files:  # its names and shapes are those of SD's
         node = {"params": {"scale_factor": module.networks["vae"].scale_factor}}
         check_same_scale(open_vae(files["vae"])[1], node, where=files["vae"])
-    if own is SDXL and size < LEAST_SDXL:
-        log.warning("data.params.size %d: SDXL draws badly below %d pixels", size, LEAST_SDXL)
     try:
         base = open_model(files["all"]) if "all" in files else None
     except UserError:  # which loading says again, with the rest of what is wrong
         return
-    if base is not None and base.family is not own:
-        what = f"This is a model of {base.family.name}, but the config is of {own.name}"
-        raise UserError(what, where=base.path, remedy=f"Use --base {base.family.config}.")
+    if base is not None:
+        _check_same_family(base.family, own, where=base.path)
+
+
+def _check_same_family(found: Family, own: Family, *, where: object) -> None:
+    if found is not own:
+        what = f"This is a model of {found.name}, but the config is of {own.name}"
+        raise UserError(what, where=where, remedy=f"Use --base {found.config}.")
+
+
+def _family(module: LatentDiffusion) -> Family:
+    return family_of({"unet": module.networks["unet"].state_dict()})
 
 
 def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
