@@ -18,6 +18,7 @@ from ldm.checkpoints.load import open_model
 from ldm.checkpoints.vae import check_same_scale, open_vae
 from ldm.config import instantiate, param_of
 from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.photo_check import PhotoFacts, troubles
 from ldm.data.prompts import fill
 from ldm.engine import distributed
 from ldm.engine.sharding import check_sharding
@@ -94,6 +95,7 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
     if data.size < LEAST_SDXL and _family(module) is SDXL:
         log.warning("data.params.size %d: SDXL draws badly below %d pixels", data.size, LEAST_SDXL)
     data.check()
+    _look_at(data)
     check_prior_target(module, data)
     nodes = evaluation_nodes(config)
     _check_sampling(config, nodes, timesteps=len(module.process.alphas_cumprod), words=data.words)
@@ -103,6 +105,13 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
         )  # refuses what the schedule has not
     for node in nodes.values():
         instantiate(node)  # reads its own networks and prompts
+
+
+def _look_at(data: DreamBoothDataModule) -> None:
+    """Says what to look at in the photos, a line for each kind; `data.check` says which are small."""
+    photos = [PhotoFacts.of(photo.path) for photo in data.subject_photos]
+    for trouble in troubles(photos, size=0, captions=data.captions):
+        log.warning("%s: %s", data.subject_root, trouble)
 
 
 def _check_bases(config: RunConfig, module: Any, bases: Mapping[str, str], *, download: bool) -> None:
