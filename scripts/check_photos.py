@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 from ldm.data.images import ImageFiles, list_images, to_image
 from ldm.data.items import SourceImage, Stream
-from ldm.data.photo_check import PhotoFacts, Trouble, troubles
+from ldm.data.photo_check import LEAST_SHARP, PhotoFacts, Trouble, troubles
 from ldm.errors import UserError
 from ldm.files import atomic_write, file_sha256, make_folder
 from ldm.reports.photos_page import PhotoCard, photos_page
@@ -39,7 +39,7 @@ def facts_of(photo: PhotoFacts) -> dict[str, str]:
     """What the page says of a photo."""
     facts = {
         "Size": f"{photo.width} x {photo.height}",
-        "Sharpness": f"{photo.sharpness:.0f}",
+        "Sharpness": f"{photo.sharpness:.0f}; blurred below {LEAST_SHARP:.0f}",
         "Colours": photo.profile or "no profile: read as sRGB",
         "Caption": photo.caption or "none",
     }

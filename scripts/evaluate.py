@@ -6,7 +6,8 @@
     python scripts/evaluate.py --model FILE --captions 512      a base, on full captions
 
 On the storybook its judge reads the images; --metrics photos measures photographs by DINO, CLIP and LPIPS, as
-the DreamBooth paper does. Writes metrics.json and figures.svg, and prints a table.
+the DreamBooth paper does; --metrics vlm asks a vision-language model of each image whether it is the subject
+and whether it is the prompt, 0 to 4. Writes metrics.json and figures.svg, and prints a table.
 """
 
 import argparse
@@ -39,6 +40,7 @@ SAMPLING = ("sampler", "steps", "guidance_scale", "guidance_base", "batch_size",
 METRICS = {
     "storybook": "ldm.evaluation.storybook.StorybookEvaluation",
     "photos": "ldm.evaluation.photos.PhotoEvaluation",
+    "vlm": "ldm.evaluation.vlm.VlmEvaluation",
 }
 
 
@@ -56,9 +58,14 @@ def parse() -> argparse.Namespace:
     add("--data_root", help="photos of the subject (the run's own)")
     add("--class_word", help="what the subject is (the run's own)")
     add("--identifier", help="the rare word that names it (the run's own, else sks)")
-    add("--metrics", choices=METRICS, help="judge or published networks (the run's own, else storybook)")
+    add(
+        "--metrics",
+        choices=METRICS,
+        help="judge, published networks or a vision-language model (the run's own, else storybook)",
+    )
     add("--dino", help="folder of DINO's ViT-S/16 (facebook/dino-vits16 of the hub)")
     add("--clip", help="folder of CLIP's ViT-B/32 (openai/clip-vit-base-patch32 of the hub)")
+    add("--vlm", help="folder or hub name of the judge of --metrics vlm (Gemma 3 12B or SmolVLM-500M)")
     add("--no_diversity", action="store_true", help="leave LPIPS out")
     add("--prompts", help="list of prompts for photos (dreambooth-object)")
     add("--captions", type=int, metavar="N", help="evaluate a base on N captions of unseen scenes instead")
@@ -89,6 +96,8 @@ def evaluation_of(options: argparse.Namespace, config: RunConfig | None) -> Eval
         params["diversity"] = False
     given = ("prompts", "seeds", "class_samples", "steps", "guidance_scale", "dino", "clip")
     params |= {name: getattr(options, name) for name in given if getattr(options, name) is not None}
+    if options.vlm:
+        params["model"] = options.vlm
     if options.guidance_base:
         params["guidance_base"] = True
     node = {"target": target, "params": params}

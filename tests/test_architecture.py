@@ -91,6 +91,7 @@ MANY_ARGUMENTS = {  # "ldm/file.py:function" -> why it takes more; a network's c
     "ldm/data/dreambooth.py:__init__": "the keys of a config's section",
     "ldm/evaluation/photos.py:__init__": "the keys of a config's section",
     "ldm/evaluation/storybook.py:__init__": "the keys of a config's section",
+    "ldm/evaluation/vlm.py:__init__": "the keys of a config's section",
     "ldm/reports/sweep_page.py:page": "the parts of a page, by name",
     "ldm/pipeline.py:__call__": "what a notebook sets, by name",
 }
