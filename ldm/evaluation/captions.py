@@ -33,7 +33,7 @@ def question(class_word: str, *, style: Style, language: str) -> str:
 
 
 def caption_of(answer: str, subject: str, *, style: Style) -> str:
-    """The model's answer as a caption that begins with the subject: "a photo of sks dog, in snow".
+    """The model's answer as a caption that begins with the subject: "a photo of sks dog, asleep".
 
     subject: with the identifier, "a photo of sks dog". Quotes, braces, which are placeholders, and line breaks
     go; so does a beginning that repeats the subject's words.

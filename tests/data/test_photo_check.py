@@ -20,8 +20,9 @@ EDGE = "the subject touches an edge, and may be cut there: a.png"
 real = pytest.mark.skipif(not SUBJECTS, reason=f"no photos under {REAL}")
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("check_photos", ROOT / "scripts/check_photos.py")
+def script_of(name: str):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -148,7 +149,7 @@ def test_the_page_shows_photos_views_and_troubles(workdir, capsys):
     noise(1).save(folder / "a.jpg", icc_profile=rgb_profile("p3"))
     noise(1).save(folder / "b.png")
     cut_out((0, 20, 24, 44)).save(folder / "c.png")
-    check = script()
+    check = script_of("check_photos")
     page = check.main(check.parse([str(folder), "--size", "80", "--crop", "random", "--crop_variants", "3"]))
     text, printed = page.read_text(encoding="utf-8"), capsys.readouterr().out
     for trouble in (
