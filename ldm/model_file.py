@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ldm.checkpoints.embedding import Embeddings, embeddings_beside, read_embedding
+from ldm.checkpoints.hub import local_path
 from ldm.checkpoints.layout import PREFIXES
 from ldm.checkpoints.load import Model, check_fit, file_hash, init_on_meta, load_state_dicts, open_model
 from ldm.checkpoints.lora import merge_lora, read_lora
@@ -24,7 +25,7 @@ SCHEDULE = ("beta_schedule", "linear_start", "linear_end", "timesteps", "zero_te
 
 
 class ModelFile:
-    """A Stable Diffusion file, or a folder as diffusers saves it, and its networks in eval mode.
+    """A Stable Diffusion file, a folder as diffusers saves it or a hub id, and its networks in eval mode.
 
     config: with a `model` section, or the params of one; None takes what its metadata or layout says.
     names: the networks that are wanted, of {"unet", "vae", "text_encoder"}. vae: a file or folder of the VAE
@@ -42,9 +43,9 @@ class ModelFile:
         vae: str | Path | None = None,
     ):
         _check_device(device)
-        self.path = Path(path)
+        self.path = local_path(path)
         self.device = device
-        self.model = open_model(path, vae=vae, config=config)
+        self.model = open_model(self.path, vae=vae, config=config)
         params = self.model.config if config is None else _model_params(config, where=path)
         check_model(self.model, params, names=names)
         schedule = {key: params[key] for key in SCHEDULE if key in params}

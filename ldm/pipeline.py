@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.checkpoints.hub import local_path
 from ldm.conditioner import clip_skip_of
 from ldm.denoiser import Denoiser, evaluating, filler, placement, require_same_kind
 from ldm.diffusion.guidance import Denoise, classifier_free_guidance
@@ -284,7 +285,11 @@ class Text2Image:
 
 
 def find_model(path: Path | None = None) -> Path:
-    """The model file of a run folder, a file as it is, or by default the newest run's under logs/."""
+    """The model file of a run folder, a file as it is, or by default the newest run's under logs/.
+
+    What a hub id names is downloaded, unless it is here.
+    """
+    path = None if path is None else local_path(path)
     if path is not None and (path / "model.safetensors").exists():
         return path / "model.safetensors"
     if path is not None and (path / "config.yaml").exists() and not (path / "model_index.json").exists():

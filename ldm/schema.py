@@ -205,8 +205,9 @@ class RunConfig(FitConfig):
         seed: all random numbers follow from it.
         model: what is trained.
         data: the photos, or for the storybook's own trainings its drawings.
-        base_checkpoint: the file or folder that is fine-tuned.
-        base_parts: network -> file of its weights, in place of that network of `base_checkpoint`.
+        base_checkpoint: the file or folder that is fine-tuned, or its id on the Hugging Face hub: owner/name,
+            owner/name@revision, owner/name:file.safetensors or owner/name:fp16.
+        base_parts: network -> file or hub id of its weights, in place of that network of `base_checkpoint`.
         matmul_precision: of float32 matrix products on a GPU, as `torch.set_float32_matmul_precision` has it.
         priors: how prior images are generated.
         samples: what is sampled before and after training.

@@ -37,6 +37,7 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
     "denoiser": {"conditioner", "cuda_graph", "diffusion", "families", "models"},
     "model_file": {"checkpoints", "config", "denoiser", "diffusion", "families", "models"},
     "pipeline": {
+        "checkpoints",
         "conditioner",
         "denoiser",
         "diffusion",
@@ -47,7 +48,15 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
         "sampler_nodes",
     },
     "sampler_nodes": {"config", "diffusion"},
-    "evaluation": {"pipeline", "precision", "diffusion", "sampler_nodes", "storybook", "data"},
+    "evaluation": {
+        "checkpoints",
+        "data",
+        "diffusion",
+        "pipeline",
+        "precision",
+        "sampler_nodes",
+        "storybook",
+    },
     "reports": {"evaluation"},
     "schema": {"config", "data", "diffusion", "precision", "sampler_nodes", "targets"},
     "optim": {"config", "schema", "targets"},
@@ -106,6 +115,7 @@ MANY_ARGUMENTS = {  # "ldm/file.py:function" -> why it takes more; a network's c
     "ldm/data/dreambooth.py:__init__": "the keys of a config's section",
     "ldm/evaluation/photos.py:__init__": "the keys of a config's section",
     "ldm/evaluation/storybook.py:__init__": "the keys of a config's section",
+    "ldm/evaluation/vlm.py:__init__": "the keys of a config's section",
     "ldm/reports/sweep_page.py:page": "the parts of a page, by name",
     "ldm/pipeline.py:__call__": "what a notebook sets, by name",
 }

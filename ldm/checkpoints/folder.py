@@ -146,7 +146,7 @@ def _rest(folder: Path) -> Mapping[str, Tensor] | None:
 
 def read_weights(folder: Path) -> Mapping[str, Tensor]:
     """The tensors in the folder of one network; safetensors and full precision are preferred."""
-    found = sorted((rank, path) for path in folder.iterdir() if (rank := _rank(path)) is not None)
+    found = sorted((rank, path) for path in folder.iterdir() if (rank := weights_rank(path)) is not None)
     if not found:
         remedy = "Download the whole folder; it should hold a .safetensors or .bin file."
         raise UserError("The folder holds no weights", where=folder, remedy=remedy)
@@ -200,7 +200,7 @@ def _check(folder: Path) -> None:
         raise UserError(what, where=folder, remedy="Download the whole folder.")
 
 
-def _rank(path: Path) -> tuple[bool, int, str] | None:
+def weights_rank(path: Path) -> tuple[bool, int, str] | None:
     """Sort key of a weights file, the best choice first; None if it does not hold a whole network.
 
     Names are STEM[.VARIANT].safetensors or .bin, and an index STEM.SUFFIX.index[.VARIANT].json of shards.

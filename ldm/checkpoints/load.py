@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ldm.checkpoints import folder, infer_config, layout, run_checkpoint
 from ldm.checkpoints.embedding import Embeddings
+from ldm.checkpoints.hub import local_path
 from ldm.checkpoints.known import check_known, read_known
 from ldm.checkpoints.lora import merge_lora
 from ldm.checkpoints.shards import INDEX, read_shards, shard_files
@@ -93,15 +94,17 @@ def open_model(
 ) -> Model:
     """Opens a Stable Diffusion file, the index of its shards, or a diffusers folder; reads no tensor.
 
+    What a hub id names is downloaded first, unless it is here, see `ldm.checkpoints.hub`.
+
     ema: take the EMA weights of the UNet, from a file that holds both. vae: a VAE in place of its own, see
     `open_vae`. config: stands for what the file says; with a `model` section, or the params of one.
     In a run's checkpoint, its LoRA is merged. Raises UserError for anything else than a text-to-image model
     of Stable Diffusion 1.x, 2.x or XL.
     """
-    path = Path(path)
+    path, vae = local_path(path), None if vae is None else local_path(vae)
     try:
         model = _open(path, config, ema=ema)
-        model = model if vae is None else _with_vae(model, Path(vae))
+        model = model if vae is None else _with_vae(model, vae)
     except OSError as error:
         what = f"The model cannot be read: {error.strerror or error}"
         raise UserError(what, where=error.filename or path, remedy="Check its permissions.") from error

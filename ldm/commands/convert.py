@@ -1,7 +1,8 @@
 """Convert a Stable Diffusion model: convert.py SOURCE TARGET.
 
-SOURCE is a .ckpt file, a .safetensors file, the .safetensors.index.json of several, or a diffusers folder.
-TARGET is one of these by its suffix; without one it is a folder.
+SOURCE is a .ckpt file, a .safetensors file, the .safetensors.index.json of several, a diffusers folder, or an
+id of the Hugging Face hub. TARGET is one of these by its suffix; without one it is a
+folder.
 """
 
 from argparse import Namespace

@@ -6,7 +6,8 @@
     evaluate.py --model FILE --captions 512      a base, on full captions
 
 On the storybook its judge reads the images; --metrics photos measures photographs by DINO, CLIP and LPIPS, as
-the DreamBooth paper does. Writes metrics.json and figures.svg, and prints a table.
+the DreamBooth paper does; --metrics vlm asks a vision-language model of each image whether it is the subject
+and whether it is the prompt, 0 to 4. Writes metrics.json and figures.svg, and prints a table.
 """
 
 from argparse import Namespace
@@ -19,7 +20,7 @@ from ldm.commands.entry import one_of, parser_of, run
 def parse(words: Sequence[str] | None = None) -> Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--model", type=Path, help="model file or run folder (the newest run under logs/)")
+    add("--model", type=Path, help="model file, run folder or hub id (the newest run under logs/)")
     add("--pictures", type=Path, help="a folder of images of the subject instead, of one size")
     add(
         "--class_pictures", type=Path, help="and one of images of the class, generated without the identifier"
@@ -32,10 +33,11 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
     add(
         "--metrics",
         type=metrics,
-        help="storybook: its judge; photos: published networks (the run's own, else storybook)",
+        help="storybook: its judge; photos: published networks; vlm: a vision-language model (the run's own)",
     )
     add("--dino", help="folder of DINO's ViT-S/16 (facebook/dino-vits16 of the hub)")
     add("--clip", help="folder of CLIP's ViT-B/32 (openai/clip-vit-base-patch32 of the hub)")
+    add("--vlm", help="folder or hub name of the judge of --metrics vlm (Gemma 3 12B or SmolVLM-500M)")
     add("--no_diversity", action="store_true", help="leave LPIPS out")
     add("--prompts", help="list of prompts for photos (dreambooth-object)")
     add("--captions", type=int, metavar="N", help="evaluate a base on N captions of unseen scenes instead")

@@ -25,7 +25,7 @@ def _add_what(parser: ArgumentParser) -> None:
     add("--prompts", metavar="FILE", help="more, one a line; or dreambooth-live, dreambooth-object")
     add("--identifier", metavar="WORD", help="for {identifier} in them; None: that of training")
     add("--class_word", metavar="WORD", help="for {class_word} in them; None: that of training")
-    add("--model", type=Path, help="model file or run folder; None: the newest run under logs/")
+    add("--model", type=Path, help="file, run folder or hub id; None: the newest run of logs/")
     add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
     add("--lora", nargs="+", default=[], metavar="FILE[:WEIGHT]", help="LoRA files to merge; weight 1")
     add(
@@ -101,7 +101,7 @@ def _add_how(parser: ArgumentParser) -> None:
         default="auto",
         help="of the networks; bf16 on CUDA, else fp32",
     )
-    add("--out", type=Path, help="folder; None: a new one in `samples`, beside the model file")
+    add("--out", type=Path, help="folder; None: a new one in `samples`, beside the file or in logs/")
 
 
 def main(options: Namespace) -> None:

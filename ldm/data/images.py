@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal, overload
 
@@ -15,14 +16,26 @@ from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Only decoders inside Pillow: others, such as EPS, run external programs.
+# Only decoders inside Pillow and pillow-heif: others, such as EPS, run external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # JPEG includes phones' MPO
-# Suffixes of images. HEIC (phones), which Pillow cannot read, is here so that it is refused, not ignored.
+HEIC = (".heic", ".heif")  # phones; without pillow-heif they are refused, not ignored
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm .pgm .heic .heif".split()
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm .pgm".split() + list(HEIC)
 )
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # tag of EXIF, and its values for a quarter turn
 RESAVE = "Convert it to an ordinary JPEG or PNG, or remove it."
+INSTALL = 'Install it with `pip install -e ".[heic]"`, or convert the photo to JPEG.'
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The formats that can be read: HEIC, too, where the extra `heic` is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return FORMATS
+    register_heif_opener()
+    return *FORMATS, "HEIF"
 
 
 def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Path]:
@@ -70,7 +83,7 @@ def load_image(path: str | Path) -> Image.Image:
     too large.
     """
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        with Image.open(path, formats=formats()) as file:
             file.load()  # decodes to the end, so that truncation shows here
             return _to_rgb(ImageOps.exif_transpose(file), where=path)
     except Image.DecompressionBombError as error:
@@ -80,18 +93,21 @@ def load_image(path: str | Path) -> Image.Image:
             remedy="Scale it down; training needs no more than a few thousand pixels a side.",
         ) from error
     except Exception as error:  # decoders raise anything on damaged files
+        if "HEIF" not in formats() and Path(path).suffix.lower() in HEIC:
+            what = "HEIC, the format of phones, is read by pillow-heif, which is not installed"
+            raise UserError(what, where=path, remedy=INSTALL) from error
         raise UserError(f"The image cannot be read: {error}", where=path, remedy=RESAVE) from error
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) in pixels as stored, before any rotation; only the header is read."""
-    with Image.open(path, formats=FORMATS) as file:
+    with Image.open(path, formats=formats()) as file:
         return file.size
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:
     """(height, width) in pixels as `load_image` gives it, rotated by EXIF; only the header is read."""
-    with Image.open(path, formats=FORMATS) as file:
+    with Image.open(path, formats=formats()) as file:
         turned = file.getexif().get(ORIENTATION, 1) in TURNED
         return file.size if turned else (file.height, file.width)
 

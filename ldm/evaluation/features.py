@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer, PreTrainedModel, ViTModel
+from transformers import CLIPModel, CLIPTokenizer, Dinov2Model, PreTrainedModel, ViTModel
 
 from ldm.errors import UserError
 
 DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-base-patch32"
+DINOV2 = "facebook/dinov2-base"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of R, G, B in [0, 1]
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 Images = Sequence[Image.Image]
@@ -41,6 +42,31 @@ class Dino:
         def embed(batch: Images) -> Tensor:
             pixels = prepare(batch, resize=side * 256 // 224, crop=side, normal=IMAGENET).to(self.device)
             return self.network(pixels).last_hidden_state[:, 0]
+
+        return _in_batches(embed, images, self.batch_size)
+
+
+class DinoV2:
+    """The [CLS] token of DINOv2's ViT-B/14 (Oquab et al. 2023), after its last norm.
+
+    Its cosines are not comparable with DINO's. Images are preprocessed as by its authors: the shorter side to
+    256 pixels, then a center crop of 224.
+    """
+
+    SIDE = 224  # of the crop: its positions were learned at 518 pixels, and are interpolated
+
+    def __init__(self, name: str = DINOV2, *, device: str | torch.device = "cpu", batch_size: int = 32):
+        self.network = _load(Dinov2Model.from_pretrained, name).to(device)
+        self.device, self.batch_size = device, batch_size
+
+    @torch.inference_mode()
+    def embed_images(self, images: Images) -> Tensor:
+        """N images -> [N, D] float32 of unit norm, on the CPU."""
+        side = min(self.SIDE, self.network.config.image_size)
+
+        def embed(batch: Images) -> Tensor:
+            pixels = prepare(batch, resize=side * 256 // 224, crop=side, normal=IMAGENET).to(self.device)
+            return self.network(pixels).pooler_output
 
         return _in_batches(embed, images, self.batch_size)
 
@@ -139,7 +165,7 @@ def _load(read: Callable[..., Any], name: str) -> PreTrainedModel:
         raise _absent(name) from error
     if lacking := sorted(info["missing_keys"]) + sorted(info["mismatched_keys"]):
         what = f"The file is of another model: {len(lacking)} weights are missing, such as {lacking[0]}"
-        raise UserError(what, where=name, remedy=f"DINO is {DINO}, CLIP is {CLIP}.")
+        raise UserError(what, where=name, remedy=f"DINO is {DINO}, DINOv2 {DINOV2}, CLIP {CLIP}.")
     return network.eval().requires_grad_(False)
 
 
@@ -151,11 +177,13 @@ def _load_tokenizer(name: str) -> CLIPTokenizer:
 
 
 def _absent(name: str) -> UserError:
-    remedy = (
-        f"Where there is a network, run `hf download {DINO if 'dino' in name else CLIP} --local-dir FOLDER`."
-    )
+    remedy = f"Where there is a network, run `hf download {_released(name)} --local-dir FOLDER`."
     what = "The model is neither a transformers folder nor available from the Hugging Face hub"
     return UserError(what, where=name, remedy=f"{remedy} Then give that folder.")
+
+
+def _released(name: str) -> str:
+    return DINOV2 if "dinov2" in name else DINO if "dino" in name else CLIP
 
 
 def _in_batches(embed: Callable[[Any], Tensor], items: Sequence, size: int) -> Tensor:

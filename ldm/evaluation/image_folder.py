@@ -31,6 +31,11 @@ def read_image_folder(folder: str | Path, *, at_least: int = 1) -> list[Generate
     return list(samples.values())
 
 
+def prompt_of(path: Path) -> str | None:
+    """The prompt of an image, from the .txt file beside it or from its metadata; None if it is not known."""
+    return _settings(path).get("prompt")
+
+
 def by_prompt(samples: Sequence[GeneratedImage]) -> dict[str, list[Image.Image]]:
     """Prompt -> its images, for those whose prompt is known."""
     groups: dict[str, list[Image.Image]] = {}

@@ -37,6 +37,7 @@ SAMPLING = (  # of a run
 METRICS = {
     "storybook": "ldm.evaluation.storybook.StorybookEvaluation",
     "photos": "ldm.evaluation.photos.PhotoEvaluation",
+    "vlm": "ldm.evaluation.vlm.VlmEvaluation",
 }
 
 
@@ -58,6 +59,8 @@ def evaluation_of(options: Namespace, config: RunConfig | None) -> Evaluation:
         params["diversity"] = False
     given = ("prompts", "seeds", "class_samples", "steps", "guidance_scale", "dino", "clip")
     params |= {name: getattr(options, name) for name in given if getattr(options, name) is not None}
+    if options.vlm:
+        params["model"] = options.vlm
     if options.guidance_base:
         params["guidance_base"] = True
     node = {"target": target, "params": params}

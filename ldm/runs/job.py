@@ -7,6 +7,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 from omegaconf import OmegaConf
 
+from ldm.checkpoints.hub import describe
 from ldm.config import instantiate, param_of, save_config
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.engine import distributed
@@ -74,7 +75,7 @@ def _train(config: RunConfig, folder: Path, *, allow_change: bool, watch: Watch 
 
 def plan(config: RunConfig) -> str:
     """The resolved config, and for DreamBooth an estimate of memory and disk; refuses what a run refuses."""
-    validate(config)
+    validate(config, download=False)
     text = OmegaConf.to_yaml(config.source, resolve=True)
     if config.is_dreambooth:
         device = device_of(config.trainer)
@@ -85,5 +86,10 @@ def plan(config: RunConfig) -> str:
                 f"use_checkpoint, by the free memory of {device}: {str(params['use_checkpoint']).lower()}\n"
             )
         caches = param_of(config.data, "cache_latents")
+        text += "".join(
+            f"to be downloaded for {hub}: {describe(hub.wanted())}\n"
+            for hub in run.hub_models(run.base_names(config)).values()
+            if hub.local() is None
+        )
         text += report(*estimate(chosen), encoding=encoding(config) if caches else 0)
     return text

@@ -15,6 +15,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from ldm.checkpoints.hub import HubModel, local_path
 from ldm.checkpoints.infer_config import model_config
 from ldm.checkpoints.known import flat
 from ldm.checkpoints.load import load_state_dicts, open_model
@@ -47,23 +48,35 @@ from ldm.shipped import find_file
 log = logging.getLogger(__name__)
 
 
-def base_files(config: RunConfig) -> dict[str, Path]:
-    """Network -> the file or folder of its base weights; "all" is `base_checkpoint`, of all other networks.
+def base_names(config: RunConfig) -> dict[str, str]:
+    """Network -> the path or hub id of its base weights; "all" is `base_checkpoint`, of all other networks.
 
-    Raises UserError for a missing file.
+    Raises UserError for a path that is missing. Nothing is downloaded.
     """
     named = {"all": config.base_checkpoint, **(config.base_parts or {})}
-    files = {part: find_file(name) for part, name in named.items() if name}
-    for path in files.values():
-        if not path.exists():
+    names = {part: name for part, name in named.items() if name}
+    for name in names.values():
+        path = find_file(name)
+        if HubModel.of(path) is None and not path.exists():
             remedy = "Name one with --actual_resume FILE; README says how the storybook's is trained."
             raise UserError("There is no base checkpoint", where=path, remedy=remedy)
-    return files
+    return names
 
 
-def check_parts(files: Mapping[str, Path], networks: Collection[str]) -> None:
+def hub_models(bases: Mapping[str, str]) -> dict[str, HubModel]:
+    """Those of `base_names` that are named by their hub ids."""
+    found = {part: HubModel.of(find_file(name)) for part, name in bases.items()}
+    return {part: hub for part, hub in found.items() if hub is not None}
+
+
+def base_files(config: RunConfig) -> dict[str, Path]:
+    """`base_names` on this machine: what is named by a hub id is downloaded, unless it is here."""
+    return {part: local_path(find_file(name)) for part, name in base_names(config).items()}
+
+
+def check_parts(parts: Collection[str], networks: Collection[str]) -> None:
     """Raises UserError for base weights of a network that the module does not have."""
-    for part in files:
+    for part in parts:
         if part not in ("all", *networks):
             remedy = f"Choose {', '.join(networks)}." if networks else "Take it off."
             raise UserError(f"`{part}` is not a network", where="base_parts", remedy=remedy)

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ldm.checkpoints.embedding import read_embedding
+from ldm.checkpoints.hub import HubModel, local_path
 from ldm.checkpoints.load import Model, file_hash, open_model
 from ldm.checkpoints.modelspec import sampling_defaults, taught_words
 from ldm.checkpoints.save import DTYPES
@@ -77,6 +78,7 @@ def sample_images(options: Namespace) -> None:
         allow(package)
     keep_freed_memory()
     options.device = options.device or DEVICE
+    options.vae = None if options.vae is None else local_path(options.vae)
     path = find_model(options.model)
     precision = resolve_precision(options.precision, options.device)
     print(f"model: {path}")
@@ -105,7 +107,9 @@ def sample_images(options: Namespace) -> None:
     own = clip_skip_of(pipeline.text_encoder)
     settings["clip_skip"] = own if options.clip_skip is None else options.clip_skip
     about |= {"clip_skip": settings["clip_skip"]} if settings["clip_skip"] != 1 else {}
-    out = options.out or path.parent / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
+    of_hub = options.model is not None and HubModel.of(options.model) is not None
+    beside = Path("logs", name_of(path)) if of_hub else path.parent
+    out = options.out or beside / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
     images = [[] for _ in prompts]
     for row, sample in drawn(pipeline, prompts, options, settings):
         out.mkdir(parents=True, exist_ok=True)

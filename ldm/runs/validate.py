@@ -5,7 +5,8 @@ packages and devices. What each part of a run can and cannot do is said where th
 """
 
 import importlib.util
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from ldm.checkpoints.load import open_model
 from ldm.checkpoints.vae import check_same_scale, open_vae
 from ldm.config import instantiate, param_of, takes
 from ldm.data.dreambooth import DreamBoothDataModule
+from ldm.data.photo_check import PhotoFacts, troubles
 from ldm.data.prompts import fill
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.schedule import Spacing
 from ldm.engine import distributed
 from ldm.engine.sharding import check_sharding
 from ldm.errors import UserError
+from ldm.families.family import Family
 from ldm.families.known import family_of
 from ldm.families.sdxl.conditioning import vector_width, warn_of_small_side
 from ldm.families.sdxl.family import SDXL
@@ -40,6 +43,8 @@ from ldm.schema import RunConfig, TrainerOptions
 from ldm.storybook.training.base import StorybookBase
 from ldm.training.latent_diffusion import LatentDiffusion
 
+log = logging.getLogger(__name__)
+
 SAMPLING = ("steps", "sampler", "spacing")  # what decides the noise levels of a sampling
 LOGGERS = {  # class of a logger -> the package that it needs
     "WandbLogger": "wandb",
@@ -49,17 +54,20 @@ LOGGERS = {  # class of a logger -> the package that it needs
 }
 
 
-def validate(config: RunConfig) -> None:
-    """Raises UserError for a config whose run cannot end well on this machine."""
+def validate(config: RunConfig, *, download: bool = True) -> None:
+    """Raises UserError for a config whose run cannot end well on this machine.
+
+    A base of the hub is downloaded when all else is right; `download` false only asks for its size.
+    """
     check_name(config.name)
     distributed.check_devices(config.trainer)
     check_sharding(config)
     check_online_eval(config)
     _check_logger(config)
-    files = run.base_files(config)
+    bases = run.base_names(config)
     with torch.device("meta"):
         module = instantiate(config.model)
-    run.check_parts(files, getattr(module, "networks", {}))
+    run.check_parts(bases, getattr(module, "networks", {}))
     if isinstance(module, LatentDiffusion):
         processes = distributed.process_count(config.trainer)
         module.check(config.trainer, processes=processes)
@@ -67,21 +75,22 @@ def validate(config: RunConfig) -> None:
         _check_networks(module)
     _check_average(config, module)
     if config.is_dreambooth:
-        _check_dreambooth(config, module, files)
+        _check_dreambooth(config, module, bases)
     else:
         instantiate(config.data)
         _check_other_run(config)
     needed = (config.checkpoints_kept + 1) * checkpoint_bytes(module, averaged=config.ema_decay is not None)
     require_space(Path(), needed, what="a run's checkpoints")
+    _check_bases(config, module, bases, download=download)
 
 
-def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path]) -> None:
+def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) -> None:
     """Refuses a DreamBooth run by its photos, prompts, base and evaluations."""
     data: DreamBoothDataModule = instantiate(config.data)
     if not isinstance(module, LatentDiffusion) or isinstance(module, StorybookBase):
         remedy = "Set model.target=ldm.training.latent_diffusion.LatentDiffusion."
         raise UserError("This model does not learn from photos", where="model.target", remedy=remedy)
-    if "all" not in files and not files.keys() >= module.networks.keys():
+    if "all" not in bases and not set(bases) >= module.networks.keys():
         remedy = "Name one with --actual_resume FILE."
         raise UserError("DreamBooth needs a base to train on", where="base_checkpoint", remedy=remedy)
     if not any(module.trainable.rates(module.networks)):
@@ -90,8 +99,10 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
             "Every learning rate is 0", where="model.params.trainable.learning_rate", remedy=remedy
         )
     text2image(module, size=data.size).latent_shape()  # refuses a size that the networks cannot halve
-    _check_family(module, files, size=data.size)
+    if _family(module) is SDXL:
+        warn_of_small_side(data.size, where="data.params.size")
     data.check()
+    _look_at(data)
     check_prior_target(module, data)
     nodes = evaluation_nodes(config)
     _check_sampling(config, nodes, module.process, words=data.words)
@@ -99,21 +110,49 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
         instantiate(node)  # reads its own networks and prompts
 
 
-def _check_family(module: LatentDiffusion, files: Mapping[str, Path], *, size: int) -> None:
-    """Refuses a base of another family than the config's; warns of sizes at which SDXL draws badly."""
-    own = family_of({"unet": module.networks["unet"].state_dict()})
+def _look_at(data: DreamBoothDataModule) -> None:
+    """Says what to look at in the photos, a line for each kind; `data.check` says which are small."""
+    photos = [PhotoFacts.of(photo.path) for photo in data.subject_photos]
+    for trouble in troubles(photos, size=0, captions=data.captions):
+        log.warning("%s: %s", data.subject_root, trouble)
+
+
+def _check_bases(config: RunConfig, module: Any, bases: Mapping[str, str], *, download: bool) -> None:
+    """Refuses a base of another family than the config's: by its name on the hub, then by its files."""
+    own = _family(module) if config.is_dreambooth else None
+    missing = {part: hub for part, hub in run.hub_models(bases).items() if hub.local() is None}
+    for part, hub in missing.items():
+        found = hub.family()
+        if own is not None and found is not None and part == "all":
+            _check_same_family(found, own, where=hub)
+    if missing and not download:
+        return
+    files = run.base_files(config)
+    if own is not None:
+        _check_family(module, files, own)
+
+
+def _check_family(module: LatentDiffusion, files: Mapping[str, Path], own: Family) -> None:
+    """Refuses base files of another family than the config's networks, which are of `own`."""
     if own is SDXL and "vae" in files:  # its names and shapes are those of SD's
         node = {"params": {"scale_factor": module.networks["vae"].scale_factor}}
         check_same_scale(open_vae(files["vae"])[1], node, where=files["vae"])
-    if own is SDXL:
-        warn_of_small_side(size, where="data.params.size")
     try:
         base = open_model(files["all"]) if "all" in files else None
     except UserError:  # which loading says again, with the rest of what is wrong
         return
-    if base is not None and base.family is not own:
-        what = f"This is a model of {base.family.name}, but the config is of {own.name}"
-        raise UserError(what, where=base.path, remedy=f"Use --base {base.family.config}.")
+    if base is not None:
+        _check_same_family(base.family, own, where=base.path)
+
+
+def _check_same_family(found: Family, own: Family, *, where: object) -> None:
+    if found is not own:
+        what = f"This is a model of {found.name}, but the config is of {own.name}"
+        raise UserError(what, where=where, remedy=f"Use --base {found.config}.")
+
+
+def _family(module: LatentDiffusion) -> Family:
+    return family_of({"unet": module.networks["unet"].state_dict()})
 
 
 def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> None:

@@ -14,6 +14,7 @@ from ldm.data import images
 from ldm.data.images import fit_image, list_images, load_image, to_image, to_tensor, upright_size
 from ldm.errors import UserError
 from ldm.randomness import generator
+from tests.data.test_color import rgb_profile
 
 CORNERS = np.array(
     [[[255, 0, 0], [0, 255, 0], [9, 9, 9]], [[0, 0, 255], [255, 255, 255], [99, 0, 99]]], np.uint8
@@ -161,6 +162,27 @@ def test_phone_formats_are_refused_rather_than_ignored(tmp_path, name):
     Image.fromarray(CORNERS).save(tmp_path / "a.png")
     (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic")
     with pytest.raises(UserError, match=f"{name}.*Convert it"):
+        list_images(tmp_path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_heic_is_read_upright_in_its_own_colours(tmp_path, orientation):
+    """Of any orientation, and with a profile: as a PNG of the same content."""
+    exif, big = Image.Exif(), Image.fromarray(CORNERS).resize((64, 48), Image.Resampling.NEAREST)
+    exif[0x0112] = orientation
+    about = {"exif": exif.tobytes(), "icc_profile": rgb_profile("p3")}
+    big.save(tmp_path / "a.png", **about)
+    assert "HEIF" in images.formats()
+    big.save(tmp_path / "a.heic", format="HEIF", quality=-1, chroma=444, matrix_coefficients=0, **about)
+    png, heic = (load_image(tmp_path / f"a.{suffix}") for suffix in ("png", "heic"))
+    assert heic.size == png.size and upright_size(tmp_path / "a.heic") == (png.height, png.width)
+    assert np.abs(np.asarray(heic, dtype=int) - np.asarray(png, dtype=int)).max() <= 2
+
+
+def test_without_its_package_heic_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.data.images.formats", lambda: images.FORMATS)
+    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(UserError, match="HEIC.*pillow-heif, which is not installed.*pip install"):
         list_images(tmp_path)
 
 

@@ -1,0 +1,75 @@
+"""Captions of a subject's photos by a vision-language model: all but the subject, which the identifier names.
+
+What a caption describes can be asked for later; what it leaves out is learned with the identifier.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from ldm.data.images import load_image
+from ldm.data.prompts import contains
+from ldm.evaluation.vision_language import VisionLanguageModel
+from ldm.files import atomic_write
+
+Style = Literal["sentence", "tags"]
+ASKED = {
+    "sentence": "Describe this photo in {language}, in one short phrase that continues 'a photo of a "
+    "{class_word}': where it is, what it does, what is around it, the light and the point of view. Do not "
+    "describe the {class_word} itself: not its colour, shape or material. Answer with the phrase alone.",
+    "tags": "List, in {language}, up to ten short tags for this photo, separated by commas: the place, the "
+    "things around the {class_word}, its pose, the light and the point of view. No tag may describe the "
+    "{class_word} itself. Answer with the tags alone.",
+}
+MOST_TOKENS = 96
+
+
+def question(class_word: str, *, style: Style, language: str) -> str:
+    """What the model is asked of each photo."""
+    return ASKED[style].format(class_word=class_word, language=language)
+
+
+def caption_of(answer: str, subject: str, *, style: Style) -> str:
+    """The model's answer as a caption that begins with the subject: "a photo of sks dog, asleep".
+
+    subject: with the identifier, "a photo of sks dog". Quotes, braces, which are placeholders, and line breaks
+    go; so does a beginning that repeats the subject's words.
+    """
+    text = re.sub(r"[{}\"“”]", "", " ".join(answer.split())).strip(" .,;:-'")
+    text = re.sub(r"^(here (is|are)|sure)\b[^:]*:\s*", "", text, flags=re.IGNORECASE)
+    text = re.sub(r"^(a|an|the)?\s*(photo|picture|image) of (a|an|the)?\s*", "", text, flags=re.IGNORECASE)
+    class_word = subject.split()[-1]
+    text = re.sub(rf"^((a|an|the)\s+)?{re.escape(class_word)}\b[\s,]*", "", text, flags=re.IGNORECASE)
+    if style == "tags":
+        tags = dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip())
+        text = ", ".join(tag for tag in tags if not contains(tag, class_word))
+    return f"{subject}, {text}" if text else subject
+
+
+def write_captions(
+    paths: Sequence[Path],
+    model: VisionLanguageModel,
+    *,
+    asked: str,
+    subject: str,
+    style: Style,
+    batch_size: int,
+) -> Iterator[tuple[Path, str]]:
+    """Captions of photos that have none -> (photo, caption), each when its file is written.
+
+    batch_size: photos at a time. A .txt file that is there is never changed.
+    """
+    todo = [path for path in paths if not path.with_suffix(".txt").exists()]
+    for first in range(0, len(todo), batch_size):
+        batch = todo[first : first + batch_size]
+        images: list[list[Image.Image]] = [[load_image(path)] for path in batch]
+        answers = model.answer([asked] * len(batch), images, max_tokens=MOST_TOKENS)
+        for path, answer in zip(batch, answers, strict=True):
+            caption, text = caption_of(answer, subject, style=style), path.with_suffix(".txt")
+            if not text.exists():  # nobody has written one meanwhile
+                with atomic_write(text) as temporary:
+                    temporary.write_text(caption + "\n", encoding="utf-8")
+            yield path, text.read_text(encoding="utf-8-sig").strip()

@@ -1,0 +1,196 @@
+"""DreamBench: every subject trained, drawn for its 25 prompts and measured, by any number of processes."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.checkpoints.save import DTYPES
+from ldm.contact_sheet import save_image
+from ldm.data.images import ImageFiles, list_images
+from ldm.engine.device import device_of
+from ldm.engine.locks import claim
+from ldm.errors import UserError
+from ldm.evaluation.dreambench import BenchMetrics, BenchSubject
+from ldm.evaluation.image_folder import prompt_of
+from ldm.evaluation.statistics import Row
+from ldm.files import make_folder
+from ldm.pipeline import Text2Image
+from ldm.precision import resolve_precision
+from ldm.runs.grid import Grid, Job, finish, metrics_of, write_text
+from ldm.runs.run import base_files
+from ldm.runs.validate import validate
+
+MEASURED = "measured"  # the variant of its rows
+SAMPLING = ("sampler", "spacing", "steps", "guidance_scale", "negative_prompt")
+NOTHING_ELSE = ("evaluation=null", "evaluate_also=null", "online_eval.every_steps=0", "samples.n=1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBench(Grid):
+    """A run of every subject of the dataset, made of it and a config; `of` the dataset's subjects by name.
+
+    images: of each prompt. pictures: a folder of any tool's images, SUBJECT/..., in place of runs.
+    """
+
+    KIND: ClassVar[str] = "dreambench"
+
+    of: Mapping[str, BenchSubject]
+    images: int
+    pictures: Path | None = None
+
+    @cached_property
+    def runs(self) -> dict[str, Job]:
+        """Subject -> its run; none for images of another tool."""
+        if self.pictures is not None:
+            return {}
+        return {job.subject: job for job in self.jobs("dreambooth", NOTHING_ELSE)}
+
+    def result(self, subject: str) -> Path:
+        return self.folder / "results" / f"{subject}.json"
+
+    def identifier(self, subject: str) -> str:
+        """The word that its prompts have; `sks` for images of another tool, whose prompts may have any."""
+        params = self.runs[subject].config.data["params"] if self.runs else {}
+        return params.get("identifier", "sks")
+
+    def files(self, subject: str) -> dict[str, list[Path]]:
+        """Prompt -> the files of its images, there or not, by its run."""
+        folder, prompts = (
+            self.folder / "pictures" / subject,
+            self.of[subject].prompts(self.identifier(subject)),
+        )
+        numbers = range(self.images)
+        return {
+            prompt: [folder / f"{k:02d}-{i:02d}.png" for i in numbers] for k, prompt in enumerate(prompts)
+        }
+
+    def given(self, subject: str) -> dict[str, Sequence[Image.Image]]:
+        """Prompt -> its images, of the run, where they are drawn, or of the other tool."""
+        if self.pictures is None:
+            return {prompt: ImageFiles(files) for prompt, files in self.files(subject).items()}
+        return given_images(self.pictures / subject, self.of[subject].prompts(self.identifier(subject)))
+
+    def check_all(self) -> None:
+        """Raises UserError for a config, or for images of another tool, that cannot be used."""
+        if self.pictures is None:
+            for run in self.runs.values():
+                validate(run.config)
+        else:
+            for name in self.of:
+                self.given(name)
+
+    def row(self, subject: str) -> Row | None:
+        """The metrics of a subject that is finished."""
+        path = self.result(subject)
+        if not path.exists():
+            return None
+        if self.runs:
+            metrics_of(self.runs[subject])  # refuses those of another config
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def work(bench: DreamBench, measure: BenchMetrics) -> None:
+    """Finishes all subjects that no other process works on, until there are none."""
+    ran = True
+    while ran:
+        ran = False
+        for number, name in enumerate(bench.of, start=1):
+            if bench.row(name) is not None:
+                continue
+            with claim(bench.folder / "locks" / name) as mine:
+                if mine and bench.row(name) is None:
+                    print(f"{bench.name}, subject {number} of {len(bench.of)}: {name}", flush=True)
+                    _finish(bench, name, measure)
+                    ran = True
+
+
+def _finish(bench: DreamBench, name: str, measure: BenchMetrics) -> None:
+    """Trains, draws and measures a subject, as far as that is not done."""
+    if bench.pictures is None:
+        finish(bench.runs[name])
+        draw(bench, name)
+    images, photos = bench.given(name), ImageFiles(list_images(bench.of[name].photos))
+    found = measure(images, photos, identifier=bench.identifier(name))
+    count = sum(len(group) for group in images.values())
+    row = {"variant": MEASURED, "subject": name, "seed": bench.seeds[0], **found, "images": count}
+    make_folder(bench.result(name).parent)
+    write_text(bench.result(name), json.dumps(row, indent=2) + "\n")
+
+
+def draw(bench: DreamBench, name: str) -> None:
+    """Images of every prompt by the run of a subject; those that are there are not drawn again."""
+    job, config = bench.runs[name], bench.runs[name].config.samples
+    files = [
+        (prompt, config.seed + i, file)
+        for prompt, group in bench.files(name).items()
+        for i, file in enumerate(group)
+        if not file.exists()
+    ]
+    if not files:
+        return
+    make_folder(files[0][2].parent)
+    settings, pipeline = {key: getattr(config, key) for key in SAMPLING}, _pipeline(job)
+    how = {"batch_size": config.batch_size, "precision": config.precision}
+    with tqdm(total=len(files), desc=f"images of {name}", unit="image", disable=None) as bar:
+        for first in range(0, len(files), config.batch_size):
+            prompts, seeds, paths = zip(*files[first : first + config.batch_size], strict=True)
+            samples = pipeline(prompts, seeds=seeds, **settings, **how)
+            for path, sample in zip(paths, samples, strict=True):
+                save_image(path, sample.image, {"prompt": sample.prompt, "seed": sample.seed, **settings})
+            bar.update(len(paths))
+
+
+def _pipeline(job: Job) -> Text2Image:
+    device = device_of(job.config.trainer)
+    base = base_files(job.config).get("all") if job.config.samples.guidance_base else None
+    dtype = DTYPES[resolve_precision(job.config.samples.precision, device)]
+    return Text2Image.from_file(
+        job.folder / "model.safetensors", device=device, dtype=dtype, guidance_base=base
+    )
+
+
+def given_images(folder: Path, prompts: Sequence[str]) -> dict[str, Sequence[Image.Image]]:
+    """Prompt -> its images in a folder of any tool.
+
+    The prompt is in the .txt file beside an image or in its metadata; else its name or that of its folder
+    begins with the number of the prompt, from 0: 07-2.png, 07/2.png.
+    """
+    folders = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
+    paths = [path for place in folders if _has_files(place) for path in list_images(place)]
+    groups: dict[str, list[Path]] = {}
+    for path in paths:
+        numbered = re.match(r"\d+", (path if path.parent == folder else path.parent).name)
+        prompt, number = prompt_of(path), int(numbered[0]) if numbered else None
+        if prompt is None and number is not None and number < len(prompts):
+            prompt = prompts[number]
+        if prompt is None:
+            remedy = f"Write a .txt file beside it, or begin its name with 00 to {len(prompts) - 1:02d}."
+            raise UserError("It is not known which prompt this image is of", where=path, remedy=remedy)
+        groups.setdefault(prompt, []).append(path)
+    if not groups:
+        raise UserError("There are no images of the subject", where=folder, remedy="Generate them first.")
+    return {prompt: ImageFiles(found) for prompt, found in groups.items()}
+
+
+def _has_files(folder: Path) -> bool:
+    return folder.is_dir() and any(path.is_file() for path in folder.iterdir())
+
+
+def left(bench: DreamBench) -> list[str]:
+    """The subjects that are still to be done."""
+    return [name for name in bench.of if bench.row(name) is None]
+
+
+def not_the_protocol(rows: Sequence[Row]) -> list[str]:
+    """How this differs from 30 subjects with 25 prompts and 4 images, a sentence each."""
+    said = [] if len(rows) == 30 else [f"the paper has 30 subjects, here are {len(rows)}"]
+    counts = {row["images"] for row in rows}
+    found = " or ".join(map(str, sorted(counts)))
+    return said if counts == {100} else [*said, f"the paper has 100 images of each, here are {found}"]

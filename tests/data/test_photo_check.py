@@ -1,0 +1,170 @@
+"""The check-up of photos: each trouble is seen where it is, and not where it is not."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
+
+from ldm.data.photo_check import PhotoFacts, near_twins, sharpness, troubles
+from main import main
+from tests.data.test_color import rgb_profile
+from tests.data.test_real_photos import ROOT as REAL
+from tests.data.test_real_photos import SUBJECTS
+
+ROOT = Path(__file__).resolve().parents[2]
+STORYBOOK = sorted((ROOT / "ldm/storybook/assets/subjects").iterdir())
+EDGE = "the subject touches an edge, and may be cut there: a.png"
+real = pytest.mark.skipif(not SUBJECTS, reason=f"no photos under {REAL}")
+
+
+def script_of(name: str):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def noise(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
+    """Blobs of a random image, with a grain that is sharp."""
+    draws = np.random.default_rng(seed)
+    blobs = Image.fromarray(draws.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize(
+        size, Image.Resampling.BICUBIC
+    )
+    grain = draws.integers(-20, 21, (size[1], size[0], 1))
+    return Image.fromarray(np.clip(np.asarray(blobs, dtype=int) + grain, 0, 255).astype(np.uint8))
+
+
+def cut_out(box: tuple[int, int, int, int], size: tuple[int, int] = (96, 64)) -> Image.Image:
+    """Noise that is opaque inside a box."""
+    image = noise(0, size).convert("RGBA")
+    alpha = Image.new("L", size)
+    ImageDraw.Draw(alpha).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=255)
+    image.putalpha(alpha)
+    return image
+
+
+def facts(folder: Path, image: Image.Image, name: str = "a.png", **options) -> PhotoFacts:
+    image.save(folder / name, **options)
+    return PhotoFacts.of(folder / name)
+
+
+def said(*photos: PhotoFacts, **options) -> str:
+    return "\n".join(map(str, troubles(photos, **{"size": 32, **options})))
+
+
+def test_sharpness_is_the_variance_of_the_laplacian():
+    """Of single dots, by hand: 4 v at the dot, -v at its four neighbours, 0 elsewhere."""
+    levels = np.zeros((34, 34), np.uint8)
+    levels[9, 9] = 100
+    inside = 32 * 32
+    mean_of_squares = (400**2 + 4 * 100**2) / inside
+    assert sharpness(Image.fromarray(levels)) == pytest.approx(mean_of_squares)
+    assert sharpness(Image.new("RGB", (50, 50), "red")) == 0 and sharpness(Image.new("L", (2, 2))) == 0
+
+
+def test_sharpness_is_of_one_scale():
+    """A photo of more pixels and the same content has about the same; an unsharp one much less."""
+    small = noise(1, (512, 512))
+    large, larger = (small.resize((side, side), Image.Resampling.LANCZOS) for side in (1024, 1536))
+    assert sharpness(large) == pytest.approx(sharpness(larger), rel=0.1)
+    assert sharpness(larger.filter(ImageFilter.GaussianBlur(9))) < 0.02 * sharpness(large)
+
+
+@real
+@pytest.mark.parametrize("folder", SUBJECTS, ids=lambda folder: folder.name)
+def test_real_photos_are_sharp_and_different(folder):
+    photos = [PhotoFacts.of(path) for path in sorted(folder.glob("*.jpg"))]
+    assert said(*photos, size=512) == "" and all(photo.profile for photo in photos)
+
+
+@real
+def test_a_blurred_and_a_doubled_real_photo_are_seen(tmp_path):
+    with Image.open(next((REAL / "cat").glob("*.jpg"))) as file:
+        short = min(file.size)
+        sharp = facts(tmp_path, file.convert("RGB"), "a.png")
+        soft = facts(tmp_path, file.filter(ImageFilter.GaussianBlur(1.5 * short / 512)), "b.jpg")
+        again = facts(tmp_path, ImageEnhance.Brightness(file.resize((600, 600))).enhance(1.1), "c.jpg")
+    assert re.findall("blurred, .*: (.*)", said(sharp, soft)) == ["b.jpg"]
+    assert near_twins([sharp, again]) == [(sharp, again)]
+
+
+@pytest.mark.parametrize("folder", STORYBOOK, ids=lambda folder: folder.name)
+def test_the_storybook_has_no_trouble(folder):
+    assert said(*map(PhotoFacts.of, sorted(folder.glob("*.png"))), size=64) == ""
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    {
+        (36, 20, 60, 44): "",  # in the middle of 96 x 64
+        (0, 20, 24, 44): f"{EDGE}\nthe subject is far from the middle: a.png",
+        (36, 16, 60, 64): EDGE,
+        (36, 0, 60, 48): EDGE,
+        (10, 20, 80, 44): "the square crop cuts the subject; crop by hand: a.png",
+        (66, 2, 78, 14): "the subject is far from the middle: a.png",
+    }.items(),
+)  # fmt: skip
+def test_a_subject_that_is_cut_or_off_center(tmp_path, box, expected):
+    photo = facts(tmp_path, cut_out(box))
+    assert photo.subject.box == box and said(photo) == expected
+
+
+def test_what_the_crop_leaves_out_is_a_share_of_the_subject(tmp_path):
+    """The square of 96 x 64 is from 16 to 80; of a subject from 6 to 56 it leaves out 10 of 50 columns."""
+    assert facts(tmp_path, cut_out((6, 20, 56, 44))).subject.cut_by_crop == pytest.approx(0.2)
+    assert facts(tmp_path, noise(0)).subject is None
+    assert facts(tmp_path, noise(0).convert("RGBA")).subject is None  # opaque everywhere
+    assert facts(tmp_path, Image.new("RGBA", (40, 40))).subject is None  # nowhere
+
+
+def test_alpha_is_upright_as_the_photo_is(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    photo = facts(tmp_path, cut_out((0, 20, 24, 44)), exif=exif)
+    assert (photo.height, photo.width, photo.turned) == (96, 64, True)
+    assert photo.edges == ["top"] and photo.subject.box == (20, 0, 44, 24)
+
+
+def test_captions_are_counted(tmp_path):
+    one, other = facts(tmp_path, noise(1), "a.png"), facts(tmp_path, noise(2), "b.png")
+    assert said(one, other) == said(one, other, captions=False) == ""
+    (tmp_path / "a.txt").write_text("a photo of\nsks dog")
+    one = PhotoFacts.of(one.path)
+    assert one.caption == "a photo of sks dog"
+    for read in (None, True):
+        assert said(one, other, captions=read) == "without a caption, though others have one: b.png"
+    assert (
+        said(one, other, captions=False)
+        == "captions that are not read, unless data.params.captions=true: a.png"
+    )
+
+
+def test_the_page_shows_photos_views_and_troubles(workdir, capsys):
+    folder = workdir / "my <dog>"
+    folder.mkdir()
+    noise(1).save(folder / "a.jpg", icc_profile=rgb_profile("p3"))
+    noise(1).save(folder / "b.png")
+    cut_out((0, 20, 24, 44)).save(folder / "c.png")
+    check = script_of("check_photos")
+    page = check.main(check.parse([str(folder), "--size", "80", "--crop", "random", "--crop_variants", "3"]))
+    text, printed = page.read_text(encoding="utf-8"), capsys.readouterr().out
+    for trouble in (
+        "smaller than 80 pixels",
+        "nearly the same, so that they count twice: a.jpg, b.png",
+        "edge",
+    ):
+        assert trouble in text and trouble in printed
+    assert text.count("<img") == 3 * (1 + 3) and "3 photos in my &lt;dog&gt;" in text and "http" not in text
+    assert "no profile: read as sRGB" in text
+
+
+def test_a_run_says_each_trouble_in_a_line_before_it_begins(words, subject_folder, caplog):
+    noise(3).save(subject_folder / "8.png")
+    noise(3).save(subject_folder / "9.png")
+    assert main([*words, "--dry_run"]) == 0
+    lines = [record.getMessage() for record in caplog.records]
+    assert f"{subject_folder}: nearly the same, so that they count twice: 8.png, 9.png" in lines

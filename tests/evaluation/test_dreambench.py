@@ -1,0 +1,221 @@
+"""DreamBench: the dataset as it is published, its metrics by hand, and the command on tiny networks."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
+
+from ldm.errors import UserError
+from ldm.evaluation.dreambench import METRICS, PAPER, BenchMetrics, read_dataset
+from ldm.evaluation.features import DinoV2
+from ldm.reports.dreambench_page import table_of
+from ldm.runs.dreambench import MEASURED, given_images, not_the_protocol
+from tests.data.test_photo_check import noise, script_of
+from tests.data.test_real_photos import ROOT as REAL
+from tests.data.test_real_photos import SUBJECTS
+from tests.evaluation.test_photos import networks as photo_networks  # noqa: F401
+from tests.factories import photos, run_config
+
+LISTS = """Classes
+
+subject_name,class
+tin_can,can
+disc,disc
+dog,dog
+wolf_plushie,stuffed animal
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in the jungle'.format(unique_token, class_token),
+"a {0} {1} in a dog's house".format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} wearing a red hat'.format(unique_token, class_token)
+]
+"""
+
+
+@pytest.fixture(scope="module")
+def networks(photo_networks: dict[str, str], tmp_path_factory) -> dict[str, str]:  # noqa: F811
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dinov2")
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    return {**photo_networks, "dinov2": str(folder)}
+
+
+@pytest.fixture
+def root(workdir: Path) -> Path:
+    """A dataset of three subjects; the folder of the fourth is not there."""
+    folder = workdir / "dataset"
+    folder.mkdir()
+    (folder / "prompts_and_classes.txt").write_text(LISTS)
+    for name in ("disc", "dog", "wolf_plushie"):
+        photos(folder / name)
+    return folder
+
+
+def test_the_list_is_read_as_it_is_published(root):
+    disc, dog, wolf = read_dataset(root)
+    assert (disc.name, disc.class_word, disc.photos) == ("disc", "disc", root / "disc")
+    assert disc.prompts("sks") == ["a sks disc in the jungle", "a sks disc in a dog's house"]
+    assert dog.prompts("zwx") == ["a zwx dog wearing a red hat"]
+    assert wolf.prompts("sks")[0] == "a sks stuffed animal in the jungle"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    {
+        lambda root: (root / "prompts_and_classes.txt").unlink(): "has no prompts_and_classes.txt",
+        lambda root: (root / "prompts_and_classes.txt").write_text("x"): "no classes or prompts",
+        lambda root: [
+            shutil.rmtree(root / name) for name in ("disc", "dog", "wolf_plushie")
+        ]: "no folder of photos",
+    }.items(),
+)
+def test_another_folder_is_refused(root, spoil, said):
+    spoil(root)
+    with pytest.raises(UserError, match=said):
+        read_dataset(root)
+
+
+@pytest.mark.skipif(not SUBJECTS, reason=f"no photos under {REAL}")
+def test_the_real_list_has_25_prompts_each():
+    found = {subject.name: subject for subject in read_dataset(REAL)}
+    assert list(found) == ["backpack", "cat", "dog", "teapot", "vase"]
+    assert {len(subject.templates) for subject in found.values()} == {25}
+    assert "a sks cat wearing a red hat" in found["cat"].prompts("sks")
+    assert "a sks vase on top of a mirror" in found["vase"].prompts("sks")
+
+
+def test_the_metrics_are_means_over_pairs_and_prompts(networks):
+    measure = BenchMetrics(**networks)
+    photos, images = (
+        [noise(1), noise(2), noise(3)],
+        {"a sks dog": [noise(4), noise(5)], "a sks cat": [noise(6)]},
+    )
+    found = measure(images, photos, identifier="sks")
+    every = [noise(4), noise(5), noise(6)]
+    for name, network in {"dino": measure.dino, "dinov2": measure.dinov2, "clip_i": measure.clip}.items():
+        rows, own = network.embed_images(every), network.embed_images(photos)
+        pairs = [float(row @ other) for row in rows for other in own]
+        assert found[name] == pytest.approx(sum(pairs) / 9, abs=1e-6)
+        among = [float(own[i] @ own[j]) for i in range(3) for j in range(3) if i != j]
+        assert found[f"photos_{name}"] == pytest.approx(sum(among) / 6, abs=1e-6)
+    dog, cat = measure.clip.embed_texts(["a dog", "a cat"])
+    rows = measure.clip.embed_images(every)
+    by_hand = (rows[0] @ dog + rows[1] @ dog + rows[2] @ cat) / 3
+    assert found["clip_t"] == pytest.approx(float(by_hand), abs=1e-6)
+    assert found["clip_t"] != pytest.approx(
+        float((rows[0] @ dog + rows[1] @ cat + rows[2] @ cat) / 3), abs=1e-5
+    )
+
+
+def test_dinov2_is_the_token_after_the_last_norm(networks):
+    network = DinoV2(networks["dinov2"])
+    features = network.embed_images([noise(1), noise(2)])
+    assert features.shape == (2, 32) and torch.allclose(features.norm(dim=1), torch.ones(2))
+    with pytest.raises(UserError, match="hf download facebook/dinov2-base"):
+        DinoV2("absent/dinov2")
+
+
+def test_the_prompt_of_any_tools_image_is_found(tmp_path):
+    prompts = [f"prompt {k}" for k in range(12)]
+    for name in ("07-2.png", "11/0.png", "03_x.png", "other.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        noise(1).save(tmp_path / name)
+    (tmp_path / "other.txt").write_text("a sks dog by the sea")
+    found = {prompt: len(group) for prompt, group in given_images(tmp_path, prompts).items()}
+    assert found == {"prompt 3": 1, "prompt 7": 1, "a sks dog by the sea": 1, "prompt 11": 1}
+    for name in ("12-0.png", "x.png"):
+        noise(1).save(tmp_path / name)
+        with pytest.raises(UserError, match=f"not known which prompt.*{name}.*00 to 11"):
+            given_images(tmp_path, prompts)
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match="no images of the subject"):
+        given_images(tmp_path / "absent", prompts)
+
+
+def test_the_paper_stands_beside():
+    rows = [
+        {"variant": MEASURED, "subject": str(k), "seed": 0, "images": 8, "photos_dino": 0.5}
+        | dict.fromkeys(METRICS, k / 10)
+        for k in range(6)
+    ]
+    table = dict(table_of(rows))
+    assert table["Measured here"][0].startswith("0.250 (") and table["These photos with one another"][2:] == [
+        "",
+        "",
+    ]
+    assert table["DreamBooth, Stable Diffusion"] == ["0.668", "0.803", "0.305", ""]
+    assert list(table)[2:] == list(PAPER)
+    assert not_the_protocol(rows) == [
+        "the paper has 30 subjects, here are 6",
+        "the paper has 100 images of each, here are 8",
+    ]
+
+
+def test_the_command_trains_draws_measures_and_goes_on(root, networks, tiny_config, tiny_model_file, capsys):
+    bench = script_of("dreambench")
+    config = run_config(
+        tiny_config,
+        base=tiny_model_file,
+        subject=root,
+        name="x",
+        trainer={"max_steps": 1},
+        samples={"steps": 1},
+    )
+    OmegaConf.save(OmegaConf.create(config), "tiny.yaml")
+    words = ["--root", str(root), "--subjects", "disc", "dog", "--images", "2", "--device", "cpu"]
+    words += [word for name, folder in networks.items() for word in (f"--{name}", folder)]
+    bench.main([*words, "--base", "tiny.yaml", "data.params.num_priors=1"])
+    folder = Path("logs/dreambench-tiny")
+    drawn = sorted(path.relative_to(folder).as_posix() for path in folder.glob("pictures/*/*.png"))
+    assert len(drawn) == 2 * 2 + 1 * 2 and drawn[0] == "pictures/disc/00-00.png"
+    lines = (folder / "dreambench.csv").read_text().splitlines()
+    assert lines[0].startswith("subject,dino,clip_i,clip_t,dinov2") and len(lines) == 3
+    assert "the paper has 30 subjects" in (folder / "dreambench.html").read_text()
+    said = capsys.readouterr().out
+    assert "DreamBooth, Stable Diffusion" in said and "subject 2 of 2: dog" in said
+
+    first = json.loads((folder / "results/dog.json").read_text())
+    (folder / "results/dog.json").unlink()
+    (folder / "pictures/dog/00-01.png").unlink()
+    begun = (folder / "pictures/dog/00-00.png").stat().st_mtime_ns
+    bench.main([*words, "--base", "tiny.yaml", "data.params.num_priors=1"])
+    assert json.loads((folder / "results/dog.json").read_text()) == first
+    assert (folder / "pictures/dog/00-00.png").stat().st_mtime_ns == begun
+    assert "disc" not in capsys.readouterr().out.split("Measured")[0]
+
+    with pytest.raises(UserError, match="settings have changed"):
+        bench.main([*words, "--base", "tiny.yaml", "data.params.num_priors=2"])
+    bench.main([*words, "--pictures", str(folder / "pictures"), "--name", "given"])
+    again = json.loads(Path("logs/dreambench-given/results/dog.json").read_text())
+    assert {m: again[m] for m in METRICS} == {m: first[m] for m in METRICS}
+
+
+def test_what_cannot_be_measured_is_refused_before_any_work(root, networks, tiny_config, tiny_model_file):
+    bench = script_of("dreambench")
+    words = ["--root", str(root), "--device", "cpu"]
+    with pytest.raises(UserError, match="nothing to measure"):
+        bench.main(words)
+    with pytest.raises(UserError, match="no subject cow.*disc, dog, wolf_plushie"):
+        bench.main([*words, "--base", "x.yaml", "--subjects", "cow"])
+    for name in ("disc", "dog"):
+        (root / "given" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(root / "given" / name / "00.png")
+    with pytest.raises(UserError, match="no images of the subject.*wolf_plushie"):
+        bench.main([*words, "--pictures", str(root / "given")])
