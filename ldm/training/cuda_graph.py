@@ -107,7 +107,7 @@ class GraphedStep:
         else:
             tensors |= module.condition(batch["caption"], sizes).expanded().by_name("")
         if self.reference is not None and batch["reference_items"]:
-            tensors["reference_rows"] = batch["reference_rows"]
+            tensors |= {name: batch[name] for name in ("reference_rows", "compared") if name in batch}
             tensors |= self.reference.condition_of(batch).expanded().by_name("reference_")
         return self.graphed(**tensors)
 
@@ -122,6 +122,8 @@ class GraphedStep:
             told = Conditioning.of(tensors["context"], vector=tensors.get("vector"))
         batch = {"latent_stats": tensors["latent_stats"], "randomness": tensors["randomness"]}
         batch["reference_rows"] = tensors.get("reference_rows", torch.empty(0))
+        if "compared" in tensors:
+            batch["compared"] = tensors["compared"]
         if "reference_context" in tensors:
             context, vector = tensors["reference_context"], tensors.get("reference_vector")
             batch["reference_told"] = Conditioning.of(context, vector=vector)

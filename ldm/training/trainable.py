@@ -1,5 +1,6 @@
 """What learns: whole networks, LoRA factors beside them, a learned token; their rates, and their files."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -11,12 +12,16 @@ from ldm.annotations import Builds, Node, NonNegativeFloat, NonNegativeInt
 from ldm.checkpoints.embedding import embeddings_beside, save_embedding
 from ldm.checkpoints.layout import LEARNED_TOKENS
 from ldm.checkpoints.lora import lora_beside, merge_lora, save_lora
+from ldm.checkpoints.lora_ranks import ranks_metadata
 from ldm.config import instantiate
 from ldm.models.lora import LoRA
 from ldm.optim.optimizers import ParamGroups
 from ldm.training.techniques import LearnedToken
 from ldm.training.text_rates import each_encoder, freeze_unrated, rates_of_encoders
 
+log = logging.getLogger(__name__)
+
+BY_TIMESTEP = "The LoRA has fewer ranks at noisier timesteps, which scripts/sample.py --lora heeds"
 StateDicts = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -55,15 +60,19 @@ class Trainable:
         if self.learned_token is not None:
             self.learning_rates["learned_token"] = self.learned_token.learning_rate
 
-    def attach(self, networks: Mapping[str, nn.Module]) -> None:
-        """Freezes what does not learn, and puts the LoRA beside its layers. To be called once."""
+    def attach(self, networks: Mapping[str, nn.Module], *, timesteps: int) -> None:
+        """Freezes what does not learn, and puts the LoRA beside its layers. To be called once.
+
+        timesteps: of the noise schedule.
+        """
         for name, network in networks.items():
             network.requires_grad_(self.chosen[name])
         rates = rates_of_encoders(networks["text_encoder"], self.text_encoder_rate)
         freeze_unrated(networks["text_encoder"], rates)
         self.learning_rates |= rates
         if self.lora is not None:
-            self.lora.attach({name: networks[name] for name in ("unet", "text_encoder")})
+            adapted = {name: networks[name] for name in ("unet", "text_encoder")}
+            self.lora.attach(adapted, timesteps=timesteps)
 
     def add_token(self, networks: Mapping[str, nn.Module]) -> None:
         """Lets prompts hold the new word, if there is one. To be called when the base's weights are there."""
@@ -115,5 +124,8 @@ class Trainable:
         if self.lora is None:
             return state_dicts
         layers = self.lora.weights()
+        if self.lora.masks is not None:
+            metadata = metadata | ranks_metadata(self.lora.masks.ranks)
+            log.info("%s; %s has all ranks at all timesteps, as in other tools.", BY_TIMESTEP, path.name)
         save_lora(lora_beside(path), layers, state_dicts, dtype=dtype, metadata=metadata)
         return merge_lora(state_dicts, layers)
