@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2022): a trainable low-rank update of frozen layers, W x + alpha / rank * B A x."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, Self
 
@@ -142,6 +142,11 @@ def _learns(layer: nn.Module) -> bool:
     return any(p.requires_grad for p in layer.parameters(recurse=False))
 
 
+def layer_names(kinds: Mapping[str, str], wanted: Collection[str]) -> re.Pattern[str]:
+    """The names of layers of the wanted kinds. kinds: of a network, see `KINDS`."""
+    return re.compile(rf"(?:^|\.)(?:{'|'.join(kinds[kind] for kind in wanted)})$")
+
+
 def _chosen(
     network: nn.Module, kinds: Mapping[str, str], wanted: Sequence[str]
 ) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
@@ -151,7 +156,7 @@ def _chosen(
             raise UserError(
                 f"`{kind}` is not a kind of layer", where="lora", remedy=f"Choose from {', '.join(kinds)}."
             )
-    ends = re.compile(rf"(?:^|\.)(?:{'|'.join(kinds[kind] for kind in wanted)})$")
+    ends = layer_names(kinds, wanted)
     return [
         (name, layer)
         for name, layer in network.named_modules()

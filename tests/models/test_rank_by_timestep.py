@@ -1,11 +1,13 @@
 """T-LoRA: each item has the ranks of its timestep, in training, in sampling and from its file."""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.checkpoints.load import open_model
@@ -84,26 +86,20 @@ def test_more_ranks_than_a_layer_has_are_refused():
         OrthogonalLoRALayer(nn.Linear(8, 20), rank=9, alpha=9.0)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("orthogonal", [False, True])
 def test_items_of_a_batch_have_the_ranks_of_their_own_timesteps(
-    tiny_config: dict, tiny_networks: dict, orthogonal: bool, checkpointing: bool
+    tiny_config: dict, tiny_networks: dict, orthogonal: bool
 ):
     by_timestep = BY_TIMESTEP | {"orthogonal": orthogonal}
     module = build(tiny_config, tiny_networks, rank_by_timestep=by_timestep)
-    unet = module.networks["unet"]
-    unet.use_checkpoint = checkpointing
     prompts = ["a photo of sks disc", "a disc", "a photo of sks disc", ""]
     t, x = (
         torch.tensor([0, 300, 500, 999]),
         torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
     )
-    target = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     prediction = module.apply_model(x, t, module.condition(prompts))
     ranks = module.lora.masks.mask(t).sum(1).int().tolist()
     assert ranks == [4, 3, 2, 1]
-    ours = torch.autograd.grad((prediction - target).square().sum(), unet.parameters(), allow_unused=True)
-    assert all(gradient is None for gradient in ours)  # frozen
     plain = build_module(tiny_config, seed=7)
     for k, rank in enumerate(ranks):
         weights = merged(module, tiny_networks, rank)
@@ -132,6 +128,7 @@ def test_a_pass_of_the_teacher_and_computing_again_leave_the_gradient_alone(
     }
     found = []
     for again in (False, True):
+        torch.manual_seed(1)  # what orthonormal factors begin as
         module = build_module(tiny_config, seed=7, trainable=node(), **TAUGHT)
         for name, network in module.networks.items():
             network.load_state_dict(tiny_networks[name].state_dict())
@@ -153,8 +150,9 @@ def test_samples_of_a_run_and_of_its_file_are_the_same(
     module = build(tiny_config, tiny_networks, rank_by_timestep=by_timestep)
     how = {"steps": 3, "height": 16, "width": 16, "guidance_scale": 3.0, "seeds": [1, 2]}
     live = text2image(module, size=16)("a photo of sks disc", **how)
+    about = {"ldm.config": json.dumps(tiny_config)}
     with caplog.at_level(logging.INFO):
-        module.export(tmp_path / "run" / "model.safetensors", dtype=torch.float32, metadata={})
+        module.export(tmp_path / "run" / "model.safetensors", dtype=torch.float32, metadata=about)
     assert "fewer ranks at noisier timesteps" in caplog.text and "as in other tools" in caplog.text
     file = tmp_path / "run" / "loras" / "run.safetensors"
     assert read_ranks(file) == {"rank": 4, "min_rank": 1, "timesteps": 1000}
@@ -174,8 +172,6 @@ def test_samples_of_a_run_and_of_its_file_are_the_same(
     "told", ["no json", "[1]", '{"rank": 4}', '{"rank": 2, "min_rank": 3, "timesteps": 9}']
 )
 def test_metadata_that_tells_no_ranks_is_refused(tmp_path: Path, told: str):
-    from safetensors.torch import save_file
-
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={KEY: told})
     with pytest.raises(UserError, match="does not tell ranks"):
         read_ranks(tmp_path / "x.safetensors")
