@@ -98,6 +98,10 @@ def lora_layers(
     params: of the run's model section, which has alpha. Raises UserError if alpha is not known, or if a
     tensor fits no layer.
     """
+    trainable = params.get("trainable")
+    if isinstance(trainable, Mapping) and trainable.get("adapter"):
+        what = "This is a checkpoint of an adapter, which only its run reads"
+        raise UserError(what, where=where, remedy="Use the run's model.safetensors.")
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name in (name for name in tensors if name.startswith(RUN_LORA)):
         network, _, inner = name.removeprefix(RUN_LORA).partition(".")
@@ -107,7 +111,6 @@ def lora_layers(
         found.setdefault((network, layer), {})[kind] = tensors[name]
     if not found:
         return {}
-    trainable = params.get("trainable")
     node = trainable.get("lora") if isinstance(trainable, Mapping) else None
     if not isinstance(node, Mapping):
         what = "This is a checkpoint of a LoRA, whose alpha is in the config of its run"

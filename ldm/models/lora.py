@@ -63,13 +63,13 @@ class LoRA(nn.Module):
         """
         by_timestep = self.rank_by_timestep
         for name, network in networks.items():
-            learning = {layer for layer in network.modules() if _learns(layer)}
-            chosen = _chosen(network, KINDS[name], self.kinds[name])
+            learning = {layer for layer in network.modules() if learns(layer)}
+            chosen = chosen_layers(network, KINDS[name], self.kinds[name])
             network.requires_grad_(False).to(self.base_dtype)
             for layer_name, layer in ((n, layer) for n, layer in chosen if layer in learning):
                 ortho = name == "unet" and by_timestep is not None and by_timestep.orthogonal
                 kind = OrthogonalLoRALayer if ortho else LoRALayer
-                _put(self.layers[name], layer_name, kind(layer, rank=self.rank, alpha=self.alpha))
+                put(self.layers[name], layer_name, kind(layer, rank=self.rank, alpha=self.alpha))
         if by_timestep is not None:
             lowest = by_timestep.lowest(self.rank)
             self.mask_ranks(networks["unet"], rank=self.rank, min_rank=lowest, timesteps=timesteps)
@@ -106,7 +106,7 @@ class LoRA(nn.Module):
                 with torch.no_grad():
                     update.down.copy_(down.reshape(update.down.shape))
                     update.up.copy_(up.reshape(update.up.shape))
-                _put(lora.layers[network], name, update.requires_grad_(False))
+                put(lora.layers[network], name, update.requires_grad_(False))
         if ranks is not None:
             lora.mask_ranks(networks["unet"], **ranks)
         return lora
@@ -138,7 +138,7 @@ def lora_off(*loras: LoRA) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def _learns(layer: nn.Module) -> bool:
+def learns(layer: nn.Module) -> bool:
     return any(p.requires_grad for p in layer.parameters(recurse=False))
 
 
@@ -147,7 +147,7 @@ def layer_names(kinds: Mapping[str, str], wanted: Collection[str]) -> re.Pattern
     return re.compile(rf"(?:^|\.)(?:{'|'.join(kinds[kind] for kind in wanted)})$")
 
 
-def _chosen(
+def chosen_layers(
     network: nn.Module, kinds: Mapping[str, str], wanted: Sequence[str]
 ) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
     """Linear and convolutional layers of the wanted kinds, with their names in the network."""
@@ -164,7 +164,7 @@ def _chosen(
     ]
 
 
-def _put(root: nn.Module, name: str, module: nn.Module) -> None:
+def put(root: nn.Module, name: str, module: nn.Module) -> None:
     """Registers a module under a dotted name; the modules on the way are created empty."""
     *path, leaf = name.split(".")
     for word in path:

@@ -20,6 +20,7 @@ from ldm.diffusion.process import ProcessConfig
 from ldm.evaluation.photos import PhotoEvaluation
 from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.families.sdxl.text_encoder import SDXLTextEncoders
+from ldm.models.adapter import Adapter
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.lora import LoRA
 from ldm.models.rank_by_timestep import RankByTimestep
@@ -45,6 +46,7 @@ NODES = {  # where a node usually stands -> the class that its target names
     "model.params.trainable": Trainable,
     "model.params.trainable.lora.params": LoRA,
     "model.params.trainable.lora.params.rank_by_timestep": RankByTimestep,
+    "model.params.trainable.adapter": Adapter,
     "model.params.trainable.learned_token.params": LearnedToken,
     "data.params": DreamBoothDataModule,
     "evaluation.params (storybook)": StorybookEvaluation,

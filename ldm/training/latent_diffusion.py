@@ -15,6 +15,7 @@ from ldm.diffusion.process import NoiseProcess, ProcessConfig
 from ldm.engine.gradients import clip
 from ldm.engine.sharding import Sharded, shard
 from ldm.engine.step_log import StepMean, begins_step, is_logged
+from ldm.models.adapter import Adapter
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA
@@ -83,7 +84,7 @@ class LatentDiffusion(pl.LightningModule):
         self.objective = objective or Objective()
         self.trainable = trainable or Trainable()
         self.trainable.attach(networks, timesteps=len(self.process.alphas_cumprod))
-        self.lora: LoRA | None = self.trainable.lora  # a module, whose weights checkpoints keep
+        self.lora: LoRA | Adapter | None = self.trainable.lora  # a module, whose weights checkpoints keep
         self.lr_schedule = build_schedule(lr_schedule)
         self.optimizer = optimizer
         if (dtype := weights_dtype(optimizer)) is not None:
