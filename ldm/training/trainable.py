@@ -83,7 +83,10 @@ class Trainable:
             self.lora.attach(adapted, timesteps=timesteps)
 
     def add_token(self, networks: Mapping[str, nn.Module]) -> None:
-        """Lets prompts hold the new word, if there is one. To be called when the base's weights are there."""
+        """Lets prompts hold the new word, if there is one, and begins an adapter from the base's weights.
+
+        To be called when these are there.
+        """
         if isinstance(self.lora, Adapter):
             self.lora.begin()
         text_encoder, new = networks["text_encoder"], self.learned_token
