@@ -86,6 +86,28 @@ def _joined(own: Mapping[str, Tensor], layer: str, *, where: object) -> dict[str
     return {"down": torch.cat([own["down"], own["start_down"]]), "up": up}
 
 
+def _alpha(params: Mapping[str, Any], *, where: object) -> float | None:
+    """Alpha of a run's LoRA, by the params of its model section; None where it is the rank."""
+    trainable = params.get("trainable")
+    trainable = trainable if isinstance(trainable, Mapping) else {}
+    if trainable.get("adapter"):
+        what = "This is a checkpoint of an adapter, which only its run reads"
+        raise UserError(what, where=where, remedy="Use the run's model.safetensors.")
+    node = trainable.get("lora")
+    if not isinstance(node, Mapping):
+        what = "This is a checkpoint of a LoRA, whose alpha is in the config of its run"
+        remedy = "Leave it in the run's folder, or give --config RUN/config.yaml."
+        raise UserError(what, where=where, remedy=remedy)
+    own = node.get("params")
+    own = own if isinstance(own, Mapping) else {}
+    alpha = own.get("alpha")
+    if not isinstance(alpha, int | float | None):
+        raise UserError(f"The alpha of the LoRA is {alpha!r}", where=where, remedy="It is a number.")
+    if own.get("rank_by_timestep") is not None:
+        log.warning("%s: the LoRA is read with all ranks at all timesteps", where)
+    return None if alpha is None else float(alpha)
+
+
 def lora_layers(
     tensors: Mapping[str, Tensor],
     state_dicts: Mapping[str, Mapping[str, Tensor]],
@@ -98,30 +120,17 @@ def lora_layers(
     params: of the run's model section, which has alpha. Raises UserError if alpha is not known, or if a
     tensor fits no layer.
     """
-    trainable = params.get("trainable")
-    if isinstance(trainable, Mapping) and trainable.get("adapter"):
-        what = "This is a checkpoint of an adapter, which only its run reads"
-        raise UserError(what, where=where, remedy="Use the run's model.safetensors.")
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for name in (name for name in tensors if name.startswith(RUN_LORA)):
+    own = [name for name in tensors if name.startswith(RUN_LORA)]
+    if not own:
+        return {}
+    configured = _alpha(params, where=where)
+    for name in own:
         network, _, inner = name.removeprefix(RUN_LORA).partition(".")
         layer, _, kind = inner.rpartition(".")
         if kind not in KINDS or f"{layer}.weight" not in state_dicts.get(network, {}):
             raise UserError(f"`{name}` belongs to no layer", where=where)
         found.setdefault((network, layer), {})[kind] = tensors[name]
-    if not found:
-        return {}
-    node = trainable.get("lora") if isinstance(trainable, Mapping) else None
-    if not isinstance(node, Mapping):
-        what = "This is a checkpoint of a LoRA, whose alpha is in the config of its run"
-        remedy = "Leave it in the run's folder, or give --config RUN/config.yaml."
-        raise UserError(what, where=where, remedy=remedy)
-    own = node.get("params") or {}
-    configured = own.get("alpha") if isinstance(own, Mapping) else None
-    if not isinstance(configured, int | float | None):
-        raise UserError(f"The alpha of the LoRA is {configured!r}", where=where, remedy="It is a number.")
-    if isinstance(own, Mapping) and own.get("rank_by_timestep") is not None:
-        log.warning("%s: the LoRA is read with all ranks at all timesteps", where)
     layers: dict[str, dict[str, LoRAWeights]] = {}
     for (network, layer), weights in found.items():
         base, rank = state_dicts[network][f"{layer}.weight"], None
@@ -130,6 +139,6 @@ def lora_layers(
             rank = len(weights["down"]) // 2
         scale = LoraScale({}, where=where)
         down, up, all_ranks = checked_layer(weights, base, layer, scale, network=network, where=where)
-        alpha = all_ranks if configured is None else float(configured) * all_ranks / (rank or all_ranks)
+        alpha = all_ranks if configured is None else configured * (all_ranks / (rank or all_ranks))
         layers.setdefault(network, {})[layer] = (down, up, alpha)
     return layers

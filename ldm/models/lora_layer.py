@@ -61,9 +61,9 @@ class LoRALayer(SideLayer):
             return thin
         mask = repeat_batch(self.mask, len(thin)).to(thin.dtype)
         mask = mask.repeat(1, thin.shape[dim] // mask.shape[1])
-        return thin * mask.view(
-            [len(thin), *[1] * (thin.ndim - 2)] + [-1] if dim == -1 else [*mask.shape, 1, 1]
-        )
+        shape = [len(thin)] + [1] * (thin.ndim - 1)
+        shape[dim] = thin.shape[dim]
+        return thin * mask.view(shape)
 
     def squared_norm(self) -> Tensor:
         """||B A||^2 = tr((B^T B) (A A^T)), for which the product is not formed."""

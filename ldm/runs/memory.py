@@ -159,7 +159,7 @@ def _activations(module: LatentDiffusion, data: DreamBoothDataModule, *, precisi
     found, lora_weights = {}, {}
     if module.lora is not None:
         module.lora._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
-        lora_weights = dict(module.lora.named_parameters())
+        lora_weights = dict(module.lora.named_parameters()) | dict(module.lora.named_buffers())
     with mixed:
         weights = _without_data(text)
         captions = 1 + (priors > 0) + (data.prior_caption_dropout > 0)
