@@ -12,6 +12,7 @@ from ldm.checkpoints.hub import local_path
 from ldm.checkpoints.layout import PREFIXES
 from ldm.checkpoints.load import Model, check_fit, file_hash, init_on_meta, load_state_dicts, open_model
 from ldm.checkpoints.lora import merge_lora, read_lora
+from ldm.checkpoints.lora_ranks import read_ranks
 from ldm.checkpoints.run_checkpoint import model_params
 from ldm.config import instantiate
 from ldm.denoiser import Denoiser
@@ -66,12 +67,15 @@ class ModelFile:
         return file_hash(self.path)
 
     def fill(self, *, loras: Sequence[tuple[Path, float]] = (), embeddings: Sequence[Path] = ()) -> None:
-        """Reads the weights; each LoRA file is merged into them at its weight.
+        """Reads the weights; each LoRA file is merged into them at its weight, a T-LoRA put beside them.
 
         embeddings: textual-inversion files, whose tokens prompts may contain; a run's own is read too.
         """
-        state_dicts = self.model.state_dicts
+        state_dicts, by_timestep = self.model.state_dicts, []
         for file, weight in loras:
+            if read_ranks(file) is not None:
+                by_timestep.append((file, weight))
+                continue
             state_dicts = merge_lora(state_dicts, read_lora(file, state_dicts), weight=weight)
         load_state_dicts(self.networks, state_dicts, where=self.path, device=self.device)
         tokens = [(self.path, word, vectors) for word, vectors in self.model.learned_tokens.items()]
@@ -81,6 +85,7 @@ class ModelFile:
             self._add_token(word, vectors, where=file)
         for network in self.networks.values():
             network.eval().to(self.device).requires_grad_(False)
+        self.attach(by_timestep)
 
     def _add_token(self, word: str, vectors: Embeddings, *, where: Path) -> None:
         try:
@@ -92,7 +97,8 @@ class ModelFile:
         """Attaches LoRA files to the filled networks at their weights: not merged, they can be off."""
         state_dicts = self.model.state_dicts
         return [
-            LoRA.of_file(self.networks, read_lora(file, state_dicts), weight=weight) for file, weight in loras
+            LoRA.of_file(self.networks, read_lora(file, state_dicts), weight=weight, ranks=read_ranks(file))
+            for file, weight in loras
         ]
 
     def denoiser(self, *, model_hash: str | None = None, without: Sequence[LoRA] = ()) -> Denoiser:

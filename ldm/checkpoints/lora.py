@@ -5,7 +5,7 @@ our PEFT files have no alpha, so they hold `up` times alpha / rank. Other tools'
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -54,23 +54,42 @@ def save_lora(
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes LoRA weights for the networks `state_dicts` as a safetensors file -> path."""
-    theirs, tensors, family = _names(state_dicts), {}, family_of(state_dicts)
-    for network, inner in layers.items():
-        for layer, (down, up, alpha) in inner.items():
-            name = written_prefix(network, layer, kohya=style == "kohya")
-            if style == "kohya":  # whose names of SDXL's UNet are SD's own
-                own = family is SDXL and network == "unet"
-                name += (layer if own else theirs[network][layer]).replace(".", "_")
-                found = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
-            else:
-                name += theirs[network][layer]
-                found = {"lora_A.weight": down, "lora_B.weight": up * (alpha / len(down))}
-            tensors |= {f"{name}.{end}": tensor for end, tensor in found.items()}
-    about = _about(layers, metadata or {}, style) | {"ss_output_name": Path(path).stem}
-    about["ss_v2"] = str(family is SD2)
-    about["ss_base_model_version"] = _version(state_dicts, about)
+    places = [(network, layer) for network, inner in layers.items() for layer in inner]
+    kohya = style == "kohya"
+    names = kohya_names(state_dicts, places) if kohya else _peft_names(state_dicts, places)
+    tensors: dict[str, Tensor] = {}
+    for network, layer in places:
+        down, up, alpha = layers[network][layer]
+        if kohya:
+            found = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
+        else:
+            found = {"lora_A.weight": down, "lora_B.weight": up * (alpha / len(down))}
+        tensors |= {f"{names[network, layer]}.{end}": tensor for end, tensor in found.items()}
+    about = adapter_metadata(metadata or {}, state_dicts, Path(path))
+    if kohya:
+        down, _, alpha = next(weights for inner in layers.values() for weights in inner.values())
+        about |= {"ss_network_module": "networks.lora", "ss_network_dim": str(len(down))}
+        about |= {"ss_network_alpha": str(alpha)}
     write_tensors(path, cast_tensors(tensors, dtype), metadata=about)
     return Path(path)
+
+
+def kohya_names(state_dicts: StateDicts, places: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """(network, SD's name of a layer) -> the name in kohya's files, which has SD's own for SDXL's UNet."""
+    theirs, is_sdxl = _names(state_dicts), family_of(state_dicts) is SDXL
+    return {
+        (network, layer): written_prefix(network, layer, kohya=True)
+        + (layer if is_sdxl and network == "unet" else theirs[network][layer]).replace(".", "_")
+        for network, layer in places
+    }
+
+
+def _peft_names(state_dicts: StateDicts, places: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    theirs = _names(state_dicts)
+    return {
+        (network, layer): written_prefix(network, layer, kohya=False) + theirs[network][layer]
+        for network, layer in places
+    }
 
 
 def lora_beside(model: Path) -> Path:
@@ -232,15 +251,13 @@ def _second_places(names: Mapping[str, Mapping[str, str]]) -> dict[tuple[str, st
     }
 
 
-def _about(layers: Layers, metadata: Mapping[str, str], style: Style) -> dict[str, str]:
-    """Metadata of the LoRA file that belongs to a model file with `metadata`."""
+def adapter_metadata(metadata: Mapping[str, str], state_dicts: StateDicts, path: Path) -> dict[str, str]:
+    """Metadata of an adapter's file that belongs to a model file with `metadata`."""
     about = {key: text for key, text in metadata.items() if key != "ldm.config"}
     if "modelspec.architecture" in about:
         about["modelspec.architecture"] += "/lora"
-    if style == "kohya":
-        down, _, alpha = next(weights for inner in layers.values() for weights in inner.values())
-        about |= {"ss_network_module": "networks.lora", "ss_network_dim": str(len(down))}
-        about |= {"ss_network_alpha": str(alpha)}
+    about |= {"ss_output_name": path.stem, "ss_v2": str(family_of(state_dicts) is SD2)}
+    about["ss_base_model_version"] = _version(state_dicts, about)
     return about
 
 

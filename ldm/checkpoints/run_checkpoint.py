@@ -1,10 +1,12 @@
 """A run's checkpoint, `logs/NAME/checkpoints/step-N.ckpt`, as a model: config, LoRA and learned tokens."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import torch
 from torch import Tensor
 
 from ldm.checkpoints.embedding import Embeddings
@@ -16,7 +18,11 @@ from ldm.config import load_config, to_container
 from ldm.errors import UserError
 from ldm.families.sdxl.family import ENCODERS
 
+log = logging.getLogger(__name__)
+
 FOLDER, CONFIG = "checkpoints", "config.yaml"
+ORTHOGONAL = ("scale", "start_down", "start_up", "start_scale")  # of a LoRA whose factors begin orthonormal
+KINDS = ("down", "up", *ORTHOGONAL)
 TOKEN = LEARNED_TOKENS + "word:"
 
 
@@ -62,6 +68,46 @@ def _of_sdxl(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: own[prefix] for key, prefix in ENCODERS.items()}
 
 
+def _joined(own: Mapping[str, Tensor], layer: str, *, where: object) -> dict[str, Tensor]:
+    """Down and up of twice the rank: the factors as they are, and as they began, which are taken off."""
+    absent = [name for name in KINDS if name not in own]
+    if absent:
+        raise UserError(f"`{layer}` has no {absent[0]}", where=where)
+    rank = own["scale"].numel()
+    if {own[name].shape for name in ("scale", "start_scale")} != {(rank,)}:
+        raise UserError(f"`{layer}` has scales of other shapes", where=where)
+    for one, other in (("down", "start_down"), ("up", "start_up")):
+        shape = own[one].shape
+        if shape != own[other].shape or len(shape) not in (2, 4) or shape[one == "up"] != rank:
+            raise UserError(f"`{other}` of `{layer}` does not fit `{one}`", where=where)
+    kernel = [1] * (own["up"].ndim - 2)
+    scale, start = (own[name].view(1, -1, *kernel) for name in ("scale", "start_scale"))
+    up = torch.cat([own["up"] * scale, -own["start_up"] * start], dim=1)
+    return {"down": torch.cat([own["down"], own["start_down"]]), "up": up}
+
+
+def _alpha(params: Mapping[str, Any], *, where: object) -> float | None:
+    """Alpha of a run's LoRA, by the params of its model section; None where it is the rank."""
+    trainable = params.get("trainable")
+    trainable = trainable if isinstance(trainable, Mapping) else {}
+    if trainable.get("adapter"):
+        what = "This is a checkpoint of an adapter, which only its run reads"
+        raise UserError(what, where=where, remedy="Use the run's model.safetensors.")
+    node = trainable.get("lora")
+    if not isinstance(node, Mapping):
+        what = "This is a checkpoint of a LoRA, whose alpha is in the config of its run"
+        remedy = "Leave it in the run's folder, or give --config RUN/config.yaml."
+        raise UserError(what, where=where, remedy=remedy)
+    own = node.get("params")
+    own = own if isinstance(own, Mapping) else {}
+    alpha = own.get("alpha")
+    if not isinstance(alpha, int | float | None):
+        raise UserError(f"The alpha of the LoRA is {alpha!r}", where=where, remedy="It is a number.")
+    if own.get("rank_by_timestep") is not None:
+        log.warning("%s: the LoRA is read with all ranks at all timesteps", where)
+    return None if alpha is None else float(alpha)
+
+
 def lora_layers(
     tensors: Mapping[str, Tensor],
     state_dicts: Mapping[str, Mapping[str, Tensor]],
@@ -75,29 +121,24 @@ def lora_layers(
     tensor fits no layer.
     """
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for name in (name for name in tensors if name.startswith(RUN_LORA)):
+    own = [name for name in tensors if name.startswith(RUN_LORA)]
+    if not own:
+        return {}
+    configured = _alpha(params, where=where)
+    for name in own:
         network, _, inner = name.removeprefix(RUN_LORA).partition(".")
         layer, _, kind = inner.rpartition(".")
-        if kind not in ("down", "up") or f"{layer}.weight" not in state_dicts.get(network, {}):
+        if kind not in KINDS or f"{layer}.weight" not in state_dicts.get(network, {}):
             raise UserError(f"`{name}` belongs to no layer", where=where)
         found.setdefault((network, layer), {})[kind] = tensors[name]
-    if not found:
-        return {}
-    trainable = params.get("trainable")
-    node = trainable.get("lora") if isinstance(trainable, Mapping) else None
-    if not isinstance(node, Mapping):
-        what = "This is a checkpoint of a LoRA, whose alpha is in the config of its run"
-        remedy = "Leave it in the run's folder, or give --config RUN/config.yaml."
-        raise UserError(what, where=where, remedy=remedy)
-    own = node.get("params") or {}
-    configured = own.get("alpha") if isinstance(own, Mapping) else None
-    if not isinstance(configured, int | float | None):
-        raise UserError(f"The alpha of the LoRA is {configured!r}", where=where, remedy="It is a number.")
     layers: dict[str, dict[str, LoRAWeights]] = {}
     for (network, layer), weights in found.items():
-        base = state_dicts[network][f"{layer}.weight"]
+        base, rank = state_dicts[network][f"{layer}.weight"], None
+        if weights.keys() & set(ORTHOGONAL):
+            weights = _joined(weights, layer, where=where)
+            rank = len(weights["down"]) // 2
         scale = LoraScale({}, where=where)
-        down, up, rank = checked_layer(weights, base, layer, scale, network=network, where=where)
-        alpha = rank if configured is None else float(configured)
+        down, up, all_ranks = checked_layer(weights, base, layer, scale, network=network, where=where)
+        alpha = all_ranks if configured is None else configured * (all_ranks / (rank or all_ranks))
         layers.setdefault(network, {})[layer] = (down, up, alpha)
     return layers

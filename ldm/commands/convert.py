@@ -1,8 +1,8 @@
 """Convert a Stable Diffusion model: convert.py SOURCE TARGET.
 
 SOURCE is a .ckpt file, a .safetensors file, the .safetensors.index.json of several, a diffusers folder, or an
-id of the Hugging Face hub. TARGET is one of these by its suffix; without one it is a
-folder.
+id of the Hugging Face hub. TARGET is one of these by its suffix; without one it is a folder. With
+--extract_lora BASE it is the file of a LoRA, NAME.safetensors, which added to BASE comes nearest to SOURCE.
 """
 
 from argparse import Namespace
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.commands.entry import one_of, parser_of, run
+from ldm.errors import UserError
 
 
 def parse(words: Sequence[str] | None = None) -> Namespace:
@@ -25,10 +26,29 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
     add("--ema", action="store_true", help="take the averaged weights of the UNet, from a file that has both")
     add("--lora", type=Path, metavar="FILE", help="a LoRA to merge into the weights")
     add("--lora_weight", type=float, default=1.0, help="its weight (1)")
+    add("--extract_lora", type=Path, metavar="BASE", help="write the LoRA between this model and SOURCE")
+    add("--rank", type=int, help="of the LoRA to extract (16)")
     add("--vae", type=Path, metavar="FILE", help="a VAE in place of the model's: a file or diffusers folder")
     add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
     add("--tokenizer", metavar="FOLDER", help="with vocab.json and merges.txt; default: the model's own")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    _check_extraction(options)
+    return options
+
+
+def _check_extraction(options: Namespace) -> None:
+    """Refuses what does not go with --extract_lora, and --rank without it."""
+    if options.extract_lora is not None:
+        for name, given in (("--vae", options.vae), ("--max_file_mib", options.max_file_mib != 16)):
+            if given:
+                raise UserError("A LoRA is one file, without a VAE", where=name, remedy="Take it off.")
+        if options.target.suffix != ".safetensors":
+            remedy = "Name it NAME.safetensors."
+            raise UserError("A LoRA is written as a safetensors file", where=options.target, remedy=remedy)
+    elif options.rank is not None:
+        raise UserError("Only a LoRA has a rank", where="--rank", remedy="Give --extract_lora BASE too.")
+    if options.rank is not None and options.rank < 1:
+        raise UserError(f"rank {options.rank} is impossible", where="--rank", remedy="Choose 1 or more.")
 
 
 def main(options: Namespace) -> Path:

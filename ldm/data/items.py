@@ -96,6 +96,7 @@ class Stream:
     caption_dropout: float  # share of the items whose caption is empty, drawn for each
     empty_share: float = 0.0  # share of the items whose caption is empty, spread evenly over them
     held_out: tuple[SourceImage, ...] = ()  # images of the validation items
+    of_class: Callable[[str], str] | None = None  # a caption of the subject -> one of its class
 
     def view(self, item: int) -> TrainingView:
         """The view of an item. Items go over the images in random order, one epoch after the other."""
@@ -121,6 +122,11 @@ class Stream:
         dropped = torch.rand((), generator=self._draws(item, "dropout")) < self.caption_dropout
         return "" if dropped else self.view(item).source.caption
 
+    def captions(self, item: int) -> dict[str, str]:
+        """{"caption", "class_caption"}: what the network is told of an item, and what the base is."""
+        caption = self.caption(item)
+        return {"caption": caption, "class_caption": self.of_class(caption) if self.of_class else caption}
+
     def views(self) -> list[TrainingView]:
         """All possible views, those of one image next to each other."""
         crops = [None] if self.crop_variants is None else range(self.crop_variants)
@@ -134,7 +140,7 @@ class Stream:
 
 class DreamBoothDataset(Dataset):
     """Index -> {"latent_stats" [2z, h, w] or "image" [3, H, W] in [-1, 1], "sizes" [6] (see
-    `TrainingView.sizes`), "caption", "stream", "item"}.
+    `TrainingView.sizes`), "caption", "class_caption" (what the base is told), "stream", "item"}.
 
     online_priors: numbers of prior items -> latent stats [2z, h, w] of a new prior image for each.
     """
@@ -163,13 +169,12 @@ class DreamBoothDataset(Dataset):
     def _generated(self, item: int, latent_stats: Mapping[int, Tensor]) -> Item:
         if item not in latent_stats:
             return self["prior", item]
-        caption = self.streams["prior"].caption(item)
-        size = self.streams["prior"].size
+        prior = self.streams["prior"]
         generated = {
             "latent_stats": latent_stats[item],
-            "sizes": torch.tensor([size, size, 0, 0, size, size]),
+            "sizes": torch.tensor([prior.size, prior.size, 0, 0, prior.size, prior.size]),
         }
-        return {**generated, "caption": caption, "stream": "prior", "item": item}
+        return {**generated, **prior.captions(item), "stream": "prior", "item": item}
 
     def __getitem__(self, index: Index) -> Item:
         name, item = index
@@ -181,7 +186,7 @@ class DreamBoothDataset(Dataset):
             else {"latent_stats": self.latent_stats[view.key]}
         )
         shown["sizes"] = view.sizes()
-        return {**shown, "caption": stream.caption(item), "stream": name, "item": item}
+        return {**shown, **stream.captions(item), "stream": name, "item": item}
 
 
 class ItemBatches(Sampler[list[Index]]):

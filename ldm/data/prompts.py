@@ -11,6 +11,7 @@ log = logging.getLogger(__name__)
 
 SUBJECT_TEMPLATE = "a photo of {identifier} {class_word}"  # Ruiz et al. 2023, section 3.2: "a [V] [class]"
 PRIOR_TEMPLATE = "a photo of a {class_word}"
+BEFORE_A_PHRASE = frozenset("and as at behind beside by for from in like near of on or to under with".split())
 # Words that every base model knows: an identifier should not have a meaning already.
 COMMON_WORDS = frozenset(
     """
@@ -77,6 +78,23 @@ def require_identifier(caption: str, *, identifier: str, where: object) -> None:
 def contains(prompt: str, words: str) -> bool:
     """Whether `prompt` contains `words` as whole words, ignoring case."""
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", prompt, re.IGNORECASE) is not None
+
+
+def class_caption(caption: str, *, identifier: str, class_word: str) -> str:
+    """A caption of the subject as one of its class: the class word takes the identifier's place.
+
+    "sks dog" becomes "dog" as in "my dog", or "a dog" where no other word of the phrase stands before it;
+    an identifier alone becomes the class word. Case is ignored.
+    """
+    named = rf"(?<!\w){re.escape(identifier)}(?!\w)(?:\s+(?P<word>{re.escape(class_word)}\w*))?"
+
+    def of_class(match: re.Match[str]) -> str:
+        before = re.search(r"(\w+)\s*$", caption[: match.start()])
+        word = match["word"] or class_word
+        begins = before is None or before[1].lower() in BEFORE_A_PHRASE
+        return f"a {word}" if begins and word.lower() == class_word.lower() else word
+
+    return re.sub(named, of_class, caption, flags=re.IGNORECASE)
 
 
 def read_caption(image: Path, *, identifier: str, class_word: str) -> str | None:

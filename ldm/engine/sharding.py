@@ -88,7 +88,10 @@ def check_sharding(config: RunConfig) -> None:
         "trainer.precision": config.trainer.precision == "16-mixed",
         "model.params.optimizer": params.get("optimizer", "adamw") != "adamw",
         "model.params.compile": bool(params.get("compile")),
-        **{f"model.params.trainable.{key}": bool(trainable.get(key)) for key in ("lora", "learned_token")},
+        **{
+            f"model.params.trainable.{key}": bool(trainable.get(key))
+            for key in ("lora", "adapter", "learned_token")
+        },
         "model.params.objective.l2_sp_weight": bool(objective.get("l2_sp_weight")),
     }
     found = ", ".join(key for key, present in refused.items() if present)

@@ -1,17 +1,17 @@
 """LoRA (Hu et al. 2022): a trainable low-rank update of frozen layers, W x + alpha / rank * B A x."""
 
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.annotations import PositiveFloat, PositiveInt
 from ldm.errors import UserError
+from ldm.models.lora_layer import LoRALayer, OrthogonalLoRALayer, SideLayer
+from ldm.models.rank_by_timestep import RankByTimestep, RankMasks
 
 UNetLayers = Literal["attention", "feed_forward", "projections", "convolutions"]
 TextLayers = Literal["attention", "feed_forward"]
@@ -26,38 +26,6 @@ KINDS = {  # network -> kind of layers -> ends of their names
 }
 
 
-class LoRALayer(nn.Module):
-    """LoRA weights of one layer; a forward hook adds their output to the layer's.
-
-    down (A): [rank, in, ...] with the layer's kernel size, up (B): [out, rank, ...], 0 at the start. Both are
-    float32 and are cast to the dtype of the layer's input. `enabled` False switches the update off.
-    """
-
-    def __init__(self, layer: nn.Linear | nn.Conv2d, *, rank: int, alpha: float):
-        super().__init__()
-        outside, inside, *kernel = layer.weight.shape
-        self.rank = rank
-        self.alpha = alpha
-        self.enabled = True
-        self.down = nn.Parameter(torch.empty(rank, inside, *kernel))
-        self.up = nn.Parameter(torch.zeros(outside, rank, *[1] * len(kernel)))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # the default of Linear and Conv2d
-        self.window = {"stride": layer.stride, "padding": layer.padding} if kernel else None
-        layer.register_forward_hook(self.add)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's input -> the low-rank update of its output."""
-        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
-        if self.window is None:
-            thin = F.linear(F.linear(x, down), up)
-        else:
-            thin = F.conv2d(F.conv2d(x, down, **self.window), up)
-        return thin * (self.alpha / self.rank)
-
-    def add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + self(inputs[0]) if self.enabled else output
-
-
 class LoRA(nn.Module):
     """LoRA weights for the UNet and the text encoder, under the names of their layers.
 
@@ -65,6 +33,7 @@ class LoRA(nn.Module):
         rank: rank of every update. alpha: the update is scaled by alpha / rank; None is alpha = rank.
         unet, text_encoder: kinds of layers to adapt; an empty list leaves the network as it is.
         base_dtype: dtype of the frozen weights; LoRA weights are always float32.
+        rank_by_timestep: T-LoRA, where given: fewer ranks at noisier timesteps.
     """
 
     def __init__(
@@ -75,6 +44,7 @@ class LoRA(nn.Module):
         unet: Sequence[UNetLayers] = ("attention",),
         text_encoder: Sequence[TextLayers] = ("attention",),
         base_dtype: Literal["fp32", "bf16"] = "fp32",
+        rank_by_timestep: RankByTimestep | None = None,
     ):
         super().__init__()
         if rank < 1:
@@ -82,16 +52,38 @@ class LoRA(nn.Module):
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         self.kinds = {"unet": unet, "text_encoder": text_encoder}
         self.base_dtype = torch.bfloat16 if base_dtype == "bf16" else torch.float32
+        self.rank_by_timestep = rank_by_timestep
+        self.masks: RankMasks | None = None
         self.layers = nn.ModuleDict({name: nn.Module() for name in self.kinds})
 
-    def attach(self, networks: Mapping[str, nn.Module]) -> None:
-        """Freezes the networks, and adds LoRA weights to the chosen layers of those that were trainable."""
+    def attach(self, networks: Mapping[str, nn.Module], *, timesteps: int = 1000) -> None:
+        """Freezes the networks, and adds LoRA weights to the chosen layers of those that were trainable.
+
+        timesteps: of the noise schedule, on which the ranks may depend.
+        """
+        by_timestep = self.rank_by_timestep
         for name, network in networks.items():
-            learning = {layer for layer in network.modules() if _learns(layer)}
-            chosen = _chosen(network, KINDS[name], self.kinds[name])
+            learning = {layer for layer in network.modules() if learns(layer)}
+            chosen = chosen_layers(network, KINDS[name], self.kinds[name])
             network.requires_grad_(False).to(self.base_dtype)
             for layer_name, layer in ((n, layer) for n, layer in chosen if layer in learning):
-                _put(self.layers[name], layer_name, LoRALayer(layer, rank=self.rank, alpha=self.alpha))
+                ortho = name == "unet" and by_timestep is not None and by_timestep.orthogonal
+                kind = OrthogonalLoRALayer if ortho else LoRALayer
+                put(self.layers[name], layer_name, kind(layer, rank=self.rank, alpha=self.alpha))
+        if by_timestep is not None:
+            lowest = by_timestep.lowest(self.rank)
+            self.mask_ranks(networks["unet"], rank=self.rank, min_rank=lowest, timesteps=timesteps)
+
+    def mask_ranks(self, unet: nn.Module, **ranks: int) -> None:
+        """Has the UNet's layers follow its timesteps. ranks: arguments of `RankMasks`."""
+        layers = [layer for layer in self.layers["unet"].modules() if isinstance(layer, LoRALayer)]
+        if not layers:
+            where, remedy = "lora.rank_by_timestep", "Name layers in lora.unet, or take it off."
+            raise UserError(
+                "Only the UNet has timesteps, and no layer of it learns", where=where, remedy=remedy
+            )
+        self.masks = RankMasks(layers, **ranks)
+        unet.register_forward_pre_hook(self.masks)
 
     @classmethod
     def of_file(
@@ -100,8 +92,12 @@ class LoRA(nn.Module):
         layers: Mapping[str, Mapping[str, tuple[Tensor, Tensor, float]]],
         *,
         weight: float = 1.0,
+        ranks: Mapping[str, int] | None = None,
     ) -> Self:
-        """LoRA weights read by `ldm.checkpoints.lora.read_lora`, times `weight`, beside their layers."""
+        """LoRA weights read by `ldm.checkpoints.lora.read_lora`, times `weight`, beside their layers.
+
+        ranks: of `RankMasks`, which the UNet's layers then follow.
+        """
         lora = cls()
         for network, inner in layers.items():
             for name, (down, up, alpha) in inner.items():
@@ -110,25 +106,28 @@ class LoRA(nn.Module):
                 with torch.no_grad():
                     update.down.copy_(down.reshape(update.down.shape))
                     update.up.copy_(up.reshape(update.up.shape))
-                _put(lora.layers[network], name, update.requires_grad_(False))
+                put(lora.layers[network], name, update.requires_grad_(False))
+        if ranks is not None:
+            lora.mask_ranks(networks["unet"], **ranks)
         return lora
 
     def weights(self) -> dict[str, dict[str, tuple[Tensor, Tensor, float]]]:
         """Network -> layer -> (down, up, alpha), as `ldm.checkpoints.lora` takes them."""
-        return {
-            network: {
-                name: (module.down.detach(), module.up.detach(), module.alpha)
-                for name, module in tree.named_modules()
-                if isinstance(module, LoRALayer)
+        found: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {}
+        for network, tree in self.layers.items():
+            layers = {name: one for name, one in tree.named_modules() if isinstance(one, LoRALayer)}
+            factors = {name: [x.detach() for x in layer.factors()] for name, layer in layers.items()}
+            found[network] = {
+                name: (down, up, layers[name].alpha * (len(down) / layers[name].rank))
+                for name, (down, up) in factors.items()
             }
-            for network, tree in self.layers.items()
-        }
+        return found
 
 
 @contextmanager
 def lora_off(*loras: LoRA) -> Iterator[None]:
     """Disables LoRAs inside a `with` block: their networks then compute what the base does, to the bit."""
-    every = [module for lora in loras for module in lora.modules() if isinstance(module, LoRALayer)]
+    every = [module for lora in loras for module in lora.modules() if isinstance(module, SideLayer)]
     before = [layer.enabled for layer in every]
     try:
         for layer in every:
@@ -139,11 +138,16 @@ def lora_off(*loras: LoRA) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def _learns(layer: nn.Module) -> bool:
+def learns(layer: nn.Module) -> bool:
     return any(p.requires_grad for p in layer.parameters(recurse=False))
 
 
-def _chosen(
+def layer_names(kinds: Mapping[str, str], wanted: Collection[str]) -> re.Pattern[str]:
+    """The names of layers of the wanted kinds. kinds: of a network, see `KINDS`."""
+    return re.compile(rf"(?:^|\.)(?:{'|'.join(kinds[kind] for kind in wanted)})$")
+
+
+def chosen_layers(
     network: nn.Module, kinds: Mapping[str, str], wanted: Sequence[str]
 ) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
     """Linear and convolutional layers of the wanted kinds, with their names in the network."""
@@ -152,7 +156,7 @@ def _chosen(
             raise UserError(
                 f"`{kind}` is not a kind of layer", where="lora", remedy=f"Choose from {', '.join(kinds)}."
             )
-    ends = re.compile(rf"(?:^|\.)(?:{'|'.join(kinds[kind] for kind in wanted)})$")
+    ends = layer_names(kinds, wanted)
     return [
         (name, layer)
         for name, layer in network.named_modules()
@@ -160,7 +164,7 @@ def _chosen(
     ]
 
 
-def _put(root: nn.Module, name: str, module: nn.Module) -> None:
+def put(root: nn.Module, name: str, module: nn.Module) -> None:
     """Registers a module under a dotted name; the modules on the way are created empty."""
     *path, leaf = name.split(".")
     for word in path:

@@ -20,11 +20,14 @@ from ldm.diffusion.process import ProcessConfig
 from ldm.evaluation.photos import PhotoEvaluation
 from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.families.sdxl.text_encoder import SDXLTextEncoders
+from ldm.models.adapter import Adapter
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.lora import LoRA
+from ldm.models.rank_by_timestep import RankByTimestep
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 from ldm.schema import RunConfig
+from ldm.training.dco import DCO
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.objective import MinSNR, Objective
 from ldm.training.techniques import LearnedToken
@@ -35,12 +38,15 @@ NODES = {  # where a node usually stands -> the class that its target names
     "model.params.process": ProcessConfig,
     "model.params.objective": Objective,
     "model.params.objective.weighting.params": MinSNR,
+    "model.params.objective.subject_loss.params": DCO,
     "model.params.unet.params": UNetModel,
     "model.params.vae.params": AutoencoderKL,
     "model.params.text_encoder.params": CLIPTextEncoder,
     "model.params.text_encoder.params (SDXL)": SDXLTextEncoders,
     "model.params.trainable": Trainable,
     "model.params.trainable.lora.params": LoRA,
+    "model.params.trainable.lora.params.rank_by_timestep": RankByTimestep,
+    "model.params.trainable.adapter": Adapter,
     "model.params.trainable.learned_token.params": LearnedToken,
     "data.params": DreamBoothDataModule,
     "evaluation.params (storybook)": StorybookEvaluation,

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoints.embedding import embeddings_beside, save_embedding
+from ldm.checkpoints.extract_lora import extract_lora
 from ldm.checkpoints.infer_config import SCHEDULE
 from ldm.checkpoints.layout import join
 from ldm.checkpoints.load import Model, open_model
-from ldm.checkpoints.lora import merge_lora, read_lora, stored_as
+from ldm.checkpoints.lora import merge_lora, read_lora, save_lora, stored_as
 from ldm.checkpoints.modelspec import file_metadata
 from ldm.checkpoints.save import DTYPES, cast_tensors, save_model
 from ldm.checkpoints.save_folder import check_folder, save_folder
@@ -19,6 +20,7 @@ from ldm.config import load_config, to_container
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.families.sdxl.family import encoder_params
 from ldm.model_file import check_model
+from ldm.models.lora import KINDS, layer_names
 from ldm.models.vocabulary import load_tokenizer
 
 
@@ -36,8 +38,29 @@ def opened(options: Namespace) -> Model:
     return replace(model, state_dicts=merged)
 
 
+def extracted(options: Namespace) -> Path:
+    """Writes the LoRA between two models, and says how much of the change it holds."""
+    model, base = opened(options), open_model(options.extract_lora)
+    adaptable = {network: layer_names(kinds, kinds) for network, kinds in KINDS.items()}
+    lora = extract_lora(
+        model.state_dicts, base.state_dicts, rank=options.rank or 16, adaptable=adaptable, where=base.path
+    )
+    count = sum(map(len, lora.layers.values()))
+    print(f"{count} layers: {lora.kept:.2%} of the squared change; {lora.elsewhere:.2%} is in other tensors")
+    metadata = {key: text for key, text in model.metadata.items() if key.startswith("modelspec.")}
+    return save_lora(
+        options.target,
+        lora.layers,
+        base.state_dicts,
+        dtype=DTYPES[options.dtype or "fp16"],
+        metadata=metadata,
+    )
+
+
 def convert_model(options: Namespace) -> Path:
     """Writes the model of `convert.py`'s options -> its path."""
+    if options.extract_lora is not None:
+        return extracted(options)
     sharded = options.target.name.endswith(INDEX)
     to_folder = options.target.suffix not in (".safetensors", ".ckpt") and not sharded
     if to_folder:

@@ -26,6 +26,7 @@ def generate_set(config: RunConfig) -> Path:
     base_hash = load_base(
         module.networks, base_files(config), parameterization=module.process.parameterization
     )
+    module.add_learned_token()  # and what an adapter takes from the base's weights
     set_matmul_precision(config.matmul_precision)
     module.to(device_of(trainer))
     sampling = config.priors

@@ -122,7 +122,8 @@ def _copies_of_base(config: RunConfig, module: LatentDiffusion, data: DreamBooth
     guided += [param_of(node, "guidance_base") for node in evaluation_nodes(config).values()]
     if any(guided) and module.lora is None:  # one copy for samples and metrics
         copies += whole
-    return copies + (_size(_learning(module)) if module.objective.l2_sp_weight else 0)
+    pulled = module.objective.l2_sp_weight > 0 and module.lora is None  # the norm of a LoRA needs no copy
+    return copies + (_size(_learning(module)) if pulled else 0)
 
 
 def encoding(config: RunConfig) -> int:
@@ -160,7 +161,7 @@ def _activations(module: LatentDiffusion, data: DreamBoothDataModule, *, precisi
     found, lora_weights = {}, {}
     if module.lora is not None:
         module.lora._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
-        lora_weights = dict(module.lora.named_parameters())
+        lora_weights = dict(module.lora.named_parameters()) | dict(module.lora.named_buffers())
     with mixed:
         weights = _without_data(text)
         captions = 1 + (priors > 0) + (data.prior_caption_dropout > 0)

@@ -156,11 +156,12 @@ def _family(module: LatentDiffusion) -> Family:
 
 
 def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
-    """Refuses empty captions on the subject's photos without a teacher: they would train the subject."""
+    """Refuses other captions on the subject's photos without a teacher: they would train the subject."""
     if data.priors_show_subject and module.objective.streams["prior"].target != "teacher":
-        what = "Without prior images, the empty prompt needs the teacher's prediction as its target"
+        where = "diff_output_preservation" if data.diff_output_preservation else "prior_caption_dropout"
+        what = "Without prior images, prior items need the teacher's prediction as their target"
         remedy = "Set model.params.objective.prior_target=teacher, or raise data.params.num_priors."
-        raise UserError(what, where="prior_caption_dropout", remedy=remedy)
+        raise UserError(what, where=where, remedy=remedy)
 
 
 def _check_average(config: RunConfig, module: Any) -> None:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ldm.cuda_graph import Recorder, capture
+from ldm.errors import UserError
+from ldm.models.adapter import Adapter
 from ldm.models.conditioning import Conditioning
 from ldm.optim.optimizer_nodes import steps_in_backward
 from ldm.training.techniques import Reference
@@ -61,6 +63,11 @@ class GraphedLoss:
 
 def uses_cuda_graph(module: pl.LightningModule, trainer: pl.Trainer | None) -> bool:
     """Whether a run captures its step: as `module.cuda_graph` says, or where it can."""
+    if isinstance(module.lora, Adapter) and module.lora.needs_host:
+        if module.cuda_graph:
+            where, remedy = "model.params.cuda_graph", "Set it to false."
+            raise UserError("An OFT's blocks are not inverted in a CUDA graph", where=where, remedy=remedy)
+        return False
     if module.cuda_graph is not None:
         return module.cuda_graph
     processes = 1 if trainer is None else trainer.world_size
@@ -104,7 +111,7 @@ class GraphedStep:
         else:
             tensors |= module.condition(batch["caption"], sizes).by_name("")
         if self.reference is not None and batch["reference_items"]:
-            tensors["reference_rows"] = batch["reference_rows"]
+            tensors |= {name: batch[name] for name in ("reference_rows", "compared") if name in batch}
             tensors |= self.reference.condition_of(batch).by_name("reference_")
         return self.graphed(**tensors)
 
@@ -119,6 +126,8 @@ class GraphedStep:
             told = Conditioning(tensors["context"], tensors.get("vector"))
         batch = {"latent_stats": tensors["latent_stats"], "randomness": tensors["randomness"]}
         batch["reference_rows"] = tensors.get("reference_rows", torch.empty(0))
+        if "compared" in tensors:
+            batch["compared"] = tensors["compared"]
         if "reference_context" in tensors:
             context, vector = tensors["reference_context"], tensors.get("reference_vector")
             batch["reference_told"] = Conditioning(context, vector)

@@ -15,9 +15,11 @@ from ldm.diffusion.process import NoiseProcess, ProcessConfig
 from ldm.engine.gradients import clip
 from ldm.engine.sharding import Sharded, shard
 from ldm.engine.step_log import StepMean, begins_step, is_logged
+from ldm.models.adapter import Adapter
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA
+from ldm.models.lora_layer import SideLayer
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.optim.optimizer_nodes import OptimizerNode, weights_dtype
 from ldm.optim.optimizers import build_optimizer, check_optimizer, with_schedule
@@ -27,7 +29,7 @@ from ldm.schema import TrainerOptions
 from ldm.training.compiling import CompileMode, TrainingGraph
 from ldm.training.cuda_graph import GraphedStep, uses_cuda_graph
 from ldm.training.moved_keys import MOVED
-from ldm.training.objective import Loss, Objective
+from ldm.training.objective import BaseAsked, Loss, Objective
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
 from ldm.training.techniques import L2SP, Reference
 from ldm.training.trainable import Trainable
@@ -83,8 +85,8 @@ class LatentDiffusion(pl.LightningModule):
         self.seed = seed
         self.objective = objective or Objective()
         self.trainable = trainable or Trainable()
-        self.trainable.attach(networks)
-        self.lora: LoRA | None = self.trainable.lora  # a module, whose weights checkpoints keep
+        self.trainable.attach(networks, timesteps=len(self.process.alphas_cumprod))
+        self.lora: LoRA | Adapter | None = self.trainable.lora  # a module, whose weights checkpoints keep
         self.lr_schedule = build_schedule(lr_schedule)
         self.optimizer = optimizer
         if (dtype := weights_dtype(optimizer)) is not None:
@@ -133,7 +135,8 @@ class LatentDiffusion(pl.LightningModule):
         if self.trainable.learned_token is not None and not self.cond_stage_model.learned_tokens:
             raise ValueError("call add_learned_token between loading the base and training")
         if self.objective.l2_sp_weight and stage == "fit":
-            self._l2_sp = L2SP(self.parameters())
+            beside = [layer for layer in self.modules() if isinstance(layer, SideLayer)]
+            self._l2_sp = L2SP(self.parameters(), beside=beside)
         if self.objective.needs_reference and stage == "fit":
             how = {"lora": self.lora, "precision": getattr(self._trainer, "precision", "32-true")}
             self._reference = Reference(self.model["diffusion_model"], self.cond_stage_model, **how)
@@ -215,8 +218,8 @@ class LatentDiffusion(pl.LightningModule):
         x0, t, noise = self.sample_latents(batch)
         x_t = self.process.add_noise(x0, noise, t)
         prediction = self.apply_model(x_t, t, told)
-        target = self.with_reference(self.process.target(x0, noise, t), batch, x_t, t)
-        return self.objective.per_item(self.process, prediction, target, t)
+        target = self.process.target(x0, noise, t)
+        return self.objective.losses(self.process, prediction, target, t, self.ask_base(batch, x_t, t))
 
     def sample_latents(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
         """Latents of the items, timesteps and noise: [B, C, h, w], [B] int64, [B, C, h, w]."""
@@ -226,14 +229,16 @@ class LatentDiffusion(pl.LightningModule):
         t, posterior_noise, noise = StepRandomness.views(randomness, posterior.mean.shape)
         return posterior.sample(posterior_noise), t, noise
 
-    def with_reference(self, target: Tensor, batch: dict, x_t: Tensor, t: Tensor) -> Tensor:
-        """The target [B, C, h, w], but the base's prediction for the items of streams that learn it."""
+    def ask_base(self, batch: dict, x_t: Tensor, t: Tensor) -> BaseAsked | None:
+        """The base's prediction for the items of streams that learn it or are compared with it."""
         if self._reference is None or not len(batch["reference_rows"]):
-            return target
+            return None
         rows = batch["reference_rows"].to(self.device, non_blocking=True)
         told = batch.get("reference_told") or self._reference.condition_of(batch)
-        kept = self._reference.predict_told(x_t[rows], t[rows], told)
-        return target.index_copy(0, rows, kept.to(target))
+        compared = batch.get("compared")
+        if compared is not None:
+            compared = compared.to(self.device, non_blocking=True)
+        return BaseAsked(rows, self._reference.predict_told(x_t[rows], t[rows], told), compared)
 
     def _prepared(self, batch: dict) -> dict:
         """A batch that no Trainer has handed over gets what it lacks."""

@@ -37,11 +37,30 @@ class MinSNR:
         return min_snr_weights(process, t, gamma=self.gamma, floor=self.floor)
 
 
+@runtime_checkable
+class AgainstBase(Protocol):
+    """A loss that compares the network's error with the base's, such as `DCO`."""
+
+    def compare(self, losses: Tensor, base_losses: Tensor) -> Tensor:
+        """losses, base_losses: [B], weighted errors of the network and of the base -> [B]."""
+
+
 class StreamLoss(NamedTuple):
     """How the items of a stream count: the weight of their mean loss, and what they learn."""
 
     weight: float
     target: PriorTarget
+
+
+class BaseAsked(NamedTuple):
+    """What the base predicts for some items of a batch: rows [R] int64, prediction [R, C, h, w].
+
+    compared: [B] bool, for which items it is no target; None: for none.
+    """
+
+    rows: Tensor
+    prediction: Tensor
+    compared: Tensor | None
 
 
 class Loss(NamedTuple):
@@ -63,8 +82,11 @@ class Objective:
         prior_target: of the prior items: "noise", as of the subject's, or "teacher": the base's prediction.
         weighting: node of a `Weighting`: how much the loss at each timestep counts, such as `MinSNR`; None
             leaves all equal.
-        l2_sp_weight: weight of the squared distance of the weights to the base's, which can stand in for
-            prior images (`num_priors` 0); logged as `train/l2_distance`.
+        subject_loss: node of what is made of the subject's errors and the base's, such as `DCO`; None: the
+            mean squared error.
+        l2_sp_weight: weight of the squared distance of the weights to the base's, of a LoRA the squared norm
+            of its product, which can stand in for prior images (`num_priors` 0); logged as
+            `train/l2_distance`.
     """
 
     def __init__(
@@ -73,6 +95,7 @@ class Objective:
         prior_loss_weight: NonNegativeFloat = 1.0,
         prior_target: PriorTarget = "noise",
         weighting: Annotated[Node, Builds(Weighting)] | None = None,
+        subject_loss: Annotated[Node, Builds(AgainstBase)] | None = None,
         l2_sp_weight: NonNegativeFloat = 0.0,
     ):
         self.streams = {
@@ -80,30 +103,54 @@ class Objective:
             "prior": StreamLoss(prior_loss_weight, prior_target),
         }
         self.weighting: Weighting | None = bound(weighting) if weighting else None
+        self.subject_loss: AgainstBase | None = bound(subject_loss) if subject_loss else None
         self.l2_sp_weight = l2_sp_weight
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a stream learns what the base predicts."""
-        return any(stream.target == "teacher" for stream in self.streams.values())
+        """Whether a stream learns what the base predicts, or is compared with it."""
+        return self.subject_loss is not None or any(map(self._asks_base, self.streams))
+
+    def _asks_base(self, stream: str) -> bool:
+        compared = stream == "subject" and self.subject_loss is not None
+        return compared or self.streams[stream].target == "teacher"
 
     def select(self, batch: dict) -> dict[str, Any]:
         """Additions to a batch, made on the CPU: which items are whose, by "stream", the name of each.
 
         "stream_masks": name -> [B] bool. "reference_rows" [R] int64 and "reference_items", a list of the same
-        numbers: the items whose target is the base's prediction. Raises KeyError for an unknown stream.
+        numbers: the items that the base predicts. "compared" [B] bool, if there is a `subject_loss`: for
+        which of them that is no target. Raises KeyError for an unknown stream.
         """
         pinned, names = torch.cuda.is_available(), batch["stream"]
-        rows = [k for k, name in enumerate(names) if self.streams[name].target == "teacher"]
+        rows = [k for k, name in enumerate(names) if self._asks_base(name)]
         masks = {
             stream: torch.tensor([name == stream for name in names], pin_memory=pinned)
             for stream in self.streams
         }
         reference_rows = torch.tensor(rows, dtype=torch.int64, pin_memory=pinned)
-        return {"stream_masks": masks, "reference_rows": reference_rows, "reference_items": rows}
+        compared = {} if self.subject_loss is None else {"compared": masks["subject"]}
+        return {"stream_masks": masks, "reference_rows": reference_rows, "reference_items": rows, **compared}
+
+    def losses(
+        self, process: NoiseProcess, prediction: Tensor, target: Tensor, t: Tensor, asked: BaseAsked | None
+    ) -> Tensor:
+        """Loss of each item. prediction, target: [B, C, h, w], t: [B] -> [B] float32.
+
+        asked: what the base predicts for the items that learn it or are compared with it, if there are any.
+        """
+        if asked is None:
+            return self.per_item(process, prediction, target, t)
+        given = target.index_copy(0, asked.rows, asked.prediction.to(target))
+        if self.subject_loss is None:
+            return self.per_item(process, prediction, given, t)
+        base_losses = self.per_item(process, given, target, t)
+        target = target.where(asked.compared[:, None, None, None], given)
+        losses = self.per_item(process, prediction, target, t)
+        return self.subject_loss.compare(losses, base_losses).where(asked.compared, losses)
 
     def per_item(self, process: NoiseProcess, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
-        """Weighted loss of each item. prediction, target: [B, C, h, w], t: [B] -> [B] float32."""
+        """Weighted squared error of each item. prediction, target: [B, C, h, w], t: [B] -> [B] float32."""
         error = squared_error(prediction, target)  # weights of pixels belong here
         losses = mean_per_item(error)
         return losses if self.weighting is None else losses * self.weighting(process, t)

@@ -11,6 +11,7 @@ from ldm.annotations import PositiveFloat
 from ldm.conditioner import Conditioner
 from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA, lora_off
+from ldm.models.lora_layer import SideLayer
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 
@@ -32,17 +33,24 @@ class LearnedToken:
 
 
 class L2SP:
-    """L2-SP regularizer (Li et al. 2018): squared distance of the weights to their initial values."""
+    """L2-SP regularizer (Li et al. 2018): squared distance of the weights to their initial values.
 
-    def __init__(self, parameters: Iterable[nn.Parameter]):
-        self.pairs = [(p, p.detach().clone()) for p in parameters if p.requires_grad]
+    beside: layers that change the weights beside them, as a LoRA does: their distance is the squared norm of
+    that change, not of their own parameters, which are left out of `parameters`.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, beside: Iterable[SideLayer] = ()):
+        self.beside = list(beside)
+        own = {id(p) for layer in self.beside for p in layer.parameters()}
+        self.pairs = [(p, p.detach().clone()) for p in parameters if p.requires_grad and id(p) not in own]
 
     def to(self, device: torch.device) -> None:
         self.pairs = [(p, there.to(device)) for p, there in self.pairs]
 
     def distance(self) -> Tensor:
         """Squared distance, summed over all trainable weights -> scalar."""
-        return torch.stack([(p - there).square().sum() for p, there in self.pairs]).sum()
+        distances = [(p - there).square().sum() for p, there in self.pairs]
+        return torch.stack(distances + [layer.squared_norm() for layer in self.beside]).sum()
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
@@ -91,11 +99,15 @@ class Reference:
         return self.conditioner(prompts, sizes, frozen=True)
 
     def condition_of(self, batch: dict) -> Conditioning:
-        """Of the items of a batch whose target the base predicts (see `Objective.select`)."""
+        """Of the items of a batch that the base predicts (see `Objective.select`).
+
+        Where some are compared with it, all are told the captions of their class.
+        """
+        captions = batch["class_caption" if "compared" in batch else "caption"]
         sizes = batch.get("sizes")
         if sizes is not None:
             sizes = sizes[batch["reference_rows"].to(sizes.device, non_blocking=True)]
-        return self.condition([batch["caption"][k] for k in batch["reference_items"]], sizes)
+        return self.condition([captions[k] for k in batch["reference_items"]], sizes)
 
     @torch.no_grad()
     def predict_told(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

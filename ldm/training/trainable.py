@@ -1,5 +1,6 @@
 """What learns: whole networks, LoRA factors beside them, a learned token; their rates, and their files."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -8,15 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from ldm.annotations import Builds, Node, NonNegativeFloat, NonNegativeInt
+from ldm.checkpoints.adapter import merge_adapter, save_adapter
 from ldm.checkpoints.embedding import embeddings_beside, save_embedding
 from ldm.checkpoints.layout import LEARNED_TOKENS
 from ldm.checkpoints.lora import lora_beside, merge_lora, save_lora
+from ldm.checkpoints.lora_ranks import ranks_metadata
 from ldm.config import instantiate
+from ldm.errors import UserError
+from ldm.models.adapter import ALGORITHMS, Adapter
 from ldm.models.lora import LoRA
 from ldm.optim.optimizers import ParamGroups
 from ldm.training.techniques import LearnedToken
 from ldm.training.text_rates import each_encoder, freeze_unrated, rates_of_encoders
 
+log = logging.getLogger(__name__)
+
+BY_TIMESTEP = "The LoRA has fewer ranks at noisier timesteps, which scripts/sample.py --lora heeds"
 StateDicts = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -27,6 +35,7 @@ class Trainable:
         unet, text_encoder: whether the network learns.
         text_encoder_steps: optimizer steps after which the text encoder stays as it is; None: it learns on.
         lora: node of a `LoRA`: what learns are factors beside the layers of the networks.
+        adapter: in a LoRA's place: a DoRA, LoHa, LoKr or OFT, by the package lycoris-lora.
         learned_token: node of a `LearnedToken`: textual inversion, with the networks or, where both are
             switched off, alone. Its vectors are kept in `embeddings/WORD.safetensors`.
         learning_rate: of the UNet, and of the text encoder where it has none of its own.
@@ -41,13 +50,17 @@ class Trainable:
         text_encoder: bool = True,
         text_encoder_steps: NonNegativeInt | None = None,
         lora: Annotated[Node, Builds(LoRA)] | None = None,
+        adapter: Adapter | None = None,
         learned_token: Annotated[Node, Builds(LearnedToken)] | None = None,
         learning_rate: NonNegativeFloat = 1e-6,
         text_encoder_learning_rate: NonNegativeFloat | Mapping[str, NonNegativeFloat] | None = None,
     ):
         self.chosen = {"unet": unet, "text_encoder": text_encoder, "vae": False}
         self.text_encoder_steps = text_encoder_steps
-        self.lora: LoRA | None = instantiate(lora) if lora else None
+        if lora and adapter:
+            remedy = "Take one of them off."
+            raise UserError("A LoRA and another adapter exclude each other", where="adapter", remedy=remedy)
+        self.lora: LoRA | Adapter | None = instantiate(lora) if lora else adapter
         self.learned_token: LearnedToken | None = instantiate(learned_token) if learned_token else None
         own = text_encoder_learning_rate
         self.learning_rates: dict[str, float] = {"unet": learning_rate}
@@ -55,18 +68,27 @@ class Trainable:
         if self.learned_token is not None:
             self.learning_rates["learned_token"] = self.learned_token.learning_rate
 
-    def attach(self, networks: Mapping[str, nn.Module]) -> None:
-        """Freezes what does not learn, and puts the LoRA beside its layers. To be called once."""
+    def attach(self, networks: Mapping[str, nn.Module], *, timesteps: int) -> None:
+        """Freezes what does not learn, and puts the LoRA beside its layers. To be called once.
+
+        timesteps: of the noise schedule.
+        """
         for name, network in networks.items():
             network.requires_grad_(self.chosen[name])
         rates = rates_of_encoders(networks["text_encoder"], self.text_encoder_rate)
         freeze_unrated(networks["text_encoder"], rates)
         self.learning_rates |= rates
         if self.lora is not None:
-            self.lora.attach({name: networks[name] for name in ("unet", "text_encoder")})
+            adapted = {name: networks[name] for name in ("unet", "text_encoder")}
+            self.lora.attach(adapted, timesteps=timesteps)
 
     def add_token(self, networks: Mapping[str, nn.Module]) -> None:
-        """Lets prompts hold the new word, if there is one. To be called when the base's weights are there."""
+        """Lets prompts hold the new word, if there is one, and begins an adapter from the base's weights.
+
+        To be called when these are there.
+        """
+        if isinstance(self.lora, Adapter):
+            self.lora.begin()
         text_encoder, new = networks["text_encoder"], self.learned_token
         if new is not None:
             text_encoder.add_token(new.word, text_encoder.token_embedding_of(new.init))
@@ -111,7 +133,7 @@ class Trainable:
     ) -> StateDicts:
         """The state dicts of a model file at `path`, for whole networks; what else there is lies beside it.
 
-        A LoRA is merged in them, and alone in `loras/RUN.safetensors`; a new word in
+        A LoRA or adapter is merged in them, and alone in `loras/RUN.safetensors`; a new word in
         `embeddings/WORD.safetensors`.
         """
         state_dicts = {name: network.state_dict() for name, network in networks.items()}
@@ -121,6 +143,16 @@ class Trainable:
             save_embedding(embeddings_beside(path), word, vectors, metadata=metadata)
         if self.lora is None:
             return state_dicts
+        beside, how = lora_beside(path), {"dtype": dtype, "metadata": metadata}
+        if isinstance(self.lora, Adapter):
+            adapted = self.lora.adapted()
+            tensors = {at: layer.inner.state_dict() for at, layer in adapted.items()}
+            algorithm = ALGORITHMS[self.lora.kind]
+            save_adapter(beside, tensors, state_dicts, algorithm=algorithm, rank=self.lora.rank, **how)
+            return merge_adapter(state_dicts, {at: layer.merged for at, layer in adapted.items()})
         layers = self.lora.weights()
-        save_lora(lora_beside(path), layers, state_dicts, dtype=dtype, metadata=metadata)
+        if self.lora.masks is not None:
+            how["metadata"] = metadata | ranks_metadata(self.lora.masks.ranks)
+            log.info("%s; %s has all ranks at all timesteps, as in other tools.", BY_TIMESTEP, path.name)
+        save_lora(beside, layers, state_dicts, **how)
         return merge_lora(state_dicts, layers)

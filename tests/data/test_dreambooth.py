@@ -138,6 +138,35 @@ def test_without_prior_images_the_subjects_photos_hold_the_empty_prompt(folders)
     assert ready(**folders).prior_batch_size == 0
 
 
+def test_differential_output_preservation_shows_photos_under_their_captions_of_the_class(folders):
+    photo = Path(folders["subject_root"]) / "2.txt"
+    photo.write_text("my old sks dog in the snow")
+    folders = folders | {"prior_root": None, "num_priors": 0, "captions": True}
+    data = ready(**folders, diff_output_preservation=True)
+    assert not data.generates_priors and data.prior_batch_size == 1
+    pairs = Counter((p.path.name, p.caption) for p in data.dataset.streams["prior"].sources)
+    assert pairs == {
+        **{(f"{k}.png", "a photo of a dog"): 1 for k in (0, 1, 3, 4)},
+        ("2.png", "my old dog in the snow"): 1,
+    }
+    half = ready(**folders, diff_output_preservation=True, prior_caption_dropout=0.5)
+    assert [half.dataset.streams["prior"].caption(k) == "" for k in range(6)] == [False, True] * 3
+    told = {row["caption"]: row["class_caption"] for row in items(data, 12)}
+    assert told == {
+        "a photo of sks dog": "a photo of a dog",
+        "my old sks dog in the snow": "my old dog in the snow",
+        "a photo of a dog": "a photo of a dog",
+        "my old dog in the snow": "my old dog in the snow",
+    }
+
+
+def test_differential_output_preservation_and_prior_images_exclude_each_other(folders):
+    own = {"subject_root": folders["subject_root"], "diff_output_preservation": True}
+    for more in ({"num_priors": 3}, {"prior_root": folders["prior_root"]}, {"prior_batch_size": 0}):
+        with pytest.raises(UserError, match="place of prior images.*num_priors=0"):
+            ready(**{"num_priors": 0, **own, **more})
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_an_item_is_a_function_of_seed_and_number(folders, seed):
     data, again = (ready(**folders, seed=seed).dataset for _ in range(2))

@@ -8,6 +8,8 @@ from ldm.data.prompts import (
     PRIOR_TEMPLATE,
     SUBJECT_TEMPLATE,
     check_prompts,
+    class_caption,
+    contains,
     fill,
     read_caption,
     read_prompts,
@@ -32,6 +34,34 @@ def test_other_placeholders_are_refused(template):
 
 def test_words_with_braces_are_not_filled_twice():
     assert fill("{identifier}", identifier="{class_word}", class_word="dog") == "{class_word}"
+
+
+@pytest.mark.parametrize(
+    ("caption", "of_class"),
+    {
+        "a photo of sks dog": "a photo of a dog",
+        "sks dog": "a dog",
+        "SKS  dog, in the snow": "a dog, in the snow",
+        "a sks dog": "a dog",
+        "my old sks dog": "my old dog",
+        "the sks dog and the Sks Dog": "the dog and the Dog",
+        "a photo of sks": "a photo of a dog",
+        "this sks": "this dog",
+        "sksdog and sks dogs": "sksdog and dogs",
+        "a cat with sks dog": "a cat with a dog",
+        "photo, sks dog": "photo, a dog",
+        "a cat": "a cat",
+        "": "",
+    }.items(),
+)
+def test_the_class_word_takes_the_identifiers_place(caption: str, of_class: str):
+    assert class_caption(caption, **WORDS) == of_class
+    assert not contains(class_caption(caption, **WORDS), "sks")
+
+
+def test_the_default_prompt_of_the_subject_becomes_that_of_the_class():
+    for words in ({"identifier": "<my-dog>", "class_word": "guide dog"}, WORDS):
+        assert class_caption(fill(SUBJECT_TEMPLATE, **words), **words) == fill(PRIOR_TEMPLATE, **words)
 
 
 def test_good_prompts_pass_in_silence(caplog):

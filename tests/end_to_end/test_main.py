@@ -187,6 +187,8 @@ def test_figures_on_the_way_choose_the_weights(job: list[str]):
             "`scale` is not a parameter",
         ),
         (["data.params.num_priors=0", "data.params.prior_caption_dropout=0.5"], "prior_target=teacher"),
+        (["data.params.num_priors=0", "data.params.diff_output_preservation=true"], "prior_target=teacher"),
+        (["data.params.diff_output_preservation=true"], "num_priors=0"),
         (["data.params.online_priors=true", "data.params.num_priors=0"], "online_priors"),
     ],
 )

@@ -31,7 +31,8 @@ from ldm.runs.generate_set import generate_set
 
 torch.set_num_threads(1)
 config = parse(sys.argv[1:])
-generate_set(config)
+if "data.params.num_priors=0" not in sys.argv:
+    generate_set(config)
 left = run_job(config)
 assert bool(left) == (distributed.rank() == 0)
 if distributed.rank() == 1:
@@ -40,10 +41,23 @@ distributed.leave()
 """
 
 
-def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Path):
+KEEPING = [  # ways to keep the class together, on a T-LoRA
+    "data.params.num_priors=0",
+    "data.params.diff_output_preservation=true",
+    "model.params.objective.prior_target=teacher",
+    "model.params.objective.l2_sp_weight=0.1",
+    "model.params.objective.subject_loss.target=ldm.training.dco.DCO",
+    "model.params.trainable.lora.target=ldm.models.lora.LoRA",
+    "model.params.trainable.lora.params.rank_by_timestep.min_rank=1",
+    "model.params.trainable.learning_rate=0.01",
+]
+
+
+@pytest.mark.parametrize("keeping", [[], KEEPING], ids=["as ever", "keeping the class"])
+def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Path, keeping: list[str]):
     (workdir / "worker.py").write_text(WORKER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*words, "data.params.prior_caption_dropout=0.5"]
+    words = [*words, "data.params.prior_caption_dropout=0.5", *keeping]
     two = ["name=two", "data.params.batch_size=1", "priors.folder=shared"]
     command = [*torchrun, "worker.py", str(ROOT), *words, *two]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -61,13 +75,16 @@ def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Pa
         assert steps == steps_two
         assert losses == pytest.approx(losses_two, rel=1e-4)
 
+    names = {path.name for path in Path("logs").iterdir()}
+    assert names == {"one", "two"}  # two processes, one folder
+    if keeping:
+        assert not Path("priors").exists()
+        return
     (mine,), (shared,) = Path("priors").iterdir(), Path("shared").iterdir()
     assert sorted(p.name for p in mine.iterdir()) == sorted(p.name for p in shared.iterdir())
     assert json.loads((shared / "manifest.json").read_text()) == json.loads(
         (mine / "manifest.json").read_text()
     )
-    names = {path.name for path in Path("logs").iterdir()}
-    assert names == {"one", "two"}  # two processes, one folder
 
 
 def test_alone_there_is_nobody_to_meet():

@@ -56,9 +56,10 @@ def test_killed_in_any_micro_batch_it_is_the_run_that_never_stopped(job: Job, tm
     assert curves_of(tmp_path / "again") == curves
 
 
-def test_a_held_empty_prompt_resumes_and_accumulates_as_ever(job: Job, tmp_path: Path):
+@pytest.mark.parametrize("own", [{}, {"diff_output_preservation": True}], ids=["", "own captions"])
+def test_a_held_empty_prompt_resumes_and_accumulates_as_ever(job: Job, tmp_path: Path, own: dict):
     """The subject's photos under the empty caption and the class's, the teacher's prediction as target."""
-    held = replace(job, data={"prior_caption_dropout": 0.5})
+    held = replace(job, data={"prior_caption_dropout": 0.5, **own})
     params = {"objective": {"prior_target": "teacher"}}
     whole = held(tmp_path / "whole", params=params)
     for micro_batch in (1, 2):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import convert
+from ldm.commands import convert
 from tests.families import tiny_sdxl
 from tests.short_runs import Job
 

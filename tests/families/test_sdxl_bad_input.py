@@ -8,12 +8,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoints.load import open_model
+from ldm.commands import sample
 from ldm.diffusion.process import ProcessConfig
 from ldm.errors import UserError
 from ldm.pipeline import Text2Image
 from ldm.runs.job import plan
 from ldm.runs.options import parse
-from scripts import sample
 from tests.families.test_sdxl_true_size import true_size_networks
 
 VAE = "first_stage_model."

@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.checkpoints.load import init_on_meta, load_state_dicts, open_model
+from ldm.commands import convert
 from ldm.config import instantiate
 from ldm.families.sdxl.conditioning import size_vector
 from ldm.models.conditioning import Conditioning
-from scripts import convert
 from tests.families import sdxl_base, tiny_sdxl
 from tests.families.tiny_sdxl import relative_error
 from tests.parity.test_true_size import LOAD

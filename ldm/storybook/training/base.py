@@ -29,7 +29,8 @@ class StorybookBase(LatentDiffusion):
         left_out = {
             "trainable.text_encoder": self.trainable.text_learns(self.networks),
             "trainable.learned_token": self.trainable.learned_token is not None,
-            "objective.prior_target": self.objective.needs_reference,
+            "objective.prior_target": self.objective.streams["prior"].target == "teacher",
+            "objective.subject_loss": self.objective.subject_loss is not None,
         }
         for key in (key for key, present in left_out.items() if present):
             what = f"The storybook's base is trained without {key}"

@@ -1,0 +1,154 @@
+"""Adapters of the LyCORIS library (Yeh et al. 2024) beside frozen layers: DoRA, LoHa, LoKr and OFT."""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.annotations import PositiveInt
+from ldm.errors import UserError
+from ldm.models.lora import KINDS, TextLayers, UNetLayers, chosen_layers, learns, put
+from ldm.models.lora_layer import SideLayer
+
+AdapterKind = Literal["dora", "loha", "lokr", "oft"]
+CLASSES = {  # kind -> module of the library, its class
+    "dora": ("lycoris.modules.locon", "LoConModule"),
+    "loha": ("lycoris.modules.loha", "LohaModule"),
+    "lokr": ("lycoris.modules.lokr", "LokrModule"),
+    "oft": ("lycoris.modules.diag_oft", "DiagOFTModule"),
+}
+ALGORITHMS = {"dora": "lora", "loha": "loha", "lokr": "lokr", "oft": "diag-oft"}  # the library's names
+
+
+class AdapterLayer(SideLayer):
+    """An adapter of one layer; a forward hook adds what its change of the weight makes of the input.
+
+    inner: the library's module, float32. Its alpha is its rank, so all its scales are 1.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+        self.beside = [layer]  # in a list, so that its weights are not this module's
+        self.window = {}
+        if isinstance(layer, nn.Conv2d):
+            self.window = {"stride": layer.stride, "padding": layer.padding}
+        layer.register_forward_hook(self.add)
+
+    def weight(self) -> Tensor:
+        """The layer's weight as the adapter changes it, in float32."""
+        base = self.beside[0].weight
+        with torch.autocast(base.device.type, enabled=False):
+            return self.inner.get_merged_weight(shape=base.shape)[0]
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """`weight`, for a file."""
+        return self.weight()
+
+    def change(self) -> Tensor:
+        """What the adapter adds to the layer's weight, in float32."""
+        return self.weight() - self.beside[0].weight.detach()
+
+    def squared_norm(self) -> Tensor:
+        return self.change().square().sum()
+
+    def add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not self.enabled:
+            return output
+        x, change = inputs[0], self.change()
+        change = change.to(x.dtype)
+        more = F.conv2d(x, change, **self.window) if self.window else F.linear(x, change)
+        return output + more
+
+
+class Adapter(nn.Module):
+    """Adapters for the UNet and the text encoder, by lycoris-lora, under the names of their layers.
+
+    Args:
+        kind: "dora" splits a LoRA's weights into magnitude and direction (Liu et al. 2024), "loha" is the
+            Hadamard product of two low-rank matrices (Hyeon-Woo et al. 2022), "lokr" a Kronecker product
+            (Yeh et al. 2024), "oft" an orthogonal matrix of blocks before the weight (Qiu et al. 2023).
+        rank: of every low-rank matrix; for "oft" the size of the blocks, or what divides the layer's width.
+        unet, text_encoder: kinds of layers to adapt; an empty list leaves the network as it is.
+        factor: of "lokr": size of the first factor; None: as near to the root of the width as can be.
+    """
+
+    masks = None  # the same at all timesteps
+
+    def __init__(
+        self,
+        *,
+        kind: AdapterKind,
+        rank: PositiveInt = 8,
+        unet: Sequence[UNetLayers] = ("attention",),
+        text_encoder: Sequence[TextLayers] = ("attention",),
+        factor: PositiveInt | None = None,
+    ):
+        super().__init__()
+        if importlib.util.find_spec("lycoris") is None:
+            remedy = "Install it with `pip install lycoris-lora`, or take `adapter` off."
+            raise UserError(
+                "Adapters need lycoris-lora, which is not installed", where="adapter", remedy=remedy
+            )
+        if factor is not None and kind != "lokr":
+            raise UserError(f"A {kind} has no factor", where="adapter.factor", remedy="Take it off.")
+        self.kind: AdapterKind = kind
+        self.rank = rank
+        self.factor = factor
+        self.kinds = {"unet": unet, "text_encoder": text_encoder}
+        self.layers = nn.ModuleDict({name: nn.Module() for name in self.kinds})
+
+    def attach(self, networks: Mapping[str, nn.Module], *, timesteps: int = 1000) -> None:
+        """Freezes the networks, and adds adapters to the chosen layers of those that were trainable."""
+        for name, network in networks.items():
+            learning = {layer for layer in network.modules() if learns(layer)}
+            chosen = chosen_layers(network, KINDS[name], self.kinds[name])
+            network.requires_grad_(False)
+            for layer_name, layer in ((n, one) for n, one in chosen if one in learning):
+                put(self.layers[name], layer_name, AdapterLayer(layer, self._module(layer)))
+
+    def begin(self) -> None:
+        """Takes from the base's weights what depends on them: a DoRA's magnitudes are their rows' norms."""
+        if self.kind == "dora":
+            with torch.no_grad():
+                for layer in self.adapted().values():
+                    layer.inner.dora_scale.copy_(_row_norms(layer.beside[0].weight))
+
+    def adapted(self) -> dict[tuple[str, str], AdapterLayer]:
+        """(network, name of a layer) -> its adapter."""
+        return {
+            (network, name): module
+            for network, tree in self.layers.items()
+            for name, module in tree.named_modules()
+            if isinstance(module, AdapterLayer)
+        }
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the host has to wait for the device in each step, as to invert an OFT's blocks."""
+        return self.kind == "oft"
+
+    def _module(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
+        """The library's module for a layer, whose weights need not be there yet."""
+        module, name = CLASSES[self.kind]
+        kind = getattr(importlib.import_module(module), name)
+        more = {"factor": self.factor or -1} if self.kind == "lokr" else {}
+        if self.kind != "oft":  # whose alpha is something else, a bound that is off
+            more["alpha"] = self.rank
+        with torch.device("cpu"):  # it computes with shapes as tensors
+            inner = kind("", layer, lora_dim=self.rank, **({"alpha": 0} | more)).float()
+        if self.kind == "dora":  # as if it were given `weight_decompose`, for which it reads the weight
+            inner.wd = True
+            inner.wd_on_out = True
+            inner.dora_scale = nn.Parameter(torch.ones(len(layer.weight), *[1] * (layer.weight.ndim - 1)))
+        return inner.to(layer.weight.device)
+
+
+def _row_norms(weight: Tensor) -> Tensor:
+    """[out, in, ...] -> norms of its rows [out, 1, ...]."""
+    return weight.float().flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1))

@@ -1,0 +1,110 @@
+"""LoRA's weights of one layer (Hu et al. 2022), and how they act beside it."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.models.attention import repeat_batch
+
+
+class SideLayer(nn.Module):
+    """What is trained beside a frozen layer; `enabled` False leaves that layer as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.enabled = True
+
+    def squared_norm(self) -> Tensor:
+        """Squared Frobenius norm of the change of the layer's weight -> scalar."""
+        raise NotImplementedError
+
+
+class LoRALayer(SideLayer):
+    """LoRA weights of one layer; a forward hook adds their output to the layer's.
+
+    down (A): [rank, in, ...] with the layer's kernel size, up (B): [out, rank, ...], 0 at the start. Both are
+    float32 and are cast to the dtype of the layer's input.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, *, rank: int, alpha: float):
+        super().__init__()
+        outside, inside, *kernel = layer.weight.shape
+        self.rank = rank
+        self.alpha = alpha
+        self.mask: Tensor | None = None  # [b, ranks] of the items' timesteps, see `RankMasks`
+        self.down = nn.Parameter(torch.empty(rank, inside, *kernel))
+        self.up = nn.Parameter(torch.zeros(outside, rank, *[1] * len(kernel)))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # the default of Linear and Conv2d
+        self.window = {"stride": layer.stride, "padding": layer.padding} if kernel else None
+        layer.register_forward_hook(self.add)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Down [R, in, ...] and up [out, R, ...], whose product times alpha / rank is the update."""
+        return self.down, self.up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's input -> the low-rank update of its output."""
+        down, up = (factor.to(x.dtype) for factor in self.factors())
+        if self.window is None:
+            thin = F.linear(self._masked(F.linear(x, down), -1), up)
+        else:
+            thin = F.conv2d(self._masked(F.conv2d(x, down, **self.window), 1), up)
+        return thin * (self.alpha / self.rank)
+
+    def _masked(self, thin: Tensor, dim: int) -> Tensor:
+        """thin: [n, ..., R, ...], ranks in `dim` -> the same without the ranks that the timesteps lack."""
+        if self.mask is None:
+            return thin
+        mask = repeat_batch(self.mask, len(thin)).to(thin.dtype)
+        mask = mask.repeat(1, thin.shape[dim] // mask.shape[1])
+        shape = [len(thin)] + [1] * (thin.ndim - 1)
+        shape[dim] = thin.shape[dim]
+        return thin * mask.view(shape)
+
+    def squared_norm(self) -> Tensor:
+        """||B A||^2 = tr((B^T B) (A A^T)), for which the product is not formed."""
+        down, up = (factor.flatten(1) for factor in self.factors())
+        return ((up.T @ up) * (down @ down.T)).sum() * (self.alpha / self.rank) ** 2
+
+    def add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + self(inputs[0]) if self.enabled else output
+
+
+class OrthogonalLoRALayer(LoRALayer):
+    """LoRA with orthonormal factors at the start (Soboleva et al. 2025, sec. 4.2, "Ortho-LoRA").
+
+    The update is B S A - B0 S0 A0: B and A begin as singular vectors of a random matrix of the layer's shape,
+    S as the smallest of its singular values. So every rank says something of its own, whichever are masked.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, *, rank: int, alpha: float):
+        super().__init__(layer, rank=rank, alpha=alpha)
+        outside, inside = len(self.up), self.down[0].numel()
+        if rank > min(outside, inside):
+            what = f"rank {rank} is more than a layer of {inside} inputs and {outside} outputs has"
+            raise UserError(what, where="lora.rank", remedy=f"Choose {min(outside, inside)} or less.")
+        # singular vectors of a Gaussian matrix are uniform, and independent of its singular values
+        a, b = (torch.linalg.qr(torch.randn(size, rank))[0] for size in (inside, outside))
+        values = torch.linalg.svdvals(torch.randn(outside, inside) / rank)[-rank:]
+        self.scale = nn.Parameter(values)
+        with torch.no_grad():
+            self.down.copy_(a.T.reshape(self.down.shape))
+            self.up.copy_(b.reshape(self.up.shape))
+        for name in ("down", "up", "scale"):
+            self.register_buffer(f"start_{name}", getattr(self, name).detach().clone())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Those of the update, of twice the rank: the present ones, and the first ones, taken off."""
+        return joined_factors(dict(self.named_parameters()) | dict(self.named_buffers()))
+
+
+def joined_factors(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Down [2 r, in, ...] and up [out, 2 r, ...] of an `OrthogonalLoRALayer`, from its tensors by name."""
+    kernel = [1] * (own["up"].ndim - 2)
+    scale, start = (own[name].view(1, -1, *kernel) for name in ("scale", "start_scale"))
+    down = torch.cat([own["down"], own["start_down"]])
+    return down, torch.cat([own["up"] * scale, -own["start_up"] * start], dim=1)
