@@ -10,6 +10,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from ldm.cuda_graph import Recorder, capture
 from ldm.models.conditioning import Conditioning
 from ldm.optim.optimizer_nodes import steps_in_backward
+from ldm.training.masks import masked_inputs
 from ldm.training.techniques import Reference
 
 WARM_UP = 3  # eager passes before a capture: libraries choose their kernels and workspaces in them
@@ -96,7 +97,7 @@ class GraphedStep:
         """A batch as `on_before_batch_transfer` prepares it -> losses [B]."""
         module, sizes = self.module, batch.get("sizes")
         stats = batch["latent_stats"] if "latent_stats" in batch else module.encode_images(batch["image"])
-        tensors = {"latent_stats": stats, "randomness": batch["randomness"]}
+        tensors = {"latent_stats": stats, "randomness": batch["randomness"], **masked_inputs(batch)}
         if module.trainable.text_learns(module.networks) and module.trainable.text_learns_at(
             module.global_step
         ):
@@ -121,6 +122,7 @@ class GraphedStep:
         else:
             told = Conditioning.of(tensors["context"], vector=tensors.get("vector"))
         batch = {"latent_stats": tensors["latent_stats"], "randomness": tensors["randomness"]}
+        batch |= masked_inputs(tensors)
         batch["reference_rows"] = tensors.get("reference_rows", torch.empty(0))
         if "reference_context" in tensors:
             context, vector = tensors["reference_context"], tensors.get("reference_vector")

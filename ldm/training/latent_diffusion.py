@@ -26,6 +26,7 @@ from ldm.precision import vae_precision
 from ldm.schema import TrainerOptions
 from ldm.training.compiling import CompileMode, TrainingGraph
 from ldm.training.cuda_graph import GraphedStep, uses_cuda_graph
+from ldm.training.masks import mix_targets
 from ldm.training.moved_keys import MOVED
 from ldm.training.objective import Loss, Objective
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
@@ -38,7 +39,8 @@ class LatentDiffusion(pl.LightningModule):
 
     Its state dict has the names of a Stable Diffusion file: `model.diffusion_model.*`, `first_stage_model.*`,
     `cond_stage_model.*`. A batch is a dict: "latent_stats" [B, 2C, h, w] or "image" [B, 3, H, W] in [-1, 1],
-    "caption" list of str, "stream" list of "subject" and "prior", "item" [B] int64 (numbered in each stream).
+    "caption" list of str, "stream" list of "subject" and "prior", "item" [B] int64 (numbered in each stream),
+    and for a masked loss "mask" [B, 1, h, w].
 
     Args:
         unet, vae, text_encoder: nodes of the three networks.
@@ -214,7 +216,9 @@ class LatentDiffusion(pl.LightningModule):
         x_t = self.process.add_noise(x0, noise, t)
         prediction = self.apply_model(x_t, t, told)
         target = self.with_reference(self.process.target(x0, noise, t), batch, x_t, t)
-        return self.objective.per_item(self.process, prediction, target, t)
+        weights = batch.get("pixel_weights")
+        weights = None if weights is None else weights.to(self.device, non_blocking=True)
+        return self.objective.per_item(self.process, prediction, target, t, weights)
 
     def sample_latents(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
         """Latents of the items, timesteps and noise: [B, C, h, w], [B] int64, [B, C, h, w]."""
@@ -225,13 +229,17 @@ class LatentDiffusion(pl.LightningModule):
         return posterior.sample(posterior_noise), t, noise
 
     def with_reference(self, target: Tensor, batch: dict, x_t: Tensor, t: Tensor) -> Tensor:
-        """The target [B, C, h, w], but the base's prediction for the items of streams that learn it."""
+        """The target [B, C, h, w], but the base's prediction for the items of streams that learn it, and for
+        what masks leave out."""
         if self._reference is None or not len(batch["reference_rows"]):
             return target
         rows = batch["reference_rows"].to(self.device, non_blocking=True)
         told = batch.get("reference_told") or self._reference.condition_of(batch)
-        kept = self._reference.predict_told(x_t[rows], t[rows], told)
-        return target.index_copy(0, rows, kept.to(target))
+        kept = self._reference.predict_told(x_t[rows], t[rows], told).to(target)
+        if "noise_share" in batch:
+            share = batch["noise_share"].to(self.device, non_blocking=True)
+            kept = mix_targets(target[rows], kept, share[rows])
+        return target.index_copy(0, rows, kept)
 
     def _prepared(self, batch: dict) -> dict:
         """A batch that no Trainer has handed over gets what it lacks."""

@@ -10,6 +10,7 @@ from ldm.annotations import Builds, Node, NonNegativeFloat, PositiveFloat
 from ldm.config import instantiate
 from ldm.diffusion.loss import mean_per_item, mean_where, min_snr_weights, squared_error
 from ldm.diffusion.process import NoiseProcess
+from ldm.training.masks import Masks
 
 PriorTarget = Literal["noise", "teacher"]
 
@@ -65,6 +66,7 @@ class Objective:
             leaves all equal.
         l2_sp_weight: weight of the squared distance of the weights to the base's, which can stand in for
             prior images (`num_priors` 0); logged as `train/l2_distance`.
+        masks: how the subject's photos are masked, as {outside: 0.1}; None: all of each photo is learnt.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Objective:
         prior_target: PriorTarget = "noise",
         weighting: Annotated[Node, Builds(Weighting)] | None = None,
         l2_sp_weight: NonNegativeFloat = 0.0,
+        masks: Masks | None = None,
     ):
         self.streams = {
             "subject": StreamLoss(1.0, "noise"),
@@ -81,31 +84,48 @@ class Objective:
         }
         self.weighting: Weighting | None = instantiate(weighting) if weighting else None
         self.l2_sp_weight = l2_sp_weight
+        self.masks = masks
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a stream learns what the base predicts."""
-        return any(stream.target == "teacher" for stream in self.streams.values())
+        """Whether a stream, or a part of one's images, learns what the base predicts."""
+        return any(map(self._has_reference, self.streams))
+
+    def _has_reference(self, stream: str) -> bool:
+        outside = self.masks is not None and self.masks.outside_target == "teacher"
+        return self.streams[stream].target == "teacher" or (outside and stream == "subject")
 
     def select(self, batch: dict) -> dict[str, Any]:
         """Additions to a batch, made on the CPU: which items are whose, by "stream", the name of each.
 
         "stream_masks": name -> [B] bool. "reference_rows" [R] int64 and "reference_items", a list of the same
-        numbers: the items whose target is the base's prediction. Raises KeyError for an unknown stream.
+        numbers: the items whose target is the base's prediction. With masks also what `Masks.select` adds.
+        Raises KeyError for an unknown stream.
         """
         pinned, names = torch.cuda.is_available(), batch["stream"]
-        rows = [k for k, name in enumerate(names) if self.streams[name].target == "teacher"]
+        rows = [k for k, name in enumerate(names) if self._has_reference(name)]
         masks = {
             stream: torch.tensor([name == stream for name in names], pin_memory=pinned)
             for stream in self.streams
         }
         reference_rows = torch.tensor(rows, dtype=torch.int64, pin_memory=pinned)
-        return {"stream_masks": masks, "reference_rows": reference_rows, "reference_items": rows}
+        found = {"stream_masks": masks, "reference_rows": reference_rows, "reference_items": rows}
+        return found | (self.masks.select(batch.get("mask"), masks["subject"]) if self.masks else {})
 
-    def per_item(self, process: NoiseProcess, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
-        """Weighted loss of each item. prediction, target: [B, C, h, w], t: [B] -> [B] float32."""
-        error = squared_error(prediction, target)  # weights of pixels belong here
-        losses = mean_per_item(error)
+    def per_item(
+        self,
+        process: NoiseProcess,
+        prediction: Tensor,
+        target: Tensor,
+        t: Tensor,
+        pixel_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Weighted loss of each item -> [B] float32.
+
+        prediction, target: [B, C, h, w], t: [B], pixel_weights: [B, 1, h, w].
+        """
+        error = squared_error(prediction, target)
+        losses = mean_per_item(error if pixel_weights is None else error * pixel_weights)
         return losses if self.weighting is None else losses * self.weighting(process, t)
 
     def combine(self, per_item: Tensor, masks: Mapping[str, Tensor]) -> Loss:

@@ -30,6 +30,7 @@ class StorybookBase(LatentDiffusion):
             "trainable.text_encoder": self.trainable.text_learns(self.networks),
             "trainable.learned_token": self.trainable.learned_token is not None,
             "objective.prior_target": self.objective.needs_reference,
+            "objective.masks": self.objective.masks is not None,
         }
         for key in (key for key, present in left_out.items() if present):
             what = f"The storybook's base is trained without {key}"
