@@ -29,16 +29,9 @@ def find_masks(photos: Sequence[SourceImage], root: str | Path | None = None) ->
     folder = photos[0].path.parent if root is None else Path(root)
     if not folder.is_dir():
         raise UserError("There is no such folder of masks", where=folder, remedy="Check the path.")
-    named: dict[str, list[Path]] = {}  # stem or name of a photo -> its masks
-    for file in sorted(folder.iterdir()):
-        whose = photo_of_mask(file)
-        if whose is None and root is not None and file.suffix.lower() in SUFFIXES:
-            whose = file.stem
-        if whose is not None:
-            named.setdefault(whose, []).append(file)
+    named = masks_by_name(folder, of_masks_alone=root is not None)
     found, missing = {}, []
-    for photo in photos:
-        path = photo.path
+    for path in (photo.path for photo in photos):
         files = [file for name in (path.stem, path.name) for file in named.get(name, ())]
         if len(files) > 1:
             what = f"{path.name} has {len(files)} masks: {', '.join(file.name for file in files)}"
@@ -56,6 +49,18 @@ def find_masks(photos: Sequence[SourceImage], root: str | Path | None = None) ->
         remedy = "Name it after its photo, or remove it."
         raise UserError("The photo of this mask is not there", where=alone, remedy=remedy)
     return found
+
+
+def masks_by_name(folder: Path, *, of_masks_alone: bool = False) -> dict[str, list[Path]]:
+    """Stem or name of a photo -> its masks in a folder; `of_masks_alone`: where any image is a mask."""
+    named: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        whose = photo_of_mask(file)
+        if whose is None and of_masks_alone and file.suffix.lower() in SUFFIXES:
+            whose = file.stem
+        if whose is not None:
+            named.setdefault(whose, []).append(file)
+    return named
 
 
 def has_alpha(path: Path) -> bool:
