@@ -17,6 +17,7 @@ from ldm.reports.curves import read_curves
 from ldm.runs.job import run_job
 from ldm.runs.options import parse
 from ldm.schema import TrainerOptions
+from tests.factories import masks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +44,9 @@ distributed.leave()
 def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Path):
     (workdir / "worker.py").write_text(WORKER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    masks(Path(OmegaConf.load("tiny.yaml").data.params.subject_root))
     words = [*words, "data.params.prior_caption_dropout=0.5"]
+    words.append("model.params.objective.masks={outside: 0.5, outside_target: teacher}")
     two = ["name=two", "data.params.batch_size=1", "priors.folder=shared"]
     command = [*torchrun, "worker.py", str(ROOT), *words, *two]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
