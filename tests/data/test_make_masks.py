@@ -41,13 +41,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, int]]]:
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
-    for name, (width, height) in {
-        "a.jpg": (40, 20),
-        "a.png": (30, 20),
-        "b.png": (24, 20),
-        "tall.png": (8, 20),
-    }.items():
-        noise(1, height, width).save(folder / name)
+    for name, width in {"a.jpg": 40, "a.png": 30, "b.png": 24, "tall.png": 8}.items():
+        noise(1, 20, width).save(folder / name)
     cut = noise(2, 20, 30).convert("RGBA")
     cut.putalpha(Image.new("L", cut.size, 200))
     cut.save(folder / "cut.png")
@@ -70,10 +65,9 @@ def test_masks_are_written_where_there_are_none(photos: Path, asked: list, caplo
         assert image.width > 3 * 256 and image.height > 4 * 128  # photo, mask, inside; a row for each mask
 
     again = {path: path.read_bytes() for path in photos.iterdir()}
-    make_masks.main(
-        make_masks.parse([str(photos), "--model", "isnet", "--sheet", str(photos.parent / "s.png")])
-    )
-    assert asked[3:] == [("isnet", (8, 20))] and (photos.parent / "s.png").exists()
+    sheet = photos.parent / "s.png"
+    make_masks.main(make_masks.parse([str(photos), "--model", "isnet", "--sheet", str(sheet)]))
+    assert asked[3:] == [("isnet", (8, 20))] and sheet.exists()
     assert {path: path.read_bytes() for path in photos.iterdir()} == again
 
 

@@ -38,16 +38,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def data_of(folder: Path, **params: object) -> DreamBoothDataModule:
-    data = DreamBoothDataModule(
-        **{
-            "subject_root": str(folder),
-            "class_word": "dog",
-            "size": SIZE,
-            "masks": True,
-            "num_priors": 0,
-            **params,
-        }
-    )
+    own = {"subject_root": str(folder), "size": SIZE, "masks": True, "num_priors": 0}
+    data = DreamBoothDataModule(class_word="dog", **own | params)
     data.check()
     data.attach(encode=encode, vae_hash="v", latent_factor=FACTOR)
     data.setup()
