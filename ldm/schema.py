@@ -217,8 +217,9 @@ class RunConfig(FitConfig):
         export: the model file.
         source: the merged config as it was written, for config.yaml and the model file.
 
-    `parse` gives model and data the run's seed, and the data its micro-batches per step. Another seed in a
-    DreamBooth run is refused; a data module of drawings may have one of its own.
+    `parse` gives model and data the run's seed, and the data its micro-batches per step, and whether the
+    objective needs masks. Another seed in a DreamBooth run is refused; a data module of drawings may have
+    one of its own.
     """
 
     name: str
@@ -276,6 +277,8 @@ class RunConfig(FitConfig):
     def _with_run_values(self) -> Self:
         accumulate = self.trainer.accumulate_grad_batches
         values = {"model": {"seed": self.seed}, "data": {"seed": self.seed, "accumulate": accumulate}}
+        if ((self.model.get("params") or {}).get("objective") or {}).get("masks"):
+            values["data"]["masks"] = True
         return replace(self, **{key: self._given(key, own) for key, own in values.items()})
 
     def _given(self, section: str, values: Mapping[str, int]) -> Node:

@@ -87,6 +87,16 @@ def photos(folder: Path) -> Path:
     return folder
 
 
+def masks(folder: Path) -> Path:
+    """A mask beside each of `photos`: the disc's."""
+    sizes = [(40, 24), (24, 40), (32, 32), (64, 48)]
+    for k, size in enumerate(sizes):
+        mask = Image.new("L", size)
+        ImageDraw.Draw(mask).ellipse((4 + k, 4, 18 + k, 18), fill=255)
+        mask.save(folder / f"{k}.mask.png")
+    return folder
+
+
 def run_config(
     model: dict[str, Any], *, base: Path, subject: Path, name: str, **sections: Any
 ) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class Job:
             validation_batches=1,
             **self.data,
         )
-        data.attach(encode=module.encode_images, vae_hash="tiny")
+        data.attach(encode=module.encode_images, vae_hash="tiny", latent_factor=module.networks["vae"].factor)
         trainer = {
             "max_steps": self.steps,
             "accelerator": "cpu",

@@ -22,6 +22,10 @@ HEIC = (".heic", ".heif")  # phones; without pillow-heif they are refused, not i
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm .pgm".split() + list(HEIC)
 )
+MASK_ENDINGS = (
+    ".mask",
+    "-masklabel",
+)  # of a mask's stem, after that of its photo; the second is OneTrainer's
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # tag of EXIF, and its values for a quarter turn
 RESAVE = "Convert it to an ordinary JPEG or PNG, or remove it."
 INSTALL = 'Install it with `pip install -e ".[heic]"`, or convert the photo to JPEG.'
@@ -42,16 +46,19 @@ def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Pa
     """Image files directly in `folder`, sorted by name; each is decoded completely as a check.
 
     Hidden files, subfolders and files that neither decode nor have the suffix of an image are ignored, with a
-    log line. Raises UserError for an image that cannot be decoded, unless `skip_unreadable`, and for a folder
-    without images.
+    log line; so are masks (`photo_of_mask`). Raises UserError for an image that cannot be decoded, unless
+    `skip_unreadable`, for a mask without its photo, and for a folder without images.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError("There is no such folder of images", where=folder, remedy="Check the path.")
-    images, stray, unreadable = [], [], []
+    images, masks, stray, unreadable = [], [], [], []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.is_file():
             stray.append(path)
+            continue
+        if photo_of_mask(path) is not None:
+            masks.append(path)
             continue
         try:
             load_image(path)
@@ -66,6 +73,7 @@ def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Pa
                 log.warning("Skipped: %s", error)
     if stray:
         log.info("%s: ignored files that are not images: %s", folder, ", ".join(p.name for p in stray))
+    _check_photos_of(masks, (*images, *unreadable))
     if not images:
         found = f"{len(unreadable)} unreadable images" if unreadable else "no image"
         raise UserError(
@@ -74,6 +82,25 @@ def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Pa
             remedy="Put photos (JPEG, PNG, WebP, ...) directly into it; subfolders are not searched.",
         )
     return images
+
+
+def _check_photos_of(masks: Sequence[Path], photos: Sequence[Path]) -> None:
+    """Says which files are masks; raises UserError for one whose photo is not there."""
+    if masks:
+        log.info("%s: masks, not photos: %s", masks[0].parent, ", ".join(mask.name for mask in masks))
+    names = {name for path in photos for name in (path.stem, path.name)}
+    for alone in (mask for mask in masks if photo_of_mask(mask) not in names):
+        remedy = "Name it after its photo, such as dog.mask.png for dog.jpg, or remove it."
+        raise UserError("The photo of this mask is not there", where=alone, remedy=remedy)
+
+
+def photo_of_mask(path: Path) -> str | None:
+    """The stem, or the name, of the photo that a file is the mask of, by its own name: "dog" of
+    dog.mask.png and dog-masklabel.png; None for any other file."""
+    stem = path.stem.lower()
+    ending = next((ending for ending in MASK_ENDINGS if stem.endswith(ending)), None)
+    is_mask = ending is not None and path.suffix.lower() in SUFFIXES
+    return path.stem[: -len(ending)] if is_mask else None
 
 
 def load_image(path: str | Path) -> Image.Image:

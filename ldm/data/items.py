@@ -70,10 +70,15 @@ class TrainingView:
         2023, sec. 2.2: what SDXL is told).
         """
         height, width = _upright_size(self.source.path, self.source.sha256)
-        left, top, side = square_crop(width, height, **self._crop())
+        left, top, side = self.crop_box()
         left = width - side - left if self.flip else left
         scaled = [round(offset * self.size / side) for offset in (top, left)]
         return torch.tensor([height, width, *scaled, self.size, self.size])
+
+    def crop_box(self) -> tuple[int, int, int]:
+        """(left, top, side) of the crop in pixels of the upright original, before it is mirrored."""
+        height, width = _upright_size(self.source.path, self.source.sha256)
+        return square_crop(width, height, **self._crop())
 
     def _crop(self) -> dict[str, Any]:
         """Which square it is: what `fit_image` and `square_crop` take."""
@@ -140,8 +145,10 @@ class Stream:
 
 class DreamBoothDataset(Dataset):
     """Index -> {"latent_stats" [2z, h, w] or "image" [3, H, W] in [-1, 1], "sizes" [6] (see
-    `TrainingView.sizes`), "caption", "class_caption" (what the base is told), "stream", "item"}.
+    `TrainingView.sizes`), "caption", "class_caption" (what the base is told), "stream", "item"}, with `masks`
+    also "mask" [1, h, w].
 
+    masks: of the subject's views, in latent pixels, 1 where the subject is; prior items are all subject.
     online_priors: numbers of prior items -> latent stats [2z, h, w] of a new prior image for each.
     """
 
@@ -150,9 +157,12 @@ class DreamBoothDataset(Dataset):
         streams: Mapping[StreamName, Stream],
         latent_stats: Mapping[str, Tensor] | None = None,
         online_priors: Callable[[Sequence[int]], Sequence[Tensor]] | None = None,
+        *,
+        masks: Mapping[TrainingView, Tensor] | None = None,
     ):
         self.streams = dict(streams)
         self.latent_stats = latent_stats
+        self.masks = masks
         self.online_priors = online_priors
 
     def __getitems__(self, indices: Sequence[Index]) -> list[Item]:
@@ -173,6 +183,7 @@ class DreamBoothDataset(Dataset):
         generated = {
             "latent_stats": latent_stats[item],
             "sizes": torch.tensor([prior.size, prior.size, 0, 0, prior.size, prior.size]),
+            **self._mask(None),
         }
         return {**generated, **prior.captions(item), "stream": "prior", "item": item}
 
@@ -186,7 +197,16 @@ class DreamBoothDataset(Dataset):
             else {"latent_stats": self.latent_stats[view.key]}
         )
         shown["sizes"] = view.sizes()
+        shown |= self._mask(view if name == "subject" else None)
         return {**shown, **stream.captions(item), "stream": name, "item": item}
+
+    def _mask(self, view: TrainingView | None) -> dict[str, Tensor]:
+        """The mask of a view of the subject, or that of an item all of which is learnt."""
+        if self.masks is None:
+            return {}
+        return {
+            "mask": torch.ones_like(next(iter(self.masks.values()))) if view is None else self.masks[view]
+        }
 
 
 class ItemBatches(Sampler[list[Index]]):

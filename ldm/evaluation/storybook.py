@@ -1,6 +1,7 @@
-"""Evaluation on the storybook, by the judge: fidelity to subject and prompt, drift and shift of the class."""
+"""Evaluation on the storybook, by the judge: fidelity to subject and prompt, background leak, drift and shift
+of the class."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Annotated, ClassVar
@@ -46,10 +47,12 @@ HELD_OUT_SEED = 999  # of the scenes that a base is evaluated on; no training us
 
 @dataclass(frozen=True)
 class Subject:
-    """The subject of the photos: its attributes, and the share of them that the judge reads per photo."""
+    """The subject of the photos: its attributes, the share of them that the judge reads per photo, and the
+    places that it reads on any of them, as indices into `CONTEXTS`."""
 
     attributes: Mapping[str, int]
     ceiling: float
+    places: Collection[int] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Measurement:
     carries: Tensor  # [N] 1 where a sample of the class shows the subject
     of_class: Mapping[str, ClassImages]  # by sampling: "" with guidance, "_unguided" without
     other_seeds: Mapping[str, ClassImages] | None = None  # the base's, for the noise floor of the shift
+    leaks: Tensor | None = None  # [S, U] 1 where one of the photos' places is seen, asked for U other ones
 
     def metrics(self, base: "Measurement") -> dict[str, float]:
         """The headline metrics, those of the class relative to the base's."""
@@ -86,6 +90,8 @@ class Measurement:
             "diversity_ratio": diversity(self.of_class[""].features) / diversity(base.of_class[""].features),
             **_shifts(self.of_class, base.of_class),
         }
+        if self.leaks is not None:
+            metrics["background_leak"] = self.leaks.mean()
         return {name: round(float(value), 4) for name, value in metrics.items()}
 
     def noise_floor(self) -> dict[str, float]:
@@ -100,11 +106,13 @@ class Measurement:
 
         Diversity and shift have none: a resample repeats samples, which biases distances.
         """
-        return {
-            "subject_fidelity": bootstrap(self.fidelity),
-            "prompt_fidelity": bootstrap(self.context),
-            "class_drift": bootstrap(self.carries - base.carries),
+        rows = {
+            "subject_fidelity": self.fidelity,
+            "prompt_fidelity": self.context,
+            "class_drift": self.carries - base.carries,
         }
+        rows |= {} if self.leaks is None else {"background_leak": self.leaks}
+        return {name: bootstrap(values) for name, values in rows.items()}
 
 
 def _shifts(one: Mapping[str, ClassImages], other: Mapping[str, ClassImages]) -> dict[str, float]:
@@ -130,7 +138,7 @@ class StorybookEvaluation:
 
     better: ClassVar[Mapping[str, Better]] = {
         **dict.fromkeys(("subject_fidelity", "prompt_fidelity", "diversity_ratio"), "higher"),
-        "class_drift": "lower",
+        **dict.fromkeys(("class_drift", "background_leak"), "lower"),
         **{
             f"{name}{how}": "lower"
             for name in ("class_shift", "class_shift_frechet")
@@ -179,7 +187,8 @@ class StorybookEvaluation:
         """The subject of the photos, by the majority of their readings."""
         reading = self.read(photos)
         wanted = {name: value for name, value in majority(reading).items() if name in SUBJECT_ATTRIBUTES}
-        return Subject(wanted, ceiling=round(float(subject_fidelity(reading, wanted).mean()), 4))
+        ceiling = round(float(subject_fidelity(reading, wanted).mean()), 4)
+        return Subject(wanted, ceiling, places=frozenset(reading["context"].tolist()))
 
     def measure(
         self, pipeline: Text2Image, *, subject: Subject, prompts: SubjectPrompts, is_base: bool = False
@@ -195,6 +204,8 @@ class StorybookEvaluation:
         )
         reading = self.read(samples)
         asked = torch.tensor([list(CONTEXTS).index(context) for _, context in jobs])
+        elsewhere = [place for place in range(len(CONTEXTS)) if place not in subject.places]
+        leaks = leaked(reading, subject.places).view(self.seeds, -1)[:, elsewhere]
         of_class = self._of_class(pipeline, prompts, first_seed=self.seed)
         other = self._of_class(pipeline, prompts, first_seed=self.seed + OTHER_SEEDS) if is_base else None
         return Measurement(
@@ -203,6 +214,7 @@ class StorybookEvaluation:
             carries=carries_subject(of_class[""].reading, subject.attributes),
             of_class=of_class,
             other_seeds=other,
+            leaks=leaks if subject.places and elsewhere else None,
         )
 
     def _of_class(
@@ -251,6 +263,11 @@ class StorybookEvaluation:
         if placed := [k for k, context in enumerate(asked) if context is not None]:
             wanted = torch.tensor([list(CONTEXTS).index(asked[k]) for k in placed])
             values["prompt_fidelity"] = (reading["context"][placed] == wanted).float()
+            other = [
+                k for k, place in zip(placed, wanted.tolist(), strict=True) if place not in subject.places
+            ]
+            if other and subject.places:
+                values["background_leak"] = leaked(reading, subject.places)[other]
         metrics: Metrics = {}
         if len(of_class) > 1:
             of_class_pixels = pixels_of([sample.image for sample in of_class])
@@ -273,6 +290,14 @@ class StorybookEvaluation:
     ) -> list[Image.Image]:
         samples = pipeline(prompts, seeds=seeds, **self.sampling | how, progress=True)
         return [sample.image for sample in samples]
+
+
+def leaked(reading: Reading, places: Collection[int]) -> Tensor:
+    """1 where an image shows one of the photos' places, else 0 -> [N] float32.
+
+    Among images of other places, its mean is the background leak. The untouched base's is the judge's error.
+    """
+    return torch.isin(reading["context"], torch.tensor(sorted(places), dtype=torch.int64)).float()
 
 
 def context_of(prompt: str | None) -> str | None:

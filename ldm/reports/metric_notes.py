@@ -89,6 +89,7 @@ HALFWAY = "less than halfway from the base to the photos, which is undertrained"
 LONGER = "Train for more steps or at a higher learning rate, or give more and clearer photos."
 SHORTER = "Train for fewer steps or at a lower learning rate, above all of the text encoder."
 KEEP = "Raise the weight of the prior loss or the number of prior images, or train for fewer steps."
+MASK = "Mask the photos (model.params.objective.masks), or train for fewer steps."
 SHIFT = "Sample at a lower guidance scale, or with the base's unconditional prediction (docs/guidance.md)."
 
 METRICS = {
@@ -109,6 +110,15 @@ METRICS = {
         SHORTER,
         (0, 1),
         _falls(0.1),
+    ),
+    "background_leak": MetricNote(
+        "Background leak",
+        "share, 0 to 1",
+        "Share of the samples asked for places not in the photos that show one of the photos'; 0 is best.",
+        "more than 0.1 above the base's: the photos' places are learnt with the subject",
+        MASK,
+        (0, 1),
+        _rises(0.1),
     ),
     "class_drift": MetricNote(
         "Class drift",

@@ -110,8 +110,13 @@ class DreamBoothRun:
         if self.data.online_priors:
             base = frozen(self.pipeline)
             generate = prior_generator(priors.spec, base, batch_size=self.data.prior_batch_size)
-        encode = self.module.encode_images
-        self.data.attach(encode=encode, vae_hash=self.base_hash, priors=priors, generate=generate)
+        self.data.attach(
+            encode=self.module.encode_images,
+            vae_hash=self.base_hash,
+            latent_factor=self.module.networks["vae"].factor,
+            priors=priors,
+            generate=generate,
+        )
         before = self._evaluate_base() if distributed.rank() == 0 else []
         with self.timer("encoding"):
             self.data.setup()

@@ -38,11 +38,13 @@ from ldm.storybook.world import CLASSES
 
 
 class Subject(TypedDict, total=False):
-    """`class_word`, and either the folder `photos` or the `seed` of a storybook subject."""
+    """`class_word`, and either the folder `photos` or the `seed` of a storybook subject, which is drawn with
+    the exact `masks` of its photos if that is true."""
 
     class_word: str
     photos: str
     seed: int
+    masks: bool
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ class Grid:
         if "photos" in subject:
             return subject["photos"]
         folder = self.folder / "subjects" / slug(name)
-        write_subject(folder, new_subject(subject["class_word"], seed=subject["seed"]))
+        individual = new_subject(subject["class_word"], seed=subject["seed"])
+        write_subject(folder, individual, masks=subject.get("masks", False))
         return str(folder)
 
 

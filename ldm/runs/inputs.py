@@ -20,6 +20,7 @@ FILE = "inputs.json"  # in the run's folder
 KINDS = {  # field -> how a sentence begins
     "photos": "The subject's photos",
     "captions": "The subject's captions",
+    "masks": "The masks of the subject's photos",
     "prior_photos": "The given photos of the class",
     "prior_captions": "The captions of the class",
     "base": "The base model's files",
@@ -33,6 +34,7 @@ class RunInputs:
 
     photos: Hashes = field(default_factory=dict)
     captions: Hashes = field(default_factory=dict)
+    masks: Hashes = field(default_factory=dict)
     prior_photos: Hashes = field(default_factory=dict)
     prior_captions: Hashes = field(default_factory=dict)
     base: Hashes = field(default_factory=dict)
@@ -102,6 +104,7 @@ def inputs_of(data: DreamBoothDataModule, base: Mapping[str, Path]) -> RunInputs
     return RunInputs(
         photos=_photos(data.subject_photos),
         captions=_captions(data.subject_photos) if data.captions else {},
+        masks={file.name: file_sha256(file) for photo, file in data.mask_files.items() if file != photo},
         prior_photos=_photos(given),
         prior_captions=_captions(given) if data.captions else {},
         base=_bases(base),

@@ -104,6 +104,7 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
     data.check()
     _look_at(data)
     check_prior_target(module, data)
+    check_masks(module, data)
     nodes = evaluation_nodes(config)
     _check_sampling(config, nodes, module.process, words=data.words)
     for node in nodes.values():
@@ -176,6 +177,20 @@ def _check_average(config: RunConfig, module: Any) -> None:
         what = "A schedule-free optimizer's average takes the place of a decay of the rates"
         where, remedy = "model.params.lr_schedule", "Set it to constant, or model.params.optimizer=adamw."
         raise UserError(what, where=where, remedy=remedy)
+
+
+def check_masks(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
+    """Refuses masks that no loss uses, and a teacher of a word that it learns together with its pupil."""
+    masks = module.objective.masks
+    if masks is None and (data.masks or data.mask_root is not None):
+        where = "data.params.masks" if data.masks else "data.params.mask_root"
+        remedy = "Set model.params.objective.masks={outside: 0.1}, or take it off."
+        raise UserError("There are masks, but no loss that uses them", where=where, remedy=remedy)
+    shared = module.lora is not None and module.trainable.learned_token is not None
+    if masks is not None and masks.outside_target == "teacher" and shared:
+        what = "With a LoRA the teacher would read the learned token as it is trained"
+        remedy = "Set model.params.objective.masks.outside_target=noise, or take one of the two off."
+        raise UserError(what, where="model.params.trainable.learned_token", remedy=remedy)
 
 
 def _check_networks(module: LatentDiffusion) -> None:

@@ -8,6 +8,7 @@ Coordinates are in units of a 64 x 64 canvas, with the origin at the top left.
 import random
 from dataclasses import dataclass, replace
 
+import numpy as np
 from PIL import Image
 
 from ldm.storybook.brush import RGB, Brush, Look
@@ -101,19 +102,47 @@ def same_subject(scene: Scene, *, context: str, seed: int) -> Scene:
 
 def draw(scene: Scene, *, size: int = 64) -> Image.Image:
     """Renders the scene -> RGB image of size x size pixels, supersampled 4 times and then averaged."""
+    page, brush = _stage(scene)
+    brush.ellipse(32, 60.5, 19, 2.8, SHADOWS[scene.context], ink=False)
+    _draw_figure(brush, scene)
+    return _scaled(page.image, size)
+
+
+def draw_mask(scene: Scene, *, size: int = 64) -> Image.Image:
+    """The exact mask of the scene's figure, as `draw` scales it -> image of mode L, 255 where the figure is.
+
+    The figure, without its shadow, covers those pixels that are the same on a black page and on a white one.
+    """
+    page, brush = _stage(scene)
+    drawn = []
+    for color in ("black", "white"):
+        page.image.paste(color, (0, 0, *page.image.size))
+        _draw_figure(brush, scene)
+        drawn.append(np.asarray(page.image, dtype=np.uint8).copy())
+    covered = (drawn[0] == drawn[1]).all(axis=2)
+    return _scaled(Image.fromarray(covered.astype(np.uint8) * 255), size)
+
+
+def _stage(scene: Scene) -> tuple[Brush, Brush]:
+    """The page with the scene's place on it, and the brush that draws there in the figure's pose."""
     rng = random.Random(f"draw/{scene.seed}")
     page = Brush.on_new_page()
     PLACES[scene.context](page, rng)
     zoom, shift, drop = rng.uniform(0.92, 1.0), rng.uniform(-2.5, 2.5), rng.uniform(-1, 1)
-    brush = page.moved(
+    return page, page.moved(
         zoom=zoom, dx=32 * (1 - zoom) + shift, dy=62 * (1 - zoom) + drop, mirror=rng.random() < 0.5
     )
-    brush.ellipse(32, 60.5, 19, 2.8, SHADOWS[scene.context], ink=False)
+
+
+def _draw_figure(brush: Brush, scene: Scene) -> None:
     band = None if scene.band == "none" else PALETTE[scene.band]
     look = Look(PALETTE[scene.color], PALETTE[scene.accent], scene.pattern, scene.detail, band)
     FIGURES[scene.class_word](brush, look)
-    exact = page.image.width % size == 0
-    return page.image.resize((size, size), Image.Resampling.BOX if exact else Image.Resampling.LANCZOS)
+
+
+def _scaled(image: Image.Image, size: int) -> Image.Image:
+    exact = image.width % size == 0
+    return image.resize((size, size), Image.Resampling.BOX if exact else Image.Resampling.LANCZOS)
 
 
 # --- captions ------------------------------------------------------------------------------------------

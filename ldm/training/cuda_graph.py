@@ -12,6 +12,7 @@ from ldm.errors import UserError
 from ldm.models.adapter import Adapter
 from ldm.models.conditioning import Conditioning
 from ldm.optim.optimizer_nodes import steps_in_backward
+from ldm.training.masks import masked_inputs
 from ldm.training.techniques import Reference
 
 WARM_UP = 3  # eager passes before a capture: libraries choose their kernels and workspaces in them
@@ -100,7 +101,7 @@ class GraphedStep:
         """A batch as `on_before_batch_transfer` prepares it -> losses [B]."""
         module, sizes = self.module, batch.get("sizes")
         stats = batch["latent_stats"] if "latent_stats" in batch else module.encode_images(batch["image"])
-        tensors = {"latent_stats": stats, "randomness": batch["randomness"]}
+        tensors = {"latent_stats": stats, "randomness": batch["randomness"], **masked_inputs(batch)}
         if module.trainable.text_learns(module.networks) and module.trainable.text_learns_at(
             module.global_step
         ):
@@ -125,6 +126,7 @@ class GraphedStep:
         else:
             told = Conditioning(tensors["context"], tensors.get("vector"))
         batch = {"latent_stats": tensors["latent_stats"], "randomness": tensors["randomness"]}
+        batch |= masked_inputs(tensors)
         batch["reference_rows"] = tensors.get("reference_rows", torch.empty(0))
         if "compared" in tensors:
             batch["compared"] = tensors["compared"]

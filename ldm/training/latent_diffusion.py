@@ -40,7 +40,8 @@ class LatentDiffusion(pl.LightningModule):
 
     Its state dict has the names of a Stable Diffusion file: `model.diffusion_model.*`, `first_stage_model.*`,
     `cond_stage_model.*`. A batch is a dict: "latent_stats" [B, 2C, h, w] or "image" [B, 3, H, W] in [-1, 1],
-    "caption" list of str, "stream" list of "subject" and "prior", "item" [B] int64 (numbered in each stream).
+    "caption" list of str, "stream" list of "subject" and "prior", "item" [B] int64 (numbered in each stream),
+    and for a masked loss "mask" [B, 1, h, w].
 
     Args:
         unet, vae, text_encoder: nodes of the three networks.
@@ -219,7 +220,10 @@ class LatentDiffusion(pl.LightningModule):
         x_t = self.process.add_noise(x0, noise, t)
         prediction = self.apply_model(x_t, t, told)
         target = self.process.target(x0, noise, t)
-        return self.objective.losses(self.process, prediction, target, t, self.ask_base(batch, x_t, t))
+        weights = batch.get("pixel_weights")
+        weights = None if weights is None else weights.to(self.device, non_blocking=True)
+        asked = self.ask_base(batch, x_t, t)
+        return self.objective.losses(self.process, prediction, target, t, asked, weights)
 
     def sample_latents(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
         """Latents of the items, timesteps and noise: [B, C, h, w], [B] int64, [B, C, h, w]."""
@@ -230,15 +234,18 @@ class LatentDiffusion(pl.LightningModule):
         return posterior.sample(posterior_noise), t, noise
 
     def ask_base(self, batch: dict, x_t: Tensor, t: Tensor) -> BaseAsked | None:
-        """The base's prediction for the items of streams that learn it or are compared with it."""
+        """The base's prediction for the items that learn it, in part or whole, or are compared with it."""
         if self._reference is None or not len(batch["reference_rows"]):
             return None
         rows = batch["reference_rows"].to(self.device, non_blocking=True)
         told = batch.get("reference_told") or self._reference.condition_of(batch)
-        compared = batch.get("compared")
+        kept = self._reference.predict_told(x_t[rows], t[rows], told)
+        compared, share = batch.get("compared"), batch.get("noise_share")
         if compared is not None:
             compared = compared.to(self.device, non_blocking=True)
-        return BaseAsked(rows, self._reference.predict_told(x_t[rows], t[rows], told), compared)
+        if share is not None:
+            share = share.to(self.device, non_blocking=True)[rows]
+        return BaseAsked(rows, kept, compared, share)
 
     def _prepared(self, batch: dict) -> dict:
         """A batch that no Trainer has handed over gets what it lacks."""

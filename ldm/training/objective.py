@@ -1,6 +1,7 @@
 """The objective: what a prediction is compared with, and how errors become one loss."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -10,6 +11,8 @@ from ldm.annotations import Builds, Node, NonNegativeFloat, PositiveFloat
 from ldm.config import bound
 from ldm.diffusion.loss import mean_per_item, mean_where, min_snr_weights, squared_error
 from ldm.diffusion.process import NoiseProcess
+from ldm.errors import UserError
+from ldm.training.masks import Masks, mix_targets
 
 PriorTarget = Literal["noise", "teacher"]
 
@@ -55,12 +58,14 @@ class StreamLoss(NamedTuple):
 class BaseAsked(NamedTuple):
     """What the base predicts for some items of a batch: rows [R] int64, prediction [R, C, h, w].
 
-    compared: [B] bool, for which items it is no target; None: for none.
+    compared: [B] bool, for which items it is no target; None: for none. noise_share: [R, 1, h, w], how much
+    of the target is the noise's (`mix_targets`); None: nothing.
     """
 
     rows: Tensor
     prediction: Tensor
-    compared: Tensor | None
+    compared: Tensor | None = None
+    noise_share: Tensor | None = None
 
 
 class Loss(NamedTuple):
@@ -87,6 +92,7 @@ class Objective:
         l2_sp_weight: weight of the squared distance of the weights to the base's, of a LoRA the squared norm
             of its product, which can stand in for prior images (`num_priors` 0); logged as
             `train/l2_distance`.
+        masks: how the subject's photos are masked, as {outside: 0.1}; None: all of each photo is learnt.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class Objective:
         weighting: Annotated[Node, Builds(Weighting)] | None = None,
         subject_loss: Annotated[Node, Builds(AgainstBase)] | None = None,
         l2_sp_weight: NonNegativeFloat = 0.0,
+        masks: Masks | None = None,
     ):
         self.streams = {
             "subject": StreamLoss(1.0, "noise"),
@@ -105,22 +112,29 @@ class Objective:
         self.weighting: Weighting | None = bound(weighting) if weighting else None
         self.subject_loss: AgainstBase | None = bound(subject_loss) if subject_loss else None
         self.l2_sp_weight = l2_sp_weight
+        self.masks = masks
+        if self.subject_loss is not None and masks is not None and masks.outside_target == "teacher":
+            what = "A loss against the base has no part whose target is the base's prediction"
+            remedy = "Set objective.masks.outside_target=noise, or take objective.subject_loss off."
+            raise UserError(what, where="objective.masks.outside_target", remedy=remedy)
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a stream learns what the base predicts, or is compared with it."""
-        return self.subject_loss is not None or any(map(self._asks_base, self.streams))
+        """Whether a stream or a part of its images learns what the base predicts, or is compared with it."""
+        return any(map(self._asks_base, self.streams))
 
     def _asks_base(self, stream: str) -> bool:
-        compared = stream == "subject" and self.subject_loss is not None
-        return compared or self.streams[stream].target == "teacher"
+        outside = self.masks is not None and self.masks.outside_target == "teacher"
+        of_subject = stream == "subject" and (self.subject_loss is not None or outside)
+        return of_subject or self.streams[stream].target == "teacher"
 
     def select(self, batch: dict) -> dict[str, Any]:
         """Additions to a batch, made on the CPU: which items are whose, by "stream", the name of each.
 
         "stream_masks": name -> [B] bool. "reference_rows" [R] int64 and "reference_items", a list of the same
         numbers: the items that the base predicts. "compared" [B] bool, if there is a `subject_loss`: for
-        which of them that is no target. Raises KeyError for an unknown stream.
+        which of them that is no target. With masks also what `Masks.select` adds. Raises KeyError for an
+        unknown stream.
         """
         pinned, names = torch.cuda.is_available(), batch["stream"]
         rows = [k for k, name in enumerate(names) if self._asks_base(name)]
@@ -129,30 +143,52 @@ class Objective:
             for stream in self.streams
         }
         reference_rows = torch.tensor(rows, dtype=torch.int64, pin_memory=pinned)
-        compared = {} if self.subject_loss is None else {"compared": masks["subject"]}
-        return {"stream_masks": masks, "reference_rows": reference_rows, "reference_items": rows, **compared}
+        found = {"stream_masks": masks, "reference_rows": reference_rows, "reference_items": rows}
+        found |= {} if self.subject_loss is None else {"compared": masks["subject"]}
+        return found | (self.masks.select(batch.get("mask"), masks["subject"]) if self.masks else {})
 
     def losses(
-        self, process: NoiseProcess, prediction: Tensor, target: Tensor, t: Tensor, asked: BaseAsked | None
+        self,
+        process: NoiseProcess,
+        prediction: Tensor,
+        target: Tensor,
+        t: Tensor,
+        asked: BaseAsked | None,
+        pixel_weights: Tensor | None = None,
     ) -> Tensor:
         """Loss of each item. prediction, target: [B, C, h, w], t: [B] -> [B] float32.
 
         asked: what the base predicts for the items that learn it or are compared with it, if there are any.
+        pixel_weights: [B, 1, h, w].
         """
+        per_item = partial(self.per_item, process, t=t, pixel_weights=pixel_weights)
         if asked is None:
-            return self.per_item(process, prediction, target, t)
-        given = target.index_copy(0, asked.rows, asked.prediction.to(target))
+            return per_item(prediction, target)
+        base = asked.prediction.to(target)
+        if asked.noise_share is not None:
+            base = mix_targets(target[asked.rows], base, asked.noise_share)
+        given = target.index_copy(0, asked.rows, base)
         if self.subject_loss is None:
-            return self.per_item(process, prediction, given, t)
-        base_losses = self.per_item(process, given, target, t)
+            return per_item(prediction, given)
+        base_losses = per_item(given, target)
         target = target.where(asked.compared[:, None, None, None], given)
-        losses = self.per_item(process, prediction, target, t)
+        losses = per_item(prediction, target)
         return self.subject_loss.compare(losses, base_losses).where(asked.compared, losses)
 
-    def per_item(self, process: NoiseProcess, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
-        """Weighted squared error of each item. prediction, target: [B, C, h, w], t: [B] -> [B] float32."""
-        error = squared_error(prediction, target)  # weights of pixels belong here
-        losses = mean_per_item(error)
+    def per_item(
+        self,
+        process: NoiseProcess,
+        prediction: Tensor,
+        target: Tensor,
+        t: Tensor,
+        pixel_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Weighted squared error of each item -> [B] float32.
+
+        prediction, target: [B, C, h, w], t: [B], pixel_weights: [B, 1, h, w].
+        """
+        error = squared_error(prediction, target)
+        losses = mean_per_item(error if pixel_weights is None else error * pixel_weights)
         return losses if self.weighting is None else losses * self.weighting(process, t)
 
     def combine(self, per_item: Tensor, masks: Mapping[str, Tensor]) -> Loss:

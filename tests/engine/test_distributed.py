@@ -17,6 +17,7 @@ from ldm.reports.curves import read_curves
 from ldm.runs.job import run_job
 from ldm.runs.options import parse
 from ldm.schema import TrainerOptions
+from tests.factories import masks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,7 +58,9 @@ KEEPING = [  # ways to keep the class together, on a T-LoRA
 def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Path, keeping: list[str]):
     (workdir / "worker.py").write_text(WORKER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*words, "data.params.prior_caption_dropout=0.5", *keeping]
+    masked = "model.params.objective.masks={outside: 0.5, outside_target: teacher}"
+    masks(Path(OmegaConf.load("tiny.yaml").data.params.subject_root))
+    words = [*words, "data.params.prior_caption_dropout=0.5", *(keeping or [masked])]
     two = ["name=two", "data.params.batch_size=1", "priors.folder=shared"]
     command = [*torchrun, "worker.py", str(ROOT), *words, *two]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -10,7 +10,7 @@ import torch
 from ldm.config import instantiate
 from ldm.engine import resume
 from ldm.errors import UserError
-from tests.factories import MIN_SNR, TAUGHT
+from tests.factories import MIN_SNR, TAUGHT, masks
 from tests.short_runs import At, Job, Killed, curves_of, differences, kill, state_of
 
 COSINE = {"target": "ldm.optim.schedules.Cosine", "params": {"warmup_steps": 2}}
@@ -23,6 +23,7 @@ WORD_AND_TEXT = {"trainable": {"learned_token": NEW_WORD, "text_encoder_steps": 
 WORD_ALONE = {"trainable": {"learned_token": NEW_WORD, "unet": False, "text_encoder": False}}
 HELD = {"prior_caption_dropout": 0.5}
 PULLED_AND_TAUGHT = {"objective": {"l2_sp_weight": 0.1, "prior_target": "teacher"}} | OFFSET
+MASKED = {"objective": {"masks": {"outside": 0.5, "outside_target": "teacher"}}}
 LORA = {"trainable": {"lora": {"target": "ldm.models.lora.LoRA", "params": {"rank": 2}}}}
 
 
@@ -35,6 +36,7 @@ CASES = {  # what is trained and how, and the micro-batches in which it is kille
     "pulled-to-the-base": (PULLED, EVERY_STEP, {}, [3, 6]),
     "a-lora-and-its-teacher": (TAUGHT | LORA, EVERY_STEP, HELD, [3, 6]),
     "a-new-word-and-text-for-two-steps": (WORD_AND_TEXT, AVERAGED, {}, [3, 5]),
+    "masks-and-the-teacher-outside": (MASKED, EVERY_STEP, {"masks": True}, [3, 6]),
     "bfloat16-weights-pulled-and-taught": (EVERYTHING | PULLED_AND_TAUGHT, HALF, HELD, [3]),
     "a-new-word-alone-of-photos-decoded-by-processes": (WORD_ALONE, EVERY_STEP, DECODED, [4]),
 }
@@ -43,6 +45,7 @@ CASES = {  # what is trained and how, and the micro-batches in which it is kille
 @pytest.mark.parametrize("case", CASES)
 def test_killed_in_any_micro_batch_it_is_the_run_that_never_stopped(job: Job, tmp_path: Path, case: str):
     params, options, data, kills = CASES[case]
+    masks(job.subject)
     job = replace(job, accumulate=2, data=data)
     whole = job(tmp_path / "whole", params=params, **options)
     for micro_batch in kills:

@@ -102,6 +102,25 @@ def test_a_perfect_model(metrics):
     assert scores["diversity_ratio"] == pytest.approx(1)
 
 
+def test_background_leak_is_the_photos_places_where_another_was_asked_for(metrics, evaluation):
+    """The photos are on the grass, in the city, on the moon; of the five others one is leaked into."""
+    assert metrics(perfect)["background_leak"] < 0.05
+    assert metrics(forgetful)["background_leak"] == 1 and metrics(forgetful)["base"]["background_leak"] < 0.05
+
+    def leaking(prompt: str, seed: int) -> Scene:
+        return replace(perfect(prompt, seed), context="city") if "beach" in prompt else perfect(prompt, seed)
+
+    scores = metrics(leaking)
+    assert scores["background_leak"] == pytest.approx(1 / 5, abs=0.05)
+    low, high = scores["intervals"]["background_leak"]
+    assert low <= scores["background_leak"] <= high
+    assert evaluation.better["background_leak"] == "lower"
+    photos = [draw(same_subject(DOG, context=context, seed=1), size=256) for context in CONTEXTS]
+    everywhere = evaluation.subject(photos)  # no place is left to ask for
+    measured = evaluation.measure(Drawer(perfect), subject=everywhere, prompts=PROMPTS)
+    assert "background_leak" not in measured.metrics(measured)
+
+
 def test_the_base_stands_beside(metrics):
     base = metrics(perfect)["base"]
     assert base["subject_fidelity"] < 0.5

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from ldm.data.images import ImageFiles
+from ldm.data.images import ImageFiles, list_images
 from ldm.evaluation.storybook_limits import ALIKE, likeness, reasons_against, unknown_in
 from ldm.storybook.judge import Judge
 from ldm.storybook.knowledge import unknown_words
@@ -48,7 +48,7 @@ def compressed(image: Image.Image) -> Image.Image:
 
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_a_shipped_subject_raises_no_alarm(judge: Judge, name: str):
-    files = ImageFiles(sorted((SHIPPED / name).glob("*.png")))
+    files = ImageFiles(list_images(SHIPPED / name))
     assert reasons_against(files, name, judge) == []
 
 

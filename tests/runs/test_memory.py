@@ -22,6 +22,7 @@ from tests.factories import LEAN_BF16, TAUGHT, build_module
 from tests.short_runs import Job, state_of
 
 SIZE, BATCH = 16, 2
+TAUGHT_OUTSIDE = {"objective": {"masks": {"outside": 1.0, "outside_target": "teacher"}}}
 LORA = {"target": "ldm.models.lora.LoRA", "params": {"rank": 4, "unet": ["attention", "convolutions"]}}
 
 
@@ -215,7 +216,7 @@ def test_the_base_that_guides_is_counted_once(tiny_config: dict, where: str):
 
 @pytest.mark.parametrize(
     "params, online, copies",
-    [({}, False, 0), (TAUGHT, False, 1), (TAUGHT, True, 2)],
+    [({}, False, 0), (TAUGHT, False, 1), (TAUGHT, True, 2), (TAUGHT_OUTSIDE, False, 1)],
 )
 def test_copies_of_the_base_are_counted(tiny_config: dict, params: dict, online: bool, copies: int):
     config = config_of(tiny_config, **params, data={"online_priors": online})

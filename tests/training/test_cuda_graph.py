@@ -22,6 +22,10 @@ CASES = {
     "teacher": TAUGHT,
     "LoRA and teacher": LORA | TAUGHT,
     "text encoder until step 0": {"trainable": {"text_encoder_steps": 0}},
+    "masks": {"objective": {"masks": {"outside": 0.1}}},
+    "masks with the teacher outside": {
+        "objective": {"masks": {"outside": 0.5, "outside_target": "teacher"}, "prior_target": "teacher"}
+    },
     "L2-SP": {"objective": {"l2_sp_weight": 0.1}},
 }
 
@@ -40,6 +44,7 @@ def batch_of(first: int, items: int = 3) -> dict:
         "caption": prompts[:items],
         "stream": ["subject", "prior", "prior", "subject"][:items],
         "item": torch.arange(first, first + items),
+        "mask": torch.rand(items, 1, 8, 8, generator=generator),
     }
 
 

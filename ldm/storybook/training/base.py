@@ -31,6 +31,7 @@ class StorybookBase(LatentDiffusion):
             "trainable.learned_token": self.trainable.learned_token is not None,
             "objective.prior_target": self.objective.streams["prior"].target == "teacher",
             "objective.subject_loss": self.objective.subject_loss is not None,
+            "objective.masks": self.objective.masks is not None,
         }
         for key in (key for key, present in left_out.items() if present):
             what = f"The storybook's base is trained without {key}"

@@ -1,0 +1,84 @@
+"""Masks made by a network for photos that have none, and a contact sheet to check them by."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ldm.contact_sheet import contact_sheet
+from ldm.data.images import list_images, load_image
+from ldm.data.masks import LEAST_WHITE, has_alpha, masks_by_name, read_mask
+from ldm.errors import UserError
+from ldm.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+Segment = Callable[[Image.Image], Image.Image]  # RGB photo -> its mask, mode L, of the same size
+CELL, DIMMED = 256, 0.2  # pixels a side in the sheet; brightness of what a mask leaves out
+
+
+def rembg_segment(model: str) -> Segment:
+    """The function of a network that rembg names and loads, such as u2net (Qin et al. 2020).
+
+    Raises UserError where the package is not installed, or the network's weights cannot be had.
+    """
+    try:
+        import rembg
+    except ImportError as error:
+        remedy = 'Install it with `pip install -e ".[masks]"`, or draw NAME.mask.png by hand.'
+        raise UserError("Making masks needs rembg, which is not installed", remedy=remedy) from error
+    try:
+        session = rembg.new_session(model)
+    except Exception as error:  # of its download, of the file, or of a name that it does not know
+        what = f"The network cannot be loaded: {error}"
+        raise UserError(what, where=model, remedy="See the names in rembg's documentation.") from error
+    return lambda photo: rembg.remove(photo, session=session, only_mask=True)
+
+
+def make_masks(folder: str | Path, segment: Segment) -> dict[Path, Path]:
+    """Writes `NAME.mask.png` beside each photo without a mask -> photo -> file that holds its mask.
+
+    A mask that is there, or an alpha channel, stays as it is. A photo in which nothing is found has none
+    afterwards, with a warning.
+    """
+    photos = list_images(folder)
+    stems = Counter(path.stem for path in photos)
+    named, found = masks_by_name(Path(folder)), {}
+    for path in photos:
+        there = [file for name in (path.stem, path.name) for file in named.get(name, ())]
+        if there or has_alpha(path):
+            found[path] = there[0] if there else path
+            continue
+        photo = load_image(path)
+        mask = segment(photo).convert("L")
+        if mask.size != photo.size:
+            raise ValueError(f"the mask of {path} has the size {mask.size}, the photo {photo.size}")
+        if mask.getextrema()[1] < LEAST_WHITE:
+            log.warning("%s: no subject was found; draw its mask by hand", path)
+            continue
+        name = path.stem if stems[path.stem] == 1 else path.name
+        found[path] = path.with_name(f"{name}.mask.png")
+        with atomic_write(found[path]) as temporary:
+            mask.save(temporary, format="PNG")
+    return found
+
+
+def sheet(masks: dict[Path, Path]) -> Image.Image:
+    """A row for each photo: itself, its mask, and what is left of it inside. masks: of `make_masks`."""
+    rows = []
+    for path, file in masks.items():
+        photo, mask = load_image(path), read_mask(file, path)
+        weights = DIMMED + (1 - DIMMED) * mask[:, :, None]
+        inside = Image.fromarray((np.asarray(photo) * weights).round().astype(np.uint8))
+        grey = Image.fromarray((255 * mask).round().astype(np.uint8))
+        title = f"{path.name}, {'its alpha channel' if file == path else file.name}: {mask.mean():.0%} inside"
+        rows.append((title, [_small(image) for image in (photo, grey, inside)]))
+    return contact_sheet(rows, cell=1)
+
+
+def _small(image: Image.Image) -> Image.Image:
+    scale = CELL / max(image.size)
+    return image.convert("RGB").resize([max(1, round(side * scale)) for side in image.size])
