@@ -90,10 +90,10 @@ def test_every_module_imports_without_posix_and_with_mps(tmp_path: Path):
 import builtins, importlib
 import torch
 real = builtins.__import__
-def absent(name, globals=None, *rest):
+def absent(name, globals=None, *rest, **more):
     if name in ("fcntl", "resource") and (globals or {{}}).get("__name__", "").startswith("ldm"):
         raise ImportError(name)  # to our modules; libraries have their own ways on other systems
-    return real(name, globals, *rest)
+    return real(name, globals, *rest, **more)
 builtins.__import__ = absent
 torch.backends.mps.is_available = lambda: True
 for name in {MODULES!r}:
