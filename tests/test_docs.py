@@ -44,6 +44,7 @@ def stand_ins(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("sd15/v1-5-pruned-emaonly.safetensors").touch()
     monkeypatch.setattr("ldm.runs.job.estimate", lambda config: ({}, {}))
     monkeypatch.setattr("ldm.runs.job.encoding", lambda config: 0)
+    monkeypatch.setattr("ldm.runs.job.with_checkpointing_chosen", lambda config, device: config)
     return workdir
 
 

@@ -65,7 +65,11 @@ def test_the_end_names_the_files_and_the_next_command(
     from ldm.schema import RunConfig
 
     monkeypatch.setattr("sys.argv", [called, "--base", "x.yaml"])
-    config = RunConfig.parse(run_config(tiny_config, base=tmp_path / "b", subject=tmp_path, name="my dog"))
+    config = RunConfig.parse(
+        run_config(
+            tiny_config, base=tmp_path / "b", subject=tmp_path, name="my dog", trainer={"max_steps": 3}
+        )
+    )
     folder = tmp_path / "my dog"
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps({"dino": 0.5, "base": {"dino": 0.25}}))

@@ -31,7 +31,11 @@ METRICS = {
 @pytest.fixture
 def config(tiny_config: dict, tmp_path: Path) -> RunConfig:
     secret = tmp_path / "private"
-    return RunConfig.parse(run_config(tiny_config, base=secret / "mine.ckpt", subject=secret, name="rex"))
+    return RunConfig.parse(
+        run_config(
+            tiny_config, base=secret / "mine.ckpt", subject=secret, name="rex", trainer={"max_steps": 3}
+        )
+    )
 
 
 def leave(folder: Path, *, architecture: str = "stable-diffusion-v1", lora: bool = False) -> Path:
