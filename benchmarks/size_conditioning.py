@@ -1,12 +1,12 @@
-"""Does the crop that Stable Diffusion XL is told move the subject? A small one is trained, and measured.
+"""Does the crop that Stable Diffusion XL is told move the subject? A very small one is trained, and measured.
 
-    python -m benchmarks.size_conditioning FOLDER [--steps 400] [--samples 32]
+    python -m benchmarks.size_conditioning [--steps 600] [--samples 48]
 
-Photos show one individual of the storybook in the middle of a wide picture, of which training sees random
-squares, with the crop's offset told (Podell et al. 2023, 2.2). The base is the storybook's own UNet with a second
-text encoder and the vector's layers added, so that it computes what it did. Training is main.py's, sampling the
-pipeline's. Measured: how far the subject's centroid moves, in pixels, where an offset is asked for in place of
-the left edge, over pairs of samples with the same seed; the result is in benchmarks/real_sd.md.
+Photos show a disc in the middle of a wide picture, and training sees random squares of it, with the offset of
+the crop told (Podell et al. 2023, 2.2). Photos are drawn as latents; the training step, the optimizer and the
+sampling are those of `LatentDiffusion` and `Text2Image`, with the two text encoders and the vector of SDXL.
+Measured: how far the centroid of the disc moves where an offset is asked for in place of the left edge, over
+pairs of samples with the same seed. The result is in benchmarks/real_sd.md.
 """
 
 import argparse
@@ -15,163 +15,122 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoints.load import open_model
-from ldm.checkpoints.save import save_model
 from ldm.config import instantiate
 from ldm.evaluation.metrics import bootstrap
 from ldm.families.sdxl.conditioning import Sizes, vector_width
+from ldm.optim.optimizers import build_optimizer
 from ldm.pipeline import Text2Image
-from ldm.runs.job import run_job
-from ldm.schema import RunConfig
-from ldm.storybook.subjects import SUBJECTS
-from ldm.storybook.world import draw, same_subject
+from ldm.training.latent_diffusion import LatentDiffusion
 
-ASSETS = Path(__file__).resolve().parents[1] / "ldm/storybook/assets"
-SUBJECT, PLACES = SUBJECTS["backpack"], ("beach", "snow", "forest", "grass", "desert", "moon")
-PHOTOS, SIZE, MARGIN = 48, 64, 16  # pixels of training; a margin on each side
-PROMPT = "a photo of sks backpack"
-POOLED, WIDTH = 16, 32  # of the second text encoder
-LEFTS = (0, 16, 32)  # crop offsets that are asked for
-SAMPLED = {"steps": 16, "guidance_scale": 1.0, "batch_size": 16}
+TOKENIZER = str(Path(__file__).resolve().parents[1] / "ldm/storybook/assets/tokenizer")
+CELLS, WIDE, CELL = 12, 20, 2  # cells of a square's and a photo's side; pixels of a cell
+RADIUS, DISC = 2.5, (1.5, -1.5, 1.5, -1.5)  # in cells; the disc's latents, the background's are near 0
+PROMPT, BATCH = "a photo of a backpack", 32
+LEFTS = (0, 4, 8)  # offsets that are asked for, in cells
+SAMPLED = {"steps": 12, "guidance_scale": 1.0, "batch_size": 48}
 
 
-def write_photos(folder: Path) -> None:
-    """PHOTOS pictures, 96 x 64 at four times the size: the drawing, its left and right edges drawn out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(PHOTOS):
-        scene = same_subject(SUBJECT, context=PLACES[i % len(PLACES)], seed=SUBJECT.seed + i)
-        pixels = np.asarray(draw(scene, size=4 * SIZE))
-        wide = np.pad(pixels, ((0, 0), (4 * MARGIN, 4 * MARGIN), (0, 0)), mode="edge")
-        Image.fromarray(wide).save(folder / f"{i:02d}.png")
-
-
-def base_config() -> dict[str, Any]:
-    """Params of a model section: the storybook's networks, a second text encoder, and the vector's layers."""
-    book = open_model(ASSETS / "base.safetensors").config
-    first = book["text_encoder"]["params"]
-    second = first | {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2}
-    second |= {"num_attention_heads": 2, "projection_dim": POOLED, "layer": "penultimate_hidden"}
-    second |= {"pad_token_id": 0}
-    target = book["text_encoder"]["target"]
-    unet = book["unet"]["params"] | {
-        "context_dim": first["hidden_size"] + WIDTH,
-        "adm_in_channels": vector_width(POOLED),
+def model_params() -> dict[str, Any]:
+    """Params of a model section: 32 channels, two levels, encoders of 16 and 24."""
+    text = {"vocab_size": 651, "bos_token_id": 649, "eos_token_id": 650, "tokenizer": TOKENIZER}
+    text |= {"intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text |= {"max_length": 16, "layer": "penultimate_hidden"}
+    clip_l = text | {"hidden_size": 16}
+    clip_g = text | {"hidden_size": 24, "projection_dim": 8, "pad_token_id": 0}
+    unet = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [2]}
+    unet |= {"num_heads": 2, "num_groups": 8, "context_dim": 16 + 24, "adm_in_channels": vector_width(8)}
+    encoder = "ldm.models.text_encoder.CLIPTextEncoder"
+    encoders = {
+        key: {"target": encoder, "params": own} for key, own in (("clip_l", clip_l), ("clip_g", clip_g))
     }
-    process = {key: value for key, value in book.items() if key not in ("unet", "vae", "text_encoder")}
+    vae = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "num_groups": 8}
+    weighting = {"target": "ldm.training.objective.MinSNR", "params": {"gamma": 5.0, "floor": 1.0}}
     return {
-        "unet": book["unet"] | {"params": unet},
-        "vae": book["vae"],
+        "unet": {"target": "ldm.models.unet.UNetModel", "params": unet},
+        "vae": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": vae},
         "text_encoder": {
             "target": "ldm.families.sdxl.text_encoder.SDXLTextEncoders",
-            "params": {
-                "clip_l": {"target": target, "params": first},
-                "clip_g": {"target": target, "params": second},
-            },
+            "params": encoders,
         },
-        "process": process,
+        "process": {"parameterization": "v", "linear_end": 0.02},
+        "objective": {"weighting": weighting},
+        "trainable": {"text_encoder": False, "learning_rate": 2e-3},
     }
 
 
-def write_base(path: Path, config: dict[str, Any]) -> None:
-    """The storybook's weights in these networks: what is added changes no prediction."""
+def told(left: int) -> Sizes:
+    """The numbers of a square whose left edge is so many cells from the photo's."""
+    return Sizes((CELL * CELLS, CELL * WIDE), (0, CELL * left), (CELL * CELLS, CELL * CELLS))
+
+
+def photos(first: int) -> dict[str, Any]:
+    """A batch of random squares of photos with the numbers `first`, `first + 1`, ..."""
+    draws = torch.Generator().manual_seed(first)
+    lefts = torch.randint(WIDE - CELLS + 1, (BATCH,), generator=draws)
+    rows = CELLS / 2 + torch.randn(BATCH, generator=draws)
+    background = 0.4 * torch.randn(BATCH, 4, 1, 1, generator=draws)
+    y, x = torch.arange(CELLS) + 0.5, torch.arange(CELLS) + 0.5
+    columns = WIDE / 2 - lefts
+    squared = (y[None, :, None] - rows[:, None, None]) ** 2 + (x[None, None] - columns[:, None, None]) ** 2
+    disc = torch.tensor(DISC)[None, :, None, None]
+    x0 = torch.where((squared < RADIUS**2).unsqueeze(1), disc, background.expand(-1, -1, CELLS, CELLS))
+    return {
+        "latent_stats": torch.cat([x0, torch.zeros_like(x0)], dim=1),
+        "caption": [PROMPT] * BATCH,
+        "stream": ["subject"] * BATCH,
+        "item": torch.arange(first, first + BATCH),
+        "sizes": torch.tensor([told(left).numbers() for left in lefts.tolist()]),
+    }
+
+
+def train(steps: int) -> LatentDiffusion:
     torch.manual_seed(0)
-    networks = {name: instantiate(config[name]) for name in ("unet", "vae", "text_encoder")}
-    book = open_model(ASSETS / "base.safetensors").state_dicts
-    networks["vae"].load_state_dict(dict(book["vae"]))
-    networks["text_encoder"].clip_l.load_state_dict(dict(book["text_encoder"]))
-    unet = networks["unet"].state_dict()
-    for name, own in unet.items():
-        if name in book["unet"]:
-            own.copy_(_widened(book["unet"][name], own))
-        elif name.startswith("label_emb.0.2."):
-            own.zero_()
-    state_dicts = {name: network.state_dict() for name, network in networks.items()}
-    save_model(path, state_dicts, alphas_cumprod=None, metadata={"modelspec.prediction_type": "v"})
+    target = f"{LatentDiffusion.__module__}.{LatentDiffusion.__name__}"
+    module: LatentDiffusion = instantiate({"target": target, "params": model_params()})
+    optimizer = build_optimizer(module.trainable.param_groups(module.networks))
+    for step in range(steps):
+        loss = module.loss_per_item(photos(step * BATCH)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+    return module
 
 
-def _widened(tensor: Tensor, like: Tensor) -> Tensor:
-    """With zeros for the context of the second text encoder."""
-    wide = torch.zeros_like(like)
-    wide[tuple(slice(n) for n in tensor.shape)] = tensor
-    return wide
+def centroid(latents: Tensor) -> float:
+    """The mean column of the disc in [4, h, w], in cells from the left."""
+    disc = torch.tensor(DISC)
+    likeness = torch.einsum("c,chw->hw", disc, latents.float()) / disc.square().sum()  # 1 on the disc
+    weights = (likeness - 0.5).clamp(min=0).sum(0)
+    return float((weights * (torch.arange(len(weights)) + 0.5)).sum() / weights.sum())
 
 
-def train(folder: Path, *, steps: int) -> Path:
-    """The model file of a run of main.py on the photos, with random crops and nothing else of note."""
-    config = base_config()
-    write_base(folder / "base.safetensors", config)
-    write_photos(folder / "photos")
-    learning = {
-        "trainable": {"text_encoder": False, "learning_rate": 1e-3},
-        "lr_schedule": {"target": "ldm.optim.schedules.Cosine", "params": {"warmup_steps": 20}},
-        "objective": {
-            "weighting": {
-                "target": "ldm.training.objective.MinSNR",
-                "params": {"gamma": 5.0, "floor": 1.0},
-            }
-        },
-    }
-    data = {
-        "subject_root": str(folder / "photos"),
-        "class_word": "backpack",
-        "size": SIZE,
-        "batch_size": 8,
-        "num_priors": 0,
-        "crop": "random",
-        "crop_variants": 8,
-        "flip": False,
-        "validation_batches": 0,
-    }
-    run = {
-        "name": "size-conditioning",
-        "seed": 23,
-        "base_checkpoint": str(folder / "base.safetensors"),
-        "checkpoint_every": steps,
-        "model": {"target": "ldm.training.latent_diffusion.LatentDiffusion", "params": config | learning},
-        "data": {"target": "ldm.data.dreambooth.DreamBoothDataModule", "params": data},
-        "trainer": {"max_steps": steps, "accelerator": "cpu", "gradient_clip_val": 1.0},
-        "samples": {"prompts": [PROMPT], "n": 1, "steps": 10},
-        "export": {"dtype": "fp32"},
-    }
-    run_job(RunConfig.parse(run))
-    return Path("logs/size-conditioning/model.safetensors")
-
-
-def centroid(image: Image.Image) -> float:
-    """The mean column of what is purple, as the subject is and no place: pixels from the left."""
-    red, green, blue = np.asarray(image.convert("RGB"), float).transpose(2, 0, 1)
-    purple = (np.minimum(red, blue) - green - 25).clip(0)
-    return float((purple.sum(0) * np.arange(image.width)).sum() / purple.sum())
-
-
-def measure(model: Path, *, samples: int) -> list[dict[str, float | list[float]]]:
-    """For each offset: the centroid, and its distance from that of the left edge with a 95 % interval."""
-    pipeline, found = Text2Image.from_file(model), {}
+def measure(module: LatentDiffusion, *, samples: int) -> list[dict[str, Any]]:
+    """For each offset: the column, and its distance from that at the left edge with a 95 % interval."""
+    pipeline = Text2Image(**module.networks, process=module.process, default_size=CELL * CELLS)
+    columns = {}
     for left in LEFTS:
-        sizes = Sizes((4 * SIZE, 4 * (SIZE + 2 * MARGIN)), (0, left), (SIZE, SIZE))
-        drawn = pipeline(PROMPT, seeds=range(samples), sizes=sizes, **SAMPLED)
-        found[left] = torch.tensor([centroid(one.image) for one in drawn], dtype=torch.float64)
+        drawn = pipeline(PROMPT, seeds=range(samples), sizes=told(left), **SAMPLED)
+        columns[left] = torch.tensor([centroid(one.latents) for one in drawn], dtype=torch.float64)
     rows = []
-    for left, columns in found.items():
-        apart = columns - found[0]
-        row = {"left": left, "column": float(columns.mean()), "shift": float(apart.mean())}
-        rows.append(row | {"interval": list(bootstrap(apart))})
+    for left, own in columns.items():
+        apart = own - columns[LEFTS[0]]
+        row = {"left": left, "column": round(float(own.mean()), 2), "trained": WIDE / 2 - left}
+        rows.append(row | {"shift": round(float(apart.mean()), 2), "interval": list(bootstrap(apart))})
     return rows
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="gets the photos and the base")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--samples", type=int, default=32, help="at each offset")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--steps", type=int, default=600, help="of training (600)")
+    parser.add_argument("--samples", type=int, default=48, help="at each offset (48)")
     options = parser.parse_args(words)
-    model = train(options.folder, steps=options.steps)
-    for row in measure(model, samples=options.samples):
+    for row in measure(train(options.steps), samples=options.samples):
         print(json.dumps(row))
 
 

@@ -98,7 +98,7 @@ def test_full_training_and_what_it_leaves(job: list[str], base: Path):
     assert all(torch.equal(trained[name], again[name]) for name in trained)
 
 
-def test_a_lora_and_a_new_word(job: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_a_lora_and_a_new_word(job: list[str], subject_folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Files for other tools; the checkpoint, with both in it, draws what the model file does."""
     token = "model.params.trainable.learned_token"
     words = [f"{token}.target=ldm.training.techniques.LearnedToken", f"{token}.params.word=<my-disc>"]
@@ -125,6 +125,13 @@ def test_a_lora_and_a_new_word(job: list[str], monkeypatch: pytest.MonkeyPatch):
     assert np.abs(np.asarray(images[0], int) - np.asarray(images[1], int)).max() <= 1
     said = json.loads(images[0].text["dreambooth"])
     assert said["unconditional"] == "zeros" and said["crop"] == [3, 5] and said["original"] == [16, 16]
+    photo = ["--init_image", str(subject_folder / "2.png"), "--strength", "0.5"]
+    monkeypatch.setattr("sys.argv", ["sample.py", *ask, "logs/lora", "--out", "c", *photo])
+    sample.main(sample.parse())
+    (file,) = Path("c").glob("000-*.png")
+    again, start = (np.asarray(Image.open(name).resize((16, 16)), int) for name in (file, photo[1]))
+    assert json.loads(Image.open(file).text["dreambooth"])["strength"] == 0.5
+    assert not np.array_equal(again, np.asarray(images[0], int)) and again.shape == start.shape
 
 
 def test_a_wrong_base_vae_or_size_is_refused_before_any_work(
