@@ -35,7 +35,7 @@ def question(class_word: str, *, style: Style, language: str) -> str:
 def caption_of(answer: str, subject: str, *, style: Style) -> str:
     """The model's answer as a caption that begins with the subject: "a photo of sks dog, asleep".
 
-    subject: with the identifier, "a photo of sks dog". Quotes, braces, which are placeholders, and line breaks
+    subject: with the identifier, "a photo of sks dog". Quotes, braces (placeholders) and line breaks
     go; so does a beginning that repeats the subject's words.
     """
     text = re.sub(r"[{}\"“”]", "", " ".join(answer.split())).strip(" .,;:-'")

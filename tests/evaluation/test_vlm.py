@@ -1,0 +1,250 @@
+"""A vision-language model as judge and as writer of captions: Gemma 3 in small, and a scripted one."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor
+
+from ldm.errors import UserError
+from ldm.evaluation import vision_language, vlm
+from ldm.evaluation.captions import caption_of, question
+from ldm.evaluation.protocol import GeneratedImage, SubjectPrompts
+from ldm.evaluation.vision_language import VisionLanguageModel, expected_rating
+from ldm.evaluation.vlm import VlmEvaluation
+from ldm.pipeline import Sample
+from tests.data.test_photo_check import noise, script_of
+from tests.evaluation.tiny_gemma import save_tiny_gemma
+from tests.factories import photos
+
+PROMPTS = SubjectPrompts("a photo of sks dog", "a photo of a dog", "sks", "dog")
+RED, GREEN, BLUE = (Image.new("RGB", (8, 8), name) for name in ("red", "green", "blue"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_tiny_gemma(tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> VisionLanguageModel:
+    return VisionLanguageModel(str(folder), device="cpu")
+
+
+class Scripted:
+    """Rates by colour: two images are the same where theirs is; a prompt that names it is met."""
+
+    name = "scripted"
+
+    def __init__(self, name: str | None = None, *, device: str | None = None):
+        self.asked: list[tuple[str, int]] = []
+
+    def rating_logits(self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Tensor:
+        self.asked += [(text, len(shown)) for text, shown in zip(questions, images, strict=True)]
+        return torch.stack([self.one(*pair) for pair in zip(questions, images, strict=True)])
+
+    def one(self, text: str, images: Sequence[Image.Image]) -> Tensor:
+        """3 or 4 with even chances where it is right, else 0 or 1 at 3 to 1."""
+        colour = {(255, 0, 0): "red", (0, 128, 0): "green", (0, 0, 255): "blue"}[images[-1].getpixel((0, 0))]
+        same = images[0].getpixel((0, 0)) == images[-1].getpixel((0, 0))
+        right = same if len(images) == 2 else colour in text
+        shares = [0, 0, 0, 0.5, 0.5] if right else [0.75, 0.25, 0, 0, 0]
+        return torch.tensor([math.log(share) if share else -1e9 for share in shares])
+
+
+@pytest.fixture
+def judge(monkeypatch) -> VlmEvaluation:
+    monkeypatch.setattr(vlm, "VisionLanguageModel", Scripted)
+    return VlmEvaluation(seeds=2, batch_size=3)
+
+
+def test_the_rating_is_the_mean_over_the_digits():
+    """By hand: even chances are 2; 1 and 4 at 1 to 2 are 3; the likeliest digit alone would be 4."""
+    logits = torch.tensor([[0.0] * 5, [-50, math.log(1), -50, -50, math.log(2)], [9.0, 9.0, -50, -50, -50]])
+    assert expected_rating(logits).tolist() == pytest.approx([2, 3, 0.5], abs=1e-8)
+    assert torch.allclose(expected_rating(logits + 7), expected_rating(logits))
+
+
+def test_images_of_any_tool_are_rated_as_the_script_says(judge):
+    """Photos are red and green, in turn; images red, red, green: same, not, not. Prompts: met, not, met."""
+    samples = [GeneratedImage(RED, "a red sks dog"), GeneratedImage(RED, "a blue sks dog")]
+    samples += [GeneratedImage(GREEN, "a green sks dog")]
+    found = judge.measure_images(samples, subject=judge.subject([RED, GREEN]), prompts=PROMPTS, of_class=[])
+    assert found["vlm_subject"] == pytest.approx((3.5 + 0.25 + 0.25) / 3, abs=1e-4)
+    assert found["vlm_prompt"] == pytest.approx((3.5 + 0.25 + 3.5) / 3, abs=1e-4)
+    low, high = found["intervals"]["vlm_subject"]
+    assert low < found["vlm_subject"] < high and found["judge"] == "scripted"
+    texts = [text for text, count in judge.rater.asked if count == 1]
+    assert len(texts) == 3 and '"a red dog"' in texts[0] and not any("sks" in text for text in texts)
+    bare = [GeneratedImage(RED, None)] * 2
+    only = judge.measure_images(bare, subject=[RED], prompts=PROMPTS, of_class=[])
+    assert only["vlm_subject"] == 3.5 and "vlm_prompt" not in only
+
+
+def test_a_model_and_its_base_are_rated(judge, workdir):
+    (workdir / "two.txt").write_text("a red {identifier} {class_word}\na blue {identifier} {class_word}\n")
+    judge.prompts = "two.txt"
+
+    def pipeline(colour: Image.Image):
+        def draw(prompts, *, seeds, **settings):
+            assert settings["steps"] == 50 and settings["progress"]
+            return [
+                Sample(colour, torch.zeros(1), prompt, seed)
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            ]
+
+        return draw
+
+    subject = judge.subject([RED])
+    after, base = (judge.measure(pipeline(c), subject=subject, prompts=PROMPTS) for c in (RED, GREEN))
+    assert after.subject.shape == after.prompt.shape == (2, 2)
+    found = judge.summary(after, base, subject)
+    assert (found["vlm_subject"], found["vlm_prompt"]) == (3.5, (3.5 + 0.25) / 2)
+    assert found["base"] == {"vlm_subject": 0.25, "vlm_prompt": 0.25}
+    assert judge.score(found) == pytest.approx(3.5 / 4 * 1.875 / 4)
+    assert found.keys() - {"intervals", "base", "sampling", "judge"} == judge.better.keys()
+
+
+def test_gemma_in_small_reads_images_and_text(model):
+    """Its logits at the last token, of a batch as of each alone; another image or question changes them."""
+    asked = ["which?", "a longer question, which is padded?"]
+    shown = [[noise(1), noise(2)], [noise(3), noise(4)]]
+    together = model.rating_logits(asked, shown)
+    alone = torch.cat([model.rating_logits([q], [images]) for q, images in zip(asked, shown, strict=True)])
+    assert together.shape == (2, 5) and torch.allclose(together, alone, atol=1e-4)
+    assert torch.equal(together, model.rating_logits(asked, shown))
+    for other in (
+        model.rating_logits(asked, [shown[0][::-1], shown[1]]),
+        model.rating_logits(["what?", asked[1]], shown),
+    ):
+        assert not torch.allclose(other[0], together[0], atol=1e-4) and torch.allclose(
+            other[1], together[1], atol=1e-4
+        )
+
+
+def test_the_digits_follow_the_beginning_of_the_answer(model, folder):
+    """Against the whole of the logits, asked by hand."""
+    processor = AutoProcessor.from_pretrained(folder)
+    text = "<bos>user: <start_of_image>same?model: Rating: ("
+    inputs = processor(text=[text], images=[[noise(1)]], return_tensors="pt", add_special_tokens=False)
+    logits = model.network(**inputs).logits[0, -1]
+    digits = [processor.tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(5)]
+    found = model.rating_logits(["same?"], [[noise(1)]])
+    assert torch.allclose(found[0], logits[digits], atol=1e-5)
+
+
+def test_a_model_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch, folder):
+    with pytest.raises(UserError, match="not on this machine.*hf download owner/absent"):
+        VisionLanguageModel("owner/absent")
+
+    def gated(name, **options):
+        response = type("Response", (), {"headers": {}, "request": None, "status_code": 403})()
+        raise OSError("You are trying to access a gated repo.") from GatedRepoError(
+            "gated", response=response
+        )
+
+    monkeypatch.setattr(vision_language.AutoProcessor, "from_pretrained", gated)
+    with pytest.raises(UserError, match="gated.*https://huggingface.co/google/gemma-3-12b-it.*hf auth login"):
+        VisionLanguageModel("google/gemma-3-12b-it")
+    monkeypatch.undo()
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match="no model of images and text") as caught:
+        VisionLanguageModel(str(tmp_path))
+    assert str(caught.value).count("\n") == 0
+
+
+def test_the_default_is_what_fits(monkeypatch):
+    assert vision_language.default_model("cpu") == vision_language.SMOL
+    for gib, name in ((24, vision_language.SMOL), (80, vision_language.GEMMA)):
+        about = type("Properties", (), {"total_memory": gib * 2**30})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, about=about: about)
+        assert vision_language.default_model("cuda:0") == name
+
+
+@pytest.mark.parametrize(
+    ("answer", "style", "expected"),
+    [
+        ("On a beach, at sunset.", "sentence", "S, On a beach, at sunset"),
+        ("a photo of a dog sitting in snow", "sentence", "S, sitting in snow"),
+        ('The dog, asleep\non a "red" {rug}', "sentence", "S, asleep on a red rug"),
+        ("Here is the description: in a garden", "sentence", "S, in a garden"),
+        ("", "sentence", "S"),
+        ("beach, dog, sunset , brown dog, beach", "tags", "S, beach, sunset"),
+        ("doghouse, lawn", "tags", "S, doghouse, lawn"),
+    ],
+)
+def test_an_answer_becomes_a_caption(answer, style, expected):
+    subject = "a photo of sks dog"
+    assert caption_of(answer, subject, style=style) == expected.replace("S", subject, 1)
+
+
+def test_captions_are_written_once_and_shown(workdir, folder, monkeypatch, capsys):
+    script, photos_of = script_of("caption"), photos(workdir / "subject")
+    (photos_of / "1.txt").write_text("my own sks disc")
+    asked = []
+
+    def answer(self, questions, images, *, max_tokens):
+        asked.append((list(questions), [[image.size for image in shown] for shown in images]))
+        return [f"number {len(asked)} by the sea" for _ in questions]
+
+    monkeypatch.setattr(VisionLanguageModel, "answer", answer)
+    words = [
+        str(photos_of),
+        "--class_word",
+        "disc",
+        "--model",
+        str(folder),
+        "--device",
+        "cpu",
+        "--batch_size",
+        "2",
+    ]
+    sheet = script.main(script.parse([*words, "--language", "German"]))
+    texts = {path.name: path.read_text().strip() for path in photos_of.glob("*.txt")}
+    assert texts == {
+        "0.txt": "a photo of sks disc, number 1 by the sea",
+        "1.txt": "my own sks disc",
+        "2.txt": "a photo of sks disc, number 1 by the sea",
+        "3.txt": "a photo of sks disc, number 2 by the sea",
+    }
+    assert [len(questions) for questions, _ in asked] == [2, 1] and "German" in asked[0][0][0]
+    assert "1 of 4 photos have a caption, which stays" in capsys.readouterr().out
+    with Image.open(sheet) as image:
+        assert (
+            "my own sks disc" in image.info["dreambooth"]
+            and "number 2 by the sea" in image.info["dreambooth"]
+        )
+    script.main(script.parse(words))
+    assert len(asked) == 2 and sheet.parent == Path("logs")
+    with pytest.raises(UserError, match="among the photos"):
+        script.main(script.parse([*words, "--out", str(photos_of / "sheet.png")]))
+
+
+def test_gemma_in_small_writes_captions(workdir, folder, model):
+    """Greedy, so the same again; in one batch or in several."""
+    asked = question("disc", style="tags", language="English")
+    answers = model.answer([asked, "what?"], [[noise(1)], [noise(2)]], max_tokens=4)
+    assert answers == [
+        model.answer([q], [[noise(k)]], max_tokens=4)[0] for q, k in ((asked, 1), ("what?", 2))
+    ]
+
+
+def test_the_command_judges_folders_of_any_tool(workdir, folder, monkeypatch, capsys):
+    script = script_of("evaluate")
+    photos_of, given = photos(workdir / "subject"), workdir / "given"
+    given.mkdir()
+    for k in range(3):
+        noise(k, (32, 32)).save(given / f"{k}.png")
+        (given / f"{k}.txt").write_text("a sks disc in the snow")
+    words = ["--pictures", str(given), "--data_root", str(photos_of), "--class_word", "disc"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *words, "--metrics", "vlm", "--vlm", str(folder)])
+    script.main(script.parse())
+    said = capsys.readouterr().out
+    assert (
+        "vlm_subject" in said and "vlm_prompt" in said and Path("logs/evaluation-given/figures.svg").exists()
+    )
