@@ -104,8 +104,8 @@ def test_a_perfect_model(metrics):
 
 def test_background_leak_is_the_photos_places_where_another_was_asked_for(metrics, evaluation):
     """The photos are on the grass, in the city, on the moon; of the five others one is leaked into."""
-    assert metrics(perfect)["background_leak"] < 0.05
-    assert metrics(forgetful)["background_leak"] == 1 and metrics(forgetful)["base"]["background_leak"] < 0.05
+    forgot = metrics(forgetful)
+    assert forgot["background_leak"] == 1 and forgot["base"]["background_leak"] < 0.05
 
     def leaking(prompt: str, seed: int) -> Scene:
         return replace(perfect(prompt, seed), context="city") if "beach" in prompt else perfect(prompt, seed)
