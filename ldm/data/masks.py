@@ -44,7 +44,8 @@ def find_masks(photos: Sequence[SourceImage], root: str | Path | None = None) ->
         what = f"{len(missing)} of {len(photos)} photos have no mask: {', '.join(missing)}"
         remedy = "Put NAME.mask.png there, by hand or by scripts/make_masks.py, or take objective.masks off."
         raise UserError(what, where=folder, remedy=remedy)
-    names = {name for photo in photos for name in (photo.path.stem, photo.path.name)}
+    there = photos[0].path.parent.iterdir()  # those that were skipped too
+    names = {name for path in there for name in (path.stem, path.name)}
     for alone in (file for name, files in named.items() if name not in names for file in files):
         remedy = "Name it after its photo, or remove it."
         raise UserError("The photo of this mask is not there", where=alone, remedy=remedy)

@@ -182,6 +182,11 @@ def test_a_folder_of_masks_is_checked_too(folder: Path):
         data_of(folder, mask_root=str(folder.parent / "kohya"))
 
 
+def test_the_mask_of_a_photo_that_is_skipped_is_no_stray(folder: Path):
+    (folder / "3.png").write_bytes(b"no image")
+    assert len({view.source for view in data_of(folder, skip_unreadable=True).dataset.masks}) == 3
+
+
 def test_an_opaque_alpha_channel_is_no_mask(folder: Path):
     alpha(folder)
     photo = Image.open(folder / "0.png")

@@ -104,8 +104,8 @@ def test_a_perfect_model(metrics):
 
 def test_background_leak_is_the_photos_places_where_another_was_asked_for(metrics, evaluation):
     """The photos are on the grass, in the city, on the moon; of the five others one is leaked into."""
-    assert metrics(perfect)["background_leak"] < 0.05
-    assert metrics(forgetful)["background_leak"] == 1 and metrics(forgetful)["base"]["background_leak"] < 0.05
+    forgot = metrics(forgetful)
+    assert forgot["background_leak"] == 1 and forgot["base"]["background_leak"] < 0.05
 
     def leaking(prompt: str, seed: int) -> Scene:
         return replace(perfect(prompt, seed), context="city") if "beach" in prompt else perfect(prompt, seed)
@@ -115,6 +115,12 @@ def test_background_leak_is_the_photos_places_where_another_was_asked_for(metric
     low, high = scores["intervals"]["background_leak"]
     assert low <= scores["background_leak"] <= high
     assert evaluation.better["background_leak"] == "lower"
+    subject = evaluation.subject([draw(same_subject(DOG, context="grass", seed=1), size=256)])
+    images = [draw(same_subject(DOG, context=context, seed=1)) for context in ("grass", "grass", "moon")]
+    asked = [f"a photo of sks dog {CONTEXTS[context]}" for context in ("city", "grass", "moon")]
+    samples = [GeneratedImage(*pair) for pair in zip(images, asked, strict=True)]
+    found = evaluation.measure_images(samples, subject=subject, prompts=PROMPTS, of_class=[])
+    assert found["background_leak"] == 0.5  # of two that were asked for other places
     photos = [draw(same_subject(DOG, context=context, seed=1), size=256) for context in CONTEXTS]
     everywhere = evaluation.subject(photos)  # no place is left to ask for
     measured = evaluation.measure(Drawer(perfect), subject=everywhere, prompts=PROMPTS)
