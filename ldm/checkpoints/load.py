@@ -163,6 +163,7 @@ def _open(path: Path, config: Mapping[str, Any] | None, *, ema: bool) -> Model:
     known = sdxl.marked(tensors) | known | run_checkpoint.model_params(own_config)
     params = run_checkpoint.model_params(config)
     check_known(params, where=path)
+    run_checkpoint.refuse_adapter(tensors, params, where=path)
     state_dicts = layout.split(tensors)
     layers = run_checkpoint.lora_layers(tensors, state_dicts, params, where=path)
     return Model(

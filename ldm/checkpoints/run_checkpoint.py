@@ -86,14 +86,22 @@ def _joined(own: Mapping[str, Tensor], layer: str, *, where: object) -> dict[str
     return {"down": torch.cat([own["down"], own["start_down"]]), "up": up}
 
 
+def refuse_adapter(tensors: Mapping[str, Tensor], params: Mapping[str, Any], *, where: object) -> None:
+    """Raises UserError for the checkpoint of a run that trains an adapter of another kind than a LoRA.
+
+    params: of the run's model section.
+    """
+    trainable = params.get("trainable")
+    adapter = trainable.get("adapter") if isinstance(trainable, Mapping) else None
+    if adapter and any(name.startswith(RUN_LORA) for name in tensors):
+        what = "This is a checkpoint of an adapter, which only its run reads"
+        raise UserError(what, where=where, remedy="Use the run's model.safetensors.")
+
+
 def _alpha(params: Mapping[str, Any], *, where: object) -> float | None:
     """Alpha of a run's LoRA, by the params of its model section; None where it is the rank."""
     trainable = params.get("trainable")
-    trainable = trainable if isinstance(trainable, Mapping) else {}
-    if trainable.get("adapter"):
-        what = "This is a checkpoint of an adapter, which only its run reads"
-        raise UserError(what, where=where, remedy="Use the run's model.safetensors.")
-    node = trainable.get("lora")
+    node = trainable.get("lora") if isinstance(trainable, Mapping) else None
     if not isinstance(node, Mapping):
         what = "This is a checkpoint of a LoRA, whose alpha is in the config of its run"
         remedy = "Leave it in the run's folder, or give --config RUN/config.yaml."

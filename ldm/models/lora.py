@@ -83,6 +83,7 @@ class LoRA(nn.Module):
                 "Only the UNet has timesteps, and no layer of it learns", where=where, remedy=remedy
             )
         self.masks = RankMasks(layers, **ranks)
+        unet.shares_keys = False
         unet.register_forward_pre_hook(self.masks)
 
     @classmethod

@@ -216,6 +216,7 @@ class UNetModel(nn.Module):
         self.adm_in_channels = adm_in_channels
         self.use_checkpoint = use_checkpoint
         self.factor = 2 ** (len(channel_mult) - 1)
+        self.shares_keys = True  # keys and values of a prompt are the same at all timesteps
         emb = 4 * model_channels
         res_block = partial(ResBlock, emb_channels=emb, num_groups=num_groups)
 
@@ -271,8 +272,9 @@ class UNetModel(nn.Module):
         emb = self._sinusoids(timesteps, self.dtype)
         if self._takes(told.vector):
             emb = (self.label_emb(told.vector)[:, None] + emb).flatten(0, 1)
+        kept = {layer: layer.keys_values(told.context) for layer in layers} if self.shares_keys else None
         return Prepared(
-            told._replace(kept={layer: layer.keys_values(told.context) for layer in layers}),
+            told._replace(kept=kept),
             shifts=torch.cat([block.emb_layers(emb) for block in blocks], dim=1),
             timesteps=timesteps,
             index=torch.arange(told.items, device=timesteps.device),

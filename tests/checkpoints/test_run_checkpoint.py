@@ -61,10 +61,12 @@ def assert_has(networks: dict[str, nn.Module], weights: dict[str, dict[str, Tens
         assert all(torch.equal(state[key], weights[name][key]) for key in state)
 
 
-@pytest.fixture(params=["lora", "all", "token"])
+@pytest.fixture(params=["lora", "t-lora", "all", "token"])
 def params(request: pytest.FixtureRequest, tiny_config: dict) -> dict:
     """Of a run that trains a LoRA, all weights, or a learned token; heads that no default has."""
-    more = {"lora": {"lora": LORA}, "all": {}, "token": {"learned_token": TOKEN, "unet": False}}
+    by_timestep = {**LORA, "params": LORA["params"] | {"rank_by_timestep": {"min_rank": 2}}}
+    more = {"lora": {"lora": LORA}, "t-lora": {"lora": by_timestep}, "all": {}}
+    more["token"] = {"learned_token": TOKEN, "unet": False}
     return tiny_config | {"trainable": more[request.param]}
 
 
@@ -95,6 +97,13 @@ def test_it_is_converted(params: dict, tmp_path: Path):
         assert kept.name == "my-v1.5-disc.safetensors"
         torch.testing.assert_close(read_embedding(kept), {word: vectors.data})
         assert torch.equal(file.networks["text_encoder"].learned_tokens[word], vectors)
+
+
+def test_an_adapters_is_for_its_run_alone(tiny_config: dict, tmp_path: Path):
+    pytest.importorskip("lycoris", reason="needs lycoris-lora, whose adapter it is")
+    trained(tiny_config | {"trainable": {"adapter": {"kind": "loha"}}}, tmp_path / "run")
+    with pytest.raises(UserError, match="checkpoint of an adapter.*Use the run's model.safetensors"):
+        open_model(tmp_path / "run" / "checkpoints" / "step-3.ckpt")
 
 
 def test_it_is_a_base(params: dict, tmp_path: Path, tiny_networks: dict[str, nn.Module]):

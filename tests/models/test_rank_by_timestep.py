@@ -19,6 +19,7 @@ from ldm.models.lora_layer import OrthogonalLoRALayer
 from ldm.models.rank_by_timestep import RankByTimestep, RankMasks
 from ldm.pipeline import Text2Image
 from ldm.runs.sampling import text2image
+from ldm.training.compiling import TrainingGraph
 from ldm.training.latent_diffusion import LatentDiffusion
 from tests.factories import TAUGHT, build_module
 from tests.short_runs import At, Job, Killed, differences, kill, state_of
@@ -149,6 +150,8 @@ def test_samples_of_a_run_and_of_its_file_are_the_same(
     by_timestep = BY_TIMESTEP | {"orthogonal": orthogonal}
     module = build(tiny_config, tiny_networks, rank_by_timestep=by_timestep)
     how = {"steps": 3, "height": 16, "width": 16, "guidance_scale": 3.0, "seeds": [1, 2]}
+    prompts = ["a disc", "", "a photo of sks disc"]  # a pass of other items before
+    module.apply_model(torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), module.condition(prompts))
     live = text2image(module, size=16)("a photo of sks disc", **how)
     about = {"ldm.config": json.dumps(tiny_config)}
     with caplog.at_level(logging.INFO):
@@ -182,6 +185,15 @@ def test_without_layers_of_the_unet_it_is_refused(tiny_config: dict):
         build_module(tiny_config, trainable=node(unet=[]))
     with pytest.raises(UserError, match="more than the LoRA's 2"):
         build_module(tiny_config, trainable=node(rank=2, rank_by_timestep={"min_rank": 3}))
+
+
+def test_a_compiled_network_has_the_ranks_too(tiny_config: dict, tiny_networks: dict):
+    module = build(tiny_config, tiny_networks)
+    graph = TrainingGraph(module.networks["unet"], backend="eager")
+    x, told = torch.randn(2, 4, 8, 8), module.condition(["a photo of sks disc", "a disc"])
+    for t in (torch.tensor([0, 999]), torch.tensor([500, 0])):
+        expected = module.networks["unet"].predict(x, t, told)
+        torch.testing.assert_close(graph.predict(x, t, told), expected)
 
 
 def test_it_resumes_to_the_bit_and_its_checkpoint_is_a_model(job: Job, tmp_path: Path):
