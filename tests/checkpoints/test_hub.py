@@ -20,11 +20,11 @@ from ldm.checkpoints.infer_config import model_config
 from ldm.checkpoints.known import flat
 from ldm.checkpoints.load import file_hash, open_model
 from ldm.checkpoints.save_folder import save_folder
+from ldm.commands.dreambooth import main
 from ldm.errors import UserError
 from ldm.families.sd.family import SD1
 from ldm.model_file import ModelFile
 from ldm.pipeline import find_model
-from main import main
 from tests import factories
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

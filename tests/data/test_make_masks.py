@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.commands import make_masks
 from ldm.data.images import list_images
 from ldm.data.masks import read_mask
 from ldm.errors import UserError
-from scripts import make_masks
 from tests.data.test_dreambooth import noise
 
 

@@ -1,6 +1,5 @@
 """The check-up of photos: each trouble is seen where it is, and not where it is not."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -8,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
+from ldm.commands import check_photos
+from ldm.commands.dreambooth import main
+from ldm.data.images import list_images
 from ldm.data.photo_check import PhotoFacts, near_twins, sharpness, troubles
-from main import main
 from tests.data.test_color import rgb_profile
 from tests.data.test_real_photos import ROOT as REAL
 from tests.data.test_real_photos import SUBJECTS
@@ -18,14 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 STORYBOOK = sorted((ROOT / "ldm/storybook/assets/subjects").iterdir())
 EDGE = "the subject touches an edge, and may be cut there: a.png"
 real = pytest.mark.skipif(not SUBJECTS, reason=f"no photos under {REAL}")
-
-
-def script_of(name: str):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def noise(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
@@ -94,7 +87,7 @@ def test_a_blurred_and_a_doubled_real_photo_are_seen(tmp_path):
 
 @pytest.mark.parametrize("folder", STORYBOOK, ids=lambda folder: folder.name)
 def test_the_storybook_has_no_trouble(folder):
-    assert said(*map(PhotoFacts.of, sorted(folder.glob("*.png"))), size=64) == ""
+    assert said(*map(PhotoFacts.of, list_images(folder)), size=64) == ""
 
 
 @pytest.mark.parametrize(
@@ -149,8 +142,9 @@ def test_the_page_shows_photos_views_and_troubles(workdir, capsys):
     noise(1).save(folder / "a.jpg", icc_profile=rgb_profile("p3"))
     noise(1).save(folder / "b.png")
     cut_out((0, 20, 24, 44)).save(folder / "c.png")
-    check = script_of("check_photos")
-    page = check.main(check.parse([str(folder), "--size", "80", "--crop", "random", "--crop_variants", "3"]))
+    page = check_photos.main(
+        check_photos.parse([str(folder), "--size", "80", "--crop", "random", "--crop_variants", "3"])
+    )
     text, printed = page.read_text(encoding="utf-8"), capsys.readouterr().out
     for trouble in (
         "smaller than 80 pixels",

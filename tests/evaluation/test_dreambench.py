@@ -10,12 +10,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
+from ldm.commands import dreambench
 from ldm.errors import UserError
 from ldm.evaluation.dreambench import METRICS, PAPER, BenchMetrics, read_dataset
 from ldm.evaluation.features import DinoV2
 from ldm.reports.dreambench_page import table_of
 from ldm.runs.dreambench import MEASURED, given_images, not_the_protocol
-from tests.data.test_photo_check import noise, script_of
+from tests.data.test_photo_check import noise
 from tests.data.test_real_photos import ROOT as REAL
 from tests.data.test_real_photos import SUBJECTS
 from tests.evaluation.test_photos import networks as photo_networks  # noqa: F401
@@ -168,8 +169,11 @@ def test_the_paper_stands_beside():
     ]
 
 
+def run(words: list[str]) -> None:
+    dreambench.main(dreambench.parse(words))
+
+
 def test_the_command_trains_draws_measures_and_goes_on(root, networks, tiny_config, tiny_model_file, capsys):
-    bench = script_of("dreambench")
     config = run_config(
         tiny_config,
         base=tiny_model_file,
@@ -181,7 +185,7 @@ def test_the_command_trains_draws_measures_and_goes_on(root, networks, tiny_conf
     OmegaConf.save(OmegaConf.create(config), "tiny.yaml")
     words = ["--root", str(root), "--subjects", "disc", "dog", "--images", "2", "--device", "cpu"]
     words += [word for name, folder in networks.items() for word in (f"--{name}", folder)]
-    bench.main([*words, "--base", "tiny.yaml", "data.params.num_priors=1"])
+    run([*words, "--base", "tiny.yaml", "data.params.num_priors=1"])
     folder = Path("logs/dreambench-tiny")
     drawn = sorted(path.relative_to(folder).as_posix() for path in folder.glob("pictures/*/*.png"))
     assert len(drawn) == 2 * 2 + 1 * 2 and drawn[0] == "pictures/disc/00-00.png"
@@ -195,27 +199,26 @@ def test_the_command_trains_draws_measures_and_goes_on(root, networks, tiny_conf
     (folder / "results/dog.json").unlink()
     (folder / "pictures/dog/00-01.png").unlink()
     begun = (folder / "pictures/dog/00-00.png").stat().st_mtime_ns
-    bench.main([*words, "--base", "tiny.yaml", "data.params.num_priors=1"])
+    run([*words, "--base", "tiny.yaml", "data.params.num_priors=1"])
     assert json.loads((folder / "results/dog.json").read_text()) == first
     assert (folder / "pictures/dog/00-00.png").stat().st_mtime_ns == begun
     assert "disc" not in capsys.readouterr().out.split("Measured")[0]
 
     with pytest.raises(UserError, match="settings have changed"):
-        bench.main([*words, "--base", "tiny.yaml", "data.params.num_priors=2"])
-    bench.main([*words, "--pictures", str(folder / "pictures"), "--name", "given"])
+        run([*words, "--base", "tiny.yaml", "data.params.num_priors=2"])
+    run([*words, "--pictures", str(folder / "pictures"), "--name", "given"])
     again = json.loads(Path("logs/dreambench-given/results/dog.json").read_text())
     assert {m: again[m] for m in METRICS} == {m: first[m] for m in METRICS}
 
 
 def test_what_cannot_be_measured_is_refused_before_any_work(root, networks, tiny_config, tiny_model_file):
-    bench = script_of("dreambench")
     words = ["--root", str(root), "--device", "cpu"]
     with pytest.raises(UserError, match="nothing to measure"):
-        bench.main(words)
+        run(words)
     with pytest.raises(UserError, match="no subject cow.*disc, dog, wolf_plushie"):
-        bench.main([*words, "--base", "x.yaml", "--subjects", "cow"])
+        run([*words, "--base", "x.yaml", "--subjects", "cow"])
     for name in ("disc", "dog"):
         (root / "given" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(root / "given" / name / "00.png")
     with pytest.raises(UserError, match="no images of the subject.*wolf_plushie"):
-        bench.main([*words, "--pictures", str(root / "given")])
+        run([*words, "--pictures", str(root / "given")])

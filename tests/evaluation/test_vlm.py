@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor
 
+from ldm.commands import caption, evaluate
 from ldm.errors import UserError
 from ldm.evaluation import vision_language, vlm
 from ldm.evaluation.captions import caption_of, question
@@ -18,7 +19,7 @@ from ldm.evaluation.protocol import GeneratedImage, SubjectPrompts
 from ldm.evaluation.vision_language import VisionLanguageModel, expected_rating
 from ldm.evaluation.vlm import VlmEvaluation
 from ldm.pipeline import Sample
-from tests.data.test_photo_check import noise, script_of
+from tests.data.test_photo_check import noise
 from tests.evaluation.tiny_gemma import save_tiny_gemma
 from tests.factories import photos
 
@@ -184,7 +185,7 @@ def test_an_answer_becomes_a_caption(answer, style, expected):
 
 
 def test_captions_are_written_once_and_shown(workdir, folder, monkeypatch, capsys):
-    script, photos_of = script_of("caption"), photos(workdir / "subject")
+    photos_of = photos(workdir / "subject")
     (photos_of / "1.txt").write_text("my own sks disc")
     asked = []
 
@@ -204,7 +205,7 @@ def test_captions_are_written_once_and_shown(workdir, folder, monkeypatch, capsy
         "--batch_size",
         "2",
     ]
-    sheet = script.main(script.parse([*words, "--language", "German"]))
+    sheet = caption.main(caption.parse([*words, "--language", "German"]))
     texts = {path.name: path.read_text().strip() for path in photos_of.glob("*.txt")}
     assert texts == {
         "0.txt": "a photo of sks disc, number 1 by the sea",
@@ -219,10 +220,10 @@ def test_captions_are_written_once_and_shown(workdir, folder, monkeypatch, capsy
             "my own sks disc" in image.info["dreambooth"]
             and "number 2 by the sea" in image.info["dreambooth"]
         )
-    script.main(script.parse(words))
+    caption.main(caption.parse(words))
     assert len(asked) == 2 and sheet.parent == Path("logs")
     with pytest.raises(UserError, match="among the photos"):
-        script.main(script.parse([*words, "--out", str(photos_of / "sheet.png")]))
+        caption.main(caption.parse([*words, "--out", str(photos_of / "sheet.png")]))
 
 
 def test_gemma_in_small_writes_captions(workdir, folder, model):
@@ -235,7 +236,6 @@ def test_gemma_in_small_writes_captions(workdir, folder, model):
 
 
 def test_the_command_judges_folders_of_any_tool(workdir, folder, monkeypatch, capsys):
-    script = script_of("evaluate")
     photos_of, given = photos(workdir / "subject"), workdir / "given"
     given.mkdir()
     for k in range(3):
@@ -243,7 +243,7 @@ def test_the_command_judges_folders_of_any_tool(workdir, folder, monkeypatch, ca
         (given / f"{k}.txt").write_text("a sks disc in the snow")
     words = ["--pictures", str(given), "--data_root", str(photos_of), "--class_word", "disc"]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *words, "--metrics", "vlm", "--vlm", str(folder)])
-    script.main(script.parse())
+    evaluate.main(evaluate.parse())
     said = capsys.readouterr().out
     assert (
         "vlm_subject" in said and "vlm_prompt" in said and Path("logs/evaluation-given/figures.svg").exists()

@@ -1,0 +1,75 @@
+"""A look at photos before training: what `check_photos.py` does."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.data.images import ImageFiles, list_images, to_image
+from ldm.data.items import SourceImage, Stream
+from ldm.data.photo_check import LEAST_SHARP, PhotoFacts, Trouble, troubles
+from ldm.errors import UserError
+from ldm.files import atomic_write, file_sha256, make_folder
+from ldm.reports.photos_page import PhotoCard, photos_page
+
+SHOWN_VIEWS = 8  # of a photo
+
+
+def facts_of(photo: PhotoFacts) -> dict[str, str]:
+    """What the page says of a photo."""
+    facts = {
+        "Size": f"{photo.width} x {photo.height}",
+        "Sharpness": f"{photo.sharpness:.0f}; blurred below {LEAST_SHARP:.0f}",
+        "Colours": photo.profile or "no profile: read as sRGB",
+        "Caption": photo.caption or "none",
+    }
+    if photo.turned:
+        facts["Turned"] = "the camera was; it is shown upright, by EXIF"
+    if photo.subject is not None:
+        left, top, right, bottom = photo.subject.box
+        facts["Subject"] = f"{right - left} x {bottom - top}, at {left}, {top}"
+    return facts
+
+
+def cards_of(photos: Sequence[PhotoFacts], found: Sequence[Trouble], stream: Stream) -> list[PhotoCard]:
+    """The photos with their views, of which the page reads one after the other."""
+    views: dict[Path, list] = {}
+    for view in stream.views():
+        views.setdefault(view.source.path, []).append(view)
+    return [
+        PhotoCard(
+            photo.path.name,
+            ImageFiles([photo.path]),
+            facts_of(photo),
+            [str(trouble) for trouble in found if photo.path.name in trouble.photos],
+            [to_image(view.render()) for view in views[photo.path][:SHOWN_VIEWS]],
+        )
+        for photo in photos
+    ]
+
+
+def check_photos(options: Namespace) -> Path:
+    """Prints what to look at -> the page of the photos and their views."""
+    if options.size < 1 or options.crop_variants < 1:
+        raise UserError("There is nothing to show", remedy="Give --size and --crop_variants from 1.")
+    paths = list_images(options.photos, skip_unreadable=options.skip_unreadable)
+    photos = [PhotoFacts.of(path) for path in paths]
+    found = troubles(photos, size=options.size)
+    stream = Stream(
+        "subject",
+        tuple(SourceImage(path, file_sha256(path), "") for path in paths),
+        size=options.size,
+        seed=options.seed,
+        crop_variants=options.crop_variants if options.crop == "random" else None,
+        flip=False,
+        caption_dropout=0.0,
+    )
+    title = f"{len(photos)} photos in {options.photos.resolve().name}"
+    page = photos_page(
+        title, cards=cards_of(photos, found, stream), troubles=list(map(str, found)), size=options.size
+    )
+    out = options.out or Path("logs", f"photos-{options.photos.resolve().name}.html")
+    make_folder(out.parent)
+    with atomic_write(out) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    print(title, *found, sep="\n")
+    return out
