@@ -1,6 +1,6 @@
 """Does the crop that Stable Diffusion XL is told move the subject? A very small one is trained, and measured.
 
-    python -m benchmarks.size_conditioning [--steps 600] [--samples 48]
+    python -m benchmarks.size_conditioning [--steps 160] [--samples 24]
 
 Photos show a disc in the middle of a wide picture, and training sees random squares of it, with the offset of
 the crop told (Podell et al. 2023, 2.2). Photos are drawn as latents; the training step, the optimizer and the
@@ -30,7 +30,7 @@ CELLS, WIDE, CELL = 12, 20, 2  # cells of a square's and a photo's side; pixels 
 RADIUS, DISC = 2.5, (1.5, -1.5, 1.5, -1.5)  # in cells; the disc's latents, the background's are near 0
 PROMPT, BATCH = "a photo of a backpack", 32
 LEFTS = (0, 4, 8)  # offsets that are asked for, in cells
-SAMPLED = {"steps": 12, "guidance_scale": 1.0, "batch_size": 48}
+SAMPLED = {"steps": 12, "guidance_scale": 1.0, "batch_size": 24}
 
 
 def model_params() -> dict[str, Any]:
@@ -127,8 +127,8 @@ def measure(module: LatentDiffusion, *, samples: int) -> list[dict[str, Any]]:
 def main(words: Sequence[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=600, help="of training (600)")
-    parser.add_argument("--samples", type=int, default=48, help="at each offset (48)")
+    parser.add_argument("--steps", type=int, default=160, help="of training (160)")
+    parser.add_argument("--samples", type=int, default=24, help="at each offset (24)")
     options = parser.parse_args(words)
     for row in measure(train(options.steps), samples=options.samples):
         print(json.dumps(row))

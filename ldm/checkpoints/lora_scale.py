@@ -60,7 +60,7 @@ def read_scale(file: Path, metadata: Mapping[str, str], *, own_format: bool) -> 
         configs: dict[str | None, dict[str, Any]] = {}
         for key, value in packed.items():
             network = next((n for n in READ_PREFIXES if key.startswith(f"{n}.")), None)
-            name = key.removeprefix(f"{network}.")
+            name = key if network is None else key.removeprefix(f"{network}.")
             if name in KEYS:
                 configs.setdefault(network, {})[name] = value
     elif own_format:

@@ -12,18 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm.checkpoints.load import init_on_meta, load_state_dicts, open_model
+from ldm.checkpoints.load import open_model
 from ldm.checkpoints.lora import read_lora, save_lora
 from ldm.commands import convert
 from ldm.conditioner import Conditioner
-from ldm.config import instantiate
 from ldm.errors import UserError
 from ldm.families.sdxl.conditioning import Sizes, size_vector
 from ldm.models.conditioning import Conditioning
 from ldm.models.lora import LoRA
 from ldm.pipeline import Text2Image
 from tests.families import tiny_sdxl
-from tests.families.tiny_sdxl import relative_error
+from tests.families.tiny_sdxl import networks, relative_error
 
 TOLERANCE = 1e-5  # of the largest output, float32
 PROMPTS = ["a dog", "a red dog on it"]
@@ -43,14 +42,6 @@ def folder(pipe, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def ours(folder: Path) -> dict[str, nn.Module]:
     return networks(folder)
-
-
-def networks(path: Path) -> dict[str, nn.Module]:
-    model = open_model(path)
-    with init_on_meta():
-        built = {name: instantiate(model.config[name]) for name in ("unet", "vae", "text_encoder")}
-    load_state_dicts(built, model.state_dicts)
-    return {name: network.eval() for name, network in built.items()}
 
 
 def theirs(pipe: StableDiffusionXLPipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
