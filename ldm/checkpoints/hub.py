@@ -303,8 +303,9 @@ def explained(model: str, *, page: str) -> Iterator[None]:
         elif isinstance(error, UserError) or not is_a(errors.HTTPError, errors.EntryNotFoundError, OSError):
             raise
         else:
-            what = f"The model is not on this machine, and the hub does not give it ({_reason(chain)})"
-            remedy = f"Give a path, or where there is a network run `hf download {page}` once."
+            reason = "HF_HUB_OFFLINE is set" if is_a(errors.OfflineModeIsEnabled) else _reason(chain)
+            what = f"The model is not on this machine, and the hub does not give it: {reason}"
+            remedy = "Give a path, or run the command once where there is a network."
         raise UserError(what, where=model, remedy=remedy) from error
 
 

@@ -140,7 +140,7 @@ def test_the_digits_follow_the_beginning_of_the_answer(model, folder):
 
 
 def test_a_model_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch, folder):
-    with pytest.raises(UserError, match="not on this machine.*hf download owner/absent"):
+    with pytest.raises(UserError, match="not on this machine.*owner/absent.*where there is a network"):
         VisionLanguageModel("owner/absent")
 
     def gated(name, **options):
