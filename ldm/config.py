@@ -19,7 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.annotations import Node, fits, named, node_kind, section_kind
+from ldm.annotations import Node, fits, named, node_kind, section_in_list, section_kind
 from ldm.errors import UserError
 from ldm.files import atomic_write
 from ldm.targets import get_class, hints_of, nearest, parameters_of
@@ -108,13 +108,16 @@ def instantiate(node: DictConfig | Mapping[str, Any], **from_code: Any) -> Any:
 def _built(kind: type, params: Mapping[str, Any]) -> dict[str, Any]:
     """The params of a class, where a mapping stands for the class that annotates it as that object."""
     hints = hints_of(kind)
-    sections = {name: section_kind(hints.get(name, Any)) for name in params}
-    return {
-        name: section(**_built(section, value))
-        if (section := sections[name]) and isinstance(value, dict)
-        else value
-        for name, value in params.items()
-    }
+    return {name: _object(hints.get(name, Any), value) for name, value in params.items()}
+
+
+def _object(annotation: Any, value: Any) -> Any:
+    """A value of a parameter: an object for the mapping, or the list of mappings, of its class's params."""
+    if (section := section_kind(annotation)) and isinstance(value, dict):
+        return section(**_built(section, value))
+    if (section := section_in_list(annotation)) and isinstance(value, list):
+        return [section(**_built(section, item)) for item in value]
+    return value
 
 
 def param_of(node: Node, name: str) -> Any:
@@ -234,6 +237,11 @@ def _check_value(value: Any, annotation: Any, key: str) -> Iterator[UserError]:
     section = section_kind(annotation)
     if section is not None and isinstance(value, dict):
         yield from _check_params(section, value, key)
+        return
+    section = section_in_list(annotation)
+    if section is not None and isinstance(value, list):
+        for k, item in enumerate(value):
+            yield from _check_params(section, item, f"{key}.{k}")
         return
     if not fits(value, annotation):
         yield UserError(f"{value!r} ({type(value).__name__}) should be {named(annotation)}", where=key)

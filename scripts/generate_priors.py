@@ -23,13 +23,13 @@ from ldm.runs.validate import validate
 from ldm.schema import RunConfig
 
 
-def main(config: RunConfig) -> Path:
-    """Generates the missing images -> the folder of the set."""
+def main(config: RunConfig) -> list[Path]:
+    """Generates the missing images -> the folders of the sets, one for each class."""
     keep_freed_memory()
     trainer = distributed.join(config.trainer)
     validate(replace(config, trainer=trainer))
     data = instantiate(config.data)
-    if not config.is_dreambooth or not data.generates_priors:
+    if not config.is_dreambooth or not data.generated_classes:
         raise UserError("This config has no prior images to generate", where="data.params.num_priors")
     module = instantiate(config.model)
     base_hash = load_base(
@@ -39,12 +39,14 @@ def main(config: RunConfig) -> Path:
     module.to(device_of(trainer))
     sampling = config.priors
     pipeline = text2image(module, size=data.size)
-    about = {"device": module.device, "unconditional": pipeline.text_encoder.unconditional}
-    priors = prior_set(data, sampling, base_sha256=base_hash, **about)
-    missing = generate_priors(pipeline, priors, data.num_priors, batch_size=sampling.batch_size)
-    if distributed.rank() == 0:
-        print(f"{missing} generated, {data.num_priors - missing} were there")
-    return priors.folder
+    about = {"base_sha256": base_hash, "size": data.size}
+    about |= {"device": module.device, "unconditional": pipeline.text_encoder.unconditional}
+    sets = [prior_set(known.prompt, sampling, **about) for known in data.generated_classes]
+    for priors in sets:
+        missing = generate_priors(pipeline, priors, data.num_priors, batch_size=sampling.batch_size)
+        if distributed.rank() == 0:
+            print(f"{missing} generated, {data.num_priors - missing} were there")
+    return [priors.folder for priors in sets]
 
 
 if __name__ == "__main__":
@@ -53,9 +55,9 @@ if __name__ == "__main__":
     try:
         config = parse(sys.argv[1:], description=__doc__)
         distributed.launch(config.trainer)
-        folder = main(config)
+        folders = main(config)
         if distributed.rank() == 0:
-            print(folder)
+            print(*folders, sep="\n")
         distributed.leave()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -231,7 +231,11 @@ for name in {sorted(MODULES - {"ldm.models.group_norm_triton"})!r}:  # Triton is
 def test_the_page_of_the_architecture_names_what_is_there():
     """docs/architecture.md: each path that it names exists, and its table is the one above."""
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    paths = set(re.findall(r"`([\w./-]+(?:/|\.\w+))`", page)) - {"model.safetensors", "report.html", "storybook.training"}
+    paths = set(re.findall(r"`([\w./-]+(?:/|\.\w+))`", page)) - {
+        "model.safetensors",
+        "report.html",
+        "storybook.training",
+    }
     assert len(paths) > 50 and {path for path in paths if not (ROOT / path).exists()} == set()
     rows = re.findall(r"^\| `([\w.]+)` \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE)
     assert {room: set(names.split(", ")) - {"nothing"} for room, names in rows} == MAY_IMPORT

@@ -6,7 +6,7 @@ packages and devices. What each part of a run can and cannot do is said where th
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from ldm.annotations import Node
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.vae import check_same_scale, open_vae
 from ldm.config import instantiate, param_of
+from ldm.data.concepts import Concept, filled_for
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.data.prompts import fill
 from ldm.engine import distributed
 from ldm.engine.sharding import check_sharding
 from ldm.errors import UserError
@@ -89,8 +89,9 @@ def _check_dreambooth(config: RunConfig, module: Any, files: Mapping[str, Path])
     _check_family(module, files, size=data.size)
     data.check()
     check_prior_target(module, data)
+    _check_learned_token(module, data)
     nodes = evaluation_nodes(config)
-    _check_sampling(config, nodes, timesteps=len(module.process.alphas_cumprod), words=data.words)
+    _check_sampling(config, nodes, timesteps=len(module.process.alphas_cumprod), concepts=data.concepts)
     if config.samples.spacing is not None:
         module.process.levels(
             config.samples.steps, config.samples.spacing
@@ -122,6 +123,14 @@ def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> N
         what = "Without prior images, the empty prompt needs the teacher's prediction as its target"
         remedy = "Set model.params.objective.prior_target=teacher, or raise data.params.num_priors."
         raise UserError(what, where="prior_caption_dropout", remedy=remedy)
+
+
+def _check_learned_token(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
+    """Refuses textual inversion of several concepts: there is one new word."""
+    if module.trainable.learned_token is not None and len(data.concepts) > 1:
+        what = f"One new word cannot name the {len(data.concepts)} concepts of this run"
+        remedy = "Take it off, or train them one at a time."
+        raise UserError(what, where="model.params.trainable.learned_token", remedy=remedy)
 
 
 def _check_networks(module: LatentDiffusion) -> None:
@@ -177,12 +186,12 @@ def _learns(network: nn.Module) -> bool:
 
 
 def _check_sampling(
-    config: RunConfig, nodes: Mapping[str, Node], *, timesteps: int, words: Mapping[str, str]
+    config: RunConfig, nodes: Mapping[str, Node], *, timesteps: int, concepts: Sequence[Concept]
 ) -> None:
     """Refuses prompts of samples with unknown placeholders, and more sampling steps than timesteps."""
     for k, prompt in enumerate(config.samples.prompts):
         try:
-            fill(prompt, **words)
+            filled_for([prompt], concepts)
         except UserError as error:
             raise UserError(error.what, where=f"samples.prompts.{k}", remedy=error.remedy) from error
     steps = {"priors.steps": config.priors.steps, "samples.steps": config.samples.steps}

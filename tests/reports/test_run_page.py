@@ -64,7 +64,7 @@ def report(**changes) -> Report:
     fields = {
         "title": "rex: a photo of sks dog",
         "facts": {"Date": "3 May 2026, 10:00", "Command": "python main.py --base 'my dog.yaml'"},
-        "subject": pictures(4),
+        "photos": {"sks dog": pictures(4)},
         "priors": pictures(3),
         "rows": [Row("a photo of sks dog", pictures(2), pictures(2))],
         "metrics": METRICS,
@@ -150,7 +150,7 @@ def test_many_large_photos_make_a_small_page_and_are_read_one_by_one(tmp_path: P
     held = Held(images.load_image)
     monkeypatch.setattr(images, "load_image", held)
     photos = images.ImageFiles(sorted(tmp_path.glob("*.jpg")))
-    page = write_report(tmp_path / "report.html", report(subject=photos, priors=photos[:2]))
+    page = write_report(tmp_path / "report.html", report(photos={"sks dog": photos}, priors=photos[:2]))
     assert page.stat().st_size < 5_000_000
     assert (held.most, held.now) == (1, 0)
     shown = [size_of(source) for source in parsed(page).sources[:30]]
@@ -165,7 +165,7 @@ def size_of(source: str) -> tuple[int, int]:
 def test_thumbnails_keep_their_proportions_and_small_photos_their_size(tmp_path: Path, size: tuple):
     photo = Image.new("RGB", size, "red")
     page = write_report(
-        tmp_path / "report.html", report(subject=[photo], priors=[], rows=[], previews=[], preview_steps=[])
+        tmp_path / "report.html", report(photos={"sks dog": [photo]}, priors=[], rows=[], previews=[], preview_steps=[])
     )
     width, height = size_of(parsed(page).sources[0])
     assert max(width, height) == min(PHOTO_SIDE, max(size))
