@@ -165,7 +165,8 @@ def size_of(source: str) -> tuple[int, int]:
 def test_thumbnails_keep_their_proportions_and_small_photos_their_size(tmp_path: Path, size: tuple):
     photo = Image.new("RGB", size, "red")
     page = write_report(
-        tmp_path / "report.html", report(photos={"sks dog": [photo]}, priors=[], rows=[], previews=[], preview_steps=[])
+        tmp_path / "report.html",
+        report(photos={"sks dog": [photo]}, priors=[], rows=[], previews=[], preview_steps=[]),
     )
     width, height = size_of(parsed(page).sources[0])
     assert max(width, height) == min(PHOTO_SIDE, max(size))
