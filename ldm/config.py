@@ -33,7 +33,7 @@ def load_config(
     paths: Sequence[str | Path],
     dotlist: Sequence[str] = (),
     *,
-    literals: Mapping[str, str | int] | None = None,
+    literals: Mapping[str, Any] | None = None,
 ) -> DictConfig:
     """Merges YAML files from left to right, then values as they are, then `a.b=value` overrides.
 
@@ -46,7 +46,7 @@ def load_config(
         for update in _read(Path(path)).values():
             config = OmegaConf.merge(_without_old_params(config, update), update)
     for key, value in (literals or {}).items():
-        OmegaConf.update(config, key, _escaped(value) if isinstance(value, str) else value)
+        OmegaConf.update(config, key, _escaped(value))
     for item in dotlist:
         key, equals, value = item.partition("=")
         if not equals or not all(key.strip().split(".")):
@@ -280,9 +280,13 @@ def _calls_resolver(text: str) -> bool:
     return False
 
 
-def _escaped(text: str) -> str:
-    """A text as OmegaConf takes it to mean just that text: every `${` is preceded by a backslash."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+def _escaped(value: Any) -> Any:
+    """Texts in a value as OmegaConf takes them to mean just these: every `${` is preceded by a backslash."""
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _read(path: Path, including: Sequence[Path] = ()) -> dict[Path, DictConfig]:

@@ -17,6 +17,7 @@ from ldm.reports.curves import read_curves
 from ldm.runs.job import run_job
 from ldm.runs.options import parse
 from ldm.schema import TrainerOptions
+from tests.factories import photos, with_concepts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,10 +41,13 @@ distributed.leave()
 """
 
 
-def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Path):
+@pytest.mark.parametrize("several", [False, True])
+def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Path, several: bool):
     (workdir / "worker.py").write_text(WORKER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = [*words, "data.params.prior_caption_dropout=0.5"]
+    if several:
+        words.append(with_concepts("tiny.yaml", photos(workdir / "rings")))
     two = ["name=two", "data.params.batch_size=1", "priors.folder=shared"]
     command = [*torchrun, "worker.py", str(ROOT), *words, *two]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -61,11 +65,13 @@ def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Pa
         assert steps == steps_two
         assert losses == pytest.approx(losses_two, rel=1e-4)
 
-    (mine,), (shared,) = Path("priors").iterdir(), Path("shared").iterdir()
-    assert sorted(p.name for p in mine.iterdir()) == sorted(p.name for p in shared.iterdir())
-    assert json.loads((shared / "manifest.json").read_text()) == json.loads(
-        (mine / "manifest.json").read_text()
-    )
+    sets = sorted(path.name for path in Path("priors").iterdir())
+    assert len(sets) == 1 + several and sets == sorted(path.name for path in Path("shared").iterdir())
+    for mine, shared in ((Path("priors", name), Path("shared", name)) for name in sets):
+        assert sorted(p.name for p in mine.iterdir()) == sorted(p.name for p in shared.iterdir())
+        assert json.loads((shared / "manifest.json").read_text()) == json.loads(
+            (mine / "manifest.json").read_text()
+        )
     names = {path.name for path in Path("logs").iterdir()}
     assert names == {"one", "two"}  # two processes, one folder
 
