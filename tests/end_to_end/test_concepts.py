@@ -1,6 +1,7 @@
 """main.py on several concepts: two subjects and a style, from a config to the report."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ldm.config import instantiate
 from ldm.errors import UserError
 from ldm.runs.inputs import read_inputs
 from ldm.runs.job import run_job
@@ -16,6 +18,7 @@ from ldm.storybook.subjects import new_subject, write_subject
 from scripts import generate_priors
 from tests.factories import photos, with_concepts
 
+ROOT = Path(__file__).resolve().parents[2]
 JUDGED = [
     "evaluation.target=ldm.evaluation.storybook.StorybookEvaluation",
     "evaluation.params={seeds: 1, class_samples: 2, steps: 1, batch_size: 16}",
@@ -106,3 +109,13 @@ def test_bad_input_is_found_before_any_work(several: list[str], word: str, messa
     with pytest.raises(UserError, match=message):
         run_job(parse([*several, word]))
     assert not Path("logs").exists() and not Path("priors").exists()
+
+
+def test_the_config_of_the_page_is_one(workdir: Path):
+    """docs/subjects.md: its YAML is merged over configs/dreambooth.yaml."""
+    page = (ROOT / "docs/subjects.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (workdir / "mine.yaml").write_text(block)
+    data = instantiate(parse(["--base", "mine.yaml"]).data)
+    assert [concept.name for concept in data.concepts] == ["sks dog", "zwx cat", "woodcut"]
+    assert [known.prompt for known in data.generated_classes] == ["a photo of a dog", "a photo of a cat"]
