@@ -163,6 +163,8 @@ def subject_captions(
     It raises UserError for a caption without the identifier, or where the identifier may be dropped.
     """
     identifier = reader.words["identifier"]
+    if shuffle is not None:
+        shuffle.check(prompt, identifier=identifier, where="subject_prompt")
 
     def captions(image: Path) -> Captions:
         found = reader(image)

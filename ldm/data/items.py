@@ -149,6 +149,8 @@ class ItemStream(Protocol):
 
     def caption(self, item: int) -> str: ...
 
+    def views(self) -> list[TrainingView]: ...
+
 
 class DreamBoothDataset(Dataset):
     """Index -> {"latent_stats" [2z, h, w] or "image" [3, H, W] in [-1, 1], "sizes" [6] (see

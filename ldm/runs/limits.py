@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 TOKENIZER = "ldm/storybook/assets/tokenizer"
 STYLE = "Metrics are of subjects, and a style has none"
+SOME_JUDGED = "So the judge's metrics are those of the others"
 UNJUDGED = "So there are no metrics of the judge, and what is drawn is no measure of the method"
 
 
@@ -36,15 +37,16 @@ def limits_of(
     judged = bool(evaluation) and issubclass(get_class(evaluation["target"]), StorybookEvaluation)
     styles = [c.name for c in data.concepts if c.is_style] if evaluation else []
     against = _reasons_against(data) if judged or _is_storybook(text_encoder) else {}
-    if len(styles) + len(against) == len(data.concepts) and evaluation and config.export.weights == "best":
-        said = [STYLE, *(reason for reasons in against.values() for reason in reasons)][not styles :]
+    none_judged = len(styles) + (len(against) if judged else 0) == len(data.concepts)
+    if none_judged and config.export.weights == "best":
+        said = [reason for reasons in against.values() for reason in reasons] or [STYLE]
         what = f"The best weights cannot be told. {'. '.join(said)}"
         raise UserError(what, where="export.weights", remedy="Set export.weights=last.")
     notes = [f"{name}: {STYLE}" for name in styles]
     for name, reasons in against.items():
         notes += reasons if len(data.concepts) == 1 else [f"{name}: {reason}" for reason in reasons]
     if against:
-        notes.append(UNJUDGED)
+        notes.append(UNJUDGED if len(styles) + len(against) == len(data.concepts) else SOME_JUDGED)
     if _is_storybook(text_encoder):
         notes += unknown_in(prompts, identifiers=[c.words["identifier"] for c in data.concepts])
     for note in notes:

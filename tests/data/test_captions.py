@@ -181,6 +181,8 @@ def test_parts_drop_out_but_the_head_never(folder: Path):
     assert set(shuffled(folder, "sks dog, sunny", part_dropout=1.0)) == {"sks dog"}
     with pytest.raises(UserError, match='"sks" is not among the first 1 parts of "sunny, sks dog".*a.txt'):
         shuffled(folder, "sunny, sks dog", part_dropout=0.1)
+    with pytest.raises(UserError, match='"sks" is not among the first 0 parts.*subject_prompt'):
+        shuffled(folder, "sks dog", keep=0, part_dropout=0.1)
 
 
 def test_what_an_item_says_follows_from_its_number(folder: Path):
