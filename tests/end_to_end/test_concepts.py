@@ -101,7 +101,7 @@ def test_metrics_of_each_and_the_bleeding_matrix_on_the_report(words: list[str],
         ),
         ("data.params.concepts.1.root=absent", "no such folder.*absent"),
         ("data.params.concepts.1.identifier=sks", '"sks" is the identifier of 2 concepts'),
-        ("samples.prompts=[a {thing}]", "Unknown placeholder.*samples.prompts.0"),
+        ("samples.prompts=['a {thing}']", "Unknown placeholder.*samples.prompts.0"),
         ("export.weights=best", "online evaluation"),
     ],
 )

@@ -143,7 +143,7 @@ def test_both_are_learnt_apart(metrics):
 
 def test_a_subject_with_the_other_s_looks_has_bled(metrics):
     found = metrics(bled)["concepts"]
-    assert found["zwx cat"]["bleeding"] > 0.6 and found["sks dog"]["bleeding"] <= 0
+    assert found["zwx cat"]["bleeding"] > 0.5 and found["sks dog"]["bleeding"] <= 0
     assert found["zwx cat"]["subject_fidelity"] < 0.1
 
 
