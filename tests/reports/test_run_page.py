@@ -195,6 +195,34 @@ def test_what_a_run_has_to_say_stands_at_the_top(tmp_path: Path):
     assert 'class="note"' not in write_report(tmp_path / "other.html", report()).read_text(encoding="utf-8")
 
 
+EACH = {
+    "sks dog": {"subject_fidelity": 0.9, "bleeding": 0.04, "intervals": {"subject_fidelity": [0.8, 0.95]}},
+    "zwx cat": {"subject_fidelity": 0.8, "bleeding": 0.0},
+}
+MATRIX = {
+    "trained": {"sks dog": {"sks dog": 0.9, "zwx cat": 0.06, "neither": 0.04}, "dog": {"zwx cat": 0.2}},
+    "base": {"sks dog": {"sks dog": 0.3, "zwx cat": 0.02, "neither": 0.6}, "dog": {"zwx cat": 0.1}},
+}
+
+
+def test_several_subjects_have_a_row_each_and_the_bleeding_matrix(tmp_path: Path):
+    metrics = METRICS | {"bleeding": 0.02, "concepts": EACH, "bleeding_matrix": MATRIX}
+    photos = {"sks dog": pictures(2), "zwx cat": pictures(2)}
+    page = write_report(tmp_path / "report.html", report(metrics=metrics, photos=photos)).read_text()
+    rows = [" ".join(row.split()) for row in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)]
+    head, cell = '<th scope="col">{}</th>', '<th scope="row">{}</th>'
+    names = "".join(map(head.format, ("Subject fidelity", "Bleeding")))
+    assert head.format("subject") + names in rows
+    assert cell.format("sks dog") + "<td>0.90 (0.80 to 0.95)</td><td>0.04</td>" in rows
+    assert cell.format("zwx cat") + "<td>0.80</td><td>0.00</td>" in rows
+    assert "".join(map(head.format, ("asked", "sks dog", "zwx cat", "neither"))) in rows
+    assert cell.format("sks dog") + "<td>0.90 (0.30)</td><td>0.06 (0.02)</td><td>0.04 (0.60)</td>" in rows
+    assert cell.format("dog") + "<td></td><td>0.20 (0.10)</td><td></td>" in rows
+    assert "<h3>zwx cat</h3>" in page and 'alt="Photo of zwx cat, 2"' in page
+    alone = write_report(tmp_path / "alone.html", report()).read_text()
+    assert "Each subject" not in alone and "<h2>Bleeding" not in alone and "<h3>sks dog</h3>" not in alone
+
+
 def test_it_begins_with_how_the_run_was_made(tmp_path: Path):
     text = " ".join(parsed(write_report(tmp_path / "report.html", report())).text)
     assert text.index("3 May 2026, 10:00") < text.index("python main.py --base 'my dog.yaml'")
