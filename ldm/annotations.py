@@ -62,6 +62,14 @@ def section_kind(annotation: Any) -> type | None:
     return annotation if is_class and annotation.__module__.startswith("ldm.") else None
 
 
+def section_in_list(annotation: Any) -> type | None:
+    """The class of ours in the annotation of a list, for which a config has a list of such mappings."""
+    if typing.get_origin(annotation) in (Union, UnionType):
+        return next((kind for kind in map(section_in_list, typing.get_args(annotation)) if kind), None)
+    inner = typing.get_args(annotation)
+    return section_kind(inner[0]) if typing.get_origin(annotation) in LISTS and inner else None
+
+
 def fits(value: Any, annotation: Any) -> bool:
     """Whether a value fits an annotation: an int fits float, a bool does not fit int."""
     kind, inner = typing.get_origin(annotation) or annotation, typing.get_args(annotation)

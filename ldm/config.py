@@ -20,7 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.annotations import Node, fits, named, node_kind, section_kind
+from ldm.annotations import Node, fits, named, node_kind, section_in_list, section_kind
 from ldm.errors import UserError
 from ldm.files import atomic_write
 from ldm.shipped import CONFIGS, find_file
@@ -34,7 +34,7 @@ def load_config(
     paths: Sequence[str | Path],
     dotlist: Sequence[str] = (),
     *,
-    literals: Mapping[str, object] | None = None,
+    literals: Mapping[str, Any] | None = None,
 ) -> DictConfig:
     """Merges YAML files from left to right, then values as they are, then `a.b=value` overrides.
 
@@ -47,7 +47,7 @@ def load_config(
         for update in _read(Path(path)).values():
             config = OmegaConf.merge(_without_old_params(config, update), update)
     for key, value in (literals or {}).items():
-        OmegaConf.update(config, key, _escaped(value) if isinstance(value, str) else value)
+        OmegaConf.update(config, key, _escaped(value))
     for item in dotlist:
         key, equals, value = item.partition("=")
         if not equals or not all(key.strip().split(".")):
@@ -119,13 +119,16 @@ def bound(node: DictConfig | Mapping[str, Any]) -> Any:
 def _built(kind: Callable[..., Any], params: Mapping[str, Any]) -> dict[str, Any]:
     """The params of a class, where a mapping stands for the class that annotates it as that object."""
     hints = hints_of(kind)
-    sections = {name: section_kind(hints.get(name, Any)) for name in params}
-    return {
-        name: section(**_built(section, value))
-        if (section := sections[name]) and isinstance(value, dict)
-        else value
-        for name, value in params.items()
-    }
+    return {name: _object(hints.get(name, Any), value) for name, value in params.items()}
+
+
+def _object(annotation: Any, value: Any) -> Any:
+    """A value of a parameter: an object for the mapping, or the list of mappings, of its class's params."""
+    if (section := section_kind(annotation)) and isinstance(value, dict):
+        return section(**_built(section, value))
+    if (section := section_in_list(annotation)) and isinstance(value, list):
+        return [section(**_built(section, item)) for item in value]
+    return value
 
 
 def param_of(node: Node, name: str) -> Any:
@@ -249,6 +252,11 @@ def _check_value(value: Any, annotation: Any, key: str) -> Iterator[UserError]:
     if section is not None and isinstance(value, dict):
         yield from _check_params(section, value, key)
         return
+    section = section_in_list(annotation)
+    if section is not None and isinstance(value, list):
+        for k, item in enumerate(value):
+            yield from _check_params(section, item, f"{key}.{k}")
+        return
     if not fits(value, annotation):
         yield UserError(f"{value!r} ({type(value).__name__}) should be {named(annotation)}", where=key)
     elif isinstance(value, float) and not math.isfinite(value):
@@ -286,9 +294,13 @@ def _calls_resolver(text: str) -> bool:
     return False
 
 
-def _escaped(text: str) -> str:
-    """A text as OmegaConf takes it to mean just that text: every `${` is preceded by a backslash."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+def _escaped(value: Any) -> Any:
+    """Texts in a value as OmegaConf takes them to mean just these: every `${` is preceded by a backslash."""
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _read(path: Path, including: Sequence[Path] = ()) -> dict[Path, DictConfig]:

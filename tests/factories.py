@@ -127,6 +127,19 @@ def run_config(
     return OmegaConf.to_container(OmegaConf.merge(config, sections))
 
 
+def with_concepts(path: str, second: Path) -> str:
+    """Writes a config to be merged after the one at `path`: two concepts and a style -> its name."""
+    first = OmegaConf.load(path).data.params.subject_root
+    concepts = [
+        {"root": first, "identifier": "sks", "class_word": "disc"},
+        {"root": str(second), "identifier": "zwx", "class_word": "ring"},
+        {"root": str(second), "identifier": "qpv", "class_word": None, "weight": 2, "name": "style"},
+    ]
+    params = dict.fromkeys(("subject_root", "class_word", "identifier")) | {"concepts": concepts}
+    OmegaConf.save(OmegaConf.create({"data": {"params": params}}), "concepts.yaml")
+    return "concepts.yaml"
+
+
 def build_module(
     params: Mapping[str, Any], kind: type[LatentDiffusion] = LatentDiffusion, **more: Any
 ) -> LatentDiffusion:

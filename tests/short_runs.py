@@ -70,10 +70,9 @@ class Job:
         for name, network in module.networks.items():
             network.load_state_dict(self.weights[name])
         module.add_learned_token()
+        single = {"subject_root": str(self.subject), "class_word": "disc", "identifier": self.identifier}
         data = DreamBoothDataModule(
-            subject_root=str(self.subject),
-            class_word="disc",
-            identifier=self.identifier,
+            **({} if "concepts" in self.data else single),
             size=16,
             batch_size=self.batch_size,
             num_priors=0,

@@ -105,16 +105,12 @@ def test_drawing_leaves_a_training_run_as_it_was(tiny_config, tiny_networks, mix
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
-class Data:
-    prior_prompt, size = "a photo of a dog", 16
-
-
 def test_prior_images_and_samples_are_drawn_in_their_own_precision(pipeline, tmp_path):
     """It is part of a prior set's name, and both kinds of drawing hand it on."""
 
     def priors(device: str, **settings) -> PriorSet:
         drawing = PriorsConfig(folder=str(tmp_path), steps=2, **settings)
-        return prior_set(Data, drawing, base_sha256="ab", device=torch.device(device))
+        return prior_set("a photo of a dog", drawing, size=16, base_sha256="ab", device=torch.device(device))
 
     on_cpu, on_gpu = priors("cpu"), priors("cuda")
     assert on_cpu.folder == priors("cpu", precision="fp32").folder != on_gpu.folder

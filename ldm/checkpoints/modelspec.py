@@ -25,7 +25,7 @@ PREDICTION_TYPES = {"eps": "epsilon", "v": "v"}
 IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"  # whose tensor names the file has
 XL_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 CLIP_VOCABULARY = 49408
-PRIVATE = ("_root", "folder", "cache", "base_checkpoint", "base_parts")  # keys with paths end so
+PRIVATE = ("root", "folder", "captions", "cache", "base_checkpoint", "base_parts")  # keys with paths end so
 SAMPLING_DEFAULTS = {  # usual ones; spacing None: as suits the sampler
     "sampler": "ddim",
     "spacing": None,
@@ -114,7 +114,14 @@ def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if not key.endswith(PRIVATE) and not (key in NETWORKS and isinstance(value, dict))
     }
-    return {key: _shareable(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    return {key: _without_paths(value) for key, value in kept.items()}
+
+
+def _without_paths(value: Any) -> Any:
+    """`_shareable` of a mapping, also in lists."""
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    return _shareable(value) if isinstance(value, dict) else value
 
 
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ldm.runs.command import read_command
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Generates the missing images; prints their folder."""
+    """Generates the missing images; prints their folders."""
     given = read_command(words, description=__doc__)
     from ldm.engine import distributed, signals
     from ldm.runs.generate_set import generate_set
@@ -22,9 +22,9 @@ def main(words: Sequence[str] | None = None) -> None:
     signals.stop_at_once()
     config = config_of(given)
     distributed.launch(config.trainer)
-    folder = generate_set(config)
+    folders = generate_set(config)
     if distributed.rank() == 0:
-        print(folder)
+        print(*folders, sep="\n")
     distributed.leave()
 
 

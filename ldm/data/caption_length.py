@@ -1,7 +1,7 @@
 """Captions that are longer than the text encoder reads: what is cut off of them is said, before training."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ldm.data.dreambooth import DreamBoothDataModule
@@ -20,10 +20,10 @@ class Reader(Protocol):
         """The end of a prompt that is not read; None if all of it is."""
 
 
-def check_lengths(prompts: Mapping[str, str], reader: Reader, *, identifier: str) -> None:
+def check_lengths(prompts: Mapping[str, str], reader: Reader, *, identifiers: Sequence[str]) -> None:
     """Warns of prompts, where they stand -> their text, that the text encoder reads only in part.
 
-    Raises UserError where the identifier is in the part that is cut off, so that the prompt would mean the
+    Raises UserError where an identifier is in the part that is cut off, so that the prompt would mean the
     class.
     """
     for where, prompt in prompts.items():
@@ -31,21 +31,24 @@ def check_lengths(prompts: Mapping[str, str], reader: Reader, *, identifier: str
         if cut is None:
             continue
         read = prompt[: len(prompt) - len(cut)]
-        if contains(prompt, identifier) and not contains(read, identifier):
-            what = (
-                f'The text encoder reads {length} tokens, and the identifier "{identifier}" comes after them'
-            )
-            raise UserError(f'{what}: "{cut}" is cut off', where=where, remedy="Write it earlier.")
+        for word in identifiers:
+            if contains(prompt, word) and not contains(read, word):
+                what = f'The text encoder reads {length} tokens, and the identifier "{word}" comes after them'
+                raise UserError(f'{what}: "{cut}" is cut off', where=where, remedy="Write it earlier.")
         log.warning('%s: the text encoder reads %d tokens, so "%s" is cut off', where, length, cut)
 
 
 def prompts_of(data: DreamBoothDataModule) -> dict[str, str]:
     """The prompts and captions that a run trains on, by where they stand: a key of the config, or a file."""
-    found = {"subject_prompt": data.subject_prompt}
-    given = data.prior_images if data.prior_batch_size and data.prior_root is not None else ()
-    if data.prior_batch_size:
-        found["prior_prompt"] = data.prior_prompt
-    if data.captions:
-        files = {image.path.with_suffix(".txt"): image.caption for image in (*data.subject_photos, *given)}
-        found |= {str(file): caption for file, caption in files.items() if file.exists()}
+    found = {}
+    for concept in data.concepts:
+        found[f"{concept.within}subject_prompt"] = concept.subject_prompt
+        if data.prior_batch_size and concept.prior_prompt is not None:
+            found[f"{concept.within}prior_prompt"] = concept.prior_prompt
+    given = [image for known in data.given_classes for image in data.images.of_class(known)]
+    for image in (*data.subject_photos, *given):
+        if image.captions.is_own:
+            where, texts = str(image.captions.file or image.path), image.captions.texts
+            names = [where, *(f"{where}, caption {k}" for k in range(2, len(texts) + 1))]
+            found |= zip(names, texts, strict=True)
     return found

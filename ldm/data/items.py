@@ -11,17 +11,18 @@ divided among ranks and micro-batches; so resuming only means starting at anothe
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from math import floor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ldm.data.captions import Captions, CaptionShuffle, draw_caption
 from ldm.data.images import fit_image, list_images, load_image, square_crop, to_tensor, upright_size
 from ldm.files import file_sha256
 from ldm.randomness import generator
@@ -35,11 +36,11 @@ VALIDATION_START = 2**32  # steps and items from here on are for validation; no 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """An image file and its caption, identified by its content rather than its name."""
+    """An image file and its captions, identified by its content rather than its name."""
 
     path: Path
     sha256: str  # of the file
-    caption: str
+    captions: Captions
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class Stream:
     empty_share: float = 0.0  # share of the items whose caption is empty, spread evenly over them
     held_out: tuple[SourceImage, ...] = ()  # images of the validation items
     of_class: Callable[[str], str] | None = None  # a caption of the subject -> one of its class
+    shuffle: CaptionShuffle | None = None  # of the parts of captions
+    label: str = ""  # tells the draws of several concepts' streams apart
 
     def view(self, item: int) -> TrainingView:
         """The view of an item. Items go over the images in random order, one epoch after the other."""
@@ -121,11 +124,11 @@ class Stream:
         `empty_share` is exact among consecutive items: with 0.25 every fourth has an empty caption, so a step
         of four prior items has one, at the same position.
         """
-        share = Fraction(self.empty_share).limit_denominator(1000)
-        if floor((item + 1) * share) > floor(item * share):
+        if is_among_share(item, self.empty_share):
             return ""
-        dropped = torch.rand((), generator=self._draws(item, "dropout")) < self.caption_dropout
-        return "" if dropped else self.view(item).source.caption
+        if torch.rand((), generator=self._draws(item, "dropout")) < self.caption_dropout:
+            return ""
+        return draw_caption(self.view(item).source.captions, self.shuffle, partial(self._draws, item))
 
     def captions(self, item: int) -> dict[str, str]:
         """{"caption", "class_caption"}: what the network is told of an item, and what the base is."""
@@ -140,7 +143,25 @@ class Stream:
         return [TrainingView(p, self.size, v, f, self.seed) for p in sources for v in crops for f in flips]
 
     def _draws(self, item: int, what: str) -> torch.Generator:
-        return generator(self.seed, item, f"{self.name}/{what}")
+        return generator(self.seed, item, f"{self.name}{self.label}/{what}")
+
+
+def is_among_share(item: int, share: float) -> bool:
+    """Whether an item is one of this share of all items, which are spread evenly: every fourth of 0.25."""
+    exact = Fraction(share).limit_denominator(1000)
+    return floor((item + 1) * exact) > floor(item * exact)
+
+
+class ItemStream(Protocol):
+    """What a data set needs of a stream: `Stream`, or `ldm.data.concepts.MixedStream` of several."""
+
+    size: int
+
+    def view(self, item: int) -> TrainingView: ...
+
+    def captions(self, item: int) -> dict[str, str]: ...
+
+    def views(self) -> list[TrainingView]: ...
 
 
 class DreamBoothDataset(Dataset):
@@ -154,7 +175,7 @@ class DreamBoothDataset(Dataset):
 
     def __init__(
         self,
-        streams: Mapping[StreamName, Stream],
+        streams: Mapping[StreamName, ItemStream],
         latent_stats: Mapping[str, Tensor] | None = None,
         online_priors: Callable[[Sequence[int]], Sequence[Tensor]] | None = None,
         *,
@@ -233,11 +254,11 @@ class ItemBatches(Sampler[list[Index]]):
 
 
 def read_source_images(
-    folder: str | Path, *, caption: Callable[[Path], str], skip_unreadable: bool = False
+    folder: str | Path, *, captions: Callable[[Path], Captions], skip_unreadable: bool = False
 ) -> tuple[SourceImage, ...]:
     """The images of a folder with their captions, sorted by name."""
     paths = list_images(find_file(folder), skip_unreadable=skip_unreadable)
-    return tuple(SourceImage(path, file_sha256(path), caption(path)) for path in paths)
+    return tuple(SourceImage(path, file_sha256(path), captions(path)) for path in paths)
 
 
 @lru_cache(maxsize=4096)

@@ -59,6 +59,9 @@ class PriorSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+PriorGenerators = Callable[[PriorSpec], GenerateImages]  # of any set
+
+
 @dataclass(frozen=True)
 class PriorImage:
     """A complete image of a set."""

@@ -1,15 +1,19 @@
-"""Prompts: templates with identifier and class word, caption files, and checks of what users write."""
+"""Prompts: templates with identifier and class word, lists of them, and checks of what users write."""
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from ldm.errors import UserError
 from ldm.shipped import CONFIGS, find_file
 
+Words = Mapping[str, str | None]  # {identifier} and {class_word}
+
 log = logging.getLogger(__name__)
 
 SUBJECT_TEMPLATE = "a photo of {identifier} {class_word}"  # Ruiz et al. 2023, section 3.2: "a [V] [class]"
+STYLE_TEMPLATE = "a picture in the style of {identifier}"  # of what has no class
 PRIOR_TEMPLATE = "a photo of a {class_word}"
 BEFORE_A_PHRASE = frozenset("and as at behind beside by for from in like near of on or to under with".split())
 # Words that every base model knows: an identifier should not have a meaning already.
@@ -45,24 +49,36 @@ def fill(template: str, *, identifier: str | None, class_word: str | None) -> st
     return re.sub(r"\{([^{}]*)\}", word, template)
 
 
-def check_prompts(*, identifier: str, class_word: str, subject_prompt: str, prior_prompt: str | None) -> None:
-    """Checks filled prompts. Raises UserError if the identifier cannot be learned; warns of bad choices."""
+def check_prompts(
+    *,
+    identifier: str,
+    class_word: str | None,
+    subject_prompt: str,
+    prior_prompt: str | None,
+    within: str = "",
+) -> None:
+    """Checks filled prompts. Raises UserError if the identifier cannot be learned; warns of bad choices.
+
+    class_word: None is that of a style. within: what comes before the keys in messages, "concepts.0.".
+    """
     for name, value in (("identifier", identifier), ("class_word", class_word)):
-        if not value.strip():
-            raise UserError("The word is empty", where=name, remedy="Give one, such as sks or dog.")
-    require_identifier(subject_prompt, identifier=identifier, where="subject_prompt")
+        if value is not None and not value.strip():
+            where = f"{within}{name}"
+            raise UserError("The word is empty", where=where, remedy="Give one, such as sks or dog.")
+    require_identifier(subject_prompt, identifier=identifier, where=f"{within}subject_prompt")
     if identifier.lower() in COMMON_WORDS:
-        log.warning("identifier: %r is a common word with its own meaning; choose a rare one.", identifier)
+        warning = "%sidentifier: %r is a common word with its own meaning; choose a rare one."
+        log.warning(warning, within, identifier)
     if prior_prompt is None:
         return
     if contains(prior_prompt, identifier):
         raise UserError(
             f'The identifier "{identifier}" is in the prompt of the class, "{prior_prompt}"',
-            where="prior_prompt",
+            where=f"{within}prior_prompt",
             remedy="Remove it.",
         )
-    if not contains(prior_prompt, class_word):
-        log.warning("prior_prompt: %r does not name the class %r.", prior_prompt, class_word)
+    if class_word is not None and not contains(prior_prompt, class_word):
+        log.warning("%sprior_prompt: %r does not name the class %r.", within, prior_prompt, class_word)
 
 
 def require_identifier(caption: str, *, identifier: str, where: object) -> None:
@@ -97,17 +113,6 @@ def class_caption(caption: str, *, identifier: str, class_word: str) -> str:
     return re.sub(named, of_class, caption, flags=re.IGNORECASE)
 
 
-def read_caption(image: Path, *, identifier: str, class_word: str) -> str | None:
-    """The filled caption in the .txt file beside an image; None without such a file."""
-    path = image.with_suffix(".txt")
-    if not path.exists():
-        return None
-    caption = " ".join(_read_text(path).split())
-    if not caption:
-        raise UserError("The caption is empty", where=path, remedy="Write one, or remove the file.")
-    return fill(caption, identifier=identifier, class_word=class_word)
-
-
 def read_prompts(file: str | Path, *, identifier: str | None, class_word: str | None) -> list[str]:
     """Filled prompts of a text file, one per line; empty lines and lines that begin with # are skipped.
 
@@ -118,14 +123,15 @@ def read_prompts(file: str | Path, *, identifier: str | None, class_word: str | 
     if path is None:
         names = ", ".join(sorted(p.stem for p in named.glob("*.txt"))) or "none"
         raise UserError("There is no such prompt file", where=file, remedy=f"Known names: {names}.")
-    lines = [line.strip() for line in _read_text(path).splitlines()]
+    lines = [line.strip() for line in read_text(path).splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise UserError("The file contains no prompt", where=path, remedy="Write one per line.")
     return [fill(prompt, identifier=identifier, class_word=class_word) for prompt in prompts]
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises UserError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

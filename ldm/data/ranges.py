@@ -1,4 +1,4 @@
-"""Ranges of the data section's numbers, for those who build a data module without a config."""
+"""Ranges of a data module's numbers, which a config's schema says too, for those who build one in Python."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,22 +14,22 @@ LEAST = {
     "accumulate": 1,
     "validation_batches": 0,
 }
+SHARES = ("caption_dropout", "prior_caption_dropout")
 
 
-def check_ranges(settings: Mapping[str, Any], *, size_multiple: int) -> None:
-    """Raises UserError for a number out of its range. size_multiple: pixels, of which size is a multiple."""
+def check_ranges(values: Mapping[str, Any], *, size_multiple: int) -> None:
+    """Raises UserError for the first number out of its range. values: attributes of a data module."""
     for name, bound in LEAST.items():
-        if settings[name] < bound:
+        if values[name] < bound:
             remedy = f"It must be at least {bound}."
-            raise UserError(f"{name} is {settings[name]}", where=name, remedy=remedy)
-    if settings["crop_variants"] is not None and settings["crop_variants"] < 1:
+            raise UserError(f"{name} is {values[name]}", where=name, remedy=remedy)
+    if values["crop_variants"] is not None and values["crop_variants"] < 1:
         raise UserError("There is no crop to choose", where="crop_variants", remedy="Choose 1 or more.")
-    size = settings["size"]
+    size = values["size"]
     if size % size_multiple:
         near = max(size_multiple, round(size / size_multiple) * size_multiple)
         remedy = f"It must be a multiple of {size_multiple}; {near} is near."
         raise UserError(f"size is {size} pixels", where="size", remedy=remedy)
-    for name in ("caption_dropout", "prior_caption_dropout"):
-        if not 0 <= settings[name] <= 1:
-            remedy = "Choose from 0 to 1."
-            raise UserError(f"{settings[name]} is not a share", where=name, remedy=remedy)
+    for name in SHARES:
+        if not 0 <= values[name] <= 1:
+            raise UserError(f"{values[name]} is not a share", where=name, remedy="Choose from 0 to 1.")

@@ -42,7 +42,10 @@ def settings_of(evaluation: "Evaluation") -> dict[str, Any]:
 
 
 class Evaluation(Protocol):
-    """`subject`, `measure` of the base and the trained model, then `summary`; or `measure_images` alone."""
+    """`subject`, `measure` of the base and the trained model, then `summary`; or `measure_images` alone.
+
+    For runs of several subjects it may have a method `bleeding` (see `StorybookEvaluation.bleeding`).
+    """
 
     better: ClassVar[Mapping[str, Better]]  # of the numbers that `summary` gives
     guidance_base: bool  # `measure` needs the base's unconditional prediction

@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.annotations import NonNegativeFloat, PositiveInt, Seed
 from ldm.diffusion.schedule import Spacing
 from ldm.errors import UserError
+from ldm.evaluation.bleeding import bleeding_of, matrix_of
 from ldm.evaluation.metrics import (
     Interval,
     Reading,
@@ -74,6 +75,7 @@ class ClassImages:
 class Measurement:
     """The judge's readings of one model's samples: S seeds, C contexts, N samples of the class."""
 
+    reading: Reading  # of the subject's samples, attribute -> [S * C]
     fidelity: Tensor  # [S, C] share of the subject's attributes
     context: Tensor  # [S, C] 1 where the context is that of the prompt
     carries: Tensor  # [N] 1 where a sample of the class shows the subject
@@ -138,7 +140,7 @@ class StorybookEvaluation:
 
     better: ClassVar[Mapping[str, Better]] = {
         **dict.fromkeys(("subject_fidelity", "prompt_fidelity", "diversity_ratio"), "higher"),
-        **dict.fromkeys(("class_drift", "background_leak"), "lower"),
+        **dict.fromkeys(("class_drift", "background_leak", "bleeding"), "lower"),
         **{
             f"{name}{how}": "lower"
             for name in ("class_shift", "class_shift_frechet")
@@ -209,6 +211,7 @@ class StorybookEvaluation:
         of_class = self._of_class(pipeline, prompts, first_seed=self.seed)
         other = self._of_class(pipeline, prompts, first_seed=self.seed + OTHER_SEEDS) if is_base else None
         return Measurement(
+            reading=reading,
             fidelity=subject_fidelity(reading, subject.attributes).view(self.seeds, -1),
             context=(reading["context"] == asked).float().view(self.seeds, -1),
             carries=carries_subject(of_class[""].reading, subject.attributes),
@@ -239,6 +242,27 @@ class StorybookEvaluation:
             "ceiling": {"subject_fidelity": subject.ceiling},
             "judge": self.judge.accuracy,
         }
+
+    def bleeding(
+        self,
+        after: Mapping[str, Measurement],
+        base: Mapping[str, Measurement],
+        *,
+        subjects: Mapping[str, Subject],
+        class_words: Mapping[str, str],
+    ) -> Metrics:
+        """Which subject's attributes are drawn when another is asked for, or a class; all by subject's name.
+
+        -> {"bleeding": name -> rise over the base, "bleeding_matrix": {"trained", "base"}: asked -> drawn}.
+        """
+        wanted = {name: subject.attributes for name, subject in subjects.items()}
+
+        def matrix(measured: Mapping[str, Measurement]) -> dict[str, dict[str, float]]:
+            of_class = {class_words[name]: found.of_class[""].reading for name, found in measured.items()}
+            return matrix_of({name: found.reading for name, found in measured.items()}, of_class, wanted)
+
+        matrices = {"trained": matrix(after), "base": matrix(base)}
+        return {"bleeding": bleeding_of(**matrices, names=list(wanted)), "bleeding_matrix": matrices}
 
     def score(self, metrics: Mapping[str, float]) -> float:
         """Subject fidelity x prompt fidelity, minus what the class has lost.

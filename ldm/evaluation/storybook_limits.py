@@ -51,10 +51,10 @@ def likeness(photos: Sequence[Image.Image], judge: Judge) -> float:
     return sum(found) / len(found)
 
 
-def unknown_in(prompts: Mapping[str, str], *, identifier: str) -> list[str]:
+def unknown_in(prompts: Mapping[str, str], *, identifiers: Sequence[str]) -> list[str]:
     """A sentence for each prompt, where it stands -> text, with words that the storybook has never seen."""
     places = ", ".join(CONTEXTS)
-    found = {where: unknown_words(text, identifier=identifier) for where, text in prompts.items()}
+    found = {where: unknown_words(text, identifiers=identifiers) for where, text in prompts.items()}
     return [
         f"{where}: the storybook has never seen {', '.join(map(repr, words))}; its places are {places}"
         for where, words in found.items()

@@ -129,6 +129,15 @@ METRICS = {
         (-0.2, 1),
         _rises(0.05),
     ),
+    "bleeding": MetricNote(
+        "Bleeding",
+        "difference of shares",
+        "Rise in the share of samples of a subject that show another subject's attributes; 0 is best.",
+        "above 0.05: the subjects take on each other's looks",
+        "Train for fewer steps, or teach each subject in a run of its own.",
+        (-0.2, 1),
+        _rises(0.05),
+    ),
     "diversity_ratio": MetricNote(
         "Diversity",
         "ratio to the base",

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ldm.files import atomic_write
 from ldm.reports.charts import chart, gauge, together
+from ldm.reports.concept_tables import bleeding_table, concept_rows
 from ldm.reports.curves import Curve, finite, is_flat
 from ldm.reports.metric_notes import METRICS, UNGUIDED, curve_notes, measured, notes_of, signs_of_trouble
 from ldm.reports.render import render
@@ -36,13 +37,13 @@ class Row(NamedTuple):
 class Report:
     """What the page shows.
 
-    facts: name -> value, what stands at the top: date, command, base. metrics: those of metrics.json.
-    config: as YAML. previews: a grid for each of `preview_steps`.
+    facts: name -> value, what stands at the top: date, command, base. photos: those of each concept by its
+    name. metrics: those of metrics.json. config: as YAML. previews: a grid for each of `preview_steps`.
     """
 
     title: str
     facts: Mapping[str, str]
-    subject: Images
+    photos: Mapping[str, Images]
     priors: Images
     rows: Sequence[Row]
     metrics: Mapping[str, Any]
@@ -62,7 +63,9 @@ def write_report(path: Path, report: Report) -> Path:
         notes=metrics.get("notes", []),
         cards=cards(metrics),
         other_sampling=other_sampling(metrics),
-        subject=shown["subject"],
+        photos={name: shown["photos", name] for name in report.photos},
+        concepts=concept_rows(metrics),
+        bleeding=bleeding_table(metrics),
         samples=[
             {
                 "prompt": row.prompt,
@@ -92,7 +95,9 @@ def _groups(report: Report) -> Iterator[tuple[Any, Group]]:
         alts = [f"{shorten(what, ALT_LENGTH)}, {k}" for k in range(1, len(images) + 1)]
         return Group(images, alts, width, height)
 
-    yield "subject", group(report.subject, "Photo of the subject", PHOTO_SIDE, PHOTO_SIDE)
+    for name, photos in report.photos.items():
+        what = "Photo of the subject" if len(report.photos) == 1 else f"Photo of {name}"
+        yield ("photos", name), group(photos, what, PHOTO_SIDE, PHOTO_SIDE)
     yield "priors", group(report.priors, "Prior image", PHOTO_SIDE, PHOTO_SIDE)
     for k, row in enumerate(report.rows):
         for when, images in (("before", row.before), ("after", row.after)):

@@ -9,7 +9,8 @@ from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import ImageFiles
 from ldm.errors import UserError
 from ldm.evaluation.memo import ImageMemo, MemoPipeline
-from ldm.evaluation.protocol import Evaluation, SubjectPrompts
+from ldm.evaluation.protocol import Evaluation
+from ldm.evaluation.subjects import JudgedSubjects
 from ldm.pipeline import Text2Image
 from ldm.schema import RunConfig
 from ldm.targets import get_class
@@ -40,7 +41,7 @@ def evaluation_nodes(config: RunConfig) -> dict[str, Node]:
 
 class BeforeAfterEvaluation:
     """Evaluates the images of a run by the config's `evaluation`; there are no metrics without one, and none
-    of a subject that it cannot judge.
+    of a subject that it cannot judge, or of a style.
 
     pipeline: whether the base gives the unconditional prediction -> the pipeline. The constructor reads the
     judge and the photos, so errors in them are raised before long work. base: names the base and how it is
@@ -60,20 +61,19 @@ class BeforeAfterEvaluation:
         self.evaluation: Evaluation | None = instantiate(evaluation) if evaluation else None
         if self.evaluation is None:
             return
-        photos = ImageFiles(photo.path for photo in data.subject_photos)
-        self.prompts = SubjectPrompts(data.subject_prompt, data.prior_prompt, **data.words)
-        if self.evaluation.unfit(photos, self.prompts):
+        photos = {name: ImageFiles(p.path for p in found) for name, found in data.images.photos.items()}
+        self.judged = JudgedSubjects(self.evaluation, data.concepts, photos)
+        if not self.judged.subjects:
             self.evaluation = None
             return
         self.pipeline = pipeline(self.evaluation.guidance_base)
         self.base_pipeline = pipeline(False)  # of the base, both predictions are the base's anyway
         self.base_memo = self._of_bases.setdefault(base, ImageMemo()) if base else ImageMemo()
-        self.subject = self.evaluation.subject(photos)
 
     def before(self) -> None:
         """Evaluates the untouched base."""
         if self.evaluation is not None:
-            self.base = self._measure(MemoPipeline(self.base_pipeline, self.base_memo), is_base=True)
+            self.base = self.judged.measure(MemoPipeline(self.base_pipeline, self.base_memo), is_base=True)
 
     def after(self, memo: ImageMemo | None = None) -> Mapping[str, Any]:
         """The metrics of `metrics.json`, with those of the base; call `before` first.
@@ -83,11 +83,8 @@ class BeforeAfterEvaluation:
         if self.evaluation is None:
             return {}
         pipeline = MemoPipeline(self.pipeline, ImageMemo() if memo is None else memo)
-        return self.evaluation.summary(self._measure(pipeline), self.base, self.subject)
+        return self.judged.summary(self.judged.measure(pipeline), self.base)
 
     def noise_floor(self) -> Mapping[str, float]:
         """What the metrics of a shift are by chance, by this number of samples; call `before` first."""
-        return self.evaluation.summary(self.base, self.base, self.subject).get("noise_floor", {})
-
-    def _measure(self, pipeline: MemoPipeline, *, is_base: bool = False) -> Any:
-        return self.evaluation.measure(pipeline, subject=self.subject, prompts=self.prompts, is_base=is_base)
+        return self.judged.summary(self.base, self.base).get("noise_floor", {})

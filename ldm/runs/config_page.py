@@ -14,7 +14,9 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.annotations import named, node_kind, section_kind
+from ldm.annotations import named, node_kind, section_in_list, section_kind
+from ldm.data.captions import CaptionShuffle
+from ldm.data.concepts import ConceptConfig
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.diffusion.process import ProcessConfig
 from ldm.evaluation.photos import PhotoEvaluation
@@ -49,6 +51,8 @@ NODES = {  # where a node usually stands -> the class that its target names
     "model.params.trainable.adapter": Adapter,
     "model.params.trainable.learned_token.params": LearnedToken,
     "data.params": DreamBoothDataModule,
+    "data.params.concepts": ConceptConfig,
+    "data.params.caption_shuffle": CaptionShuffle,
     "evaluation.params (storybook)": StorybookEvaluation,
     "evaluation.params (photos)": PhotoEvaluation,
 }
@@ -126,6 +130,8 @@ def _defaults(kind: type) -> Iterator[tuple[str, Any]]:
 def _kind(hint: Any) -> str:
     if is_dataclass(hint) or section_kind(hint) is not None:
         return "section, below"
+    if section_in_list(hint) is not None:
+        return "list of sections, below"
     return "node" if node_kind(hint) else named(hint).replace("NoneType", "null").replace("None", "null")
 
 

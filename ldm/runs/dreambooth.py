@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from ldm.annotations import Node
 from ldm.conditioner import clip_skip_of
 from ldm.config import param_of
 from ldm.data.caption_length import check_lengths, prompts_of
+from ldm.data.concepts import PriorClass, filled_for
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import ImageFiles
 from ldm.data.priors import PriorSet
-from ldm.data.prompts import fill
 from ldm.engine import distributed
 from ldm.engine.device import peak_memory_mib
 from ldm.evaluation.memo import ImageMemo
@@ -46,9 +47,10 @@ SHOWN_PRIORS = 32  # in the report
 
 def titles_of(config: RunConfig, data: DreamBoothDataModule) -> dict[str, str]:
     """The phases that a run says, by the timer's name."""
-    samples = len(config.samples.prompts) * config.samples.n
+    samples = len(filled_for(config.samples.prompts, data.concepts)) * config.samples.n
+    classes = ", ".join(f"`{known.prompt}`" for known in data.generated_classes)
     titles = {
-        "prior_images": f"Prior images: {data.num_priors} of `{data.prior_prompt}`",
+        "prior_images": f"Prior images: {data.num_priors} of {classes}",
         "samples_before": f"Samples of the untouched base: {samples}",
         "figures_before": "Metrics of the untouched base",
         "encoding": "Photos and prior images to latents",
@@ -56,7 +58,7 @@ def titles_of(config: RunConfig, data: DreamBoothDataModule) -> dict[str, str]:
         "samples_after": f"Samples of the trained model: {samples}",
         "figures_after": "Metrics of the trained model",
     }
-    absent = set() if data.generates_priors else {"prior_images"}
+    absent = set() if data.generated_classes else {"prior_images"}
     absent |= set() if config.evaluation else {"figures_before", "figures_after"}
     absent |= set() if data.cache_latents else {"encoding"}
     return {name: title for name, title in titles.items() if name not in absent}
@@ -97,19 +99,20 @@ class DreamBoothRun:
             self.online_eval = OnlineEvalCallback(evaluation, config.online_eval, watch)
         self.samples = config.samples
         self.sample_pipeline = self._pipeline(self.samples.guidance_base)  # of samples and previews
-        self.prompts = [fill(prompt, **data.words) for prompt in self.samples.prompts]
+        self.prompts = filled_for(self.samples.prompts, data.concepts)
         said = prompts_of(data) | {f"samples.prompts.{k}": prompt for k, prompt in enumerate(self.prompts)}
-        check_lengths(said, module.cond_stage_model, identifier=data.words["identifier"])
+        identifiers = [concept.words["identifier"] for concept in data.concepts]
+        check_lengths(said, module.cond_stage_model, identifiers=identifiers)
         self.notes = limits_of(config, module.cond_stage_model, data, said)
 
     def __call__(self) -> list[Path]:
         """-> the paths that rank 0 writes: contact sheet, model file, report."""
         with self.timer("prior_images"):
-            priors = self._priors() if self.data.generates_priors else None
+            priors = [self._priors(known) for known in self.data.generated_classes]
         generate = None
         if self.data.online_priors:
             base = frozen(self.pipeline)
-            generate = prior_generator(priors.spec, base, batch_size=self.data.prior_batch_size)
+            generate = partial(prior_generator, pipeline=base, batch_size=self.data.prior_batch_size)
         self.data.attach(
             encode=self.module.encode_images,
             vae_hash=self.base_hash,
@@ -146,13 +149,13 @@ class DreamBoothRun:
             self._guided = text2image(self.module, size=self.data.size, guidance_base=base)
         return self._guided
 
-    def _priors(self) -> PriorSet:
-        """The prior images; missing ones are generated."""
+    def _priors(self, known: PriorClass) -> PriorSet:
+        """The prior images of a class; missing ones are generated."""
         config = self.config.priors
         text = self.module.cond_stage_model
-        about = {"unconditional": text.unconditional, "clip_skip": clip_skip_of(text)}
+        about = {"unconditional": text.unconditional, "clip_skip": clip_skip_of(text), "size": self.data.size}
         about |= {"base_sha256": self.base_hash, "device": self.module.device}
-        priors = prior_set(self.data, config, **about)
+        priors = prior_set(known.prompt, config, **about)
         generate_priors(self.pipeline, priors, self.data.num_priors, batch_size=config.batch_size)
         return priors
 
@@ -192,7 +195,8 @@ class DreamBoothRun:
         best = history[best_of(history)]["step"] if history else None
         if best is not None and self.config.export.weights == "best":
             run.load_best_weights(self.module, self.folder, best)
-        about = {"size": self.data.size, "words": self.data.words, "base_hash": self.base_hash}
+        trigger = ", ".join(concept.trigger for concept in self.data.concepts)
+        about = {"size": self.data.size, "trigger_phrase": trigger, "base_hash": self.base_hash}
         model = run.export(self.module, self.config, self.folder, **about)
         with self.timer("samples_after"):
             after = generate_samples(self.sample_pipeline, self.samples, self.prompts, progress=True)
@@ -212,7 +216,7 @@ class DreamBoothRun:
             "seconds": self.timer.seconds,
             "peak_memory_mib": max(self.timer.peak_mib.values(), default=round(peak_memory_mib(), 1)),
             "phase_peak_memory_mib": self.timer.peak_mib,
-            "prior_images": self.data.num_priors if self.data.generates_priors else 0,
+            "prior_images": self.data.num_priors * len(self.data.generated_classes),
             **({"notes": self.notes} if self.notes else {}),
         }
         run.write_json(self.folder / "metrics.json", metrics)
@@ -222,13 +226,20 @@ class DreamBoothRun:
     def _report(self, before: run.SampleGrid, after: run.SampleGrid, metrics: Mapping[str, Any]) -> Path:
         """Writes the report -> report.html."""
         pairs = zip(before, after, strict=True)
-        of_class = self.data.prior_batch_size and not self.data.priors_show_subject
-        priors = self.data.prior_images[:SHOWN_PRIORS] if of_class else ()
+        classes = self.data.classes if self.data.prior_batch_size else ()
+        priors = [
+            image
+            for known in classes
+            for image in self.data.images.of_class(known)[: -(-SHOWN_PRIORS // len(classes))]
+        ]
         previews = sorted(self.folder.glob("samples/step-*.png"))
         report = Report(
-            title=f"{self.folder.name}: {self.data.subject_prompt}",
+            title=f"{self.folder.name}: {', '.join(c.subject_prompt for c in self.data.concepts)}",
             facts=run_facts(self.config, self.data, self.folder, base_hash=self.base_hash),
-            subject=ImageFiles(photo.path for photo in self.data.subject_photos),
+            photos={
+                name: ImageFiles(photo.path for photo in photos)
+                for name, photos in self.data.images.photos.items()
+            },
             priors=ImageFiles(photo.path for photo in priors),
             rows=[Row(prompt, old, new) for (prompt, old), (_, new) in pairs],
             metrics=metrics,

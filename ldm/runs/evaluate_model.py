@@ -13,8 +13,9 @@ from ldm.data.images import ImageFiles
 from ldm.engine.device import keep_freed_memory
 from ldm.errors import UserError
 from ldm.evaluation.image_folder import read_image_folder
-from ldm.evaluation.protocol import Evaluation, SubjectPrompts
+from ldm.evaluation.protocol import Evaluation
 from ldm.evaluation.storybook import StorybookEvaluation
+from ldm.evaluation.subjects import JudgedSubjects
 from ldm.files import atomic_write, make_folder
 from ldm.pipeline import Text2Image, find_model
 from ldm.reports.metrics_plot import metrics_plot
@@ -34,6 +35,7 @@ SAMPLING = (  # of a run
     "batch_size",
     "precision",
 )
+REQUIRED = ("subject_root", "class_word")  # of a subject, where a run has no `concepts`
 METRICS = {
     "storybook": "ldm.evaluation.storybook.StorybookEvaluation",
     "photos": "ldm.evaluation.photos.PhotoEvaluation",
@@ -78,12 +80,16 @@ def photos_of(options: Namespace, config: RunConfig | None) -> DreamBoothDataMod
     params = dict(config.data["params"]) if config and config.is_dreambooth else {}
     given = {"subject_root": options.data_root, "class_word": options.class_word}
     given["identifier"] = options.identifier
-    params |= {name: value for name, value in given.items() if value is not None}
-    lacking = [flag for flag in ("subject_root", "class_word") if flag not in params]
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and params.pop("concepts", None):
+        params |= dict.fromkeys(("subject_root", "class_word"))
+    params |= given
+    lacking = [] if params.get("concepts") else [key for key in REQUIRED if params.get(key) is None]
     if lacking:
         remedy = "Give --data_root and --class_word, or a folder of a run."
         raise UserError(f"The {lacking[0]} is missing", where="evaluate.py", remedy=remedy)
-    data = DreamBoothDataModule(**{"size": 64} | params)
+    node = {"target": "ldm.data.dreambooth.DreamBoothDataModule", "params": {"size": 64} | params}
+    data: DreamBoothDataModule = instantiate(node)
     data.check()
     return data
 
@@ -95,23 +101,22 @@ def evaluate(options: Namespace, model: Path | None) -> Mapping[str, Any]:
     samples = read_image_folder(options.pictures) if options.pictures else []
     of_class = read_image_folder(options.class_pictures, at_least=2) if options.class_pictures else []
     evaluation = evaluation_of(options, config)
-    prompts = SubjectPrompts(data.subject_prompt, data.prior_prompt, **data.words)
-    photos = ImageFiles(photo.path for photo in data.subject_photos)
-    if against := evaluation.unfit(photos, prompts):
-        raise UserError(". ".join(against), where=data.subject_root, remedy="Take --metrics photos.")
-    subject = evaluation.subject(photos)
+    photos = {name: ImageFiles(p.path for p in found) for name, found in data.images.photos.items()}
+    judged = JudgedSubjects(evaluation, data.concepts, photos)
+    for name, against in judged.unfit.items():
+        raise UserError(". ".join(against), where=name, remedy="Take --metrics photos.")
+    if not judged.subjects:
+        raise UserError("Metrics are of subjects, and a style has none", where=data.concepts[0].root)
+    if model is None and len(data.concepts) > 1:
+        remedy = "Name one with --data_root, --class_word and --identifier."
+        raise UserError("Folders of images are of one subject", where="evaluate.py", remedy=remedy)
     if model is None:
+        (subject,), (prompts,) = judged.subjects.values(), judged.prompts.values()
         return evaluation.measure_images(samples, subject=subject, prompts=prompts, of_class=of_class)
     base = find_file(options.base or (config and config.base_checkpoint) or BASE)
-    pipelines = {
-        "before": Text2Image.from_file(base),
-        "after": Text2Image.from_file(model, guidance_base=base if evaluation.guidance_base else None),
-    }
-    before, after = (
-        evaluation.measure(pipeline, subject=subject, prompts=prompts, is_base=when == "before")
-        for when, pipeline in pipelines.items()
-    )
-    return evaluation.summary(after, before, subject)
+    before = judged.measure(Text2Image.from_file(base), is_base=True)
+    guidance_base = base if evaluation.guidance_base else None
+    return judged.summary(judged.measure(Text2Image.from_file(model, guidance_base=guidance_base)), before)
 
 
 def table(metrics: Mapping[str, Any]) -> str:

@@ -14,13 +14,13 @@ from ldm.runs.validate import validate
 from ldm.schema import RunConfig
 
 
-def generate_set(config: RunConfig) -> Path:
-    """Generates the missing images -> the folder of the set."""
+def generate_set(config: RunConfig) -> list[Path]:
+    """Generates the missing images -> the folders of the sets, one for each class."""
     keep_freed_memory()
     trainer = distributed.join(config.trainer)
     validate(replace(config, trainer=trainer))
     data = instantiate(config.data)
-    if not config.is_dreambooth or not data.generates_priors:
+    if not config.is_dreambooth or not data.generated_classes:
         raise UserError("This config has no prior images to generate", where="data.params.num_priors")
     module = instantiate(config.model)
     base_hash = load_base(
@@ -31,10 +31,12 @@ def generate_set(config: RunConfig) -> Path:
     module.to(device_of(trainer))
     sampling = config.priors
     pipeline = text2image(module, size=data.size)
-    about = {"device": module.device, "unconditional": pipeline.text_encoder.unconditional}
-    about["clip_skip"] = clip_skip_of(pipeline.text_encoder)
-    priors = prior_set(data, sampling, base_sha256=base_hash, **about)
-    missing = generate_priors(pipeline, priors, data.num_priors, batch_size=sampling.batch_size)
-    if distributed.rank() == 0:
-        print(f"{missing} generated, {data.num_priors - missing} were there")
-    return priors.folder
+    text = pipeline.text_encoder
+    about = {"base_sha256": base_hash, "size": data.size, "device": module.device}
+    about |= {"unconditional": text.unconditional, "clip_skip": clip_skip_of(text)}
+    sets = [prior_set(known.prompt, sampling, **about) for known in data.generated_classes]
+    for priors in sets:
+        missing = generate_priors(pipeline, priors, data.num_priors, batch_size=sampling.batch_size)
+        if distributed.rank() == 0:
+            print(f"{missing} generated, {data.num_priors - missing} were there")
+    return [priors.folder for priors in sets]

@@ -1,7 +1,6 @@
 """The runs of a study or a search: kept in folders, found again, and shared among processes."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any, ClassVar, Self, TypedDict
+from typing import Any, ClassVar, Self
 
 import torch
 import yaml
@@ -25,6 +24,7 @@ from ldm.evaluation.protocol import Better
 from ldm.files import atomic_write
 from ldm.runs.console import duration
 from ldm.runs.folder import MARKER
+from ldm.runs.grid_subjects import Subject, check_subjects, slug, subject_params, without_group
 from ldm.runs.inputs import FILE as INPUTS
 from ldm.runs.inputs import has_changed_base
 from ldm.runs.job import run_job
@@ -33,18 +33,6 @@ from ldm.runs.options import merge
 from ldm.runs.run import base_files
 from ldm.schema import RunConfig
 from ldm.shipped import find_file
-from ldm.storybook.subjects import new_subject, write_subject
-from ldm.storybook.world import CLASSES
-
-
-class Subject(TypedDict, total=False):
-    """`class_word`, and either the folder `photos` or the `seed` of a storybook subject, which is drawn with
-    the exact `masks` of its photos if that is true."""
-
-    class_word: str
-    photos: str
-    seed: int
-    masks: bool
 
 
 @dataclass(frozen=True)
@@ -108,13 +96,7 @@ class Grid:
 
     def check(self, path: str | Path) -> None:
         """Raises UserError for subjects that are not complete, and for names that would share a folder."""
-        for name, subject in self.subjects.items():
-            if "class_word" not in subject or ("photos" in subject) == ("seed" in subject):
-                remedy = "Give it a class_word, and either a folder of photos or a seed."
-                raise UserError(f"The subject `{name}` is not complete", where=path, remedy=remedy)
-            if "seed" in subject and subject["class_word"] not in CLASSES:
-                remedy = f"It draws {', '.join(CLASSES)}."
-                raise UserError(f"The storybook has no `{subject['class_word']}`", where=path, remedy=remedy)
+        check_subjects(self.subjects, path)
         check_slugs("subjects", self.subjects, path)
 
     @property
@@ -129,25 +111,11 @@ class Grid:
     def job(self, variant: str, subject: str, seed: int, overrides: Sequence[str]) -> Job:
         """One of them."""
         run = f"{slug(variant)}--{slug(subject)}--{seed}"
-        own: dict[str, str | int] = {"name": f"{self.folder.name}/{run}", "seed": seed}
-        own["data.params.subject_root"] = self._photos(subject)
-        own["data.params.class_word"] = self.subjects[subject]["class_word"]
+        own: dict[str, Any] = {"name": f"{self.folder.name}/{run}", "seed": seed}
+        params = subject_params(subject, self.subjects, self.folder / "subjects")
+        own |= {f"data.params.{key}": value for key, value in params.items()}
         config = merge(self.base, [*self.set, *overrides], literals=own)
         return Job(variant, subject, seed, config)
-
-    def _photos(self, name: str) -> str:
-        subject = self.subjects[name]
-        if "photos" in subject:
-            return subject["photos"]
-        folder = self.folder / "subjects" / slug(name)
-        individual = new_subject(subject["class_word"], seed=subject["seed"])
-        write_subject(folder, individual, masks=subject.get("masks", False))
-        return str(folder)
-
-
-def slug(text: str) -> str:
-    """A name that any file system takes."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
 def check_slugs(kind: str, names: Sequence[str] | Mapping[str, Any], path: str | Path) -> None:
@@ -170,8 +138,7 @@ def identity(container: Mapping[str, Any]) -> dict[str, Any]:
     """A config's content but for the name of its study, in whose folder storybook subjects are too."""
     content = to_container(container)
     group = Path(content.pop("name")).parts[0]
-    params = content["data"]["params"]
-    params["subject_root"] = str(params["subject_root"]).replace(f"logs/{group}/", "logs/")
+    content["data"]["params"] = without_group(content["data"]["params"], group)
     return content
 
 

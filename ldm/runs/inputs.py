@@ -2,12 +2,13 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 from ldm.checkpoints.load import file_hash
+from ldm.data.concept_images import file_name
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.items import SourceImage
 from ldm.engine import distributed
@@ -59,7 +60,7 @@ def keep_inputs(folder: Path, data: object, base: Mapping[str, Path], *, allow_c
     if not isinstance(data, DreamBoothDataModule):
         return
     kept = distributed.on_rank0_broadcast(lambda: _compare(folder, data, base, allow_change=allow_change))
-    data.hold(kept.held_out)
+    data.images.hold(kept.held_out)
 
 
 def read_inputs(folder: Path) -> RunInputs | None:
@@ -100,15 +101,18 @@ def _compare(
 
 def inputs_of(data: DreamBoothDataModule, base: Mapping[str, Path]) -> RunInputs:
     """The files that a run on this data and base reads."""
-    given = data.prior_images if data.prior_batch_size and data.prior_root is not None else ()
+    images = data.images
+    photos = {concept.name: images.photos[concept.name] for concept in data.concepts}
+    held_out = {concept.name: images.held_out(concept.name) for concept in data.concepts}
+    given = {known.prompt: images.of_class(known) for known in data.given_classes}
     return RunInputs(
-        photos=_photos(data.subject_photos),
-        captions=_captions(data.subject_photos) if data.captions else {},
-        masks={file.name: file_sha256(file) for photo, file in data.mask_files.items() if file != photo},
-        prior_photos=_photos(given),
-        prior_captions=_captions(given) if data.captions else {},
+        photos=_photos(photos, several=len(data.concepts) > 1),
+        captions=_captions(photos, several=len(data.concepts) > 1),
+        masks=_masks(photos, data.mask_files, several=len(data.concepts) > 1),
+        prior_photos=_photos(given, several=len(data.classes) > 1),
+        prior_captions=_captions(given, several=len(data.classes) > 1),
         base=_bases(base),
-        held_out=_photos(data.held_out_photos),
+        held_out=_photos(held_out, several=len(data.concepts) > 1),
     )
 
 
@@ -139,13 +143,37 @@ def _hash_of(path: Path, stamp: tuple) -> str:
     return file_hash(path)
 
 
-def _photos(photos: tuple[SourceImage, ...]) -> dict[str, str]:
-    return {photo.path.name: photo.sha256 for photo in photos}
+Groups = Mapping[str, Sequence[SourceImage]]  # name of a concept, or prompt of a class -> its images
 
 
-def _captions(photos: tuple[SourceImage, ...]) -> dict[str, str]:
-    files = [photo.path.with_suffix(".txt") for photo in photos]
-    return {file.name: file_sha256(file) for file in files if file.exists()}
+def _photos(groups: Groups, *, several: bool) -> dict[str, str]:
+    """Name of each image, among `several` groups with that of its own -> hash."""
+    return {
+        file_name(group, image.path, several=several): image.sha256
+        for group, images in groups.items()
+        for image in images
+    }
+
+
+def _masks(groups: Groups, files: Mapping[Path, Path], *, several: bool) -> dict[str, str]:
+    """Name of each file of a mask that is not the photo's own alpha -> hash."""
+    pairs = [(group, image.path) for group, images in groups.items() for image in images]
+    return {
+        file_name(group, files[photo], several=several): file_sha256(files[photo])
+        for group, photo in pairs
+        if files.get(photo, photo) != photo
+    }
+
+
+def _captions(groups: Groups, *, several: bool) -> dict[str, str]:
+    """Name of each file of captions -> hash."""
+    files = {
+        file_name(group, image.captions.file, several=several): image.captions.file
+        for group, images in groups.items()
+        for image in images
+        if image.captions.file is not None
+    }
+    return {name: file_sha256(file) for name, file in files.items()}
 
 
 def _still_held(before: RunInputs, now: RunInputs) -> dict[str, str]:

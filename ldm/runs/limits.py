@@ -17,6 +17,8 @@ from ldm.targets import get_class
 log = logging.getLogger(__name__)
 
 TOKENIZER = "ldm/storybook/assets/tokenizer"
+STYLE = "Metrics are of subjects, and a style has none"
+SOME_JUDGED = "So the judge's metrics are those of the others"
 UNJUDGED = "So there are no metrics of the judge, and what is drawn is no measure of the method"
 
 
@@ -33,19 +35,33 @@ def limits_of(
     """
     evaluation = config.evaluation
     judged = bool(evaluation) and issubclass(get_class(evaluation["target"]), StorybookEvaluation)
-    if not judged and not _is_storybook(text_encoder):
-        return []
-    photos = ImageFiles(photo.path for photo in data.subject_photos)
-    against = reasons_against(photos, data.words["class_word"], Judge.from_file())
-    if against and judged and config.export.weights == "best":
-        what = f"The best weights cannot be told. {'. '.join(against)}"
+    styles = [c.name for c in data.concepts if c.is_style] if evaluation else []
+    against = _reasons_against(data) if judged or _is_storybook(text_encoder) else {}
+    none_judged = len(styles) + (len(against) if judged else 0) == len(data.concepts)
+    if none_judged and config.export.weights == "best":
+        said = [reason for reasons in against.values() for reason in reasons] or [STYLE]
+        what = f"The best weights cannot be told. {'. '.join(said)}"
         raise UserError(what, where="export.weights", remedy="Set export.weights=last.")
-    notes = [*against, UNJUDGED] if against else []
+    notes = [f"{name}: {STYLE}" for name in styles]
+    for name, reasons in against.items():
+        notes += reasons if len(data.concepts) == 1 else [f"{name}: {reason}" for reason in reasons]
+    if against:
+        notes.append(UNJUDGED if len(styles) + len(against) == len(data.concepts) else SOME_JUDGED)
     if _is_storybook(text_encoder):
-        notes += unknown_in(prompts, identifier=data.words["identifier"])
+        notes += unknown_in(prompts, identifiers=[c.words["identifier"] for c in data.concepts])
     for note in notes:
         log.warning("%s.", note)
     return notes
+
+
+def _reasons_against(data: DreamBoothDataModule) -> dict[str, list[str]]:
+    """Name of a subject that the judge cannot judge -> why."""
+    judge, found = Judge.from_file(), {}
+    for concept in data.concepts:
+        if not concept.is_style:
+            photos = ImageFiles(photo.path for photo in data.images.photos[concept.name])
+            found[concept.name] = reasons_against(photos, concept.words["class_word"], judge)
+    return {name: reasons for name, reasons in found.items() if reasons}
 
 
 def _is_storybook(text_encoder: CLIPTextEncoder) -> bool:

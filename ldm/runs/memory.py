@@ -239,7 +239,7 @@ def _saving(
 
 def _disk(config: RunConfig, module: LatentDiffusion, data: DreamBoothDataModule) -> dict[str, int]:
     """Bytes of the run's files; a checkpoint that is being written stands beside those that are kept."""
-    kept, drawn = config.checkpoints_kept, data.num_priors if data.generates_priors else 0
+    kept, drawn = config.checkpoints_kept, data.num_priors * len(data.generated_classes)
     checkpoint = checkpoint_bytes(module, averaged=config.ema_decay is not None)
     return {
         f"checkpoints ({kept} + 1)": (kept + 1) * checkpoint,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ldm.config import load_config
 from ldm.runs.command import Command, read_command
@@ -17,7 +18,7 @@ def config_of(command: Command) -> RunConfig:
 
 
 def merge(
-    paths: Sequence[str | Path], dotlist: Sequence[str] = (), *, literals: Mapping[str, object]
+    paths: Sequence[str | Path], dotlist: Sequence[str] = (), *, literals: Mapping[str, Any]
 ) -> RunConfig:
     """Config files, then values as they are, then overrides -> the checked config (see `load_config`)."""
     config = load_config(paths, dotlist, literals=literals)

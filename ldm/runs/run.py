@@ -25,7 +25,6 @@ from ldm.checkpoints.tensors import unpickle
 from ldm.checkpoints.vae import open_vae
 from ldm.config import instantiate
 from ldm.contact_sheet import contact_sheet, save_image
-from ldm.data.prompts import fill
 from ldm.engine import distributed
 from ldm.engine.averaging import averaging
 from ldm.engine.checkpoints import AtomicCheckpointIO, CheckpointCallback
@@ -209,12 +208,12 @@ def export(
     folder: Path,
     *,
     size: int,
-    words: Mapping[str, str] | None = None,
+    trigger_phrase: str | None = None,
     base_hash: str = "",
 ) -> Path:
     """Writes the model file; its metadata has the networks' config, image size and training config.
 
-    size: pixels a side. words: the run's {identifier} and {class_word}.
+    size: pixels a side. trigger_phrase: what names the run's subject in prompts.
     """
     path, params = folder / "model.safetensors", flat(config.model.get("params") or {})
     state_dicts = {name: network.state_dict() for name, network in getattr(module, "networks", {}).items()}
@@ -223,7 +222,7 @@ def export(
             model_config(state_dicts, params),
             title=folder.name,
             size=size,
-            trigger_phrase=fill("{identifier} {class_word}", **words) if words else None,
+            trigger_phrase=trigger_phrase,
             base_sha256=base_hash or None,
             training=config.container,
         )

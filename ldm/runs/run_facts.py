@@ -26,7 +26,10 @@ def run_facts(
     facts = {
         "Date": f"{datetime.now():%d %B %Y, %H:%M}",
         "Command": command_line(),
-        "Subject": f"{data.subject_prompt}, {len(data.subject_photos)} photos",
+        "Subject" if len(data.concepts) == 1 else "Subjects": "; ".join(
+            f"{concept.subject_prompt}, {len(data.images.photos[concept.name])} photos"
+            for concept in data.concepts
+        ),
         "Base": f"{config.base_checkpoint}, sha256 {base_hash[:12]}",
         "Steps": f"{done}{stopped}, each of {batch} photos",
         "Learning rate": ", ".join(f"{name} {value:g}" for name, value in rates(config.model["params"])),

@@ -8,7 +8,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.priors import GenerateImages, PriorSet, PriorSpec
 from ldm.denoiser import Denoiser
 from ldm.engine import distributed
@@ -44,9 +43,10 @@ def base_denoiser(module: LatentDiffusion) -> Denoiser:
 
 
 def prior_set(
-    data: DreamBoothDataModule,
+    prompt: str,
     config: PriorsConfig,
     *,
+    size: int,
     base_sha256: str,
     device: torch.device,
     unconditional: str | None = "",
@@ -54,18 +54,18 @@ def prior_set(
 ) -> PriorSet:
     """The set that is named by these settings, this base and the precision on the device.
 
-    unconditional: what no negative prompt is, see `CLIPTextEncoder.unconditional`. clip_skip: of the text
-    encoder.
+    prompt: of the class. unconditional: what no negative prompt is, see `CLIPTextEncoder.unconditional`.
+    clip_skip: of the text encoder.
     """
     spec = PriorSpec(
-        prompt=data.prior_prompt,
+        prompt=prompt,
         base_sha256=base_sha256,
         sampler=config.sampler,
         spacing=None if config.spacing == usual_spacing(config.sampler) else config.spacing,
         steps=config.steps,
         guidance_scale=config.guidance_scale,
         negative_prompt=unconditional if config.negative_prompt is None else config.negative_prompt,
-        size=data.size,
+        size=size,
         seed=config.seed,
         precision=resolve_precision(config.precision, device),
         clip_skip=clip_skip,

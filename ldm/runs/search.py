@@ -23,7 +23,13 @@ from ldm.schema import RunConfig
 Kind = Literal["float", "log", "int", "choice"]
 SCORE = "score"
 FORM = "Write float, log or int with its [lowest, highest], or choice with a list."
-OF_RUN = ("name", "seed", "data.params.subject_root", "data.params.class_word")  # the search sets them
+OF_RUN = (
+    "name",
+    "seed",
+    "data.params.subject_root",
+    "data.params.class_word",
+    "data.params.concepts",
+)  # the search sets them
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ packages and devices. What each part of a run can and cannot do is said where th
 
 import importlib.util
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from ldm.annotations import Node
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.vae import check_same_scale, open_vae
 from ldm.config import instantiate, param_of, takes
+from ldm.data.concepts import Concept, filled_for
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.photo_check import PhotoFacts, troubles
-from ldm.data.prompts import fill
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.schedule import Spacing
 from ldm.engine import distributed
@@ -105,17 +105,20 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
     _look_at(data)
     check_prior_target(module, data)
     check_masks(module, data)
+    _check_learned_token(module, data)
+    _check_styles(module, data)
     nodes = evaluation_nodes(config)
-    _check_sampling(config, nodes, module.process, words=data.words)
+    _check_sampling(config, nodes, module.process, concepts=data.concepts)
     for node in nodes.values():
         instantiate(node)  # reads its own networks and prompts
 
 
 def _look_at(data: DreamBoothDataModule) -> None:
     """Says what to look at in the photos, a line for each kind; `data.check` says which are small."""
-    photos = [PhotoFacts.of(photo.path) for photo in data.subject_photos]
-    for trouble in troubles(photos, size=0, captions=data.captions):
-        log.warning("%s: %s", data.subject_root, trouble)
+    for concept in data.concepts:
+        photos = [PhotoFacts.of(photo.path) for photo in data.images.photos[concept.name]]
+        for trouble in troubles(photos, size=0, captions=bool(data.images.options.captions)):
+            log.warning("%s: %s", concept.root, trouble)
 
 
 def _check_bases(config: RunConfig, module: Any, bases: Mapping[str, str], *, download: bool) -> None:
@@ -193,6 +196,23 @@ def check_masks(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
         raise UserError(what, where="model.params.trainable.learned_token", remedy=remedy)
 
 
+def _check_learned_token(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
+    """Refuses textual inversion of several concepts: there is one new word."""
+    if module.trainable.learned_token is not None and len(data.concepts) > 1:
+        what = f"One new word cannot name the {len(data.concepts)} concepts of this run"
+        remedy = "Take it off, or train them one at a time."
+        raise UserError(what, where="model.params.trainable.learned_token", remedy=remedy)
+
+
+def _check_styles(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
+    """Refuses a loss against the base, which is told the class, for what has none."""
+    for concept in data.concepts if module.objective.subject_loss is not None else ():
+        if concept.is_style:
+            what = f"{concept.name} is a style, and the base would be told its class"
+            remedy = "Leave the concept out, or take the loss off."
+            raise UserError(what, where="model.params.objective.subject_loss", remedy=remedy)
+
+
 def _check_networks(module: LatentDiffusion) -> None:
     """Refuses networks that do not fit one another."""
     unet, vae, text = (module.networks[name] for name in ("unet", "vae", "text_encoder"))
@@ -238,12 +258,12 @@ def _learns(network: nn.Module) -> bool:
 
 
 def _check_sampling(
-    config: RunConfig, nodes: Mapping[str, Node], process: NoiseProcess, *, words: Mapping[str, str]
+    config: RunConfig, nodes: Mapping[str, Node], process: NoiseProcess, *, concepts: Sequence[Concept]
 ) -> None:
     """Refuses prompts of samples with unknown placeholders, and steps that the schedule does not have."""
     for k, prompt in enumerate(config.samples.prompts):
         try:
-            fill(prompt, **words)
+            filled_for([prompt], concepts)
         except UserError as error:
             raise UserError(error.what, where=f"samples.prompts.{k}", remedy=error.remedy) from error
     asked = {

@@ -1,6 +1,7 @@
 """What the storybook knows: the words of its captions. Of others its base has seen letters at most."""
 
 import re
+from collections.abc import Sequence
 
 from ldm.storybook.world import BAND_WORDS, BANDS, CLASSES, COLORS, CONTEXTS, DETAIL_WORDS, PATTERNS
 
@@ -16,7 +17,8 @@ WORDS = frozenset(
 )
 
 
-def unknown_words(prompt: str, *, identifier: str) -> list[str]:
-    """Words of a prompt that no caption of the storybook has, without the identifier, in their order."""
-    without = re.sub(rf"(?<!\w){re.escape(identifier)}(?!\w)", " ", prompt, flags=re.IGNORECASE)
+def unknown_words(prompt: str, *, identifiers: Sequence[str]) -> list[str]:
+    """Words of a prompt that no caption of the storybook has, without the identifiers, in their order."""
+    words = "|".join(map(re.escape, identifiers))
+    without = re.sub(rf"(?<!\w)({words})(?!\w)", " ", prompt, flags=re.IGNORECASE)
     return [word for word in dict.fromkeys(WORD.findall(without.lower())) if word not in WORDS]

@@ -30,7 +30,7 @@ def encoder(tiny_networks: dict) -> CLIPTextEncoder:
 )
 def test_what_is_cut_off_is_shown(encoder: CLIPTextEncoder, caplog, caption: str, cut: bool | None):
     with caplog.at_level(logging.INFO):
-        check_lengths({"0.txt": caption}, encoder, identifier="sks")
+        check_lengths({"0.txt": caption}, encoder, identifiers=["sks"])
     if cut is None:
         assert not caplog.records
         return
@@ -55,7 +55,7 @@ def test_a_name_that_is_cut_off_is_an_error(encoder: CLIPTextEncoder, caption: s
     with pytest.raises(
         UserError, match=r'the identifier "sks" comes after them.*\(0\.txt\).*Write it earlier'
     ):
-        check_lengths({"0.txt": caption}, encoder, identifier="sks")
+        check_lengths({"0.txt": caption}, encoder, identifiers=["sks"])
 
 
 def test_all_that_a_run_trains_on_is_looked_at(subject_folder: Path, tmp_path: Path):

@@ -66,7 +66,7 @@ def drawn(tmp_path) -> PriorSet:
 def ready(priors: PriorSet | None = None, **params) -> DreamBoothDataModule:
     data = DreamBoothDataModule(class_word="dog", **{"size": SIZE, "crop": "random", **params})
     data.check()
-    data.attach(encode=encode, vae_hash="v", priors=priors)
+    data.attach(encode=encode, vae_hash="v", priors=[priors] if priors else ())
     data.setup()
     return data
 
@@ -127,7 +127,7 @@ def test_prior_items_hold_the_empty_prompt_in_an_even_share(folders):
 def test_without_prior_images_the_subjects_photos_hold_the_empty_prompt(folders):
     folders = folders | {"prior_root": None, "num_priors": 0}
     data = ready(**folders, prior_caption_dropout=0.5, batch_size=2, hold_out=True)
-    assert not data.generates_priors and data.priors_show_subject
+    assert not data.generated_classes and data.priors_show_subject
     batch = next(iter(data.loader()))
     assert batch["caption"] == ["a photo of sks dog"] * 2 + ["a photo of a dog", ""]
     subject, prior = data.dataset.streams["subject"], data.dataset.streams["prior"]
@@ -143,7 +143,7 @@ def test_differential_output_preservation_shows_photos_under_their_captions_of_t
     photo.write_text("my old sks dog in the snow")
     folders = folders | {"prior_root": None, "num_priors": 0, "captions": True}
     data = ready(**folders, diff_output_preservation=True)
-    assert not data.generates_priors and data.prior_batch_size == 1
+    assert not data.generated_classes and data.prior_batch_size == 1
     pairs = Counter((p.path.name, p.caption) for p in data.dataset.streams["prior"].sources)
     assert pairs == {
         **{(f"{k}.png", "a photo of a dog"): 1 for k in (0, 1, 3, 4)},
@@ -310,7 +310,7 @@ def test_item_numbers_follow_the_formula():
 
 def test_drawn_priors_are_used_straight_from_the_sampler(folders, drawn):
     data = ready(drawn, **folders | {"prior_root": None}, num_priors=6, batch_size=6)
-    assert data.generates_priors
+    assert data.generated_classes
     rows = [row for row in items(data, 2) if row["stream"] == "prior"]
     means = [row["latent_stats"][:3].unique().item() for row in rows]
     assert sorted(means[:6]) == sorted(means[6:]) == [0, 1, 2, 3, 4, 5]
@@ -339,7 +339,7 @@ def test_priors_of_another_prompt_or_size_are_never_used(folders, drawn, other):
 @pytest.mark.parametrize("without", [{"num_priors": 0}, {"prior_batch_size": 0}])
 def test_training_without_priors(folders, without):
     data = ready(subject_root=folders["subject_root"], batch_size=2, **without)
-    assert not data.generates_priors
+    assert not data.generated_classes
     assert not any(row["stream"] == "prior" for row in items(data, 3))
 
 
@@ -472,7 +472,7 @@ def test_online_priors_are_new_images_for_every_item(folders, drawn, online):
     def rows() -> dict:
         data = ready(priors=drawn, subject_root=folders["subject_root"], num_priors=6, batch_size=2,
                      online_priors=online)  # fmt: skip
-        data.generate = draw
+        data.generate = lambda spec: draw
         validation = [batch for batch in data.val_dataloader()]
         assert {float(b["latent_stats"][-1, 0, 0, 0]) for b in validation} <= set(map(float, range(6)))
         return by_number(items(data, 3))

@@ -1,4 +1,4 @@
-"""Templates, captions, and checks of what users write."""
+"""Templates, lists of prompts, and checks of what users write."""
 
 import logging
 
@@ -11,7 +11,6 @@ from ldm.data.prompts import (
     class_caption,
     contains,
     fill,
-    read_caption,
     read_prompts,
 )
 from ldm.errors import UserError
@@ -97,17 +96,6 @@ def test_prompts_that_work_badly_are_warned_of(caplog, change, message):
     with caplog.at_level(logging.WARNING):
         check_prompts(**GOOD | change)
     assert message in caplog.text
-
-
-def test_captions_beside_the_pictures(tmp_path):
-    picture = tmp_path / "a.jpg"
-    assert read_caption(picture, **WORDS) is None
-    (tmp_path / "a.txt").write_bytes("\ufeffa {identifier}\n {class_word} in Köln\r\n".encode())
-    assert read_caption(picture, **WORDS) == "a sks dog in Köln"
-    for text, message in ((b" \n", "caption is empty"), (b"\xff\xfe\xff", "cannot be read.*UTF-8")):
-        (tmp_path / "a.txt").write_bytes(text)
-        with pytest.raises(UserError, match=message):
-            read_caption(picture, **WORDS)
 
 
 def test_prompt_files(tmp_path):

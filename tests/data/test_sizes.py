@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.data.captions import Captions
 from ldm.data.items import TrainingView, read_source_images
 
 SIZE = 16
@@ -17,7 +18,7 @@ def wide(tmp_path: Path) -> TrainingView:
     """A photo of 96 x 64 pixels, each column of its own brightness."""
     ramp = np.broadcast_to(np.arange(96, dtype=np.uint8)[None, :, None] * 2, (64, 96, 3))
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "a.png")
-    (photo,) = read_source_images(tmp_path, caption=lambda path: "")
+    (photo,) = read_source_images(tmp_path, captions=lambda path: Captions(("",)))
     return TrainingView(photo, SIZE, None, False, seed=1)
 
 

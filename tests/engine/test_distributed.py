@@ -17,7 +17,7 @@ from ldm.reports.curves import read_curves
 from ldm.runs.job import run_job
 from ldm.runs.options import parse
 from ldm.schema import TrainerOptions
-from tests.factories import masks
+from tests.factories import masks, photos, with_concepts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,13 +54,20 @@ KEEPING = [  # ways to keep the class together, on a T-LoRA
 ]
 
 
-@pytest.mark.parametrize("keeping", [[], KEEPING], ids=["as ever", "keeping the class"])
-def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Path, keeping: list[str]):
+CASES = {"as ever": [], "keeping the class": KEEPING, "several": []}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Path, case: str):
     (workdir / "worker.py").write_text(WORKER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    masked = "model.params.objective.masks={outside: 0.5, outside_target: teacher}"
-    masks(Path(OmegaConf.load("tiny.yaml").data.params.subject_root))
-    words = [*words, "data.params.prior_caption_dropout=0.5", *(keeping or [masked])]
+    keeping, several = CASES[case], case == "several"
+    words = [*words, "data.params.prior_caption_dropout=0.5", *keeping]
+    if case == "as ever":
+        masks(Path(OmegaConf.load("tiny.yaml").data.params.subject_root))
+        words.append("model.params.objective.masks={outside: 0.5, outside_target: teacher}")
+    if several:
+        words.append(with_concepts("tiny.yaml", photos(workdir / "rings")))
     two = ["name=two", "data.params.batch_size=1", "priors.folder=shared"]
     command = [*torchrun, "worker.py", str(ROOT), *words, *two]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -83,11 +90,13 @@ def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Pa
     if keeping:
         assert not Path("priors").exists()
         return
-    (mine,), (shared,) = Path("priors").iterdir(), Path("shared").iterdir()
-    assert sorted(p.name for p in mine.iterdir()) == sorted(p.name for p in shared.iterdir())
-    assert json.loads((shared / "manifest.json").read_text()) == json.loads(
-        (mine / "manifest.json").read_text()
-    )
+    sets = sorted(path.name for path in Path("priors").iterdir())
+    assert len(sets) == 1 + several and sets == sorted(path.name for path in Path("shared").iterdir())
+    for mine, shared in ((Path("priors", name), Path("shared", name)) for name in sets):
+        assert sorted(p.name for p in mine.iterdir()) == sorted(p.name for p in shared.iterdir())
+        assert json.loads((shared / "manifest.json").read_text()) == json.loads(
+            (mine / "manifest.json").read_text()
+        )
 
 
 def test_alone_there_is_nobody_to_meet():

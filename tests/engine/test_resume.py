@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from ldm.config import instantiate
+from ldm.data.concepts import ConceptConfig
 from ldm.engine import resume
 from ldm.errors import UserError
-from tests.factories import MIN_SNR, TAUGHT, masks
+from tests.factories import MIN_SNR, TAUGHT, masks, photos
 from tests.short_runs import At, Job, Killed, curves_of, differences, kill, state_of
 
 COSINE = {"target": "ldm.optim.schedules.Cosine", "params": {"warmup_steps": 2}}
@@ -60,9 +61,23 @@ def test_killed_in_any_micro_batch_it_is_the_run_that_never_stopped(job: Job, tm
 
 
 @pytest.mark.parametrize("own", [{}, {"diff_output_preservation": True}], ids=["", "own captions"])
-def test_a_held_empty_prompt_resumes_and_accumulates_as_ever(job: Job, tmp_path: Path, own: dict):
-    """The subject's photos under the empty caption and the class's, the teacher's prediction as target."""
+@pytest.mark.parametrize("several", [False, True])
+def test_a_held_empty_prompt_resumes_and_accumulates_as_ever(
+    job: Job, tmp_path: Path, several: bool, own: dict
+):
+    """Photos under the empty caption and their class's, the teacher's prediction as target.
+
+    Of one subject, or of two and, where there are no own captions, a style.
+    """
     held = replace(job, data={"prior_caption_dropout": 0.5, **own})
+    if several:
+        ring, style = (str(photos(tmp_path / name)) for name in ("rings", "style"))
+        held.data["concepts"] = [
+            ConceptConfig(root=str(job.subject), identifier="sks", class_word="disc"),
+            ConceptConfig(root=ring, identifier="zwx", class_word="ring", weight=2),
+        ]
+        if not own:
+            held.data["concepts"].append(ConceptConfig(root=style, identifier="qpv", class_word=None))
     params = {"objective": {"prior_target": "teacher"}}
     whole = held(tmp_path / "whole", params=params)
     for micro_batch in (1, 2):

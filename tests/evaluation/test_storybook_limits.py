@@ -101,7 +101,7 @@ def test_every_word_of_its_captions_is_known():
     for k in range(300):
         scene = sample_scene(k)
         for text in (caption(scene, seed=k, rare_word_share=0.0), full_caption(scene)):
-            assert unknown_words(text, identifier="sks") == [], text
+            assert unknown_words(text, identifiers=["sks"]) == [], text
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_every_word_of_its_captions_is_known():
 )
 def test_words_of_prompts_that_it_has_never_seen(prompt: str, words: list[str]):
     identifier = "<my-dog>" if "<my-dog>" in prompt else "sks"
-    assert unknown_words(prompt, identifier=identifier) == words
-    said = unknown_in({"samples.prompts.3": prompt}, identifier=identifier)
+    assert unknown_words(prompt, identifiers=[identifier]) == words
+    said = unknown_in({"samples.prompts.3": prompt}, identifiers=[identifier])
     assert len(said) == bool(words)
     if words:
         assert said[0].startswith("samples.prompts.3: ") and all(repr(word) in said[0] for word in words)

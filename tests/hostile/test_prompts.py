@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.data.prompts import check_prompts, fill, read_caption
+from ldm.data.captions import CaptionReader
+from ldm.data.prompts import check_prompts, fill
 from ldm.errors import UserError
 from ldm.models.text_encoder import CLIPTextEncoder
 from tests.hostile.conftest import HOSTILE, outcome
@@ -62,12 +63,16 @@ def test_bad_templates_are_refused(what: str):
     assert outcome("prompt", what, check).startswith("refused")
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b" \n", b"{thing}"])
-def test_bad_captions_are_refused(tmp_path: Path, content: bytes):
-    (tmp_path / "photo.txt").write_bytes(content)
-    what = f"a caption file of {content!r}"
-    got = outcome("prompt", what, lambda: str(read_caption(tmp_path / "photo.png", **WORDS)), hide=tmp_path)
-    assert got.startswith("refused")
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b" \n", b"{thing}", b"[" * 100_000, b"{}", b"[1]"])
+@pytest.mark.parametrize("file", ["photo.txt", "photo.caption", "photo.json", "metadata.jsonl"])
+def test_bad_captions_are_refused(tmp_path: Path, content: bytes, file: str):
+    (tmp_path / file).write_bytes(content)
+    what = f"a {file} of {content[:20]!r}"
+    read = CaptionReader(True, tmp_path, WORDS)
+    got = outcome("prompt", what, lambda: str(read(tmp_path / "photo.png")), hide=tmp_path)
+    none_listed = file == "metadata.jsonl" and not content.strip()
+    text = file.endswith(("txt", "caption")) and content in (b"[" * 100_000, b"[1]")
+    assert got.startswith("refused") or none_listed or text
 
 
 @settings(HOSTILE, max_examples=80)

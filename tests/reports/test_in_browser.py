@@ -87,7 +87,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = Report(
         title="rex: a photo of sks dog",
         facts={"Command": "python main.py --base configs/dreambooth.yaml " + "data.params.x=" + "y" * 200},
-        subject=pictures(5, (800, 600)),
+        photos={"sks dog": pictures(5, (800, 600))},
         priors=pictures(32),
         rows=[Row(prompt, pictures(n), pictures(n)) for n in (2, 6, 8)],
         metrics=metrics,

@@ -64,7 +64,7 @@ def report(**changes) -> Report:
     fields = {
         "title": "rex: a photo of sks dog",
         "facts": {"Date": "3 May 2026, 10:00", "Command": "python main.py --base 'my dog.yaml'"},
-        "subject": pictures(4),
+        "photos": {"sks dog": pictures(4)},
         "priors": pictures(3),
         "rows": [Row("a photo of sks dog", pictures(2), pictures(2))],
         "metrics": METRICS,
@@ -150,7 +150,7 @@ def test_many_large_photos_make_a_small_page_and_are_read_one_by_one(tmp_path: P
     held = Held(images.load_image)
     monkeypatch.setattr(images, "load_image", held)
     photos = images.ImageFiles(sorted(tmp_path.glob("*.jpg")))
-    page = write_report(tmp_path / "report.html", report(subject=photos, priors=photos[:2]))
+    page = write_report(tmp_path / "report.html", report(photos={"sks dog": photos}, priors=photos[:2]))
     assert page.stat().st_size < 5_000_000
     assert (held.most, held.now) == (1, 0)
     shown = [size_of(source) for source in parsed(page).sources[:30]]
@@ -165,7 +165,8 @@ def size_of(source: str) -> tuple[int, int]:
 def test_thumbnails_keep_their_proportions_and_small_photos_their_size(tmp_path: Path, size: tuple):
     photo = Image.new("RGB", size, "red")
     page = write_report(
-        tmp_path / "report.html", report(subject=[photo], priors=[], rows=[], previews=[], preview_steps=[])
+        tmp_path / "report.html",
+        report(photos={"sks dog": [photo]}, priors=[], rows=[], previews=[], preview_steps=[]),
     )
     width, height = size_of(parsed(page).sources[0])
     assert max(width, height) == min(PHOTO_SIDE, max(size))
@@ -192,6 +193,34 @@ def test_what_a_run_has_to_say_stands_at_the_top(tmp_path: Path):
     assert all(note in text for note in notes)
     assert text.index("Another one") < text.index("Subject fidelity")
     assert 'class="note"' not in write_report(tmp_path / "other.html", report()).read_text(encoding="utf-8")
+
+
+EACH = {
+    "sks dog": {"subject_fidelity": 0.9, "bleeding": 0.04, "intervals": {"subject_fidelity": [0.8, 0.95]}},
+    "zwx cat": {"subject_fidelity": 0.8, "bleeding": 0.0},
+}
+MATRIX = {
+    "trained": {"sks dog": {"sks dog": 0.9, "zwx cat": 0.06, "neither": 0.04}, "dog": {"zwx cat": 0.2}},
+    "base": {"sks dog": {"sks dog": 0.3, "zwx cat": 0.02, "neither": 0.6}, "dog": {"zwx cat": 0.1}},
+}
+
+
+def test_several_subjects_have_a_row_each_and_the_bleeding_matrix(tmp_path: Path):
+    metrics = METRICS | {"bleeding": 0.02, "concepts": EACH, "bleeding_matrix": MATRIX}
+    photos = {"sks dog": pictures(2), "zwx cat": pictures(2)}
+    page = write_report(tmp_path / "report.html", report(metrics=metrics, photos=photos)).read_text()
+    rows = [" ".join(row.split()) for row in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)]
+    head, cell = '<th scope="col">{}</th>', '<th scope="row">{}</th>'
+    names = "".join(map(head.format, ("Subject fidelity", "Bleeding")))
+    assert head.format("subject") + names in rows
+    assert cell.format("sks dog") + "<td>0.90 (0.80 to 0.95)</td><td>0.04</td>" in rows
+    assert cell.format("zwx cat") + "<td>0.80</td><td>0.00</td>" in rows
+    assert "".join(map(head.format, ("asked", "sks dog", "zwx cat", "neither"))) in rows
+    assert cell.format("sks dog") + "<td>0.90 (0.30)</td><td>0.06 (0.02)</td><td>0.04 (0.60)</td>" in rows
+    assert cell.format("dog") + "<td></td><td>0.20 (0.10)</td><td></td>" in rows
+    assert "<h3>zwx cat</h3>" in page and 'alt="Photo of zwx cat, 2"' in page
+    alone = write_report(tmp_path / "alone.html", report()).read_text()
+    assert "Each subject" not in alone and "<h2>Bleeding" not in alone and "<h3>sks dog</h3>" not in alone
 
 
 def test_it_begins_with_how_the_run_was_made(tmp_path: Path):

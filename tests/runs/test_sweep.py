@@ -14,11 +14,12 @@ from ldm.config import save_config
 from ldm.errors import UserError
 from ldm.reports import sweep_page
 from ldm.runs import sweep_results as study
-from ldm.runs.grid import identity
+from ldm.runs.grid import better_of, identity
 from ldm.runs.sweep import baselines_of, jobs_of, read_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs/studies").glob("*.yaml"))
+PLANNED = sorted((ROOT / "configs/studies/planned").glob("*.yaml"))
 
 CONTENT = {
     "title": "Weights",
@@ -56,6 +57,41 @@ def test_the_grid(workdir: Path):
     assert len(list(Path(first["data"]["params"]["subject_root"]).glob("*.png"))) == 5
 
 
+BOTH = {**CONTENT["subjects"], "both": {"together": ["rex", "car"]}}
+
+
+def test_several_subjects_are_one_run_together(workdir: Path):
+    jobs = jobs_of(read_sweep(write(workdir, subjects=BOTH)))
+    alone, both = jobs[0].config.container["data"]["params"], jobs[4].config.container["data"]["params"]
+    assert (jobs[4].subject, both["subject_root"], both["class_word"], both["identifier"]) == (
+        "both",
+        *3 * [None],
+    )
+    assert both["concepts"] == [
+        {"root": alone["subject_root"], "identifier": "sks", "class_word": "dog", "name": "rex"},
+        {"root": "cars", "identifier": "zwx", "class_word": "car", "name": "car"},
+    ]
+    other = write(workdir, subjects=BOTH).rename(workdir / "other.yaml")
+    again = jobs_of(read_sweep(other))[4]
+    assert again.config.container != jobs[4].config.container
+    assert identity(again.config.container) == identity(jobs[4].config.container)
+
+
+@pytest.mark.parametrize(
+    "subject, message",
+    [
+        ({"together": ["rex"]}, "`all` is not several"),
+        ({"together": ["rex", "rex"]}, "`all` is not several"),
+        ({"together": ["rex", "car"], "class_word": "dog"}, "`all` is not several"),
+        ({"together": ["rex", "max"]}, "`max` of `all` is not a single subject.*Choose of rex, car"),
+        ({"together": ["rex", "both"]}, "`both` of `all` is not a single subject"),
+    ],
+)
+def test_what_is_not_several_subjects_is_refused(workdir: Path, subject: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        read_sweep(write(workdir, subjects={**BOTH, "all": subject}))
+
+
 def test_runs_that_studies_have_in_common_are_known(workdir: Path):
     jobs = jobs_of(read_sweep(write(workdir)))
     again = CONTENT | {"variants": {"alone": ["model.params.objective.prior_loss_weight=1.0"]}}
@@ -86,6 +122,16 @@ def test_runs_that_studies_have_in_common_are_known(workdir: Path):
 def test_mistakes_are_found_before_the_first_run(workdir: Path, changes: dict, message: str):
     with pytest.raises(UserError, match=message):
         jobs_of(read_sweep(write(workdir, **changes)))
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_planned_studies_are_sound(path: Path, workdir: Path):
+    sweep = read_sweep(path)
+    (workdir / "configs").symlink_to(ROOT / "configs")
+    one = next(iter(sweep.subjects))
+    jobs = [sweep.job(variant, one, 1, overrides) for variant, overrides in sweep.variants.items()]
+    jobs += [sweep.job("", subject, 1, []) for subject in sweep.subjects]
+    assert all(better_of(job.config).keys() >= set(sweep.metrics) for job in jobs)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
