@@ -50,7 +50,7 @@ KEEPING = [  # ways to keep the class together, on a T-LoRA
     "model.params.trainable.lora.target=ldm.models.lora.LoRA",
     "model.params.trainable.lora.params.rank_by_timestep.min_rank=1",
     "model.params.trainable.learning_rate=0.1",
-    "model.params.optimizer.target=torch.optim.SGD",  # AdamW makes steps of what the teacher's rounding leaves
+    "model.params.optimizer.target=torch.optim.SGD",  # AdamW steps by rounding, too
 ]
 
 
