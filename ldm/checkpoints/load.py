@@ -156,14 +156,14 @@ def _open(path: Path, config: Mapping[str, Any] | None, *, ema: bool) -> Model:
             prediction=about.known.get("parameterization"),
             distilled=about.distilled,
         )
-    tensors, metadata = read_checkpoint(path, ema=ema)
     own_config = run_checkpoint.run_config(path)
+    run_checkpoint.refuse_adapter(run_checkpoint.model_params(own_config), where=path)
+    tensors, metadata = read_checkpoint(path, ema=ema)
     config = own_config if config is None else config
     known, size = read_known(metadata, where=path)
     known = sdxl.marked(tensors) | known | run_checkpoint.model_params(own_config)
     params = run_checkpoint.model_params(config)
     check_known(params, where=path)
-    run_checkpoint.refuse_adapter(tensors, params, where=path)
     state_dicts = layout.split(tensors)
     layers = run_checkpoint.lora_layers(tensors, state_dicts, params, where=path)
     return Model(

@@ -86,14 +86,14 @@ def _joined(own: Mapping[str, Tensor], layer: str, *, where: object) -> dict[str
     return {"down": torch.cat([own["down"], own["start_down"]]), "up": up}
 
 
-def refuse_adapter(tensors: Mapping[str, Tensor], params: Mapping[str, Any], *, where: object) -> None:
+def refuse_adapter(params: Mapping[str, Any], *, where: object) -> None:
     """Raises UserError for the checkpoint of a run that trains an adapter of another kind than a LoRA.
 
     params: of the run's model section.
     """
     trainable = params.get("trainable")
     adapter = trainable.get("adapter") if isinstance(trainable, Mapping) else None
-    if adapter and any(name.startswith(RUN_LORA) for name in tensors):
+    if adapter:
         what = "This is a checkpoint of an adapter, which only its run reads"
         raise UserError(what, where=where, remedy="Use the run's model.safetensors.")
 

@@ -50,7 +50,8 @@ KEEPING = [  # ways to keep the class together, on a T-LoRA
     "model.params.objective.subject_loss.target=ldm.training.dco.DCO",
     "model.params.trainable.lora.target=ldm.models.lora.LoRA",
     "model.params.trainable.lora.params.rank_by_timestep.min_rank=1",
-    "model.params.trainable.learning_rate=0.01",
+    "model.params.trainable.learning_rate=0.1",
+    "model.params.optimizer.target=torch.optim.SGD",  # AdamW steps by rounding, too
 ]
 
 
@@ -78,12 +79,13 @@ def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Pa
     base = load_file(OmegaConf.load("tiny.yaml").base_checkpoint)
     learned = torch.cat([(one[key] - base[key]).flatten() for key in one]).norm()
     apart = torch.cat([(one[key] - two[key]).flatten() for key in one]).norm()
-    assert learned > 0.1 and apart < 0.01 * learned  # AdamW makes steps of rounding where a gradient is 0
+    assert learned > (1e-3 if keeping else 0.1)
+    assert apart < 0.01 * learned  # AdamW makes steps of rounding where a gradient is 0
     curves = [read_curves(Path(f"logs/{name}/tensorboard")) for name in ("one", "two")]
     for name in ("train/loss", "train/subject_loss", "train/prior_loss", "val/loss"):
         (steps, losses), (steps_two, losses_two) = (zip(*curve[name], strict=True) for curve in curves)
         assert steps == steps_two
-        assert losses == pytest.approx(losses_two, rel=1e-4)
+        assert losses == pytest.approx(losses_two, rel=1e-4, abs=1e-11)
 
     names = {path.name for path in Path("logs").iterdir()}
     assert names == {"one", "two"}  # two processes, one folder
