@@ -15,6 +15,7 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
     )
     _add_what(parser)
     _add_how(parser)
+    _add_size_and_place(parser)
     return parser.parse_args(words)
 
 
@@ -73,6 +74,11 @@ def _add_how(parser: ArgumentParser) -> None:
         default=0.0,
         help="fresh noise in each step of ddim, 0 to 1; the other samplers have no eta",
     )
+
+
+def _add_size_and_place(parser: ArgumentParser) -> None:
+    """Options of the images' size and start, and of where and how many at a time are computed."""
+    add = parser.add_argument
     add("--height", type=int, help="pixels; None: as in training")
     add("--width", type=int, help="pixels; None: as in training")
     for name, what in SIZES.items():

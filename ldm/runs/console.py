@@ -26,6 +26,7 @@ QUIET_LINES = (  # logged by Lightning: adverts, and what our own lines say
     "GPU available: ",
     "TPU available: ",
     "`Trainer.fit` stopped: `max_steps=",
+    "`Trainer(val_check_interval=1)` was configured so",
     "LOCAL_RANK: ",
     "Initializing distributed: GLOBAL_RANK: ",
     "You're using the WeightAveraging callback, but saving a checkpoint",
