@@ -10,7 +10,6 @@ import copy
 import functools
 import inspect
 import math
-import re
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.annotations import Node, fits, named, node_kind, section_in_list, section_kind
 from ldm.errors import UserError
 from ldm.files import atomic_write
+from ldm.interpolations import calls_resolver, escaped
 from ldm.shipped import CONFIGS, find_file
 from ldm.targets import get_callable, get_class, hints_of, nearest, node_target, parameters_of
 
@@ -47,7 +47,7 @@ def load_config(
         for update in _read(Path(path)).values():
             config = OmegaConf.merge(_without_old_params(config, update), update)
     for key, value in (literals or {}).items():
-        OmegaConf.update(config, key, _escaped(value))
+        OmegaConf.update(config, key, escaped(value))
     for item in dotlist:
         key, equals, value = item.partition("=")
         if not equals or not all(key.strip().split(".")):
@@ -154,7 +154,7 @@ def to_container(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     if not OmegaConf.is_config(config):
         return copy.deepcopy(dict(config))
     for key, value in _leaves(OmegaConf.to_container(config, resolve=False)):
-        if isinstance(value, str) and _calls_resolver(value):
+        if isinstance(value, str) and calls_resolver(value):
             what = f"`{key}` cannot be resolved: {value} calls a resolver, and only `${{key}}` is allowed"
             raise UserError(what, where=key, remedy="Write the value itself.")
     try:
@@ -279,28 +279,6 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         return
     for name, inner in node.items() if isinstance(node, dict) else enumerate(node):
         yield from _leaves(inner, f"{key}.{name}" if key else str(name))
-
-
-def _calls_resolver(text: str) -> bool:
-    """Whether a value calls a resolver of OmegaConf, `${name:...}`, anywhere in its interpolations."""
-    depth = 0
-    for part in re.findall(r"\\*\$\{|\}|:", text):
-        if part.endswith("${"):
-            depth += len(part) % 2 == 0  # after an odd number of backslashes it is text
-        elif part == "}":
-            depth = max(0, depth - 1)
-        elif depth:
-            return True
-    return False
-
-
-def _escaped(value: Any) -> Any:
-    """Texts in a value as OmegaConf takes them to mean just these: every `${` is preceded by a backslash."""
-    if isinstance(value, list):
-        return [_escaped(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _read(path: Path, including: Sequence[Path] = ()) -> dict[Path, DictConfig]:

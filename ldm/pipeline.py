@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.checkpoints.hub import local_path
+from ldm.checkpoints.find_model import find_model
 from ldm.conditioner import clip_skip_of
 from ldm.denoiser import Denoiser, evaluating, filler, placement, require_same_kind
 from ldm.diffusion.guidance import Denoise, classifier_free_guidance
@@ -282,25 +282,6 @@ class Text2Image:
         lower = autocast_for(precision, *networks, *base)
         with evaluating(*networks, *base), torch.inference_mode(), lower:
             yield
-
-
-def find_model(path: Path | None = None) -> Path:
-    """The model file of a run folder, a file as it is, or by default the newest run's under logs/.
-
-    What a hub id names is downloaded, unless it is here.
-    """
-    path = None if path is None else local_path(path)
-    if path is not None and (path / "model.safetensors").exists():
-        return path / "model.safetensors"
-    if path is not None and (path / "config.yaml").exists() and not (path / "model_index.json").exists():
-        remedy = "Continue it with main.py --resume, or name one of its checkpoints."
-        raise UserError("The run has no model yet", where=path, remedy=remedy)
-    if path is not None:
-        return path
-    runs = sorted(Path("logs").glob("*/model.safetensors"), key=lambda file: file.stat().st_mtime)
-    if not runs:
-        raise UserError("There is no finished run under logs/", remedy="Name a file or a run with --model.")
-    return runs[-1]
 
 
 def _checked(

@@ -17,6 +17,7 @@ LEAVES = {
     "annotations",
     "errors",
     "files",
+    "interpolations",
     "lazy",
     "randomness",
     "contact_sheet",

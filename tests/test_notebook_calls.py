@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from ldm.checkpoints.find_model import find_model
 from ldm.diffusion.process import DiscreteDiffusion
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
-from ldm.pipeline import Text2Image, find_model
+from ldm.pipeline import Text2Image
 
 SHORT = {"steps": 1, "guidance_scale": 1.0}
 

@@ -122,9 +122,8 @@ def _mlp(in_features: int, emb: int) -> nn.Sequential:
 class Prepared(NamedTuple):
     """What the steps of one sampling share: conditioning, S timesteps, and what layers make of them.
 
-    conditioning: with the keys and values of its contexts. shifts: [S, sum of out_channels], each residual
-    block's in its columns; [P S, sum] where each prompt has a vector. timesteps: [S] float32, which need not
-    be whole numbers. index: [B] int64, which of the P prompts each item has.
+    conditioning: with keys and values, if they can be kept. shifts: [S, sum of out_channels], a block's in
+    its columns; [P S, sum] where prompts have vectors. timesteps: [S] float32. index: [B], prompts of items.
     """
 
     conditioning: Conditioning
@@ -153,7 +152,7 @@ class Prepared(NamedTuple):
         """
         first = 0
         if self.conditioning.vector is not None:
-            first = self.index * len(self.timesteps)  # [B]
+            first = self.index * len(self.timesteps)
             timesteps = repeat_batch(timesteps, len(first))
         same = timesteps.float()[:, None] == self.timesteps  # [b or B, S]
         row = torch.where(same.any(dim=1), first + same.int().argmax(dim=1), len(self.shifts))
@@ -272,7 +271,7 @@ class UNetModel(nn.Module):
         emb = self._sinusoids(timesteps, self.dtype)
         if self._takes(told.vector):
             emb = (self.label_emb(told.vector)[:, None] + emb).flatten(0, 1)
-        kept = {layer: layer.keys_values(told.context) for layer in layers} if self.shares_keys else None
+        kept = {layer: layer.keys_values(told.context) for layer in layers if self.shares_keys} or None
         return Prepared(
             told._replace(kept=kept),
             shifts=torch.cat([block.emb_layers(emb) for block in blocks], dim=1),
@@ -299,10 +298,9 @@ class UNetModel(nn.Module):
         first cross-attention, so the layers before it run once; where items have a vector, at the entrance.
         """
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
-            raise UserError(
-                f"Latents of {x.shape[2]} x {x.shape[3]} cells do not fit the UNet",
-                remedy=f"Height and width must be multiples of {self.factor} cells.",
-            )
+            remedy = f"Height and width must be multiples of {self.factor} cells."
+            what = f"Latents of {x.shape[2]} x {x.shape[3]} cells do not fit the UNet"
+            raise UserError(what, remedy=remedy)
         x = x.contiguous(memory_format=torch.channels_last)  # as the weights are
         if isinstance(conditioning, Prepared):
             time, conditioning = conditioning.time_embedding(timesteps), conditioning.conditioning

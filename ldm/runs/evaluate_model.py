@@ -7,6 +7,7 @@ from typing import Any
 
 from ldm.annotations import Node
 from ldm.checkpoints import run_checkpoint
+from ldm.checkpoints.find_model import find_model
 from ldm.config import check, instantiate
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import ImageFiles
@@ -17,7 +18,7 @@ from ldm.evaluation.protocol import Evaluation
 from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.evaluation.subjects import JudgedSubjects
 from ldm.files import atomic_write, make_folder
-from ldm.pipeline import Text2Image, find_model
+from ldm.pipeline import Text2Image
 from ldm.reports.metrics_plot import metrics_plot
 from ldm.runs.run import write_json
 from ldm.schema import RunConfig

@@ -12,8 +12,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from ldm.checkpoints.find_model import find_model
 from ldm.errors import UserError
-from ldm.pipeline import find_model
 from ldm.runs.model_card import CARD, files_of
 
 PICTURES = "samples/contact_sheet.png"

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ldm.checkpoints.embedding import read_embedding
+from ldm.checkpoints.find_model import find_model
 from ldm.checkpoints.hub import HubModel, local_path
 from ldm.checkpoints.load import Model, file_hash, open_model
 from ldm.checkpoints.modelspec import sampling_defaults, taught_words
@@ -24,7 +25,7 @@ from ldm.engine.device import keep_freed_memory
 from ldm.errors import UserError
 from ldm.families.sdxl.conditioning import Sizes, warn_of_small_side
 from ldm.models.text_encoder import find_words
-from ldm.pipeline import Sample, Text2Image, find_model
+from ldm.pipeline import Sample, Text2Image
 from ldm.precision import resolve_precision
 from ldm.sampler_nodes import build_sampler
 from ldm.targets import allow

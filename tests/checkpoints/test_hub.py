@@ -15,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from ldm.checkpoints.find_model import find_model
 from ldm.checkpoints.hub import HubModel, choose, local_path
 from ldm.checkpoints.infer_config import model_config
 from ldm.checkpoints.known import flat
@@ -24,7 +25,6 @@ from ldm.commands.dreambooth import main
 from ldm.errors import UserError
 from ldm.families.sd.family import SD1
 from ldm.model_file import ModelFile
-from ldm.pipeline import find_model
 from tests import factories
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
