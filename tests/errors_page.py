@@ -1,6 +1,6 @@
 """docs/errors.md: what the tests try, and the sentence that each gets.
 
-    python -m pytest --errors docs/errors.md
+    python -m pytest --errors=docs/errors.md
 
 A pytest plugin. With the option only tests that speak of a refusal run, and every UserError that the library
 makes in one of them is taken down, under the words of that test.
@@ -21,7 +21,7 @@ from ldm.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 INTRODUCTION = """# Error messages
 
-Written by `python -m pytest --errors docs/errors.md`: every sentence that a test of this project gets, and
+Written by `python -m pytest --errors=docs/errors.md`: every sentence that a test of this project gets, and
 what it tries to get it. Names, paths and numbers are those of the tests; look for the words around yours. The
 last sentence of a message is the remedy. Errors come before long work, or leave it on disk; `main.py` and the
 scripts print them without a traceback, with exit status 2."""
