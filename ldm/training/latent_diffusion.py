@@ -1,33 +1,21 @@
-"""DreamBooth's training step: `LatentDiffusion` holds the networks under the names of released files."""
+"""DreamBooth's training step, on the networks of `ldm/training/learning_networks.py`."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
-import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.annotations import Node, Seed
-from ldm.checkpoints.save import save_model
-from ldm.conditioner import Conditioner
-from ldm.config import instantiate
-from ldm.diffusion.process import NoiseProcess, ProcessConfig
-from ldm.engine.gradients import clip
-from ldm.engine.sharding import Sharded, shard
+from ldm.diffusion.process import ProcessConfig
 from ldm.engine.step_log import StepMean, begins_step, is_logged
-from ldm.models.adapter import Adapter
-from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.conditioning import Conditioning
-from ldm.models.lora import LoRA
 from ldm.models.lora_layer import SideLayer
-from ldm.models.text_encoder import CLIPTextEncoder
-from ldm.optim.optimizer_nodes import OptimizerNode, weights_dtype
-from ldm.optim.optimizers import build_optimizer, check_optimizer, with_schedule
+from ldm.optim.optimizer_nodes import OptimizerNode
 from ldm.optim.schedules import ScheduleNode, build_schedule
-from ldm.precision import vae_precision
-from ldm.schema import TrainerOptions
-from ldm.training.compiling import CompileMode, TrainingGraph
+from ldm.training.compiling import CompileMode
 from ldm.training.cuda_graph import GraphedStep, uses_cuda_graph
+from ldm.training.learning_networks import LearningNetworks
 from ldm.training.moved_keys import MOVED
 from ldm.training.objective import BaseAsked, Loss, Objective
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
@@ -35,7 +23,7 @@ from ldm.training.techniques import L2SP, Reference
 from ldm.training.trainable import Trainable
 
 
-class LatentDiffusion(pl.LightningModule):
+class LatentDiffusion(LearningNetworks):
     """UNet, text encoder and frozen autoencoder with the DreamBooth loss (Ruiz et al. 2023, eq. 2).
 
     Its state dict has the names of a Stable Diffusion file: `model.diffusion_model.*`, `first_stage_model.*`,
@@ -77,59 +65,24 @@ class LatentDiffusion(pl.LightningModule):
         cuda_graph: bool | None = None,
         seed: Seed = 23,
     ):
-        super().__init__()
-        self.model = nn.ModuleDict({"diffusion_model": instantiate(unet)})
-        self.first_stage_model: AutoencoderKL = instantiate(vae)
-        self.cond_stage_model: CLIPTextEncoder = instantiate(text_encoder)
-        networks = self.networks
-        self.process: NoiseProcess = (process or ProcessConfig()).build()
-        self.seed = seed
+        process = process or ProcessConfig()
+        super().__init__(
+            unet=unet,
+            vae=vae,
+            text_encoder=text_encoder,
+            process=process.build(),
+            trainable=trainable or Trainable(),
+            optimizer=optimizer,
+            lr_schedule=build_schedule(lr_schedule),
+            compile=compile,
+            seed=seed,
+        )
         self.objective = objective or Objective()
-        self.trainable = trainable or Trainable()
-        self.trainable.attach(networks, timesteps=len(self.process.alphas_cumprod))
-        self.lora: LoRA | Adapter | None = self.trainable.lora  # a module, whose weights checkpoints keep
-        self.lr_schedule = build_schedule(lr_schedule)
-        self.optimizer = optimizer
-        if (dtype := weights_dtype(optimizer)) is not None:
-            networks["unet"].to(dtype)
-            networks["text_encoder"].to(dtype)
-        self._graph = None if compile is None else TrainingGraph(networks["unet"], mode=compile)
         self.cuda_graph = cuda_graph
         self.graphed_step: Callable[[dict], Tensor] | None = None
         self._l2_sp: L2SP | None = None
         self._reference: Reference | None = None
-        self.conditioner = Conditioner(self.cond_stage_model)
         self._step_mean = StepMean()
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """The three networks by the names of `ldm.checkpoints.layout`."""
-        return {
-            "unet": self.model["diffusion_model"],
-            "vae": self.first_stage_model,
-            "text_encoder": self.cond_stage_model,
-        }
-
-    @property
-    def trainable_modules(self) -> dict[str, nn.Module]:
-        """What the optimizer changes for each network: the network itself, or the factors beside it."""
-        return self.trainable.modules(self.networks)
-
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """images: [B, 3, H, W] in [-1, 1] -> latent stats [B, 2C, h, w] of their latents."""
-        with vae_precision(self.networks["unet"], self.device):
-            return self.first_stage_model.encode(images.to(self.device)).latent_stats.contiguous()
-
-    def condition(self, prompts: Sequence[str], sizes: Tensor | None = None) -> Conditioning:
-        """The conditioning of B items by their prompts; sizes: [B, 6], as in `Conditioner.conditioning`.
-
-        Equal prompts go through the text encoder once: in a call, or, where it is frozen, in the whole run.
-        """
-        learns = self.trainable.text_learns_at(self.global_step)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            frozen = not self.trainable.text_learns(self.networks)
-            return self.conditioner(prompts, sizes, frozen=frozen)
 
     def setup(self, stage: str) -> None:
         """Keeps the base as it is, before a checkpoint replaces its weights."""
@@ -141,16 +94,6 @@ class LatentDiffusion(pl.LightningModule):
         if self.objective.needs_reference and stage == "fit":
             how = {"lora": self.lora, "precision": getattr(self._trainer, "precision", "32-true")}
             self._reference = Reference(self.model["diffusion_model"], self.cond_stage_model, **how)
-
-    def configure_model(self) -> None:
-        """Splits the networks over the processes, where the Trainer asks for that."""
-        if isinstance(self.trainer.strategy, Sharded):
-            shard(self.networks, self.device_mesh["data_parallel"])
-
-    def add_learned_token(self) -> None:
-        """Lets prompts hold the new word, if there is one. To be called when the base's weights are there."""
-        self.trainable.add_token(self.networks)
-        self.conditioner.forget()
 
     def on_train_start(self) -> None:
         """Contexts of other weights, and ids on another device, are forgotten."""
@@ -177,11 +120,6 @@ class LatentDiffusion(pl.LightningModule):
         shape = latent_shape(batch, channels=stage.embed_dim, factor=stage.factor)
         drawn = sample_randomness(batch, self.seed, shape, self.process)
         return batch | drawn | self.objective.select(batch)
-
-    def apply_model(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """x: [B, C, h, w], t: [B], conditioning of B items -> the UNet's prediction [B, C, h, w]."""
-        compiled = self._graph is not None and torch.is_grad_enabled()
-        return (self._graph if compiled else self.networks["unet"]).predict(x, t, conditioning)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         loss = self._log_loss(batch, "train", batch_idx).total
@@ -250,33 +188,3 @@ class LatentDiffusion(pl.LightningModule):
     def _prepared(self, batch: dict) -> dict:
         """A batch that no Trainer has handed over gets what it lacks."""
         return batch if "stream_masks" in batch else self.on_before_batch_transfer(batch, 0)
-
-    def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
-        """Refuses a Trainer, or its options, with which this module cannot learn."""
-        how = {"compiled": self._graph is not None, "processes": processes}
-        check_optimizer(self.optimizer, trainer, rates=self.trainable.rates(self.networks), **how)
-
-    def configure_optimizers(self) -> dict:
-        self.check(self.trainer, processes=self.trainer.world_size)
-        groups = self.trainable.param_groups(self.networks)
-        fused = self.trainer.precision != "16-mixed"  # there the scaler must see the gradients first
-        optimizer = build_optimizer(groups, self.optimizer, fused=fused, seed=self.seed)
-        return with_schedule(optimizer, self.lr_schedule, max_steps=self.trainer.max_steps)
-
-    configure_gradient_clipping = clip
-
-    def train(self, mode: bool = True) -> "LatentDiffusion":
-        """Frozen networks stay in eval mode."""
-        super().train(mode)
-        for network in self.networks.values():
-            network.train(mode and any(p.requires_grad for p in network.parameters()))
-        return self
-
-    def export(self, path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> Path:
-        """Writes one Stable Diffusion file of all three networks and the schedule.
-
-        A LoRA and a new word are in files of their own beside it too (`Trainable.export`).
-        """
-        state_dicts = self.trainable.export(path, self.networks, dtype=dtype, metadata=metadata)
-        alphas_cumprod = self.process.alphas_cumprod.cpu()
-        return save_model(path, state_dicts, alphas_cumprod=alphas_cumprod, dtype=dtype, metadata=metadata)
