@@ -8,7 +8,7 @@ import pytest
 
 from tests.errors_page import INTRODUCTION, ROOT, Seen, page, settled
 
-COMMAND = "python -m pytest --errors docs/errors.md"
+COMMAND = "python -m pytest --errors=docs/errors.md"
 
 
 @pytest.fixture(scope="module")

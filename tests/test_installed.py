@@ -79,7 +79,8 @@ assert not slow, slow
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
     for path in (ROOT / "scripts").glob("*.py"):
-        name = "priors" if path.stem == "generate_priors" else path.stem
+        short = {"generate_priors": "priors", "check_photos": "photos", "make_masks": "masks"}
+        name = short.get(path.stem, path.stem)
         assert f"dreambooth-{name}" in SCRIPTS or path.stem in ("benchmark", "soak"), path
     assert set(SCRIPTS) >= {"dreambooth", "dreambooth-sample"}
 

@@ -65,5 +65,4 @@ class RankMasks:
         mask = self.mask(timesteps)
         for layer in self.layers:
             layer.mask = mask
-        told = told if isinstance(told, Conditioning) else told.conditioning
-        return x, timesteps, told.expanded()
+        return x, timesteps, told if isinstance(told, Conditioning) else told.conditioning

@@ -12,8 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 from tqdm import tqdm
 
-from ldm.config import param_of
-from ldm.data.prompts import SUBJECT_TEMPLATE, fill
+from ldm.config import instantiate
 from ldm.engine import distributed
 from ldm.runs.run import PhaseTimer
 from ldm.runs.run_facts import program
@@ -55,8 +54,9 @@ class _Plain(logging.Formatter):
     """A message as it is; a warning or an error says that it is one."""
 
     def format(self, record: logging.LogRecord) -> str:
+        record.message = record.getMessage()  # as every formatter does
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        return level + record.getMessage()
+        return level + record.message
 
 
 def speak() -> None:
@@ -124,8 +124,7 @@ def closing(paths: list[Path], config: RunConfig) -> str:
     lines = metric_lines(json.loads(metrics.read_text(encoding="utf-8"))) if metrics.exists() else []
     lines += [f"{_what(path):9}{path}" for path in paths]
     if config.is_dreambooth:
-        words = {name: param_of(config.data, name) for name in ("identifier", "class_word")}
-        prompt = fill(f"{SUBJECT_TEMPLATE} on the moon", **words)
+        prompt = f"{instantiate(config.data).concepts[0].subject_prompt} on the moon"
         command = ["python", "scripts/sample.py"] if program()[0] == "python" else ["dreambooth-sample"]
         lines.append(f"{'next':9}{shlex.join([*command, '--model', str(folder), '--prompt', prompt])}")
     return "\n".join(lines)

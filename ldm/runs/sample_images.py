@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ldm.checkpoints.embedding import read_embedding
@@ -108,19 +109,35 @@ def sample_images(options: Namespace) -> None:
     own = clip_skip_of(pipeline.text_encoder)
     settings["clip_skip"] = own if options.clip_skip is None else options.clip_skip
     about |= {"clip_skip": settings["clip_skip"]} if settings["clip_skip"] != 1 else {}
+    rows, out = drawn(pipeline, prompts, options, settings), folder_of(options, path)
+    images = write_images(rows, out, prompts=prompts, about=about)
+    grid = contact_sheet(list(zip(prompts, images, strict=True)))
+    print(save_image(out / "contact_sheet.png", grid, {"prompts": prompts, "seed": options.seed} | about))
+
+
+def folder_of(options: Namespace, path: Path) -> Path:
+    """The folder of the images: as the options say, or a new one beside the model (the hub's: in logs/)."""
     of_hub = options.model is not None and HubModel.of(options.model) is not None
     beside = Path("logs", name_of(path)) if of_hub else path.parent
-    out = options.out or beside / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
-    images = [[] for _ in prompts]
-    for row, sample in drawn(pipeline, prompts, options, settings):
+    return options.out or beside / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
+
+
+def write_images(
+    rows: Iterator[tuple[int, Sample]], out: Path, *, prompts: Sequence[str], about: dict[str, Any]
+) -> list[list[Image.Image]]:
+    """Writes each image as it comes, with its settings, and prints its path -> the images of each prompt.
+
+    rows: number of the prompt, image.
+    """
+    images: list[list[Image.Image]] = [[] for _ in prompts]
+    for row, sample in rows:
         out.mkdir(parents=True, exist_ok=True)
         slug = re.sub(r"\W+", "-", sample.prompt.lower())[:40].strip("-")
         file = out / f"{row:03d}-{slug}-{sample.seed}.png"
         written = save_image(file, sample.image, {"prompt": sample.prompt, "seed": sample.seed} | about)
         tqdm.write(str(written))
         images[row].append(sample.image)
-    grid = contact_sheet(list(zip(prompts, images, strict=True)))
-    print(save_image(out / "contact_sheet.png", grid, {"prompts": prompts, "seed": options.seed} | about))
+    return images
 
 
 def prompts_of(options: Namespace, model: Model) -> list[str]:

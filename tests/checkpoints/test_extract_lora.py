@@ -1,6 +1,7 @@
 """LoRA extraction: nothing of this rank comes nearer, and a LoRA's own product is found again."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,10 @@ def test_the_error_is_the_tail_of_the_singular_values(shape: tuple[int, ...], ra
     assert squared == pytest.approx(tail, rel=1e-5, abs=1e-7)
 
 
-def saved(path: Path, state_dicts: dict) -> Path:
+def saved(path: Path, state_dicts: dict, config: dict) -> Path:
     alphas_cumprod = make_alphas_cumprod(**SCHEDULE)
-    return save_model(path, state_dicts, alphas_cumprod=alphas_cumprod, dtype=torch.float32, metadata={})
+    about = {"alphas_cumprod": alphas_cumprod, "metadata": {"ldm.config": json.dumps(config)}}
+    return save_model(path, state_dicts, dtype=torch.float32, **about)
 
 
 def words(tuned: Path, base: Path, out: Path, *more: str) -> list[str]:
@@ -44,10 +46,10 @@ def words(tuned: Path, base: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_a_loras_own_product_is_extracted(
-    tiny_networks: dict[str, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture
+    tiny_config: dict, tiny_networks: dict[str, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     plain = {name: network.state_dict() for name, network in tiny_networks.items()}
-    base = saved(tmp_path / "base.safetensors", plain)
+    base = saved(tmp_path / "base.safetensors", plain, tiny_config)
     lora = LoRA(rank=3, alpha=2.0, unet=EVERY, text_encoder=EVERY[:2])
     networks = copy.deepcopy(tiny_networks)
     lora.attach({name: networks[name] for name in ("unet", "text_encoder")})
@@ -55,7 +57,7 @@ def test_a_loras_own_product_is_extracted(
     for parameter in lora.parameters():
         nn.init.normal_(parameter, std=0.2)
     merged = {name: dict(tensors) for name, tensors in merge_lora(plain, lora.weights()).items()}
-    tuned = saved(tmp_path / "tuned.safetensors", merged)
+    tuned = saved(tmp_path / "tuned.safetensors", merged, tiny_config)
     out = convert.main(convert.parse(words(tuned, base, tmp_path / "out.safetensors", "--rank", "3")))
     assert "100.00% of the squared change; 0.00% is in other tensors" in capsys.readouterr().out
     found = open_model(base).state_dicts
@@ -69,14 +71,16 @@ def test_a_loras_own_product_is_extracted(
             torch.testing.assert_close(again[network][name].float(), tensor.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_what_no_lora_holds_is_said(tiny_networks: dict[str, nn.Module], tmp_path: Path, capsys):
+def test_what_no_lora_holds_is_said(
+    tiny_config: dict, tiny_networks: dict[str, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture
+):
     plain = {name: network.state_dict() for name, network in tiny_networks.items()}
-    base = saved(tmp_path / "base.safetensors", plain)
+    base = saved(tmp_path / "base.safetensors", plain, tiny_config)
     changed = {name: {key: x.clone() for key, x in tensors.items()} for name, tensors in plain.items()}
     layer, elsewhere = "middle_block.1.proj_in.weight", "time_embed.0.weight"
     changed["unet"][layer][0, 0] += 1.0
     changed["unet"][elsewhere][0, :3] += 1.0
-    tuned = saved(tmp_path / "tuned.safetensors", changed)
+    tuned = saved(tmp_path / "tuned.safetensors", changed, tiny_config)
     out = convert.main(convert.parse(words(tuned, base, tmp_path / "out.safetensors")))
     assert "1 layers: 25.00% of the squared change; 75.00% is in other tensors" in capsys.readouterr().out
     layers = read_lora(out, open_model(base).state_dicts)

@@ -137,7 +137,9 @@ def test_each_concept_has_its_photos_words_and_share(folders: Path):
     data = ready([dog(), cat(weight=0.5), ConceptConfig(root="style", identifier="qpv", class_word=None)])
     assert [concept.name for concept in data.concepts] == ["sks dog", "zwx cat", "qpv"]
     stream = data.dataset.streams["subject"]
-    seen = Counter((stream.view(k).source.path.parent.name, stream.caption(k)) for k in range(500))
+    seen = Counter(
+        (stream.view(k).source.path.parent.name, stream.captions(k)["caption"]) for k in range(500)
+    )
     assert seen == {
         ("dogs", "a photo of sks dog"): 200,
         ("cats", "a photo of zwx cat"): 100,

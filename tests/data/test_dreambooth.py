@@ -144,7 +144,7 @@ def test_differential_output_preservation_shows_photos_under_their_captions_of_t
     folders = folders | {"prior_root": None, "num_priors": 0, "captions": True}
     data = ready(**folders, diff_output_preservation=True)
     assert not data.generated_classes and data.prior_batch_size == 1
-    pairs = Counter((p.path.name, p.caption) for p in data.dataset.streams["prior"].sources)
+    pairs = Counter((p.path.name, *p.captions.texts) for p in data.dataset.streams["prior"].sources)
     assert pairs == {
         **{(f"{k}.png", "a photo of a dog"): 1 for k in (0, 1, 3, 4)},
         ("2.png", "my old dog in the snow"): 1,

@@ -131,17 +131,11 @@ def test_a_manifest_that_says_less_is_of_the_same_set(tmp_path):
     assert priors.is_listed(2) and not priors.is_listed(3)
 
 
-class Data:
-    """What a prior set asks of the data."""
-
-    prior_prompt, size = "a photo of a dog", 8
-
-
 @pytest.mark.parametrize("sampler", [*SAMPLERS, {"target": "mine.heavy_ball"}], ids=str)
 def test_the_usual_spacing_is_the_set_that_says_none(tmp_path, sampler):
     def spec(spacing: str | None) -> PriorSpec:
         config = PriorsConfig(folder=str(tmp_path), sampler=sampler, spacing=spacing)
-        return prior_set(Data, config, base_sha256="ab", device=torch.device("cpu")).spec
+        return prior_set("a dog", config, size=8, base_sha256="ab", device=torch.device("cpu")).spec
 
     usual = usual_spacing(sampler)
     names = {spacing: spec(spacing).hash for spacing in (None, *SPACINGS)}

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from ldm.config import instantiate
 from ldm.errors import UserError
+from ldm.runs.generate_set import generate_set
 from ldm.runs.inputs import read_inputs
 from ldm.runs.job import run_job
 from ldm.runs.options import parse
 from ldm.storybook.subjects import new_subject, write_subject
-from scripts import generate_priors
 from tests.factories import photos, with_concepts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def several(words: list[str], workdir: Path) -> list[str]:
 def test_a_run_of_two_subjects_and_a_style(several: list[str]):
     prompts = ["a photo of {identifier} {class_word}", "a photo of a {class_word}", "{identifier}"]
     words = [*several, f"samples.prompts={prompts}", "trainer.max_steps=4"]
-    folders = generate_priors.main(parse(words))
+    folders = generate_set(parse(words))
     assert [folder.name[:17] for folder in folders] == ["a-photo-of-a-disc", "a-photo-of-a-ring"]
     assert all(len(list(folder.glob("*.png"))) == 3 for folder in folders)
     paths = run_job(parse(words))

@@ -124,7 +124,7 @@ def test_a_runs_own_evaluation_comes_before_its_samples(a_run):
     options = SimpleNamespace(
         **dict.fromkeys(("metrics", "no_diversity", "guidance_base", "prompts", "seeds"))
     )
-    for name in ("class_samples", "steps", "guidance_scale", "dino", "clip"):
+    for name in ("class_samples", "steps", "guidance_scale", "dino", "clip", "vlm"):
         setattr(options, name, None)
     assert (
         evaluate_model.evaluation_of(options, replace(config, evaluation=own)).sampling["guidance_scale"]

@@ -138,7 +138,7 @@ def predicted(folder: Path, lora: Path | None) -> tuple[Tensor, ...]:
     encoders = file.networks["text_encoder"]
     context, pooled = encoders(encoders.tokenize(PROMPTS[:2]))
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    told = Conditioning.of(context, vector=size_vector(pooled, SIZES[:2]))
+    told = Conditioning(context, vector=size_vector(pooled, SIZES[:2]))
     return context, pooled, file.networks["unet"].predict(x, torch.tensor([1, 801]), told)
 
 

@@ -83,7 +83,7 @@ def test_each_encoder_has_its_rate_or_stays():
     assert any(p is encoders.clip_g.text_projection for p in parts["clip_g"].parameters())
     trainable = Trainable(learning_rate=1e-6, text_encoder_learning_rate={"clip_l": 0.0, "clip_g": 2e-6})
     networks = {"unet": torch.nn.Linear(1, 1), "text_encoder": encoders, "vae": torch.nn.Linear(1, 1)}
-    trainable.attach(networks)
+    trainable.attach(networks, timesteps=1000)
     groups = trainable.param_groups(networks)
     assert {name: rate for name, (_, rate) in groups.items()} == {"unet": 1e-6, "clip_l": 0.0, "clip_g": 2e-6}
     with pytest.raises(UserError, match="clip_l and one of clip_g"):

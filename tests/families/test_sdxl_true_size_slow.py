@@ -137,7 +137,7 @@ def computed_here(folder: Path) -> dict[str, Tensor]:
 
     context, pooled = loaded("text_encoder")(ids)
     gc.collect()
-    told = Conditioning.of(context, vector=size_vector(pooled, SIZES))
+    told = Conditioning(context, vector=size_vector(pooled, SIZES))
     return {"context": context, "pooled": pooled, "prediction": loaded("unet").predict(x, t, told)}
 
 

@@ -14,9 +14,9 @@ from ldm.engine.device import device_of, temporarily_on
 from ldm.errors import UserError
 from ldm.runs.callbacks import OffloadVAE
 from ldm.runs.dreambooth import DreamBoothRun
-from ldm.schema import TrainerOptions
+from ldm.schema import RunConfig, TrainerOptions
 from ldm.training.latent_diffusion import LatentDiffusion
-from tests.factories import LEAN, LEAN_BF16, MIN_SNR, build_module
+from tests.factories import LEAN, LEAN_BF16, MIN_SNR, build_module, run_config
 
 PROMPTS = ["a photo of sks disc", "a photo of a disc", "a photo of sks disc"]
 
@@ -162,10 +162,13 @@ def test_where_a_trainer_computes():
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("online", [True, False])
-def test_the_autoencoder_leaves_only_where_nothing_needs_it(cached: bool, online: bool):
+def test_the_autoencoder_leaves_only_where_nothing_needs_it(tiny_config: dict, cached: bool, online: bool):
     """Prior images that are drawn between two steps are decoded on the device."""
     data = SimpleNamespace(cache_latents=cached, online_priors=online)
-    run = SimpleNamespace(data=data, samples=SimpleNamespace(every_steps=0))
+    config = RunConfig.parse(
+        run_config(tiny_config, base="b", subject="s", name="x", trainer={"max_steps": 1})
+    )
+    run = SimpleNamespace(data=data, config=config, samples=SimpleNamespace(every_steps=0))
     leaves = [isinstance(callback, OffloadVAE) for callback in DreamBoothRun._callbacks(run)]
     assert any(leaves) == (cached and not online)
 
@@ -188,7 +191,7 @@ def test_freed_memory_is_not_handed_back():
     code = """
 import resource, torch
 from ldm.runs.dreambooth import DreamBoothRun
-from ldm.schema import TrainerOptions
+from ldm.schema import RunConfig, TrainerOptions
 from ldm.engine.device import keep_freed_memory
 def faults(keep):
     if keep:

@@ -108,7 +108,7 @@ def test_the_metric_of_the_page_is_measured_and_shown(mine: Path):
         reading = {"context": torch.tensor([0, 1]), "class": torch.tensor([0, 1])}
         of_class = {name: ClassImages(reading, torch.eye(2)) for name in CLASS_SAMPLINGS}
         shares = torch.tensor(fidelity)
-        return Measurement(shares, torch.ones_like(shares), torch.zeros(2), of_class, of_class)
+        return Measurement(reading, shares, torch.ones_like(shares), torch.zeros(2), of_class, of_class)
 
     after, base = measurement([[1.0, 0.5], [1.0, 1.0]]), measurement([[0.0, 0.5], [0.5, 1.0]])
     metrics = evaluation.summary(after, base, Subject({}, ceiling=1.0))
