@@ -89,13 +89,12 @@ def sample_images(options: Namespace) -> None:
     prompts = prompts_of(options, model)
     check_embeddings(options.embedding, [*prompts, options.negative_prompt or ""])
     init_image = load_image(options.init_image) if options.init_image else None
-    loras = [weighted(word) for word in options.lora]
     base = find_model(options.guidance_base) if options.guidance_base else None
-    added = {"loras": loras, "embeddings": options.embedding, "guidance_base": base, "vae": options.vae}
-    place = {"device": options.device, "dtype": DTYPES[precision]}
+    how = {"config": config, "device": options.device, "dtype": DTYPES[precision], "guidance_base": base}
+    how |= {"loras": list(map(weighted, options.lora)), "embeddings": options.embedding, "vae": options.vae}
     settings = settings_of(options, model)
     build_sampler(settings["sampler"])  # refused before the networks are read
-    pipeline = Text2Image.from_file(path, config=config, **place, **added)
+    pipeline = Text2Image.from_file(path, **how)
     settings |= {side: pipeline.default_size for side in ("height", "width") if settings[side] is None}
     settings["negative_prompt"] = pipeline.negative(settings["negative_prompt"])
     about = settings | {"model": name_of(path), "model_hash": pipeline.model_hash, "precision": precision}
