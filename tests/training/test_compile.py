@@ -13,7 +13,7 @@ from ldm.errors import UserError
 from ldm.models.conditioning import Conditioning
 from ldm.runs.sampling import text2image
 from ldm.schema import TrainerOptions
-from ldm.training import latent_diffusion
+from ldm.training import learning_networks
 from ldm.training.compiling import TrainingGraph
 from ldm.training.latent_diffusion import LatentDiffusion
 from tests.factories import LEAN, build_module
@@ -37,7 +37,7 @@ def test_a_run_translates_one_graph(job: Job, tmp_path: Path, monkeypatch: pytes
     torch._dynamo.reset()
     counter = CompileCounter()
     monkeypatch.setattr(
-        latent_diffusion, "TrainingGraph", lambda unet, mode: TrainingGraph(unet, backend=counter)
+        learning_networks, "TrainingGraph", lambda unet, mode: TrainingGraph(unet, backend=counter)
     )
     compiled = job(tmp_path / "compiled", params={"compile": "default"})
     assert counter.frame_count == 1
