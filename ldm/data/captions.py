@@ -104,10 +104,8 @@ class CaptionReader:
             return self._filled([name_as_caption(image)], None, where=image)
         if self.source is not True:
             return self._filled(self._of_all, Path(self.source), where=self.source)
-        for suffix in SIDECARS:
-            path = image.with_suffix(suffix)
-            if path.exists() and path != image:
-                return self._filled(read_sidecar(path), path, where=path)
+        if (path := sidecar_of(image)) is not None:
+            return self._filled(read_sidecar(path), path, where=path)
         listed = self._listed.get(image.name)
         return self._filled(listed, self.folder / LIST, where=self.folder / LIST) if listed else None
 
@@ -140,6 +138,12 @@ class CaptionReader:
                 raise UserError("The line names no image", where=f"{path}:{number}", remedy=remedy)
             found[entry["file_name"]] += _texts_of(entry, where=f"{path}:{number}")
         return found
+
+
+def sidecar_of(image: Path) -> Path | None:
+    """The file of captions beside an image; None if there is none."""
+    paths = (image.with_suffix(suffix) for suffix in SIDECARS)
+    return next((path for path in paths if path.exists() and path != image), None)
 
 
 def read_sidecar(path: Path) -> list[str]:

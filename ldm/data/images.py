@@ -126,6 +126,14 @@ def load_image(path: str | Path) -> Image.Image:
         raise UserError(f"The image cannot be read: {error}", where=path, remedy=RESAVE) from error
 
 
+def alpha_channel(path: str | Path) -> Image.Image | None:
+    """The alpha channel of an image file, upright, of mode L; None if it has none."""
+    with Image.open(path, formats=formats()) as file:
+        if not file.has_transparency_data:
+            return None
+        return ImageOps.exif_transpose(file).convert("RGBA").getchannel("A")
+
+
 def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) in pixels as stored, before any rotation; only the header is read."""
     with Image.open(path, formats=formats()) as file:

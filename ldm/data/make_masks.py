@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm.contact_sheet import contact_sheet
 from ldm.data.images import list_images, load_image
-from ldm.data.masks import LEAST_WHITE, has_alpha, masks_by_name, read_mask
+from ldm.data.masks import LEAST_WHITE, has_alpha, masks_by_name, masks_of, read_mask
 from ldm.errors import UserError
 from ldm.files import atomic_write
 
@@ -48,7 +48,7 @@ def make_masks(folder: str | Path, segment: Segment) -> dict[Path, Path]:
     stems = Counter(path.stem for path in photos)
     named, found = masks_by_name(Path(folder)), {}
     for path in photos:
-        there = [file for name in (path.stem, path.name) for file in named.get(name, ())]
+        there = masks_of(path, named)
         if there or has_alpha(path):
             found[path] = there[0] if there else path
             continue

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm.data.images import FORMATS, SUFFIXES, load_image, photo_of_mask, upright_size
+from ldm.data.images import SUFFIXES, alpha_channel, load_image, photo_of_mask, upright_size
 from ldm.data.items import SourceImage, TrainingView
 from ldm.errors import UserError
 
@@ -32,7 +31,7 @@ def find_masks(photos: Sequence[SourceImage], root: str | Path | None = None) ->
     named = masks_by_name(folder, of_masks_alone=root is not None)
     found, missing = {}, []
     for path in (photo.path for photo in photos):
-        files = [file for name in (path.stem, path.name) for file in named.get(name, ())]
+        files = masks_of(path, named)
         if len(files) > 1:
             what = f"{path.name} has {len(files)} masks: {', '.join(file.name for file in files)}"
             raise UserError(what, where=folder, remedy="Remove all but one.")
@@ -64,9 +63,14 @@ def masks_by_name(folder: Path, *, of_masks_alone: bool = False) -> dict[str, li
     return named
 
 
+def masks_of(photo: Path, named: Mapping[str, Sequence[Path]]) -> list[Path]:
+    """The masks of a photo, by its stem and by its name. named: of `masks_by_name`."""
+    return [file for name in (photo.stem, photo.name) for file in named.get(name, ())]
+
+
 def has_alpha(path: Path) -> bool:
     """Whether an image is transparent anywhere."""
-    return (alpha := _alpha(path)) is not None and alpha.getextrema()[0] < 255
+    return (alpha := alpha_channel(path)) is not None and alpha.getextrema()[0] < 255
 
 
 def read_mask(file: Path, photo: Path) -> np.ndarray:
@@ -75,7 +79,7 @@ def read_mask(file: Path, photo: Path) -> np.ndarray:
     Raises UserError for a mask of another size, one that is coloured, transparent, or nowhere white.
     """
     if file == photo:
-        mask = _alpha(file)
+        mask = alpha_channel(file)
     else:
         image = load_image(file)
         if has_alpha(file):
@@ -150,11 +154,3 @@ def check_masks(views: Sequence[TrainingView], files: Mapping[Path, Path]) -> No
     for path in (path for path, mean in most.items() if mean == 0):
         remedy = "Crop the photo around its subject."
         raise UserError("The training crop leaves the whole mask out", where=path, remedy=remedy)
-
-
-def _alpha(path: Path) -> Image.Image | None:
-    """The alpha channel of an image, upright, of mode L; None if it has none."""
-    with Image.open(path, formats=FORMATS) as file:
-        if not file.has_transparency_data:
-            return None
-        return ImageOps.exif_transpose(file).convert("RGBA").getchannel("A")

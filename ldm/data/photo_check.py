@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 
-from ldm.data.images import ORIENTATION, formats, load_image, square_crop
+from ldm.data.captions import read_sidecar, sidecar_of
+from ldm.data.images import ORIENTATION, alpha_channel, formats, load_image, square_crop
+from ldm.errors import UserError
 
 SHARPNESS_SIDE = 512  # pixels of the shorter side at which sharpness is measured; nothing is enlarged
 # Of the 27 photos of five subjects of Ruiz et al. 2023 the softest has 100; after a Gaussian blur of 1.5
@@ -75,11 +77,10 @@ class PhotoFacts:
     @classmethod
     def of(cls, path: Path) -> "PhotoFacts":
         """Decodes a photo. Raises UserError if that cannot be done."""
-        image, text = load_image(path), path.with_suffix(".txt")
+        image = load_image(path)
         with Image.open(path, formats=formats()) as file:
             turned = file.getexif().get(ORIENTATION, 1) != 1
             profile = _profile_name(file.info.get("icc_profile"))
-            subject = _subject(ImageOps.exif_transpose(file))
         return cls(
             path,
             image.height,
@@ -88,8 +89,8 @@ class PhotoFacts:
             profile,
             sharpness(image),
             difference_hash(image),
-            subject,
-            " ".join(text.read_text(encoding="utf-8-sig").split()) if text.is_file() else None,
+            _subject(alpha_channel(path)),
+            _caption(path),
         )
 
     @property
@@ -177,9 +178,18 @@ def _profile_name(profile: bytes | None) -> str | None:
         return "a profile that cannot be read"
 
 
-def _subject(image: Image.Image) -> Subject | None:
-    """None if there is no transparency, or all is opaque, or nothing."""
-    if not image.has_transparency_data:
+def _caption(path: Path) -> str | None:
+    """The first caption in the file beside a photo; None if there is none that can be read."""
+    file = sidecar_of(path)
+    try:
+        return next(iter(read_sidecar(file)), None) if file is not None else None
+    except UserError:  # which a run that reads captions says
         return None
-    opaque = np.asarray(image.convert("RGBA").getchannel("A")) >= OPAQUE
+
+
+def _subject(alpha: Image.Image | None) -> Subject | None:
+    """None if there is no transparency, or all is opaque, or nothing."""
+    if alpha is None:
+        return None
+    opaque = np.asarray(alpha) >= OPAQUE
     return Subject.of(opaque) if opaque.any() and not opaque.all() else None

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.data.images import list_images
-from ldm.data.masks import area_average
+from ldm.data.images import formats, list_images
+from ldm.data.masks import area_average, find_masks
 from ldm.errors import UserError
 from tests.data.test_dreambooth import items, noise, ready
 
@@ -194,3 +194,16 @@ def test_an_opaque_alpha_channel_is_no_mask(folder: Path):
     photo.save(folder / "0.png")
     with pytest.raises(UserError, match=r"1 of 4 photos have no mask: 0\.png"):
         data_of(folder)
+
+
+def test_a_photo_of_a_phone_has_a_mask_too(folder: Path):
+    """HEIC, in which the alpha channel is looked for as in any other format."""
+    formats()  # registers its decoder
+    (folder / "0.png").unlink()
+    Image.effect_noise((16, 16), 50).convert("RGB").save(folder / "0.heic", format="HEIF", quality=-1)
+    grey(folder / "0.mask.png", 16, 16, seed=0)
+    photos = DreamBoothDataModule(subject_root=str(folder), class_word="dog", size=SIZE).subject_photos
+    assert find_masks(photos)[folder / "0.heic"] == folder / "0.mask.png"
+    (folder / "0.mask.png").unlink()
+    with pytest.raises(UserError, match="1 of 4 photos have no mask: 0.heic"):
+        find_masks(photos)

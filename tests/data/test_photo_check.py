@@ -136,6 +136,22 @@ def test_captions_are_counted(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("a.caption", b"a photo of sks dog", "a photo of sks dog"),
+        ("a.json", b'{"caption": ["sks dog", "a sks dog"]}', "sks dog"),
+        ("a.json", b'{"camera": "x"}', None),
+        ("a.txt", b"\xff\xfe\x00 no text", None),
+    ],
+)
+def test_a_caption_is_that_of_a_run_or_none(tmp_path, name, content, found):
+    """What the files of other tools say counts, and one that cannot be read stops nothing here."""
+    noise(1).save(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(content)
+    assert PhotoFacts.of(tmp_path / "a.png").caption == found
+
+
 def test_the_page_shows_photos_views_and_troubles(workdir, capsys):
     folder = workdir / "my <dog>"
     folder.mkdir()
