@@ -4,7 +4,7 @@ The locks are POSIX's, which hold between machines on one network file system to
 closing a file ends its process's lock on it: who holds one does not open the file a second time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -42,6 +42,26 @@ def claim(path: Path) -> Iterator[bool]:
     """Locks a file until the block is left -> whether no other process holds it."""
     with _opened(path) as file:
         yield try_lock(file)
+
+
+def share(
+    names: Sequence[str], locks: Path, *, is_done: Callable[[str], bool], finish: Callable[[int, str], None]
+) -> None:
+    """Finishes all that is not done and that no other process works on, until there is nothing left.
+
+    names: of what there is to do, in this order; each has its lock in the folder `locks`. finish: gets the
+    number of one, from 1, and its name.
+    """
+    ran = True
+    while ran:
+        ran = False
+        for number, name in enumerate(names, start=1):
+            if is_done(name):
+                continue
+            with claim(locks / name) as mine:
+                if mine and not is_done(name):
+                    finish(number, name)
+                    ran = True
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from ldm.checkpoints.save import DTYPES
 from ldm.contact_sheet import save_image
+from ldm.data.concepts import IDENTIFIER
 from ldm.data.images import ImageFiles, list_images
 from ldm.engine.device import device_of
-from ldm.engine.locks import claim
+from ldm.engine.locks import share
 from ldm.errors import UserError
 from ldm.evaluation.dreambench import BenchMetrics, BenchSubject
 from ldm.evaluation.image_folder import prompt_of
@@ -58,14 +59,12 @@ class DreamBench(Grid):
     def identifier(self, subject: str) -> str:
         """The word that its prompts have; `sks` for images of another tool, whose prompts may have any."""
         params = self.runs[subject].config.data["params"] if self.runs else {}
-        return params.get("identifier", "sks")
+        return params.get("identifier") or IDENTIFIER
 
     def files(self, subject: str) -> dict[str, list[Path]]:
         """Prompt -> the files of its images, there or not, by its run."""
-        folder, prompts = (
-            self.folder / "pictures" / subject,
-            self.of[subject].prompts(self.identifier(subject)),
-        )
+        folder = self.folder / "pictures" / subject
+        prompts = self.of[subject].prompts(self.identifier(subject))
         numbers = range(self.images)
         return {
             prompt: [folder / f"{k:02d}-{i:02d}.png" for i in numbers] for k, prompt in enumerate(prompts)
@@ -98,17 +97,13 @@ class DreamBench(Grid):
 
 def work(bench: DreamBench, measure: BenchMetrics) -> None:
     """Finishes all subjects that no other process works on, until there are none."""
-    ran = True
-    while ran:
-        ran = False
-        for number, name in enumerate(bench.of, start=1):
-            if bench.row(name) is not None:
-                continue
-            with claim(bench.folder / "locks" / name) as mine:
-                if mine and bench.row(name) is None:
-                    print(f"{bench.name}, subject {number} of {len(bench.of)}: {name}", flush=True)
-                    _finish(bench, name, measure)
-                    ran = True
+
+    def run(number: int, name: str) -> None:
+        print(f"{bench.name}, subject {number} of {len(bench.of)}: {name}", flush=True)
+        _finish(bench, name, measure)
+
+    locks = bench.folder / "locks"
+    share(list(bench.of), locks, is_done=lambda name: bench.row(name) is not None, finish=run)
 
 
 def _finish(bench: DreamBench, name: str, measure: BenchMetrics) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ldm.annotations import Node
-from ldm.conditioner import clip_skip_of
 from ldm.config import param_of
 from ldm.data.caption_length import check_lengths, prompts_of
-from ldm.data.concepts import PriorClass, filled_for
+from ldm.data.concepts import filled_for
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import ImageFiles
 from ldm.data.priors import PriorSet
@@ -36,7 +35,7 @@ from ldm.runs.sampling import (
     generate_priors,
     generate_samples,
     prior_generator,
-    prior_set,
+    prior_sets,
     text2image,
 )
 from ldm.schema import RunConfig
@@ -108,7 +107,7 @@ class DreamBoothRun:
     def __call__(self) -> list[Path]:
         """-> the paths that rank 0 writes: contact sheet, model file, report."""
         with self.timer("prior_images"):
-            priors = [self._priors(known) for known in self.data.generated_classes]
+            priors = self._priors()
         generate = None
         if self.data.online_priors:
             base = frozen(self.pipeline)
@@ -149,15 +148,13 @@ class DreamBoothRun:
             self._guided = text2image(self.module, size=self.data.size, guidance_base=base)
         return self._guided
 
-    def _priors(self, known: PriorClass) -> PriorSet:
-        """The prior images of a class; missing ones are generated."""
+    def _priors(self) -> list[PriorSet]:
+        """The prior images of each class; missing ones are generated."""
         config = self.config.priors
-        text = self.module.cond_stage_model
-        about = {"unconditional": text.unconditional, "clip_skip": clip_skip_of(text), "size": self.data.size}
-        about |= {"base_sha256": self.base_hash, "device": self.module.device}
-        priors = prior_set(known.prompt, config, **about)
-        generate_priors(self.pipeline, priors, self.data.num_priors, batch_size=config.batch_size)
-        return priors
+        sets = prior_sets(self.module, self.data, config, base_sha256=self.base_hash)
+        for priors in sets:
+            generate_priors(self.pipeline, priors, self.data.num_priors, batch_size=config.batch_size)
+        return sets
 
     def _evaluate_base(self) -> run.SampleGrid:
         """Samples and metrics of the untouched base; a resumed run has the samples already."""

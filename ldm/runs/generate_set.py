@@ -3,13 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.conditioner import clip_skip_of
 from ldm.config import instantiate
 from ldm.engine import distributed
 from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.errors import UserError
 from ldm.runs.run import base_files, load_base
-from ldm.runs.sampling import generate_priors, prior_set, text2image
+from ldm.runs.sampling import generate_priors, prior_sets, text2image
 from ldm.runs.validate import validate
 from ldm.schema import RunConfig
 
@@ -31,10 +30,7 @@ def generate_set(config: RunConfig) -> list[Path]:
     module.to(device_of(trainer))
     sampling = config.priors
     pipeline = text2image(module, size=data.size)
-    text = pipeline.text_encoder
-    about = {"base_sha256": base_hash, "size": data.size, "device": module.device}
-    about |= {"unconditional": text.unconditional, "clip_skip": clip_skip_of(text)}
-    sets = [prior_set(known.prompt, sampling, **about) for known in data.generated_classes]
+    sets = prior_sets(module, data, sampling, base_sha256=base_hash)
     for priors in sets:
         missing = generate_priors(pipeline, priors, data.num_priors, batch_size=sampling.batch_size)
         if distributed.rank() == 0:

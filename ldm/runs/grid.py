@@ -18,7 +18,7 @@ import yaml
 
 from ldm.annotations import PositiveInt, Seed
 from ldm.config import check, get_class, load_config, save_config, to_container
-from ldm.engine.locks import CAN_LOCK, claim
+from ldm.engine.locks import CAN_LOCK, share
 from ldm.errors import UserError
 from ldm.evaluation.protocol import Better
 from ldm.files import atomic_write
@@ -236,18 +236,15 @@ def work(grid: Grid, jobs: Sequence[Job], *, left: Callable[[], str] = str) -> N
     left: says how much time is left, before each run.
     """
     torch.set_num_threads(grid.threads)
-    ran = True
-    while ran:
-        ran = False
-        for number, job in enumerate(jobs, start=1):
-            if metrics_of(job) is not None:
-                continue
-            with claim(grid.folder / "locks" / job.folder.name) as mine:
-                if mine and metrics_of(job) is None:
-                    said = [f"{grid.name}, run {number} of {len(jobs)}: {job.folder.name}", left()]
-                    print("; ".join(filter(None, said)), flush=True)
-                    finish(job)
-                    ran = True
+    by_name = {job.folder.name: job for job in jobs}
+
+    def run(number: int, name: str) -> None:
+        said = [f"{grid.name}, run {number} of {len(jobs)}: {name}", left()]
+        print("; ".join(filter(None, said)), flush=True)
+        finish(by_name[name])
+
+    locks = grid.folder / "locks"
+    share(list(by_name), locks, is_done=lambda name: metrics_of(by_name[name]) is not None, finish=run)
 
 
 def time_left(jobs: Sequence[Job], *, processes: int) -> str:

@@ -65,8 +65,7 @@ def _train(config: RunConfig, folder: Path, *, allow_change: bool, watch: Watch 
         module.to(device_of(config.trainer))
         if isinstance(module, LatentDiffusion):
             module.add_learned_token()
-            factor = module.networks["vae"].factor
-            data.attach(encode=module.encode_images, vae_hash=base_hash, latent_factor=factor)
+            data.attach(encode=module.encode_images, vae_hash=base_hash)
     if isinstance(data, DreamBoothDataModule):
         return DreamBoothRun(module, data, config, folder, base_hash=base_hash, watch=watch)()
     bars = [TrainingBar()] if config.trainer.enable_progress_bar else []

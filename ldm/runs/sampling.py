@@ -8,6 +8,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.conditioner import clip_skip_of
+from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.priors import GenerateImages, PriorSet, PriorSpec
 from ldm.denoiser import Denoiser
 from ldm.engine import distributed
@@ -71,6 +73,16 @@ def prior_set(
         clip_skip=clip_skip,
     )
     return PriorSet(Path(config.folder), spec)
+
+
+def prior_sets(
+    module: LatentDiffusion, data: DreamBoothDataModule, config: PriorsConfig, *, base_sha256: str
+) -> list[PriorSet]:
+    """The sets of a run, one for each class whose images the base generates."""
+    text = module.cond_stage_model
+    about = {"size": data.size, "base_sha256": base_sha256, "device": module.device}
+    about |= {"unconditional": text.unconditional, "clip_skip": clip_skip_of(text)}
+    return [prior_set(known.prompt, config, **about) for known in data.generated_classes]
 
 
 def prior_generator(spec: PriorSpec, pipeline: Text2Image, *, batch_size: int) -> GenerateImages:

@@ -112,13 +112,8 @@ class StorybookStream(pl.LightningDataModule):
         self.start_step = 0  # optimizer steps already done: set it before training to resume
         self.attach()
 
-    def attach(
-        self, *, encode: Encode | None = None, vae_hash: str = "", latent_factor: int | None = None
-    ) -> None:
-        """Sets the VAE's encoder (images -> latent stats).
-
-        Latents are not cached, and there are no masks, so neither hash nor factor is used.
-        """
+    def attach(self, *, encode: Encode | None = None, vae_hash: str = "") -> None:
+        """Sets the VAE's encoder (images -> latent stats); latents are not cached, so no hash is used."""
         self.encode = encode
 
     def set_prepare(self, prepare: Prepare) -> None:
