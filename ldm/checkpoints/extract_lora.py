@@ -10,6 +10,8 @@ from torch import Tensor
 from ldm.checkpoints.lora import LoRAWeights, StateDicts
 from ldm.errors import UserError
 
+OTHER_BASE = "Name the model that it was trained from as BASE."
+
 
 class Extracted(NamedTuple):
     """layers: see `ldm.checkpoints.lora`. kept: share of the squared change that they hold, 0 to 1.
@@ -50,7 +52,7 @@ def extract_lora(
         kept += squared - error
     if inside == 0:
         what = "No layer of a LoRA differs between the two models"
-        raise UserError(what, where=where, remedy="Name the model that it was trained from as BASE.")
+        raise UserError(what, where=where, remedy=OTHER_BASE)
     return Extracted(layers, kept / total, 1 - inside / total)
 
 
@@ -77,11 +79,11 @@ def _changes(
         own, theirs = tuned[network], base[network]
         for name in own:
             if name not in theirs:
-                remedy = "Name the model that it was trained from as BASE."
-                raise UserError(f"The base has no `{name}`", where=where, remedy=remedy)
-            one, other = own[name], theirs[name]
+                raise UserError(f"The base has no `{name}`", where=where, remedy=OTHER_BASE)
+            one = own[name]
+            other = theirs[name]
             if one.shape != other.shape:
                 what = f"`{name}` has shape {tuple(one.shape)}, and in the base {tuple(other.shape)}"
-                raise UserError(what, where=where, remedy="Name the model that it was trained from as BASE.")
+                raise UserError(what, where=where, remedy=OTHER_BASE)
             if one.is_floating_point():
                 yield network, name, one.float() - other.float()

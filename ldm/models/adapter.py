@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.annotations import PositiveInt
 from ldm.errors import UserError
-from ldm.models.lora import KINDS, TextLayers, UNetLayers, chosen_layers, learns, put
+from ldm.models.lora import KINDS, TextLayers, UNetLayers, freeze, put
 from ldm.models.lora_layer import SideLayer
 
 AdapterKind = Literal["dora", "loha", "lokr", "oft"]
@@ -25,19 +25,18 @@ ALGORITHMS = {"dora": "lora", "loha": "loha", "lokr": "lokr", "oft": "diag-oft"}
 
 
 class AdapterLayer(SideLayer):
-    """An adapter of one layer; a forward hook adds what its change of the weight makes of the input.
+    """An adapter of one layer: what its change of the weight makes of the input.
 
     inner: the library's module, float32. Its alpha is its rank, so all its scales are 1.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, inner: nn.Module):
-        super().__init__()
+        super().__init__(layer)
         self.inner = inner
         self.beside = [layer]  # in a list, so that its weights are not this module's
         self.window = {}
         if isinstance(layer, nn.Conv2d):
             self.window = {"stride": layer.stride, "padding": layer.padding}
-        layer.register_forward_hook(self.add)
 
     def weight(self) -> Tensor:
         """The layer's weight as the adapter changes it, in float32."""
@@ -57,13 +56,9 @@ class AdapterLayer(SideLayer):
     def squared_norm(self) -> Tensor:
         return self.change().square().sum()
 
-    def add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not self.enabled:
-            return output
-        x, change = inputs[0], self.change()
-        change = change.to(x.dtype)
-        more = F.conv2d(x, change, **self.window) if self.window else F.linear(x, change)
-        return output + more
+    def forward(self, x: Tensor) -> Tensor:
+        change = self.change().to(x.dtype)
+        return F.conv2d(x, change, **self.window) if self.window else F.linear(x, change)
 
 
 class Adapter(nn.Module):
@@ -106,10 +101,7 @@ class Adapter(nn.Module):
     def attach(self, networks: Mapping[str, nn.Module], *, timesteps: int = 1000) -> None:
         """Freezes the networks, and adds adapters to the chosen layers of those that were trainable."""
         for name, network in networks.items():
-            learning = {layer for layer in network.modules() if learns(layer)}
-            chosen = chosen_layers(network, KINDS[name], self.kinds[name])
-            network.requires_grad_(False)
-            for layer_name, layer in ((n, one) for n, one in chosen if one in learning):
+            for layer_name, layer in freeze(network, KINDS[name], self.kinds[name]):
                 put(self.layers[name], layer_name, AdapterLayer(layer, self._module(layer)))
 
     def begin(self) -> None:

@@ -63,10 +63,9 @@ class LoRA(nn.Module):
         """
         by_timestep = self.rank_by_timestep
         for name, network in networks.items():
-            learning = {layer for layer in network.modules() if learns(layer)}
-            chosen = chosen_layers(network, KINDS[name], self.kinds[name])
-            network.requires_grad_(False).to(self.base_dtype)
-            for layer_name, layer in ((n, layer) for n, layer in chosen if layer in learning):
+            layers = freeze(network, KINDS[name], self.kinds[name])
+            network.to(self.base_dtype)
+            for layer_name, layer in layers:
                 ortho = name == "unet" and by_timestep is not None and by_timestep.orthogonal
                 kind = OrthogonalLoRALayer if ortho else LoRALayer
                 put(self.layers[name], layer_name, kind(layer, rank=self.rank, alpha=self.alpha))
@@ -139,10 +138,6 @@ def lora_off(*loras: LoRA) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def learns(layer: nn.Module) -> bool:
-    return any(p.requires_grad for p in layer.parameters(recurse=False))
-
-
 def layer_names(kinds: Mapping[str, str], wanted: Collection[str]) -> re.Pattern[str]:
     """The names of layers of the wanted kinds. kinds: of a network, see `KINDS`."""
     return re.compile(rf"(?:^|\.)(?:{'|'.join(kinds[kind] for kind in wanted)})$")
@@ -163,6 +158,19 @@ def chosen_layers(
         for name, layer in network.named_modules()
         if wanted and isinstance(layer, nn.Linear | nn.Conv2d) and ends.search(name)
     ]
+
+
+def freeze(
+    network: nn.Module, kinds: Mapping[str, str], wanted: Sequence[str]
+) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
+    """Freezes a network -> its layers of the wanted kinds that were trainable, with their names."""
+    found = [
+        (name, layer)
+        for name, layer in chosen_layers(network, kinds, wanted)
+        if any(p.requires_grad for p in layer.parameters(recurse=False))
+    ]
+    network.requires_grad_(False)
+    return found
 
 
 def put(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """LoRA's weights of one layer (Hu et al. 2022), and how they act beside it."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -11,27 +12,38 @@ from ldm.errors import UserError
 from ldm.models.attention import repeat_batch
 
 
-class SideLayer(nn.Module):
-    """What is trained beside a frozen layer; `enabled` False leaves that layer as it is."""
+class SideLayer(nn.Module, ABC):
+    """What is trained beside a frozen layer; a forward hook adds its output to the layer's.
 
-    def __init__(self):
+    `enabled` False leaves that layer as it is.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d):
         super().__init__()
         self.enabled = True
+        layer.register_forward_hook(self.add)
 
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's input -> what is added to its output."""
+
+    @abstractmethod
     def squared_norm(self) -> Tensor:
         """Squared Frobenius norm of the change of the layer's weight -> scalar."""
-        raise NotImplementedError
+
+    def add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + self(inputs[0]) if self.enabled else output
 
 
 class LoRALayer(SideLayer):
-    """LoRA weights of one layer; a forward hook adds their output to the layer's.
+    """LoRA weights of one layer.
 
     down (A): [rank, in, ...] with the layer's kernel size, up (B): [out, rank, ...], 0 at the start. Both are
     float32 and are cast to the dtype of the layer's input.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, *, rank: int, alpha: float):
-        super().__init__()
+        super().__init__(layer)
         outside, inside, *kernel = layer.weight.shape
         self.rank = rank
         self.alpha = alpha
@@ -40,7 +52,6 @@ class LoRALayer(SideLayer):
         self.up = nn.Parameter(torch.zeros(outside, rank, *[1] * len(kernel)))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # the default of Linear and Conv2d
         self.window = {"stride": layer.stride, "padding": layer.padding} if kernel else None
-        layer.register_forward_hook(self.add)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Down [R, in, ...] and up [out, R, ...], whose product times alpha / rank is the update."""
@@ -69,9 +80,6 @@ class LoRALayer(SideLayer):
         """||B A||^2 = tr((B^T B) (A A^T)), for which the product is not formed."""
         down, up = (factor.flatten(1) for factor in self.factors())
         return ((up.T @ up) * (down @ down.T)).sum() * (self.alpha / self.rank) ** 2
-
-    def add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + self(inputs[0]) if self.enabled else output
 
 
 class OrthogonalLoRALayer(LoRALayer):

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ldm.annotations import PositiveInt
 from ldm.errors import UserError
-from ldm.models.conditioning import Conditioning
 from ldm.models.lora_layer import LoRALayer
 
 
@@ -36,10 +35,7 @@ class RankByTimestep:
 
 
 class RankMasks:
-    """Forward pre-hook of a UNet: gives LoRA layers the ranks of the items' timesteps.
-
-    Items whose timesteps differ cannot share keys and values: each gets its own context.
-    """
+    """Forward pre-hook of a UNet: gives LoRA layers the ranks of the items' timesteps."""
 
     def __init__(self, layers: Sequence[LoRALayer], *, rank: int, min_rank: int, timesteps: int):
         self.layers = list(layers)
@@ -58,11 +54,9 @@ class RankMasks:
         ranks = (share.floor() + self.min_rank).clamp(self.min_rank, self.rank)
         return (torch.arange(self.rank, device=t.device) < ranks[:, None]).float()
 
-    def __call__(self, unet: nn.Module, inputs: tuple) -> tuple | None:
+    def __call__(self, unet: nn.Module, inputs: tuple) -> None:
         if not any(layer.enabled for layer in self.layers):
-            return None  # the base's prediction; masks of another pass may be needed in its backward pass
-        x, timesteps, told = inputs
-        mask = self.mask(timesteps)
+            return  # the base's prediction; masks of another pass may be needed in its backward pass
+        mask = self.mask(inputs[1])
         for layer in self.layers:
             layer.mask = mask
-        return x, timesteps, told if isinstance(told, Conditioning) else told.conditioning
