@@ -37,21 +37,23 @@ RENAMED = {  # keys of latent-diffusion's configs and of earlier versions -> wha
 }
 
 
-def allow(package: str) -> None:
-    """Lets nodes of configs name classes of a package or module, for the rest of the process.
+def allow(*packages: str) -> None:
+    """Lets nodes of configs name classes of packages or modules, for the rest of the process.
 
     It is for a person's own code, and asked for by that person: a config, which may be somebody else's,
     cannot. Raises UserError if there is no such package.
     """
-    try:
-        found = importlib.util.find_spec(package) if all(map(str.isidentifier, package.split("."))) else None
-    except ImportError:
-        found = None
-    if found is None:
-        remedy = "Put the folder that it lies in on PYTHONPATH."
-        raise UserError(f"There is no package `{package}`", where="--allow", remedy=remedy)
-    if f"{package}." not in ALLOWED:
-        ALLOWED.append(f"{package}.")
+    for package in packages:
+        is_name = all(map(str.isidentifier, package.split(".")))
+        try:
+            found = importlib.util.find_spec(package) if is_name else None
+        except ImportError:
+            found = None
+        if found is None:
+            remedy = "Put the folder that it lies in on PYTHONPATH."
+            raise UserError(f"There is no package `{package}`", where="--allow", remedy=remedy)
+        if f"{package}." not in ALLOWED:
+            ALLOWED.append(f"{package}.")
 
 
 def _is_allowed(name: str) -> bool:

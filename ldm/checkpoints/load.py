@@ -101,7 +101,8 @@ def open_model(
     In a run's checkpoint, its LoRA is merged. Raises UserError for anything else than a text-to-image model
     of Stable Diffusion 1.x, 2.x or XL.
     """
-    path, vae = local_path(path), None if vae is None else local_path(vae)
+    path = local_path(path)
+    vae = None if vae is None else local_path(vae)
     try:
         model = _open(path, config, ema=ema)
         model = model if vae is None else _with_vae(model, vae)

@@ -161,9 +161,11 @@ class DreamBoothDataModule(pl.LightningDataModule):
         self.online_priors = online_priors
         self.size, self.seed, self.accumulate, self.num_workers = size, seed, accumulate, num_workers
         self.crop_variants, self.flip = crop_variants if crop == "random" else None, flip
-        self.caption_dropout, self.caption_shuffle = caption_dropout, caption_shuffle
+        self.caption_dropout = caption_dropout
+        self.caption_shuffle = caption_shuffle
         self.cache_latents, self.cache_root = cache_latents, cache_root
-        self.masks, self.mask_root = masks, mask_root
+        self.masks = masks
+        self.mask_root = mask_root
         self.validation_batches, self.hold_out = validation_batches, hold_out
         reading = ReadingOptions(captions, caption_shuffle, skip_unreadable, hold_out)
         self.images = ConceptImages(self.concepts, self.classes, reading, generated=self._generated)

@@ -153,7 +153,7 @@ def is_among_share(item: int, share: float) -> bool:
 
 
 class ItemStream(Protocol):
-    """What a data set needs of a stream: `Stream`, or `ldm.data.concepts.MixedStream` of several."""
+    """What a data set needs of a stream: `Stream`, or `ldm.data.streams.MixedStream` of several."""
 
     size: int
 

@@ -92,8 +92,11 @@ class VlmEvaluation:
         device: str | None = None,
     ):
         read_prompts(prompts, identifier="sks", class_word="dog")  # reports a missing file at once
-        self.prompts, self.seeds, self.seed = prompts, seeds, seed
-        self.batch_size, self.guidance_base = batch_size, guidance_base
+        self.prompts = prompts
+        self.seeds = seeds
+        self.seed = seed
+        self.batch_size = batch_size
+        self.guidance_base = guidance_base
         self.sampling = {
             "sampler": sampler,
             "steps": steps,

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ldm.config import instantiate
 from ldm.engine import distributed
+from ldm.reports.metric_rows import metric_rows
 from ldm.runs.run import PhaseTimer
 from ldm.runs.run_facts import program
 from ldm.schema import RunConfig
@@ -132,13 +133,12 @@ def closing(paths: list[Path], config: RunConfig) -> str:
 
 def metric_lines(metrics: Mapping[str, Any]) -> list[str]:
     """A line for each metric: its value, and what it is compared with."""
-    beside = {"base": "base", "ceiling": "photos", "noise_floor": "noise floor"}
+    words = {"base": "base", "ceiling": "photos", "noise_floor": "noise floor"}
     lines = []
-    for name, value in metrics.items():
-        if isinstance(value, float) and name in {**metrics.get("base", {}), **metrics.get("noise_floor", {})}:
-            known = {word: metrics.get(key, {}).get(name) for key, word in beside.items()}
-            told = [f"{word} {number:.3f}" for word, number in known.items() if number is not None]
-            lines.append(f"{name.replace('_', ' '):24} {value:.3f}  ({', '.join(told)})")
+    for row in metric_rows(metrics):
+        if "base" in row.beside or "noise_floor" in row.beside:
+            told = [f"{words[key]} {number:.3f}" for key, number in row.beside.items()]
+            lines.append(f"{row.name.replace('_', ' '):24} {row.value:.3f}  ({', '.join(told)})")
     return lines
 
 

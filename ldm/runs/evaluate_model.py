@@ -19,6 +19,7 @@ from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.evaluation.subjects import JudgedSubjects
 from ldm.files import atomic_write, make_folder
 from ldm.pipeline import Text2Image
+from ldm.reports.metric_rows import BESIDE, metric_rows
 from ldm.reports.metrics_plot import metrics_plot
 from ldm.runs.run import write_json
 from ldm.schema import RunConfig
@@ -123,12 +124,9 @@ def evaluate(options: Namespace, model: Path | None) -> Mapping[str, Any]:
 def table(metrics: Mapping[str, Any]) -> str:
     """A row per metric: value, interval, base, photos and noise floor, where there are any."""
     rows = [("", "measured", "95 %", "base", "photos", "noise")]
-    for name, value in metrics.items():
-        if isinstance(value, float):
-            low_high = metrics.get("intervals", {}).get(name)
-            beside = [metrics.get(key, {}).get(name, "") for key in ("base", "ceiling", "noise_floor")]
-            interval = "{:.3f} to {:.3f}".format(*low_high) if low_high else ""
-            rows.append((name, f"{value:.3f}", interval, *map(str, beside)))
+    for row in metric_rows(metrics):
+        beside = [str(row.beside.get(key, "")) for key in BESIDE]
+        rows.append((row.name, f"{row.value:.3f}", row.interval, *beside))
     lines = ["{:30}{:>8}{:>18}{:>9}{:>9}{:>9}".format(*row).rstrip() for row in rows]
     if sampling := metrics.get("sampling"):
         lines.append(", ".join(f"{name} {value}" for name, value in sampling.items() if value is not None))
@@ -137,8 +135,7 @@ def table(metrics: Mapping[str, Any]) -> str:
 
 def evaluate_model(options: Namespace) -> None:
     """Measures what the options of `evaluate.py` name; prints a table and writes its files."""
-    for package in options.allow:
-        allow(package)
+    allow(*options.allow)
     keep_freed_memory()
     given = find_file(BASE) if options.captions and options.model is None else options.model
     model = None if options.pictures else find_model(given)

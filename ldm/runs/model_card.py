@@ -7,14 +7,17 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
+from ldm.checkpoints.hub import SITE, HubModel
 from ldm.errors import UserError
 from ldm.files import atomic_write
+from ldm.reports.metric_rows import BESIDE, metric_rows
 from ldm.reports.render import render
 from ldm.runs.run_facts import rates
 from ldm.schema import RunConfig
 from ldm.shipped import PACKAGE, find_file
 
 CARD = "README.md"
+PICTURES = "samples/contact_sheet.png"
 CHECK = "That is the released model's; a fine-tune of it may have another, which its page names."
 
 
@@ -30,14 +33,13 @@ def _restricted(key: str, name: str, link: str) -> Licence:
     return Licence(key, f"[{name}]({link}), which {restricts} and is to be passed on with it. {CHECK}")
 
 
-HUB = "https://huggingface.co"
-PLUS_PLUS = f"{HUB}/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md"
+PLUS_PLUS = f"{SITE}/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md"
 SD2 = _restricted("openrail++", "CreativeML Open RAIL++-M", PLUS_PLUS)
 LICENCES = {  # by the architecture in the file's metadata
     "stable-diffusion-v1": _restricted(
         "creativeml-openrail-m",
         "CreativeML OpenRAIL-M",
-        f"{HUB}/spaces/CompVis/stable-diffusion-license",
+        f"{SITE}/spaces/CompVis/stable-diffusion-license",
     ),
     "stable-diffusion-v2-512": SD2,
     "stable-diffusion-v2-768-v": SD2,
@@ -67,7 +69,6 @@ def write_card(folder: Path, config: RunConfig, metrics: Mapping[str, Any]) -> P
         tags=["dreambooth", "text-to-image", *(["lora"] if any("loras/" in name for name in files) else [])],
         instance_prompt=trigger,
     )
-    pictures = "samples/contact_sheet.png"
     samples = config.samples
     card = ModelCard(
         render(
@@ -78,10 +79,10 @@ def write_card(folder: Path, config: RunConfig, metrics: Mapping[str, Any]) -> P
             base=hub_id_of(config.base_checkpoint) or Path(config.base_checkpoint or "").name,
             base_sha=metadata.get("ldm.base_sha256", "")[:12],
             trigger=trigger,
-            pictures=pictures if (folder / pictures).exists() else "",
+            pictures=PICTURES if (folder / PICTURES).exists() else "",
             files=files,
             sampling=f"{samples.sampler}, {samples.steps} steps, guidance {samples.guidance_scale:g}",
-            metrics=metric_rows(metrics),
+            metrics=cells_of(metrics),
             facts=facts_of(config),
             licence=licence.text,
         )
@@ -101,9 +102,8 @@ def licence_of(config: RunConfig, metadata: Mapping[str, str]) -> Licence:
 
 def hub_id_of(base: str | None) -> str | None:
     """`owner/name` if that is what a base is called, and not a file or folder here; else None."""
-    parts = (base or "").split("/")
-    is_id = len(parts) == 2 and all(parts) and not parts[0].startswith(".") and not find_file(base).exists()
-    return base if is_id and not base.endswith((".safetensors", ".ckpt")) else None
+    model = HubModel.of(find_file(base)) if base else None
+    return None if model is None else model.repo
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -117,17 +117,13 @@ def files_of(folder: Path) -> dict[str, str]:
     return found
 
 
-def metric_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+def cells_of(metrics: Mapping[str, Any]) -> list[list[str]]:
     """Name, value, interval, base, photos and noise floor of each metric; what is not known is empty."""
-    compared = ("base", "ceiling", "noise_floor")
     rows = []
-    for name, value in metrics.items():
-        beside = [metrics.get(key, {}).get(name) for key in compared]
-        if isinstance(value, float) and any(number is not None for number in beside):
-            low_high = metrics.get("intervals", {}).get(name)
-            interval = f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else ""
-            numbers = ["" if number is None else f"{number:.3f}" for number in beside]
-            rows.append([name.replace("_", " "), f"{value:.3f}", interval, *numbers])
+    for row in metric_rows(metrics):
+        if row.beside:
+            numbers = [f"{row.beside[key]:.3f}" if key in row.beside else "" for key in BESIDE]
+            rows.append([row.name.replace("_", " "), f"{row.value:.3f}", row.interval, *numbers])
     return rows
 
 

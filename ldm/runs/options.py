@@ -12,8 +12,7 @@ from ldm.targets import allow
 
 def config_of(command: Command) -> RunConfig:
     """The merged and checked config. Raises UserError for a wrong file or key, type or number."""
-    for package in command.allow:
-        allow(package)
+    allow(*command.allow)
     return merge(command.paths, command.dotlist, literals=command.literals)
 
 

@@ -13,11 +13,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ldm.checkpoints.find_model import find_model
+from ldm.checkpoints.hub import SITE
 from ldm.errors import UserError
-from ldm.runs.model_card import CARD, files_of
+from ldm.runs.model_card import CARD, PICTURES, files_of
 
-PICTURES = "samples/contact_sheet.png"
-HUB = "https://huggingface.co"
 MIB = 2**20
 
 
@@ -27,7 +26,7 @@ def publish(options: Namespace) -> None:
     folder = find_model(options.run).parent
     files = uploaded(folder, lora_only=options.lora_only)
     private = "public" if options.public else "private"
-    print(f"{HUB}/{options.to} ({private}), from {folder}:")
+    print(f"{SITE}/{options.to} ({private}), from {folder}:")
     for name in files:
         print(f"  {name:40} {(folder / name).stat().st_size / MIB:10.1f} MiB")
     if not options.yes:

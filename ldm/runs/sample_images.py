@@ -76,8 +76,7 @@ def sample_images(options: Namespace) -> None:
     """Draws the images that the options of `sample.py` name, and prints the paths of their files."""
     if not (options.prompt or options.prompts) or options.n < 1:
         raise UserError("There is nothing to generate", remedy="Give --prompt or --prompts, and --n from 1.")
-    for package in options.allow:
-        allow(package)
+    allow(*options.allow)
     keep_freed_memory()
     options.device = options.device or DEVICE
     options.vae = None if options.vae is None else local_path(options.vae)

@@ -77,8 +77,7 @@ def sheet_of(search: Search, result: search_page.Result) -> Image.Image | None:
 
 def run_search(options: Namespace, words: Sequence[str]) -> None:
     """Does what is left of a search, and writes its page. words: the command line, for other processes."""
-    for package in options.allow:
-        allow(package)
+    allow(*options.allow)
     search = Search.read(options.search, base=options.base)
     if not (options.worker or options.page):
         check_search(search)

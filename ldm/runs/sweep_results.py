@@ -78,8 +78,7 @@ def save_pictures(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]
 
 def run_study(options: Namespace) -> None:
     """Does what is left of the studies that the options name, and publishes the finished ones."""
-    for package in options.allow:
-        allow(package)
+    allow(*options.allow)
     sweeps = [read_sweep(path) for path in options.base]
     jobs = {sweep.name: jobs_of(sweep) for sweep in sweeps}
     every = [job for of_sweep in jobs.values() for job in of_sweep]
