@@ -157,7 +157,8 @@ class Text2Image:
             told = Sizes.told(sizes, *(n * self.vae.factor for n in shape[1:]), to=self.unet)
             how = (levels, guidance_scale, batched_guidance, told)
             negative = () if guidance_scale == 1 else (self.negative(negative_prompt),)
-            reading = {"chunked": long_prompts, "clip_skip": clip_skip or clip_skip_of(self.text_encoder)}
+            own = clip_skip_of(self.text_encoder)
+            reading = {"chunked": long_prompts, "clip_skip": own if clip_skip is None else clip_skip}
             pairs = self._encodings(prompts, negative, batch_size, **reading)
             initial = None if init_image is None else self._posterior(init_image, shape)
             for batch in _batches([encoding.context.shape[1] for encoding, _ in pairs], batch_size):

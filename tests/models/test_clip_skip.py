@@ -94,6 +94,12 @@ def test_layers_that_are_not_there_are_refused(clip_skip: int):
         CLIPTextEncoder(**SIZES, clip_skip=clip_skip)
 
 
+def test_a_clip_skip_of_0_is_not_taken_for_none(tiny_networks: dict[str, nn.Module]):
+    pipeline = Text2Image(**tiny_networks, process=DiscreteDiffusion(make_alphas_cumprod()), default_size=16)
+    with pytest.raises(UserError, match="clip skip of 0 is impossible"):
+        pipeline(["a red dog"], steps=1, clip_skip=0)
+
+
 @torch.no_grad()
 def test_a_call_s_clip_skip_is_a_model_s(tiny_config: dict, tiny_networks: dict[str, nn.Module]):
     """Pictures of a pipeline that is told so, and of one whose text encoder does so of itself."""
