@@ -435,7 +435,6 @@ def test_every_process_gets_the_whole_command(workdir: Path, optuna: Any, monkey
     argv = ["--base", "lean.yaml", "rates.yaml", "--processes", "3", "--allow", "mine"]
     script_of_search.run_search(command_of_search.parse(argv), argv)
     assert started == [(sys.argv[0], argv, 3)]
-    monkeypatch.setattr(targets, "ALLOWED", list(targets.ALLOWED))
     worked: list[int] = []
     monkeypatch.setattr(script_of_search, "Worker", lambda store, processes: lambda: worked.append(processes))
     script_of_search.run_search(command_of_search.parse([*argv, "--worker"]), argv)
@@ -495,7 +494,6 @@ def test_true_runs_of_a_killed_search_are_those_of_a_whole_one(
     pytest.importorskip("optuna")
     (workdir / "brightness.py").write_text(OWN)
     monkeypatch.syspath_prepend(workdir)
-    monkeypatch.setattr(targets, "ALLOWED", list(targets.ALLOWED))
     targets.allow("brightness")
     content = {
         "title": "A true search",

@@ -43,7 +43,6 @@ def mine(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (workdir / name).write_text(text)
     (workdir / "configs").symlink_to(ROOT / "configs")
     monkeypatch.syspath_prepend(str(workdir))
-    monkeypatch.setattr(targets, "ALLOWED", list(targets.ALLOWED))
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     return workdir
