@@ -36,8 +36,12 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
 
 def main(options: Namespace) -> None:
     """Runs what is left, and writes the tables of what is finished."""
+    from ldm.engine import signals
+    from ldm.runs import console
     from ldm.runs.dreambench_results import run_dreambench
 
+    signals.stop_at_once()
+    console.speak()
     run_dreambench(options)
 
 

@@ -32,9 +32,11 @@ def main(words: Sequence[str]) -> None:
     """Does what is left of the search, and writes its page and configs."""
     options = parse(words)
     from ldm.engine import signals
+    from ldm.runs import console
     from ldm.runs.search_results import run_search
 
     signals.stop_at_once()
+    console.speak()
     run_search(options, words)
 
 

@@ -29,9 +29,11 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
 def main(options: Namespace) -> None:
     """Runs what is left of the studies, and writes the files of those that are finished."""
     from ldm.engine import signals
+    from ldm.runs import console
     from ldm.runs.sweep_results import run_study
 
     signals.stop_at_once()
+    console.speak()
     run_study(options)
 
 

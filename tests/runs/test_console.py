@@ -2,11 +2,15 @@
 
 import json
 import logging
+import signal
 import warnings
 from pathlib import Path
 
 import pytest
 
+from ldm.commands import dreambench, dreambooth, search, study
+from ldm.engine import signals
+from ldm.errors import UserError
 from ldm.runs import console
 from ldm.runs.console import QUIET_LINES, Phases, closing, metric_lines
 from tests.factories import run_config
@@ -97,6 +101,34 @@ def test_only_lines_named_are_left_out(capsys: pytest.CaptureFixture, monkeypatc
         with pytest.warns(UserWarning, match="a new one"):
             warnings.warn("a new one", stacklevel=1)
     assert capsys.readouterr().err == "warning: ours\nerror: \nours\nwarning: GPU\nerror: \nGPU\n"
+
+
+@pytest.mark.parametrize(
+    "command, work, words",
+    [
+        (study, "ldm.runs.sweep_results.run_study", ["study.py", "--base", "a.yaml"]),
+        (search, "ldm.runs.search_results.run_search", ["search.py", "--base", "a.yaml", "b.yaml"]),
+        (dreambench, "ldm.runs.dreambench_results.run_dreambench", ["dreambench.py", "--root", "dataset"]),
+        (dreambooth, "ldm.runs.options.config_of", ["main.py", "--base", "a.yaml"]),
+    ],
+)
+def test_every_command_that_trains_leaves_them_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command, work: str, words: list[str]
+):
+    def says(*_: object) -> None:
+        logging.getLogger("lightning.pytorch").warning(QUIET_LINES[0])
+        raise UserError("The work has begun")
+
+    monkeypatch.setattr(work, says)
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # which pytest's are
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    with warnings.catch_warnings():
+        assert command.command() == 2
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    err = capsys.readouterr().err
+    assert "error: The work has begun" in err and QUIET_LINES[0] not in err
 
 
 def test_what_is_left_out_is_still_in_the_library():
