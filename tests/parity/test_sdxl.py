@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers.models.autoencoders import vae as autoencoder_of_diffusers
+from diffusers.pipelines.stable_diffusion_xl import (
+    pipeline_stable_diffusion_xl_img2img as img2img_of_diffusers,
+)
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -191,6 +196,28 @@ def test_ten_steps_with_guidance_equal_diffusers(pipe, folder, negative, monkeyp
         assert relative_error(sample.latents[None], reference) <= 1e-4
     usual = ours("a red dog", spacing="leading", **settings)[0]
     assert relative_error(usual.latents[None], reference) > 1e-3
+
+
+@torch.no_grad()
+def test_drawing_over_a_picture_equals_diffusers(pipe, folder, monkeypatch):
+    """At a strength of 0.6, Euler's steps; the noise of the encoder and of the start are ours."""
+    ours = Text2Image.from_file(folder)
+    draws = torch.Generator().manual_seed(4)
+    photo = Image.fromarray(torch.randint(256, (32, 48, 3), generator=draws, dtype=torch.uint8).numpy())
+    noises = {name: torch.randn(1, 4, 16, 24, generator=draws) for name in ("init", "x_T")}
+    monkeypatch.setattr(ours, "_noise", lambda shape, seeds, purpose: noises[purpose])
+    monkeypatch.setattr(autoencoder_of_diffusers, "randn_tensor", lambda *_, **__: noises["init"])
+    monkeypatch.setattr(img2img_of_diffusers, "randn_tensor", lambda *_, **__: noises["x_T"])
+    over = StableDiffusionXLImg2ImgPipeline(**pipe.components, add_watermarker=False)
+    over.set_progress_bar_config(disable=True)
+    asked = {"strength": 0.6, "guidance_scale": 4.0, "negative_prompt": "mud"}
+    pixels = {"image": photo, "output_type": "latent", **TOLD}
+    reference = over("a red dog", num_inference_steps=10, **asked, **pixels).images
+    how = {"steps": 10, "sampler": "euler", "spacing": "leading", "sizes": Sizes(*TOLD.values()), **PICTURE}
+    sample = ours("a red dog", init_image=photo, **asked, **how)[0]
+    assert relative_error(sample.latents[None], reference) <= 1e-4
+    weaker = ours("a red dog", init_image=photo, **asked | {"strength": 0.5}, **how)[0]
+    assert relative_error(weaker.latents[None], reference) > 1e-3
 
 
 LAYERS = {"unet": ["attention", "feed_forward", "projections"], "text_encoder": ["attention"]}
