@@ -68,17 +68,17 @@ def _without_old_params(config: DictConfig, update: DictConfig) -> DictConfig:
     """The config without the params of nodes whose target becomes a class that is not derived from theirs."""
     merged = OmegaConf.to_container(config, resolve=False)
 
-    def clean(old: Any, new: Any) -> None:
+    def clean(old: Any, new: Any) -> bool:
+        """Takes off what has to go, and says whether anything had to."""
         if not isinstance(old, dict) or not isinstance(new, dict):
-            return
-        if "target" in old and new.get("target", old["target"]) != old["target"]:
-            if not _is_derived(new["target"], old["target"]):
-                old.pop("params", None)
-        for name in new.keys() & old.keys():
-            clean(old[name], new[name])
+            return False
+        changes = "target" in old and new.get("target", old["target"]) != old["target"]
+        taken = changes and not _is_derived(new["target"], old["target"]) and old.pop("params", None)
+        return any([taken, *(clean(old[name], new[name]) for name in new.keys() & old.keys())])
 
-    clean(merged, OmegaConf.to_container(update, resolve=False))
-    return OmegaConf.create(merged)
+    if clean(merged, OmegaConf.to_container(update, resolve=False)):
+        return OmegaConf.create(merged)
+    return config  # as it is: making one anew takes most of the time of reading
 
 
 def _is_derived(target: Any, other: Any) -> bool:
