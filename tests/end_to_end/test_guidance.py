@@ -16,7 +16,7 @@ from tests.end_to_end.test_prior_preservation import BASE, SHORT
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / "configs/studies/planned/guidance.yaml"
-SHORTER = [*SHORT, "evaluation=null"]
+SHORTER = [*SHORT, "trainer.max_steps=50", "evaluation=null"]
 
 
 def trained(variant: str) -> Path:
