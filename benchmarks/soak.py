@@ -115,7 +115,8 @@ def aim(moments: random.Random, now: str, struck: Counter) -> str | None:
     ahead = [phase for phase in order[order.index(now) :] if WRITING[phase]]
     if not ahead or moments.random() < BY_CLOCK:
         return None
-    return moments.choices(ahead, [1 / (1 + struck[phase]) ** 2 for phase in ahead])[0]
+    two = moments.choices(ahead, [1 / (1 + struck[phase]) ** 2 for phase in ahead], k=2)
+    return min(two, key=order.index)  # a late phase ends the chances of those before it
 
 
 def strike(
@@ -126,8 +127,8 @@ def strike(
     A process that has begun to write is held (SIGSTOP): it is killed if its file is unfinished, and goes on
     to its next file if not. -> "kills": 1, unless it ended by itself; "pauses": how often it was continued.
     """
-    wait = seconds if at else moments.uniform(0, 0.7 * seconds)
-    pause = moments.uniform(0, wait) if moments.random() < PAUSED else wait
+    wait = LONGEST if at else moments.uniform(0, 0.7 * seconds)
+    pause = moments.uniform(0, min(wait, seconds)) if moments.random() < PAUSED else wait
     number = 1 if at in ONCE else moments.randint(1, 4)  # of the file
     start, seen, done, paused = time.monotonic(), set(), Counter(), False
     while process.is_alive() and time.monotonic() - start < wait:
