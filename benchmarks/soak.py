@@ -143,7 +143,7 @@ def strike(
             hold(process, moments.uniform(0, 0.5))
             done["pauses"] += go_on(process)
             paused = True
-        time.sleep(0.0005)
+        time.sleep(0.002)
     process.kill()
     process.join()
     done["kills"] += process.exitcode == -signal.SIGKILL
