@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm.data.latents import load_latents, require_finite, save_latents
 from ldm.errors import UserError
-from ldm.files import atomic_write, file_sha256, make_folder
+from ldm.files import atomic_write, file_sha256, make_folder, parse_json
 
 # seeds -> (image, scaled latents [z, h, w]) for each; the same seed gives the same image in any batch
 GenerateImages = Callable[[list[int]], Sequence[tuple[Image.Image, Tensor]]]
@@ -215,7 +215,7 @@ class PriorSet:
     def _listed(self) -> dict[int, PriorImage]:
         """The images that manifest.json lists, by number; none if it is not of this set."""
         try:
-            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = parse_json((self.folder / "manifest.json").read_text(encoding="utf-8"))
             images = [PriorImage(**image) for image in manifest["images"]]
             numbers = [int(image.seed) - self.spec.seed for image in images]
             same = PriorSpec(**manifest["spec"]) == self.spec
