@@ -12,19 +12,17 @@ import time
 import traceback
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from benchmarks.soak_compare import equal, folders, left_by, torn
 from ldm.config import instantiate, param_of
-from ldm.data.images import load_image
-from ldm.engine.resume import by_step, validate_checkpoint
 from ldm.files import read_section, write_section
-from ldm.reports.curves import read_curves
 from ldm.runs.generate_set import generate_set
 from ldm.runs.job import run_job
 from ldm.runs.options import parse
@@ -38,9 +36,20 @@ SMALL = [
     *("checkpoint_every=2", "ema_decay=0.9", "evaluation=null", "online_eval.every_steps=0"),
     *("samples.n=1", "samples.steps=2", "samples.every_steps=6"),
 ]
-PATTERNS = ["{priors}/*/.*.tmp", "{latents}/.*.tmp", "logs/{name}*/checkpoints/.*.tmp"]
-PATTERNS += ["logs/{name}*/samples/.*.tmp", "logs/{name}*/.model*.tmp", "logs/{name}*/.report.html.*.tmp"]
-PATTERNS += ["logs/{name}*/.[!mr]*.tmp"]  # config, metrics
+RUN = "logs/{name}*"
+WRITING = {  # phase -> the unfinished files that show it; a phase without any is struck by the clock
+    "start and prior images": [],
+    "writing a prior image": ["{priors}/*/.*.tmp"],
+    "samples before training": [f"{RUN}/samples/before/.*.tmp"],
+    "encoding latents": ["{latents}/.*.tmp"],
+    "training": [],
+    "writing a checkpoint": [f"{RUN}/checkpoints/.*.tmp"],
+    "after training": [],
+    "writing model, pictures or metrics": [f"{RUN}/.model*.tmp", f"{RUN}/samples/.*.tmp", f"{RUN}/.me*.tmp"],
+    "writing the report": [f"{RUN}/.report.html.*.tmp"],
+}
+BY_CLOCK = 0.3  # share of the kills after a random time; the others strike a phase that was struck seldom
+ONCE = ("writing the report",)  # phases that write a single file
 PAUSED, BESIDE = 0.3, 0.5  # shares of the attempts
 LONGEST = 600  # seconds that an attempt may take before it counts as hanging
 FORK = multiprocessing.get_context("fork")
@@ -97,147 +106,181 @@ def finished(process: multiprocessing.Process) -> None:
         raise SystemExit(f"an attempt ended with {process.exitcode}")
 
 
-def strike(process: multiprocessing.Process, moments: random.Random, seconds: float, name: str) -> Counter:
-    """Kills a process after a random time or, half the time, as a random file is written before then.
+def aim(moments: random.Random, now: str, struck: Counter) -> str | None:
+    """The phase that the next kill is meant for, the sooner the more seldom it was struck; None: any time.
 
-    -> "kills": 1, unless it ended by itself; "pauses": 1 if it was stopped and continued before.
+    now: the phase at which the attempt before ended; earlier ones do not come again.
     """
-    pattern, number = moments.choice([*[None] * len(PATTERNS), *PATTERNS]), moments.randint(1, 4)
-    start, wait, seen, done = time.monotonic(), moments.uniform(0, 0.7 * seconds), set(), Counter()
-    wait = wait if pattern is None else seconds
-    pause = moments.uniform(0, wait) if moments.random() < PAUSED else wait
-    while process.is_alive() and len(seen) < number and time.monotonic() - start < wait:
-        if pattern is not None:
-            seen |= set(Path().glob(pattern.format(name=name, **folders(name))))
-        if time.monotonic() - start > pause and not done["pauses"]:
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGSTOP)
-                time.sleep(moments.uniform(0, 0.5))
-                os.kill(process.pid, signal.SIGCONT)
-                done["pauses"] += 1
-        time.sleep(0.0005)
+    order = list(WRITING)
+    ahead = [phase for phase in order[order.index(now) :] if WRITING[phase]]
+    if not ahead or moments.random() < BY_CLOCK:
+        return None
+    two = moments.choices(ahead, [1 / (1 + struck[phase]) ** 2 for phase in ahead], k=2)
+    return min(two, key=order.index)  # a late phase ends the chances of those before it
+
+
+def strike(
+    process: multiprocessing.Process, moments: random.Random, seconds: float, name: str, at: str | None
+) -> Counter:
+    """Kills a process after a random time or, in the phase `at`, as a file is being written.
+
+    A process that has begun to write is held (SIGSTOP): it is killed if its file is unfinished, and goes on
+    to its next file if not. -> "kills": 1, unless it ended by itself; "pauses": how often it was continued.
+    """
+    wait = LONGEST if at else moments.uniform(0, 0.7 * seconds)
+    pause = moments.uniform(0, min(wait, seconds)) if moments.random() < PAUSED else wait
+    number = 1 if at in ONCE else moments.randint(1, 4)  # of the file
+    start, seen, done, paused = time.monotonic(), set(), Counter(), False
+    while process.is_alive() and time.monotonic() - start < wait:
+        fresh = unfinished(name, at) - seen if at else set()
+        seen |= fresh
+        if fresh and len(seen) >= number:
+            hold(process, 0.002)
+            if any(file.exists() for file in fresh):
+                break
+            done["pauses"] += go_on(process)
+        elif time.monotonic() - start > pause and not paused:
+            hold(process, moments.uniform(0, 0.5))
+            done["pauses"] += go_on(process)
+            paused = True
+        time.sleep(0.002)
     process.kill()
     process.join()
     done["kills"] += process.exitcode == -signal.SIGKILL
     return done
 
 
-def folders(name: str) -> dict[str, str]:
-    """The folders that a run shares with others."""
-    return {"priors": f"priors-{name}", "latents": f"latents-{name}"}
+def unfinished(name: str, phase: str) -> set[Path]:
+    return {
+        path for pattern in WRITING[phase] for path in Path().glob(pattern.format(name=name, **folders(name)))
+    }
 
 
-def phase(name: str, *, priors: int, latents: int, steps: int) -> str:
-    """What a killed attempt was at, by what it left and by how many files there are in the end."""
-    left = [path.relative_to("logs").parts[1] for path in Path("logs").glob(f"{name}*/**/.*.tmp")]
-    if "checkpoints" in left:
-        return "writing a checkpoint"
-    if any(file.startswith(".report.html") for file in left):
-        return "writing the report"
-    if left:
-        return "writing model, pictures or metrics"
+def hold(process: multiprocessing.Process, seconds: float) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(seconds)
+
+
+def go_on(process: multiprocessing.Process) -> bool:
+    """Continues a process that was held -> whether it is still there."""
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGCONT)
+        return process.is_alive()
+    return False
+
+
+def left_unfinished(name: str) -> set[Path]:
+    """All that killed attempts at a run left half written."""
+    return {path for phase in WRITING for path in unfinished(name, phase)}
+
+
+def phase(name: str, ends: Mapping[str, int], *, older: Set[Path] = frozenset()) -> str:
+    """What a killed attempt was at, by what it left and by how many files there are in the end.
+
+    ends: numbers of prior images, latents and steps. older: what was left before that attempt.
+    """
+    left = left_unfinished(name) - older
+    for what in reversed(WRITING):
+        if left & unfinished(name, what):
+            return what
     shared = {what: Path(folder) for what, folder in folders(name).items()}
-    if len(list(shared["priors"].glob("*/*.safetensors"))) < priors:
-        writing = any(shared["priors"].glob("*/.*.tmp"))
-        return "writing a prior image" if writing else "start and prior images"
-    if len(list(shared["latents"].glob("*.safetensors"))) < latents:
+    if len(list(shared["priors"].glob("*/*.safetensors"))) < ends["priors"]:
+        return "start and prior images"
+    if len(list(shared["latents"].glob("*.safetensors"))) < ends["latents"]:
         return "encoding latents" if shared["latents"].exists() else "samples before training"
-    done = list(Path("logs").glob(f"{name}*/checkpoints/step-{steps:08d}.ckpt"))
+    done = list(Path("logs").glob(f"{name}*/checkpoints/step-{ends['steps']:08d}.ckpt"))
     return "after training" if done else "training"
 
 
-def left_by(name: str) -> dict[str, object]:
-    """All that a finished run leaves and that no clock decides, by what it is."""
-    (model,) = Path("logs").glob(f"{name}*/model.safetensors")
-    folder = model.parent
-    last = torch.load(by_step(folder / "checkpoints")[0], weights_only=True)
-    state = {k: last[k] for k in ("state_dict", "current_model_state", "optimizer_states", "global_step")}
-    clocks = ("train/images_per_second", "train/peak_memory_mib")
-    curves = {k: v for k, v in read_curves(folder / "tensorboard").items() if k not in clocks}
-    pictures = sorted([*folder.glob("samples/*.png"), *folder.glob("samples/before/*.png")])
-    shared = {what: Path(path) for what, path in folders(name).items()}
-    priors = [path for path in sorted(shared["priors"].glob("*/*")) if not path.name.startswith(".")]
-    kept = {
-        p.name: load_file(p) for p in [*priors, *shared["latents"].glob("*")] if p.suffix == ".safetensors"
-    }
-    page = (folder / "report.html").read_text(encoding="utf-8")
-    return {
-        "model": load_file(model),
-        "checkpoint": state,
-        "curves": curves,
-        "pictures": {str(p.relative_to(folder)): load_image(p).tobytes() for p in pictures},
-        "priors": {p.name: p.read_bytes() for p in priors if p.name not in kept},
-        "latents": kept,
-        "report": [page.endswith("</html>\n"), *re.findall(r'src="data:image/[^"]*"', page)],
-        "files": sorted(p.name for p in folder.iterdir()),
-    }
+@dataclass
+class Soak:
+    """Runs of one command, each killed again and again until it ends, and what came of them.
+
+    seconds: that an undisturbed run takes. phases: kills by phase. struck: of earlier soaks, by phase.
+    """
+
+    words: list[str]
+    moments: random.Random
+    ends: Mapping[str, int]
+    seconds: float
+    struck: Counter
+    counts: Counter = field(default_factory=Counter)
+    phases: Counter = field(default_factory=Counter)
+
+    def run_through(self, name: str, kills: int) -> None:
+        """One run to its end; it is killed no more once there were so many kills."""
+        STEPS.value, ended = 0, False
+        while not ended and self.counts["kills"] < kills:
+            ended = not self._killed(name)
+        if not ended:
+            finished(forked(attempt, job_of(self.words, name)))
+        self.counts["runs"] += 1
+        self.counts["steps"] += self.ends["steps"]
+        self.counts["steps done again"] += STEPS.value - self.ends["steps"]
+
+    def _killed(self, name: str) -> bool:
+        """One attempt -> whether it was killed."""
+        older, now = left_unfinished(name), phase(name, self.ends)
+        has_priors = list(WRITING).index(now) > list(WRITING).index("writing a prior image")
+        other = None
+        if not has_priors and self.moments.random() < BESIDE:
+            other = forked(prior_images, job_of(self.words, name))
+        process = forked(attempt, job_of(self.words, name))
+        if other is not None and self.moments.random() < 0.5:
+            self._strike(other, name, "writing a prior image", "generating prior images beside the run")
+        killed = self._strike(process, name, aim(self.moments, now, self.struck + self.phases), None, older)
+        if other is not None and other.exitcode != -signal.SIGKILL:
+            finished(other)
+        if not killed and process.exitcode:
+            raise SystemExit(f"an attempt ended with {process.exitcode}")
+        return killed
+
+    def _strike(
+        self,
+        process: multiprocessing.Process,
+        name: str,
+        at: str | None,
+        counted_as: str | None,
+        older: Set[Path] = frozenset(),
+    ) -> bool:
+        done = strike(process, self.moments, self.seconds, name, at)
+        self.counts += done
+        if done["kills"]:
+            self.phases[counted_as or phase(name, self.ends, older=older)] += 1
+            self.counts["torn files"] += len(torn(name))
+        return bool(done["kills"])
 
 
-def equal(one: object, other: object) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
+def job_of(words: list[str], name: str) -> list[str]:
+    """The command of a run that shares nothing with others."""
+    shared = folders(name)
+    return [
+        *(*words, f"name={name}"),
+        *(f"priors.folder={shared['priors']}", f"data.params.cache_root={shared['latents']}"),
+    ]
 
 
-def torn(name: str) -> list[Path]:
-    """Checkpoints that are not whole, and unfinished files, in the folders of a run."""
-    found = [p for p in Path("logs").glob(f"{name}*/checkpoints/*.ckpt") if validate_checkpoint(p)]
-    return found + list(Path("logs").glob(f"{name}*/**/*.broken"))
-
-
-def soak(words: list[str], *, kills: int, moments: random.Random) -> tuple[Counter, Counter]:
+def soak(words: list[str], *, kills: int, moments: random.Random, struck: Counter) -> tuple[Counter, Counter]:
     """Runs until they were killed `kills` times -> figures, and kills by phase."""
-
-    def job_of(name: str) -> list[str]:
-        shared = folders(name)
-        return [
-            *(*words, f"name={name}"),
-            *(f"priors.folder={shared['priors']}", f"data.params.cache_root={shared['latents']}"),
-        ]
-
-    config = parse(job_of("whole"))
-    ends = {"priors": param_of(config.data, "num_priors"), "steps": config.trainer.max_steps}
+    config = parse(job_of(words, "whole"))
     finished(forked(make_base, words))
     start = time.monotonic()
-    finished(forked(attempt, job_of("whole")))
+    finished(forked(attempt, job_of(words, "whole")))
     seconds, whole = time.monotonic() - start, left_by("whole")
-    ends["latents"] = len(list(Path(folders("whole")["latents"]).glob("*.safetensors")))
-    counts, phases = Counter(), Counter()
-    while counts["kills"] < kills:
-        counts["runs"] += 1
-        name, STEPS.value = f"run{counts['runs']}", 0
-        while True:
-            before = phase(name, **ends)
-            beside = "prior" in before and moments.random() < BESIDE
-            other = forked(prior_images, job_of(name)) if beside else None
-            process = forked(attempt, job_of(name))
-            done = strike(process, moments, seconds, name) if counts["kills"] < kills else Counter()
-            counts += done
-            if done["kills"]:
-                phases[phase(name, **ends)] += 1
-                counts["torn files"] += len(torn(name))
-            if other is not None and counts["kills"] < kills and moments.random() < 0.5:
-                other.kill()
-                other.join()
-                if other.exitcode == -signal.SIGKILL:
-                    counts["kills"] += 1
-                    phases["generating prior images beside the run"] += 1
-            elif other is not None:
-                finished(other)
-            if done["kills"]:
-                continue
-            finished(process)
-            break
+    ends = {
+        "priors": param_of(config.data, "num_priors"),
+        "latents": len(list(Path(folders("whole")["latents"]).glob("*.safetensors"))),
+        "steps": config.trainer.max_steps,
+    }
+    runs = Soak(words, moments, ends, seconds, struck)
+    while runs.counts["kills"] < kills:
+        name = f"run{runs.counts['runs'] + 1}"
+        runs.run_through(name, kills)
         different = [what for what, value in left_by(name).items() if not equal(whole[what], value)]
-        print(f"{name}: {counts['kills']} kills so far; different: {different or 'nothing'}", flush=True)
-        counts["runs that differ"] += bool(different)
-        counts["steps"] += ends["steps"]
-        counts["steps done again"] += STEPS.value - ends["steps"]
-    return counts, phases
+        print(f"{name}: {runs.counts['kills']} kills so far; different: {different or 'nothing'}", flush=True)
+        runs.counts["runs that differ"] += bool(different)
+    return runs.counts, runs.phases
 
 
 KILLED = "killed: "
@@ -265,10 +308,12 @@ def work(options: Namespace, overrides: Sequence[str]) -> int:
     subject = parse(["--base", *options.base, *overrides]).data["params"]["subject_root"]
     files = [str(Path(path).resolve()) for path in options.base]
     command = ["--base", *files, f"data.params.subject_root={Path(subject).resolve()}", *SMALL, *overrides]
+    earlier = read_table(read_section(report, "soak")) if report and options.add else (Counter(), Counter())
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            counts, phases = soak(command, kills=options.kills, moments=random.Random(options.seed))
+            moments = random.Random(options.seed)
+            counts, phases = soak(command, kills=options.kills, moments=moments, struck=earlier[1])
         except SystemExit:
             print(Path("soak.log").read_text(errors="replace")[-4000:], file=sys.stderr)
             raise
@@ -277,8 +322,5 @@ def work(options: Namespace, overrides: Sequence[str]) -> int:
     failed = bool(counts["runs that differ"] or counts["torn files"])
     print(table(counts, phases))
     if report is not None:
-        if options.add:
-            earlier = read_table(read_section(report, "soak"))
-            counts, phases = counts + earlier[0], phases + earlier[1]
-        write_section(report, "soak", table(counts, phases))
+        write_section(report, "soak", table(counts + earlier[0], phases + earlier[1]))
     return int(failed)

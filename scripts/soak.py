@@ -3,10 +3,10 @@
     python scripts/soak.py --kills 100 [--base configs/dreambooth.yaml] [key.sub=value ...]
 
 Every attempt is a process that does what `main.py --resume auto` does, forked after the imports, so that
-SIGKILL strikes the work: after a random time, or just as a file is being written. Some are stopped and
-continued before (SIGSTOP, SIGCONT); beside some, scripts/generate_priors.py generates the same prior images,
-and is killed too. The networks are the config's, made small, with random weights. The status is 1 if a single
-bit differs.
+SIGKILL strikes the work: after a random time or, more often, just as a file is being written, of the kinds
+that were struck least so far. Some are stopped and continued before (SIGSTOP, SIGCONT); beside some,
+scripts/generate_priors.py generates the same prior images, and is killed too. The networks are the config's,
+made small, with random weights. The status is 1 if a single bit differs.
 """
 
 import sys

@@ -1,12 +1,12 @@
 """The JSON configs of a diffusers folder, from and to the params of our networks and schedule."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.files import parse_json
 
 Config = Mapping[str, Any]
 VERSION = "0.30.0"  # the oldest diffusers that understands all that is written here
@@ -264,11 +264,21 @@ def _pad_token_id(tokenizer: Path) -> int | None:
     """The id of the padding token, from tokenizer_config.json or special_tokens_map.json."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (tokenizer / name).is_file():
-            token = json.loads((tokenizer / name).read_text(encoding="utf-8")).get("pad_token")
+            token = read_json(tokenizer / name).get("pad_token")
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
-                return json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8")).get(token)
+                return read_json(tokenizer / "vocab.json").get(str(token))
     return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"The config cannot be read: {error}", where=path) from error
+    if not isinstance(content, dict):
+        raise UserError("The config is not a JSON object", where=path)
+    return content
 
 
 def _check(config: Config, fixed: Config, where: Path) -> None:

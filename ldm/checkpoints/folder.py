@@ -1,6 +1,5 @@
 """Reading of diffusers folders, into Stable Diffusion's own names and our params."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -60,7 +59,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
 
 
 def _read(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
-    unet, vae = (read_json(folder / name / "config.json") for name in ("unet", "vae"))
+    unet, vae = (configs.read_json(folder / name / "config.json") for name in ("unet", "vae"))
     known: dict[str, Any] = {
         "unet": {"params": configs.unet_params(unet, where=folder / "unet")},
         "vae": {"params": configs.autoencoder_params(vae, where=folder / "vae")},
@@ -82,7 +81,7 @@ def _read(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
     known["text_encoder"] = {"params": text}
     scheduler, distilled = folder / "scheduler" / "scheduler_config.json", None
     if scheduler.exists():
-        schedule = read_json(scheduler)
+        schedule = configs.read_json(scheduler)
         known |= configs.schedule_params(schedule, where=scheduler)
         distilled = configs.distilled_scheduler(schedule)
     check_known(known, where=folder)
@@ -100,7 +99,7 @@ TextEncoder = tuple[
 def _sd_text_encoder(folder: Path, unet_params: Mapping[str, Any]) -> TextEncoder:
     """SD 1.x's or 2.x's; in 2.x the folder lacks the last layer, unless this repo wrote the folder."""
     own = folder / "text_encoder"
-    text = configs.text_encoder_params(read_json(own / "config.json"), tokenizer=_tokenizer(folder))
+    text = configs.text_encoder_params(configs.read_json(own / "config.json"), tokenizer=_tokenizer(folder))
     check_sizes(text, where=folder)
     tensors, rest = _text_encoder(read_weights(own)), _rest(own)
     if rest is None and not unet_params["use_linear_in_transformer"]:
@@ -123,7 +122,9 @@ def _sdxl_text_encoders(folder: Path) -> TextEncoder:
     params, tensors = {}, {}
     for (key, prefix), name, number in zip(ENCODERS.items(), XL_TEXT, ("", "_2"), strict=True):
         tokenizer = _tokenizer(folder, number) or _tokenizer(folder)
-        own = configs.text_encoder_params(read_json(folder / name / "config.json"), tokenizer=tokenizer)
+        own = configs.text_encoder_params(
+            configs.read_json(folder / name / "config.json"), tokenizer=tokenizer
+        )
         check_sizes(own, where=folder / name)
         if _tokenizer(folder) is not None:  # the second has "!" as a token apart, for its padding
             own["tokenizer"] = str(_tokenizer(folder))
@@ -166,19 +167,9 @@ def config_of(folder: Path) -> Iterator[None]:
         raise UserError(f"The config describes no network: {reason}", where=folder) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"The config cannot be read: {error}", where=path) from error
-    if not isinstance(content, dict):
-        raise UserError("The config is not a JSON object", where=path)
-    return content
-
-
 def _check(folder: Path) -> None:
     """Raises UserError for a folder of another pipeline, or an incomplete one."""
-    index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    index = configs.read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
     kind = index.get("_class_name", PIPELINES[0])
     if kind not in PIPELINES + XL_PIPELINES:
         what = f"This is the folder of a {kind}, not of Stable Diffusion 1.x, 2.x or XL"
@@ -190,7 +181,7 @@ def _check(folder: Path) -> None:
             "This is the folder of the refiner of Stable Diffusion XL", where=folder, remedy=remedy
         )
     if not index and (folder / "config.json").exists():
-        kind = read_json(folder / "config.json").get("_class_name", "network")
+        kind = configs.read_json(folder / "config.json").get("_class_name", "network")
         what = f"This is the folder of one network ({kind})"
         raise UserError(what, where=folder, remedy="Name the folder that holds unet, vae and text_encoder.")
     wanted = FOLDERS + XL_TEXT[1:] if xl else FOLDERS

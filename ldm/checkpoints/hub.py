@@ -22,7 +22,8 @@ from functools import cached_property
 from glob import escape
 from pathlib import Path, PurePosixPath
 
-from ldm.checkpoints.folder import PIPELINES, REST_FILE, SHARD, XL_PIPELINES, read_json, weights_rank
+from ldm.checkpoints.diffusers_config import read_json
+from ldm.checkpoints.folder import PIPELINES, REST_FILE, SHARD, XL_PIPELINES, weights_rank
 from ldm.checkpoints.shards import INDEX
 from ldm.errors import UserError
 from ldm.families.family import Family

@@ -3,7 +3,6 @@
 A model file may be anybody's, and nothing is built of numbers that no network has.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.families.sdxl.family import ENCODERS
+from ldm.files import parse_json
 
 CONFIG, SIZE, TRAINING = "ldm.config", "ldm.size", "ldm.training"  # keys of our metadata
 NETWORKS = ("unet", "vae", "text_encoder")
@@ -133,8 +133,8 @@ def flat(params: Mapping[str, Any]) -> dict[str, Any]:
 def read_json_object(metadata: Mapping[str, str], key: str, *, where: object) -> dict[str, Any]:
     """The JSON object under a key of the metadata; {} without the key. Raises UserError for another thing."""
     try:
-        content = json.loads(metadata.get(key, "{}"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(metadata.get(key, "{}"))
+    except ValueError as error:
         raise UserError(f"The metadata `{key}` is not JSON", where=where, remedy=INSTEAD) from error
     if not isinstance(content, dict):
         raise UserError(f"The metadata `{key}` is not a JSON object", where=where, remedy=INSTEAD)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ldm.checkpoints.tensors import read_tensors
 from ldm.errors import UserError
+from ldm.files import parse_json
 
 KEY = "ldm.rank_by_timestep"
 NUMBERS = ("rank", "min_rank", "timesteps")
@@ -27,7 +28,7 @@ def read_ranks(path: str | Path) -> dict[str, int] | None:
     if text is None:
         return None
     try:
-        told = json.loads(text)
+        told = parse_json(text)
     except ValueError:
         told = None
     numbers = [told.get(name) for name in NUMBERS] if isinstance(told, dict) else [None]

@@ -1,6 +1,5 @@
 """The scale of PEFT's LoRAs: its files hold no alpha, a config beside the tensors or in their header does."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from typing import Any
 
 from ldm.checkpoints.lora_names import READ_PREFIXES
 from ldm.errors import UserError
+from ldm.files import parse_json
 
 HEADER = "lora_adapter_metadata"  # key of the file's metadata, by diffusers
 FILE = "adapter_config.json"  # beside PEFT's own adapter_model.safetensors
@@ -97,8 +97,8 @@ def _check(config: Mapping[str, Any], *, where: object) -> None:
 
 def _json(text: str, *, where: object) -> dict[str, Any]:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise UserError("The LoRA's config is not JSON", where=where) from error
     if not isinstance(content, dict):
         raise UserError("The LoRA's config is not a JSON object", where=where)

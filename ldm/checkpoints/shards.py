@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.checkpoints.save import write_tensors
 from ldm.checkpoints.tensors import read_tensors
 from ldm.errors import UserError
-from ldm.files import atomic_write
+from ldm.files import atomic_write, parse_json
 from ldm.lazy import Lazy
 
 INDEX = ".safetensors.index.json"
@@ -48,9 +48,9 @@ def write_shards(
 def shard_files(index: Path) -> dict[str, Path]:
     """Tensor -> file beside the index. Raises UserError where it is damaged or a file is missing."""
     try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        where = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         names = {key: _plain_name(name) for key, name in where.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"The index of a model's files cannot be read: {error}", where=index) from error
     files = {key: index.with_name(name) for key, name in names.items()}
     missing = sorted({path.name for path in files.values() if not path.is_file()})

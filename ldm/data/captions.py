@@ -5,7 +5,6 @@ the folder's `metadata.jsonl` (Hugging Face's imagefolder); or one text file has
 (OneTrainer's "single text file"), or their names are the captions.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ import torch
 from ldm.annotations import NonNegativeInt, Probability
 from ldm.data.prompts import Words, contains, fill, read_text, require_identifier
 from ldm.errors import UserError
+from ldm.files import parse_json
 
 FILE_NAMES = "file_names"  # the value of `captions` for which names are captions
 SIDECARS = (".txt", ".caption", ".json")  # of one photo; the first that exists is read
@@ -185,8 +185,8 @@ def subject_captions(
 
 def _parsed(text: str, *, where: object) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise UserError(f"The JSON cannot be read: {error}", where=where, remedy=REMEDY) from error
 
 

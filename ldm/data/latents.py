@@ -76,8 +76,9 @@ def cached_latent_stats(
     """Latent stats [2z, h, w] (float32, CPU) of each view, given as key -> function that renders [3, H, W].
 
     A key identifies the pixels. With `folder`, latent stats are cached there by key and `vae_hash`, and only
-    those that are missing or damaged are encoded. `progress(n)` is called for every n more. Raises UserError
-    if any are not finite.
+    batches with one that is missing or damaged are encoded. Batches are the same whatever is missing, for a
+    result's last bits may depend on the size of its batch: so a killed run that goes on finds what it would
+    have found. `progress(n)` is called for every n more. Raises UserError if any are not finite.
     """
     if folder is not None and not vae_hash:
         raise ValueError("a cache on disk needs the hash of the VAE")
@@ -91,18 +92,22 @@ def cached_latent_stats(
         log.info("%s: %d of %d views are in the cache", folder, len(latent_stats), len(views))
     if progress:
         progress(len(latent_stats))
-    wanted = [key for key in views if key not in latent_stats]
-    for first in range(0, len(wanted), batch_size):
-        keys = wanted[first : first + batch_size]
+    for first in range(0, len(views), batch_size):
+        keys = list(views)[first : first + batch_size]
+        missing = [key for key in keys if key not in latent_stats]
+        if not missing:
+            continue
         encoded = encode(torch.stack([views[key]() for key in keys])).float().cpu()
         for key, item in zip(keys, encoded, strict=True):
+            if key not in missing:
+                continue
             require_finite(item, where=key)
             latent_stats[key] = item.clone()
             if folder is not None:
                 metadata = {"view": key, "vae": vae_hash}
                 save_latents(folder / f"{names[key]}.safetensors", item, metadata=metadata)
         if progress:
-            progress(len(keys))
+            progress(len(missing))
     return latent_stats
 
 

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm.data.latents import load_latents, require_finite, save_latents
 from ldm.errors import UserError
-from ldm.files import atomic_write, file_sha256, make_folder
+from ldm.files import atomic_write, file_sha256, make_folder, parse_json
 
 # seeds -> (image, scaled latents [z, h, w]) for each; the same seed gives the same image in any batch
 GenerateImages = Callable[[list[int]], Sequence[tuple[Image.Image, Tensor]]]
@@ -115,12 +115,15 @@ class PriorSet:
     ) -> list[int]:
         """Generates the missing ones of the first `count` images -> their numbers.
 
-        Rank r generates every `world_size`-th image from r on. Rank 0 writes the manifest; when several ranks
-        are done, one calls `write_manifest`. `progress(n)` is called for every n more.
+        Rank r generates every `world_size`-th image from r on. A batch that lacks one is generated whole, for
+        an image's last bits may depend on the size of its batch; what is there already stays. Rank 0 writes
+        the manifest; when several ranks are done, one calls `write_manifest`. `progress(n)` is called for
+        every n more.
         """
         make_folder(self.folder)
         present = self.images(count)
-        wanted = [i for i in range(rank, count, world_size) if i not in present]
+        numbers = range(rank, count, world_size)
+        wanted = [i for i in numbers if i not in present]
 
         def written(batch: Writes) -> None:
             present.update({i: image.result() for i, image in batch.items()})
@@ -129,33 +132,39 @@ class PriorSet:
             if progress:
                 progress(len(batch))
 
-        self._generate_and_write(wanted, generate, batch_size=batch_size, written=written)
+        batches = [numbers[first : first + batch_size] for first in range(0, len(numbers), batch_size)]
+        self._generate_and_write(batches, set(wanted), generate, written=written)
         if rank == 0 and not wanted:
             self._write_manifest(present)
         return wanted
 
     def _generate_and_write(
         self,
-        numbers: Sequence[int],
+        batches: Sequence[Sequence[int]],
+        wanted: Set[int],
         generate: GenerateImages,
         *,
-        batch_size: int,
         written: Callable[[Writes], None],
     ) -> None:
-        """Generates images in batches, while a thread writes the batch before; `written` waits for a batch.
+        """Generates the batches with wanted images, while a thread writes those of the batch before.
+
+        `written` waits for a batch.
 
         If sampling fails, the images so far are still written; if writing fails, sampling stops.
         """
         pending: Writes = {}
         with ThreadPoolExecutor(1, thread_name_prefix="prior-images") as writer:
             try:
-                for first in range(0, len(numbers), batch_size):
-                    batch = numbers[first : first + batch_size]
+                for batch in batches:
+                    if wanted.isdisjoint(batch):
+                        continue
                     generated = generate([self.spec.seed + i for i in batch])
                     before, pending = pending, {}
                     if before:
                         written(before)
                     for i, (image, latents) in zip(batch, generated, strict=True):
+                        if i not in wanted:
+                            continue
                         self._require_finite(i, latents)
                         pending[i] = writer.submit(self._write, i, image, latents)
             finally:
@@ -206,7 +215,7 @@ class PriorSet:
     def _listed(self) -> dict[int, PriorImage]:
         """The images that manifest.json lists, by number; none if it is not of this set."""
         try:
-            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = parse_json((self.folder / "manifest.json").read_text(encoding="utf-8"))
             images = [PriorImage(**image) for image in manifest["images"]]
             numbers = [int(image.seed) - self.spec.seed for image in images]
             same = PriorSpec(**manifest["spec"]) == self.spec

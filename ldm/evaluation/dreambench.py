@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.prompts import fill
+from ldm.data.prompts import fill, read_text
 from ldm.errors import UserError
 from ldm.evaluation.features import CLIP, DINO, DINOV2, Clip, Dino, DinoV2
 from ldm.evaluation.photos import mean_of_pairs, without
@@ -27,7 +27,8 @@ PAPER = {  # Ruiz et al. 2023, Table 1
     "DreamBooth, Stable Diffusion": {"dino": 0.668, "clip_i": 0.803, "clip_t": 0.305},
     "Textual Inversion, Stable Diffusion": {"dino": 0.569, "clip_i": 0.780, "clip_t": 0.255},
 }
-PROMPT = re.compile(r"""^\s*(['"])(?P<text>.+)\1\.format\(unique_token, class_token\),?\s*$""", re.MULTILINE)
+CLASS = re.compile(r"(?P<name>[\w-]+),(?P<word>[\w -]+)")  # a line
+PROMPT = re.compile(r"""(['"])(?P<text>.+)\1\.format\(unique_token, class_token\),?""")  # a line
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,15 @@ def read_dataset(root: Path) -> list[BenchSubject]:
     if not path.is_file():
         remedy = "Give the folder `dataset` of github.com/google/dreambooth."
         raise UserError(f"The dataset has no {LISTS}", where=root, remedy=remedy)
-    text = path.read_text(encoding="utf-8")
-    classes = dict(re.findall(r"^([\w-]+),([\w -]+?)\s*$", text, re.MULTILINE))
+    text = read_text(path)
+    classes = {match["name"]: match["word"].strip() for match in _lines(CLASS, text)}
     classes.pop("subject_name", None)
     of_objects, _, of_live = text.partition("Live Subject Prompts")
     templates = {live: _templates(of_live if live else of_objects) for live in (True, False)}
     if not classes or not all(templates.values()):
         raise UserError("The list has no classes or prompts", where=path, remedy="Download it again.")
+    for text in {prompt for group in templates.values() for prompt in group}:
+        fill(text, identifier="sks", class_word="dog")  # refuses other placeholders at once
     found = [
         BenchSubject(name, word, root / name, templates[word in LIVE])
         for name, word in classes.items()
@@ -68,8 +71,14 @@ def read_dataset(root: Path) -> list[BenchSubject]:
 
 
 def _templates(text: str) -> tuple[str, ...]:
-    found = [match["text"].replace("{0}", "{identifier}") for match in PROMPT.finditer(text)]
+    found = [match["text"].replace("{0}", "{identifier}") for match in _lines(PROMPT, text)]
     return tuple(prompt.replace("{1}", "{class_word}") for prompt in found)
+
+
+def _lines(pattern: re.Pattern[str], text: str) -> list[re.Match[str]]:
+    """The lines that match a pattern as a whole, but for spaces around them."""
+    matches = [pattern.fullmatch(line.strip()) for line in text.splitlines()]
+    return [match for match in matches if match is not None]
 
 
 class BenchMetrics:

@@ -1,14 +1,15 @@
 """Folders of generated images, of any tool, with the prompt of each where it is known."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from ldm.data.images import list_images, load_image
+from ldm.data.prompts import read_text
 from ldm.errors import UserError
 from ldm.evaluation.protocol import GeneratedImage
+from ldm.files import parse_json
 
 
 def read_image_folder(folder: str | Path, *, at_least: int = 1) -> list[GeneratedImage]:
@@ -49,13 +50,14 @@ def _settings(path: Path) -> dict[str, str]:
     """The settings that an image was generated with, as far as they are known."""
     text = path.with_suffix(".txt")
     if text.exists():
-        return {"prompt": " ".join(text.read_text(encoding="utf-8-sig").split())}
+        return {"prompt": " ".join(read_text(text).split())}
     with Image.open(path) as image:
         encoded = image.info.get("dreambooth", "{}")
     try:
-        return dict(json.loads(encoded))
+        settings = dict(parse_json(encoded))
     except (ValueError, TypeError):
         return {}
+    return settings if isinstance(settings.get("prompt", ""), str) else {}
 
 
 def _require_one_size(samples: dict[Path, GeneratedImage], folder: str | Path) -> None:

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.images import list_images, load_image
-from ldm.data.prompts import PRIOR_TEMPLATE, SUBJECT_TEMPLATE, check_prompts, fill
+from ldm.data.prompts import PRIOR_TEMPLATE, SUBJECT_TEMPLATE, check_prompts, fill, read_text
 from ldm.errors import UserError
 from ldm.evaluation.captions import question, write_captions
 from ldm.evaluation.vision_language import VisionLanguageModel
@@ -24,7 +24,13 @@ def caption_photos(options: Namespace) -> Path:
     if options.batch_size < 1:
         raise UserError("There is nothing to do", where="--batch_size", remedy="Choose 1 or more.")
     paths = list_images(options.photos, skip_unreadable=options.skip_unreadable)
+    out = options.out or Path("logs", f"captions-{options.photos.resolve().name}.png")
+    if out.resolve().parent == options.photos.resolve():
+        remedy = "Choose another folder: there it would be taken for a photo."
+        raise UserError("The contact sheet would lie among the photos", where=out, remedy=remedy)
     kept = [path for path in paths if path.with_suffix(".txt").exists()]
+    for path in kept:
+        read_text(path.with_suffix(".txt"))
     if kept:
         print(f"{len(kept)} of {len(paths)} photos have a caption, which stays")
     if len(kept) < len(paths):
@@ -39,11 +45,7 @@ def caption_photos(options: Namespace) -> Path:
     for path in paths:
         image = load_image(path)
         image.thumbnail((SIDE, SIDE))
-        caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig")
+        caption = read_text(path.with_suffix(".txt"))
         rows.append((f"{path.name}: {' '.join(caption.split())}", [image]))
-    out = options.out or Path("logs", f"captions-{options.photos.resolve().name}.png")
-    if out.resolve().parent == options.photos.resolve():
-        remedy = "Choose another folder: there it would be taken for a photo."
-        raise UserError("The contact sheet would lie among the photos", where=out, remedy=remedy)
     make_folder(out.parent)
     return save_image(out, contact_sheet(rows, cell=1), {"prompts": [caption for caption, _ in rows]})

@@ -13,7 +13,7 @@ from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.items import SourceImage
 from ldm.engine import distributed
 from ldm.errors import UserError
-from ldm.files import atomic_write, file_sha256
+from ldm.files import atomic_write, file_sha256, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def read_inputs(folder: Path) -> RunInputs | None:
     if not path.exists():
         return None
     try:
-        return RunInputs(**json.loads(path.read_text(encoding="utf-8")))
+        return RunInputs(**parse_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         remedy = "Remove the file: the run goes on with the files as they are now."
         raise UserError("The hashes of the run's files cannot be read", where=path, remedy=remedy) from error

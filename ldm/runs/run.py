@@ -36,7 +36,7 @@ from ldm.engine.resume import check_fit, latest_valid_checkpoint, name_of
 from ldm.engine.sharding import fsdp_replica
 from ldm.engine.signals import StopSignals
 from ldm.errors import UserError
-from ldm.files import atomic_write, make_folder, require_space
+from ldm.files import atomic_write, make_folder, parse_json, require_space
 from ldm.optim.optimizer_nodes import averages_weights, optimizer_of
 from ldm.optim.sizes import checkpoint_bytes
 from ldm.runs.inputs import base_hash
@@ -257,7 +257,7 @@ def load_image_grid(
 def _read_image(path: Path, prompt: str, settings: Mapping[str, Any]) -> Image.Image | None:
     try:
         with Image.open(path) as file:
-            same = json.loads(file.text["dreambooth"]) == {"prompt": prompt, **settings}
+            same = parse_json(file.text["dreambooth"]) == {"prompt": prompt, **settings}
             return file.convert("RGB") if same else None
     except (OSError, KeyError, ValueError):
         return None

@@ -1,5 +1,7 @@
 """Latents on disk, and the cache of latent stats."""
 
+import hashlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -59,13 +61,33 @@ def test_moments_equal_the_encoder_and_are_kept(tmp_path):
     assert all(torch.equal(latent_stats[key], again[key]) for key in latent_stats)
 
 
-def test_only_absent_and_damaged_views_are_encoded(tmp_path):
+class BatchedEncoder(Encoder):
+    """Its last bits depend on how many it sees at once, as those of convolutions do."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return super().__call__(images) + len(images) * 2**-20
+
+
+@pytest.mark.parametrize("left", range(8))
+def test_what_is_encoded_after_a_kill_is_what_would_have_been(tmp_path, left):
+    whole = cached_latent_stats(views(7), BatchedEncoder(), vae_hash="v", folder=tmp_path, batch_size=3)
+    for key in list(views(7))[left:]:  # written in this order
+        name = hashlib.sha256(f"v/{key}".encode()).hexdigest()[:32]
+        (tmp_path / f"{name}.safetensors").unlink()
+    seen = []
+    again = cached_latent_stats(
+        views(7), BatchedEncoder(), vae_hash="v", folder=tmp_path, batch_size=3, progress=seen.append
+    )
+    assert all(torch.equal(whole[key], again[key]) for key in whole) and sum(seen) == 7
+
+
+def test_batches_without_an_absent_or_damaged_view_are_not_encoded(tmp_path):
     cached_latent_stats(views(4), Encoder(), vae_hash="v", folder=tmp_path)
     first, second, *_ = sorted(tmp_path.iterdir())
     first.write_bytes(first.read_bytes()[:-4])
     second.unlink()
     encode = Encoder()
-    latent_stats = cached_latent_stats(views(5), encode, vae_hash="v", folder=tmp_path)
+    latent_stats = cached_latent_stats(views(5), encode, vae_hash="v", folder=tmp_path, batch_size=1)
     assert sum(encode.batches) == 2 + 1  # two of the four, and the fifth view
     fresh = cached_latent_stats(views(5), Encoder(), vae_hash="v")
     assert all(torch.equal(latent_stats[key], fresh[key]) for key in fresh)

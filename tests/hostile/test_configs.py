@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.config import load_config, to_container
-from ldm.errors import UserError
 from ldm.runs.options import parse
-from tests.hostile.conftest import HOSTILE, outcome
+from tests.hostile.conftest import examples, outcome, refused_or
 
 ROOT = Path(__file__).resolve().parents[2]
 WHOLE = to_container(load_config([ROOT / "configs/dreambooth.yaml"]))
@@ -89,7 +88,7 @@ def leaves(node: dict, key: tuple = ()) -> list[tuple]:
     return [leaf for found in inner for leaf in found]
 
 
-@settings(HOSTILE, max_examples=60)
+@examples(60)
 @given(key=st.sampled_from(leaves(WHOLE)), cut=st.integers(1, 4), value=VALUES)
 def test_any_value_anywhere(tmp_path: Path, key: tuple, cut: int, value: object):
     config = copy.deepcopy(WHOLE)
@@ -98,28 +97,22 @@ def test_any_value_anywhere(tmp_path: Path, key: tuple, cut: int, value: object)
         node = node[name]
     node[key[:cut][-1]] = value
     (tmp_path / "changed.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
-    try:
-        load(str(tmp_path / "changed.yaml"))
-    except UserError as error:
-        assert str(error)
+    refused_or(lambda: load(str(tmp_path / "changed.yaml")))
 
 
-@settings(HOSTILE, max_examples=60)
+@examples(60)
 @given(
     content=st.binary(max_size=60) | st.text("abc:[]{}&*!|>- \n\t${}'\"#%@`0.", max_size=40).map(str.encode)
 )
 def test_any_file(tmp_path: Path, content: bytes):
     (tmp_path / "any.yaml").write_bytes(content)
-    with pytest.raises(UserError):  # a whole config does not come by chance
-        load(str(tmp_path / "any.yaml"))
+    assert refused_or(lambda: load(str(tmp_path / "any.yaml"))) is None  # a whole config: not by chance
 
 
-@settings(HOSTILE, max_examples=60)
+@examples(60)
 @given(words=st.lists(st.text("abc=.[]{}$:-0 \x00\n", max_size=12), min_size=1, max_size=3))
 def test_any_words(words: list[str]):
     try:
-        load(str(ROOT / "configs/dreambooth.yaml"), *words)
-    except UserError as error:
-        assert str(error)
+        refused_or(lambda: load(str(ROOT / "configs/dreambooth.yaml"), *words))
     except SystemExit as error:
         assert error.code in (0, 2)  # argparse's own message

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.data.images import fit_image, list_images, load_image, to_tensor
-from ldm.errors import UserError
-from tests.hostile.conftest import HOSTILE, outcome
+from tests.hostile.conftest import examples, outcome, refused_or
 
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F", "HSV", "LAB"]
 FORMAT = {
@@ -88,7 +87,7 @@ def test_odd_pictures_are_taken(tmp_path: Path, what: str):
     assert outcome("picture", what, lambda: look(path)).endswith("RGB")
 
 
-@settings(HOSTILE, max_examples=60)
+@examples(60)
 @given(
     mode=st.sampled_from(MODES),
     kind=st.sampled_from(list(FORMAT)),
@@ -105,18 +104,14 @@ def test_any_picture_whole_or_damaged(tmp_path: Path, mode, kind, size, cut, fli
         content[int(flip * len(content))] ^= 1 << (int(flip * 8e6) % 8)
     path = tmp_path / f"photo.{FORMAT[kind]}"
     path.write_bytes(content if cut is None else content[: int(cut * len(content))])
-    try:
-        assert look(path).endswith("RGB")
-    except UserError as error:
-        assert error.where == path and error.remedy
+    got = refused_or(lambda: look(path), where=path)
+    assert got is None or got.endswith("RGB")
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-@settings(HOSTILE, max_examples=60)
+@examples(60)
 @given(start=st.sampled_from([b"", *(encoded(NOISE, kind)[:30] for kind in FORMAT)]), rest=st.binary())
 def test_any_bytes(tmp_path: Path, start: bytes, rest: bytes):
     path = tmp_path / "photo.jpg"
     path.write_bytes(start + rest)
-    with pytest.raises(UserError) as error:
-        list_images(tmp_path)
-    assert error.value.where == path
+    assert refused_or(lambda: list_images(tmp_path), where=path) is None

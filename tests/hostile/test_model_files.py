@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,10 +30,10 @@ from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
 from ldm.model_file import SCHEDULE, ModelFile, check_model
 from ldm.models.text_encoder import find_words
-from tests.hostile.conftest import EXAMPLES, HOSTILE, outcome
+from tests.hostile.conftest import examples, outcome, refused_or
 
-many = settings(HOSTILE, max_examples=EXAMPLES)
-few = settings(HOSTILE, max_examples=EXAMPLES // 3)  # where networks are built of each
+many = examples(20)
+few = examples(6)  # where networks are built of each
 numbers = (
     st.integers() | st.floats() | st.sampled_from([0, -1, 2**31, 2**63, 10**11, 10**400, 1e308, 7, 1000])
 )
@@ -54,15 +54,6 @@ def read_whole(path: Path, **how: Any) -> str:
     taught_words(model.metadata)
     sampling_defaults(model.metadata, model.family)
     return f"a model of {model.size(model.config['parameterization'])} pixels"
-
-
-def refused_or(kind: Callable[[], Any]) -> Any:
-    """The result, or None where it is refused; any other exception fails the test."""
-    try:
-        return kind()
-    except UserError as error:
-        assert str(error)
-        return None
 
 
 def with_metadata(source: Path, target: Path, metadata: dict[str, str]) -> Path:

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.data.captions import CaptionReader
 from ldm.data.prompts import check_prompts, fill
-from ldm.errors import UserError
 from ldm.models.text_encoder import CLIPTextEncoder
-from tests.hostile.conftest import HOSTILE, outcome
+from tests.hostile.conftest import examples, outcome, refused_or
 
 WORDS = {"identifier": "sks", "class_word": "dog"}
 PROMPTS = {
@@ -75,11 +74,8 @@ def test_bad_captions_are_refused(tmp_path: Path, content: bytes, file: str):
     assert got.startswith("refused") or none_listed or text
 
 
-@settings(HOSTILE, max_examples=80)
+@examples(80)
 @given(prompt=st.text(max_size=200) | st.text(alphabet="{}|<>\\ a🐕\x00", max_size=40))
 def test_any_prompt(encoder: CLIPTextEncoder, prompt: str):
     assert encode(encoder, prompt).startswith("32 ids")
-    try:
-        fill(prompt, **WORDS)
-    except UserError as error:
-        assert "placeholder" in error.what
+    refused_or(lambda: fill(prompt, **WORDS))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounter
 
 from ldm.errors import UserError
@@ -18,6 +19,8 @@ from ldm.training.compiling import TrainingGraph
 from ldm.training.latent_diffusion import LatentDiffusion
 from tests.factories import LEAN, build_module
 from tests.short_runs import At, Job, Killed, curves_of, differences, kill, state_of
+
+inductor = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 
 def test_compiling_keeps_names(tiny_config: dict):
@@ -62,12 +65,68 @@ def killed_and_resumed(job: Job, folder: Path) -> LatentDiffusion:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@inductor
 def test_a_run_compiled_by_inductor_resumes_to_the_bit(job: Job, tmp_path: Path):
     whole = job(tmp_path / "whole", params={"compile": "default"})
     again = killed_and_resumed(job, tmp_path / "again")
     assert differences(whole.state_dict(), again.state_dict()) == []
     assert differences(state_of(tmp_path / "whole", 4), state_of(tmp_path / "again", 4)) == []
+
+
+@pytest.fixture
+def compiler_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Inductor's, empty."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    torch._dynamo.reset()
+    torch._inductor.utils.clear_caches()
+    return tmp_path / "compiled"
+
+
+@pytest.mark.parametrize("name", ["ab/cab.main.so", "precompiled_headers/x.h.gch", "ab/cab.kernel.o"])
+def test_what_a_killed_compiler_left_is_compiled_anew(
+    tiny_config: dict, compiler_cache: Path, name: str, caplog: pytest.LogCaptureFixture
+):
+    torn, other = compiler_cache / name, compiler_cache / "ab" / "other.so"
+    for path in (torn, other):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        if torn.exists():
+            raise ImportError(f"{torn}: file too short")
+        return graph
+
+    module = build_module(tiny_config)
+    module._graph = TrainingGraph(module.networks["unet"], backend=inductor)
+    assert all(x.isfinite().all() for x in outcome(module))
+    assert not torn.exists() and other.exists() and name in caplog.text
+
+
+def test_a_compiler_that_fails_again_is_heard(tiny_config: dict, compiler_cache: Path):
+    """Whatever it names."""
+    (compiler_cache / "ab").mkdir(parents=True)
+
+    def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        (compiler_cache / "ab" / "x.so").touch()
+        raise ImportError(f"{compiler_cache}/ab/x.so: undefined symbol, {compiler_cache}/ab/y.so, /etc/z.so")
+
+    module = build_module(tiny_config)
+    module._graph = TrainingGraph(module.networks["unet"], backend=inductor)
+    with pytest.raises(BackendCompilerFailed, match="undefined symbol"):
+        outcome(module)
+
+
+@pytest.mark.slow
+@inductor
+def test_a_training_goes_on_over_libraries_cut_short(job: Job, tmp_path: Path, compiler_cache: Path):
+    whole = job(tmp_path / "whole", params={"compile": "default"})
+    libraries = list(compiler_cache.rglob("*.so"))
+    for path in libraries:
+        path.write_bytes(b"")
+    torch._dynamo.reset()
+    torch._inductor.utils.clear_caches()
+    again = job(tmp_path / "again", params={"compile": "default"})
+    assert libraries and differences(whole.state_dict(), again.state_dict()) == []
 
 
 def test_it_does_not_go_with_steps_in_the_backward_pass(tiny_config: dict):
@@ -84,7 +143,7 @@ def outcome(module: LatentDiffusion) -> list[Tensor]:
     return [output.detach(), *(p.grad for p in module.networks["unet"].parameters())]
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, inductor])])
 def test_the_compiled_network_is_the_plain_one(tiny_config: dict, tiny_networks: dict, backend: str):
     """Outputs and gradients are the eager ones, to rounding in float32."""
     plain = build_module(tiny_config)
