@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.ema import EMA_PREFIX, dotted
-from ldm.checkpoints.lora_names import other_adapter
+from ldm.checkpoints.lora_names import any_adapter
 from ldm.errors import UserError
 from ldm.families.known import family_of
 from ldm.families.sd.family import SD2
@@ -225,7 +225,7 @@ def check_not_quantized(names: Iterable[str]) -> None:
 
 def describe(names: Iterable[str]) -> str | None:
     """What kind of model the names suggest; None for networks of Stable Diffusion 1.x, 2.x or XL."""
-    names = list(names)
+    names = [name for name in names if not name.startswith(RUN_LORA)]
 
     def first(signs: Mapping[str, str]) -> str | None:
         return next((what for sign, what in signs.items() if any(sign in name for name in names)), None)
@@ -235,7 +235,7 @@ def describe(names: Iterable[str]) -> str | None:
     vector = any(name.startswith(PREFIXES["unet"] + VECTOR) for name in names)
     if vector and any(name.startswith((OPENCLIP_PREFIX, "embedder.")) for name in names):
         relative = relative or "an unCLIP model"
-    other = other_adapter(names) or first(FOREIGN) or relative
+    other = any_adapter(names) or first(FOREIGN) or relative
     return other or (None if ours else first(PARTIAL) or "something else")
 
 

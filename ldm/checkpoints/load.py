@@ -158,7 +158,6 @@ def _open(path: Path, config: Mapping[str, Any] | None, *, ema: bool) -> Model:
             distilled=about.distilled,
         )
     own_config = run_checkpoint.run_config(path)
-    run_checkpoint.refuse_adapter(run_checkpoint.model_params(own_config), where=path)
     tensors, metadata = read_checkpoint(path, ema=ema)
     config = own_config if config is None else config
     known, size = read_known(metadata, where=path)

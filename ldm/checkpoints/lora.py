@@ -1,7 +1,8 @@
 """LoRA files, with the keys of kohya's sd-scripts (A1111, ComfyUI) or of PEFT (diffusers), and merging.
 
-Both name layers as diffusers does. kohya's keys have underscores for dots, and alpha is a tensor of its own;
-our PEFT files have no alpha, so they hold `up` times alpha / rank. Other tools' spellings: `lora_names`.
+LoHa and LoKr files of LyCORIS are read likewise: `products`. All name layers as diffusers does. kohya's keys
+have underscores for dots, and alpha is a tensor of its own; our PEFT files have no alpha, so they hold `up`
+times alpha / rank. Other tools' spellings: `lora_names`.
 """
 
 import math
@@ -28,6 +29,7 @@ from ldm.checkpoints.lora_names import (
     written_prefix,
 )
 from ldm.checkpoints.lora_scale import LoraScale, adapter_file, read_scale
+from ldm.checkpoints.products import ProductWeights, is_product, product_shape, product_weights
 from ldm.checkpoints.save import cast_tensors, write_tensors
 from ldm.checkpoints.tensors import is_plain, read_tensors
 from ldm.errors import UserError
@@ -42,6 +44,8 @@ Style = Literal["kohya", "peft"]
 StateDicts = Mapping[str, Mapping[str, Tensor]]  # network -> its tensors, see `layout.split`
 LoRAWeights = tuple[Tensor, Tensor, float]  # down [rank, in, ...], up [out, rank, ...], alpha
 Layers = Mapping[str, Mapping[str, LoRAWeights]]  # network -> layer -> its LoRA weights
+LayerWeights = LoRAWeights | ProductWeights  # of a LoRA, LoHa or LoKr
+ReadLayers = Mapping[str, Mapping[str, LayerWeights]]
 
 
 def save_lora(
@@ -97,8 +101,8 @@ def lora_beside(model: Path) -> Path:
     return model.parent / "loras" / f"{model.resolve().parent.name}.safetensors"
 
 
-def read_lora(path: str | Path, state_dicts: StateDicts) -> Layers:
-    """The LoRA weights in a file, or in a folder of PEFT's, for the networks `state_dicts`.
+def read_lora(path: str | Path, state_dicts: StateDicts) -> ReadLayers:
+    """The LoRA, LoHa or LoKr in a file, or the LoRA in a folder of PEFT's, for the networks `state_dicts`.
 
     Raises UserError for another kind of adapter, or if a key or a shape does not fit these networks.
     """
@@ -106,7 +110,8 @@ def read_lora(path: str | Path, state_dicts: StateDicts) -> Layers:
     tensors, metadata = read_tensors(path)
     kind = other_adapter(tensors)
     if kind is not None:
-        raise UserError(f"This is {kind}, not a plain LoRA", where=path, remedy="Use a plain LoRA.")
+        what = f"This is {kind}, not a plain LoRA, LoHa or LoKr"
+        raise UserError(what, where=path, remedy="Use one of these.")
     scale = read_scale(path, metadata, own_format=any(key.startswith(PEFT_PREFIX) for key in tensors))
     names = _names(state_dicts)
     places = layer_places(names)
@@ -124,7 +129,7 @@ def read_lora(path: str | Path, state_dicts: StateDicts) -> Layers:
         if spelt.kind in found.setdefault(place, {}):
             raise UserError(f"`{key}` is in the file under two names", where=path)
         found[place][spelt.kind] = tensors[key]
-    layers: dict[str, dict[str, LoRAWeights]] = {network: {} for network in NETWORK_PREFIXES}
+    layers: dict[str, dict[str, LayerWeights]] = {network: {} for network in NETWORK_PREFIXES}
     for (network, layer), weights in found.items():
         base = state_dicts[network][f"{layer}.weight"]
         own = SECOND if layer.startswith(ENCODERS["clip_g"]) else network  # whose config has the alpha
@@ -143,19 +148,30 @@ def _networks_of_nameless(
 
     SDXL's text encoders share the names of their layers, and only the widths tell them apart.
     """
-    downs = [
-        (spelt.layer, tensors[key])
-        for key, spelt in keys.items()
-        if spelt is not None and spelt.network is None and spelt.kind == "down"
-    ]
+    nameless: dict[str, dict[str, Tensor]] = {}
+    for key, spelt in keys.items():
+        if spelt is not None and spelt.network is None:
+            nameless.setdefault(spelt.layer, {})[spelt.kind] = tensors[key]
+    widths = {layer: _inputs(weights) for layer, weights in nameless.items()}
 
-    def takes(network: str, layer: str, down: Tensor) -> bool:
+    def takes(network: str, layer: str, width: int) -> bool:
         place = places.get((network, comparable(layer)))
         base = None if place is None else state_dicts[place[0]][f"{place[1]}.weight"]
-        return base is not None and down.shape[1:].numel() == base.shape[1:].numel()
+        return base is not None and width == base.shape[1:].numel()
 
-    misfits = {network: sum(not takes(network, *down) for down in downs) for network in READ_PREFIXES}
+    misfits = {
+        network: sum(not takes(network, layer, n) for layer, n in widths.items() if n is not None)
+        for network in READ_PREFIXES
+    }
     return sorted(misfits, key=misfits.__getitem__)  # of equals the first, as they are listed
+
+
+def _inputs(weights: Mapping[str, Tensor]) -> int | None:
+    """Inputs of a layer, times the size of its kernel, by its weights in a file; None if they do not tell."""
+    if "down" in weights:
+        return weights["down"].shape[1:].numel()
+    shape = product_shape(weights) if is_product(weights) else None
+    return None if shape is None else shape[1]
 
 
 def _stranger(key: str, tensors: Mapping[str, Tensor], base: Family, *, where: object) -> UserError:
@@ -169,7 +185,7 @@ def _stranger(key: str, tensors: Mapping[str, Tensor], base: Family, *, where: o
 
 
 def merge_lora(
-    state_dicts: StateDicts, layers: Layers, *, weight: float = 1.0
+    state_dicts: StateDicts, layers: ReadLayers, *, weight: float = 1.0
 ) -> dict[str, Mapping[str, Tensor]]:
     """Networks with `weight` times the LoRA merged into their weights; merged tensors are float32."""
     merged = dict(state_dicts)
@@ -197,32 +213,43 @@ def _cast_like(tensors: Mapping[str, Tensor], originals: Mapping[str, Tensor], n
     return cast_tensors({name: tensors[name]}, dtype)[name]
 
 
-def _add(tensors: Mapping[str, Tensor], name: str, weights: LoRAWeights, weight: float) -> Tensor:
-    base, (down, up, alpha) = tensors[name], weights
-    product = up.flatten(1).float() @ down.flatten(1).float()
-    return base.float() + product.reshape(base.shape).to(base.device) * (weight * alpha / len(down))
+def _add(tensors: Mapping[str, Tensor], name: str, weights: LayerWeights, weight: float) -> Tensor:
+    base = tensors[name]
+    if isinstance(weights, ProductWeights):
+        product, alpha, rank = weights.product(), weights.alpha, weights.rank
+    else:
+        down, up, alpha = weights
+        product, rank = up.flatten(1).float() @ down.flatten(1).float(), len(down)
+    return base.float() + product.reshape(base.shape).to(base.device) * (weight * alpha / rank)
 
 
 def checked_layer(
     weights: Mapping[str, Tensor], base: Tensor, layer: str, scale: LoraScale, *, network: str, where: object
-) -> LoRAWeights:
+) -> LayerWeights:
     """The weights of a layer (its name: diffusers'), if they fit it; alpha is the file's or of `scale`."""
+    stated = _stated_alpha(weights.get("alpha"), layer, where=where)
+    matrices = [tensor for kind, tensor in weights.items() if kind != "alpha"]
+    if not all(is_plain(x) and x.is_floating_point() for x in matrices):
+        raise UserError(f"The matrices of `{layer}` are not of floating-point numbers", where=where)
+    if is_product(weights):
+        return product_weights(weights, base, layer, stated, where=where)
     absent = [name for name in ("down", "up") if name not in weights]
     if absent:
         raise UserError(f"`{layer}` has no {absent[0]} matrix", where=where)
     down, up = weights["down"], weights["up"]
-    alpha = weights.get("alpha")
-    if not all(is_plain(x) and x.is_floating_point() for x in (down, up)):
-        raise UserError(f"The matrices of `{layer}` are not of floating-point numbers", where=where)
     sizes = [(len(x), x[0].numel()) if x.ndim in (2, 4) and len(x) else (0, 0) for x in (up, down)]
     if sizes[1][0] == 0 or sizes != [(len(base), sizes[1][0]), (sizes[0][1], base[0].numel())]:
         what = f"`{layer}` takes {list(base.shape)}; not {list(down.shape)} and {list(up.shape)}"
         raise UserError(what, where=where, remedy="Use the LoRA with the model that it was trained on.")
+    return down, up, scale.alpha(network, layer, len(down)) if stated is None else stated
+
+
+def _stated_alpha(alpha: Tensor | None, layer: str, *, where: object) -> float | None:
     if alpha is None:
-        return down, up, scale.alpha(network, layer, len(down))
+        return None
     if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(float(alpha)):
         raise UserError(f"The alpha of `{layer}` is no number", where=where)
-    return down, up, float(alpha)
+    return float(alpha)
 
 
 def _names(state_dicts: StateDicts) -> dict[str, dict[str, str]]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from ldm.checkpoints.products import NAMES
 from ldm.families.sdxl.family import ENCODERS
 
 NETWORK_PREFIXES = {"unet": ("lora_unet_", "unet."), "text_encoder": ("lora_te_", "text_encoder.")}
@@ -32,13 +33,14 @@ ENDS = {
     ".lora.down.weight": "down",  # the same, UNet
     ".lora.up.weight": "up",
     ".lora.alpha": "alpha",
-}
+} | {f".{name}": name for name in NAMES}
 PROCESSOR = re.compile(r"(?:\.processor)?\.to_([qkv]|out)_lora\.")  # diffusers before 0.18
 TEXT_LEVELS = ("transformer_", "text_model_")  # some tools leave out levels before the text encoder's names
-OTHER_ADAPTERS = {  # sign in a tensor's name -> what the file is
+PRODUCTS = {r"\.hada_w": "a LoHa", r"\.lokr_w": "a LoKr"}  # sign in a tensor's name -> what the file is
+OTHER_ADAPTERS = {  # the same for adapters that are not read
+    r"^base_model\..*\.hada_w": "a LoHa of PEFT",  # whose config has another form
+    r"^base_model\..*\.lokr_w": "a LoKr of PEFT",
     r"\.(dora_scale|lora_magnitude_vector)": "a DoRA",
-    r"\.hada_w": "a LoHa",
-    r"\.lokr_w": "a LoKr",
     r"\.(oft_blocks|oft_diag|oft_[rR]\b|oft_s\b)": "an OFT",
     r"\.boft_": "a BOFT",
     r"\.(ia3_l|on_input$)": "an (IA)^3",
@@ -57,9 +59,10 @@ OTHER_FAMILIES = {  # the same for a LoRA of another family
 
 
 class LoRAKey(NamedTuple):
-    """A tensor's place: network (None if the name does not say), name of the layer, "down", "up" or "alpha".
+    """A tensor's place: network (None if the name does not say), name of the layer, kind of tensor.
 
-    layer: under diffusers' or SD's names, with dots or, in kohya's files, with underscores.
+    kind: "down", "up", "alpha" or a name of `products`. layer: under diffusers' or SD's names, with dots or,
+    in kohya's files, with underscores.
     """
 
     network: str | None
@@ -111,14 +114,21 @@ def comparable(layer: str) -> str:
 
 
 def other_adapter(names: Iterable[str]) -> str | None:
+    """The kind of adapter that the names of tensors tell of, if no file of it is read."""
+    return _told(names, OTHER_ADAPTERS)
+
+
+def any_adapter(names: Iterable[str]) -> str | None:
     """The kind of adapter that the names of tensors tell of, if it is no plain LoRA."""
-    names = list(names)
-    found = (what for sign, what in OTHER_ADAPTERS.items() if any(re.search(sign, name) for name in names))
-    return next(found, None)
+    return _told(names, OTHER_ADAPTERS | PRODUCTS)
 
 
 def other_family(names: Iterable[str]) -> str | None:
     """The family of models that a LoRA is for, if that is neither Stable Diffusion 1.x nor 2.x."""
+    return _told(names, OTHER_FAMILIES)
+
+
+def _told(names: Iterable[str], signs: Mapping[str, str]) -> str | None:
+    """What the first sign says that is in any of the names."""
     names = list(names)
-    found = (what for sign, what in OTHER_FAMILIES.items() if any(re.search(sign, name) for name in names))
-    return next(found, None)
+    return next((what for sign, what in signs.items() if any(re.search(sign, name) for name in names)), None)

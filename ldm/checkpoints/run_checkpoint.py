@@ -12,8 +12,9 @@ from torch import Tensor
 from ldm.checkpoints.embedding import Embeddings
 from ldm.checkpoints.known import flat
 from ldm.checkpoints.layout import LEARNED_TOKENS, PREFIXES, RUN_LORA
-from ldm.checkpoints.lora import Layers, LoRAWeights, checked_layer
+from ldm.checkpoints.lora import LayerWeights, ReadLayers, checked_layer
 from ldm.checkpoints.lora_scale import LoraScale
+from ldm.checkpoints.products import NAMES, is_product
 from ldm.config import load_config, to_container
 from ldm.errors import UserError
 from ldm.families.sdxl.family import ENCODERS
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 FOLDER, CONFIG = "checkpoints", "config.yaml"
 ORTHOGONAL = ("scale", "start_down", "start_up", "start_scale")  # of a LoRA whose factors begin orthonormal
 KINDS = ("down", "up", *ORTHOGONAL)
+INNER = ".inner."  # of an adapter's layer: the library's module, with the names that its files have
 TOKEN = LEARNED_TOKENS + "word:"
 
 
@@ -86,16 +88,19 @@ def _joined(own: Mapping[str, Tensor], layer: str, *, where: object) -> dict[str
     return {"down": torch.cat([own["down"], own["start_down"]]), "up": up}
 
 
-def refuse_adapter(params: Mapping[str, Any], *, where: object) -> None:
-    """Raises UserError for the checkpoint of a run that trains an adapter of another kind than a LoRA.
-
-    params: of the run's model section.
-    """
-    trainable = params.get("trainable")
-    adapter = trainable.get("adapter") if isinstance(trainable, Mapping) else None
-    if adapter:
+def _place(name: str, *, where: object) -> tuple[str, str, str]:
+    """Network, layer and kind of a tensor that a run trains beside its networks' own."""
+    network, _, inner = name.removeprefix(RUN_LORA).partition(".")
+    if INNER in inner:
+        layer, _, kind = inner.partition(INNER)
+        if kind in (*NAMES, "alpha"):
+            return network, layer, kind
         what = "This is a checkpoint of an adapter, which only its run reads"
         raise UserError(what, where=where, remedy="Use the run's model.safetensors.")
+    layer, _, kind = inner.rpartition(".")
+    if kind not in KINDS:
+        raise UserError(f"`{name}` belongs to no layer", where=where)
+    return network, layer, kind
 
 
 def _alpha(params: Mapping[str, Any], *, where: object) -> float | None:
@@ -122,31 +127,34 @@ def lora_layers(
     params: Mapping[str, Any],
     *,
     where: object,
-) -> Layers:
-    """The LoRA that a run trains, for the networks `state_dicts`; no layers without one.
+) -> ReadLayers:
+    """The LoRA, LoHa or LoKr that a run trains, for the networks `state_dicts`; no layers without one.
 
-    params: of the run's model section, which has alpha. Raises UserError if alpha is not known, or if a
-    tensor fits no layer.
+    params: of the run's model section, which has a LoRA's alpha. Raises UserError if alpha is not known, or
+    if a tensor fits no layer.
     """
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     own = [name for name in tensors if name.startswith(RUN_LORA)]
     if not own:
         return {}
-    configured = _alpha(params, where=where)
     for name in own:
-        network, _, inner = name.removeprefix(RUN_LORA).partition(".")
-        layer, _, kind = inner.rpartition(".")
-        if kind not in KINDS or f"{layer}.weight" not in state_dicts.get(network, {}):
+        network, layer, kind = _place(name, where=where)
+        if f"{layer}.weight" not in state_dicts.get(network, {}):
             raise UserError(f"`{name}` belongs to no layer", where=where)
         found.setdefault((network, layer), {})[kind] = tensors[name]
-    layers: dict[str, dict[str, LoRAWeights]] = {}
+    layers: dict[str, dict[str, LayerWeights]] = {}
+    configured = None if all(map(is_product, found.values())) else _alpha(params, where=where)
     for (network, layer), weights in found.items():
         base, rank = state_dicts[network][f"{layer}.weight"], None
         if weights.keys() & set(ORTHOGONAL):
             weights = _joined(weights, layer, where=where)
             rank = len(weights["down"]) // 2
         scale = LoraScale({}, where=where)
-        down, up, all_ranks = checked_layer(weights, base, layer, scale, network=network, where=where)
+        checked = checked_layer(weights, base, layer, scale, network=network, where=where)
+        if is_product(weights):
+            layers.setdefault(network, {})[layer] = checked
+            continue
+        down, up, all_ranks = checked
         alpha = all_ranks if configured is None else configured * (all_ranks / (rank or all_ranks))
         layers.setdefault(network, {})[layer] = (down, up, alpha)
     return layers

@@ -1,7 +1,8 @@
 """Look at photos before training: check_photos.py PHOTOS.
 
-Says which are small, blurred, nearly the same, or without a caption, and where alpha shows the subject,
-whether it is cut or far from the middle. Writes a page of each photo and the views that are trained on.
+Says which are small, blurred, nearly the same, or without a caption, and where a mask or alpha shows the
+subject, whether it is cut or far from the middle. Writes a page of each photo and the views that are trained
+on.
 """
 
 from argparse import Namespace
@@ -19,6 +20,7 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
     add("--crop", choices=("center", "random"), default="center", help="as in training (center)")
     add("--crop_variants", type=int, default=8, help="random crops of each photo (8)")
     add("--seed", type=int, default=23, help="of the random crops, that of the run (23)")
+    add("--mask_root", type=Path, help="folder of the photos' masks (beside them: NAME.mask.png)")
     add("--skip_unreadable", action="store_true", help="skip images that cannot be decoded")
     add("--out", type=Path, help="the page (logs/photos-NAME.html)")
     return parser.parse_args(words)

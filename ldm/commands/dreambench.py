@@ -28,6 +28,13 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
     add("--dino", help="folder of DINO's ViT-S/16 (facebook/dino-vits16 of the hub)")
     add("--dinov2", help="folder of DINOv2's ViT-B/14 (facebook/dinov2-base of the hub)")
     add("--clip", help="folder of CLIP's ViT-B/32 (openai/clip-vit-base-patch32 of the hub)")
+    add(
+        "--masc",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="measure MaSC-CP too, by the photos' masks; folder of its SigLIP2 (that of the hub)",
+    )
     add("--device", help="of these networks (cuda where it is, else cpu)")
     add("--processes", type=int, default=1, help="processes that share the subjects (1)")
     add("--worker", action="store_true", help=SUPPRESS)  # one of `processes`

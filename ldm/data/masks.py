@@ -26,8 +26,6 @@ def find_masks(photos: Sequence[SourceImage], root: str | Path | None = None) ->
     Raises UserError for photos without a mask or with two, and for masks in `root` without a photo.
     """
     folder = photos[0].path.parent if root is None else Path(root)
-    if not folder.is_dir():
-        raise UserError("There is no such folder of masks", where=folder, remedy="Check the path.")
     named = masks_by_name(folder, of_masks_alone=root is not None)
     found, missing = {}, []
     for path in (photo.path for photo in photos):
@@ -52,7 +50,12 @@ def find_masks(photos: Sequence[SourceImage], root: str | Path | None = None) ->
 
 
 def masks_by_name(folder: Path, *, of_masks_alone: bool = False) -> dict[str, list[Path]]:
-    """Stem or name of a photo -> its masks in a folder; `of_masks_alone`: where any image is a mask."""
+    """Stem or name of a photo -> its masks in a folder; `of_masks_alone`: where any image is a mask.
+
+    Raises UserError if there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError("There is no such folder of masks", where=folder, remedy="Check the path.")
     named: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         whose = photo_of_mask(file)

@@ -15,6 +15,7 @@ from PIL import Image, ImageCms
 
 from ldm.data.captions import read_sidecar, sidecar_of
 from ldm.data.images import ORIENTATION, alpha_channel, formats, load_image, square_crop
+from ldm.data.masks import masks_by_name, masks_of, read_mask
 from ldm.errors import UserError
 
 SHARPNESS_SIDE = 512  # pixels of the shorter side at which sharpness is measured; nothing is enlarged
@@ -27,7 +28,7 @@ HASH_SIDE = 16
 TWINS = 48
 OFF_CENTER = 0.25  # of a side, between the middle of the subject and that of the photo
 CUT = 0.02  # share of the subject's area outside the crop that is worth a word
-OPAQUE = 128  # alpha from which a pixel is of the subject
+OPAQUE = 128 / 255  # alpha, or value of a mask, from which a pixel is of the subject
 
 
 class Trouble(NamedTuple):
@@ -41,7 +42,7 @@ class Trouble(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """Where a photo's alpha shows the subject."""
+    """Where a photo's mask or alpha shows the subject."""
 
     box: tuple[int, int, int, int]  # left, top, right, bottom in pixels
     cut_by_crop: float  # share of its area that the centred square leaves out
@@ -61,7 +62,8 @@ class PhotoFacts:
 
     height, width: pixels, upright. turned: EXIF says that the camera was turned, so it is shown rotated.
     profile: name of its colour profile; None without one. sharpness: see `sharpness`. bits: see
-    `difference_hash`. subject: None where no transparency shows it. caption: of the file beside it.
+    `difference_hash`. subject: None where no mask and no transparency shows it. caption: of the file beside
+    it. mask_fault: why its mask file is not read, if it is not.
     """
 
     path: Path
@@ -73,14 +75,16 @@ class PhotoFacts:
     bits: np.ndarray
     subject: Subject | None
     caption: str | None
+    mask_fault: str | None = None
 
     @classmethod
-    def of(cls, path: Path) -> "PhotoFacts":
-        """Decodes a photo. Raises UserError if that cannot be done."""
+    def of(cls, path: Path, masks: Sequence[Path] = ()) -> "PhotoFacts":
+        """Decodes a photo. masks: its mask files. Raises UserError if the photo cannot be decoded."""
         image = load_image(path)
         with Image.open(path, formats=formats()) as file:
             turned = file.getexif().get(ORIENTATION, 1) != 1
             profile = _profile_name(file.info.get("icc_profile"))
+        subject, fault = _subject(path, masks)
         return cls(
             path,
             image.height,
@@ -89,8 +93,9 @@ class PhotoFacts:
             profile,
             sharpness(image),
             difference_hash(image),
-            _subject(alpha_channel(path)),
+            subject,
             _caption(path),
+            fault,
         )
 
     @property
@@ -110,6 +115,13 @@ class PhotoFacts:
             return 0.0
         left, top, right, bottom = self.subject.box
         return max(abs((left + right) / 2 / self.width - 0.5), abs((top + bottom) / 2 / self.height - 0.5))
+
+
+def photo_facts(paths: Sequence[Path], *, mask_root: str | Path | None = None) -> list[PhotoFacts]:
+    """Decodes the photos of a folder, and their masks, which are beside them or in the folder `mask_root`."""
+    folder = paths[0].parent if mask_root is None else Path(mask_root)
+    named = masks_by_name(folder, of_masks_alone=mask_root is not None)
+    return [PhotoFacts.of(path, masks_of(path, named)) for path in paths]
 
 
 def sharpness(image: Image.Image) -> float:
@@ -164,6 +176,7 @@ def troubles(photos: Sequence[PhotoFacts], *, size: int, captions: bool | None =
         *named("the subject touches an edge, and may be cut there", [p for p in photos if p.edges]),
         *named("the square crop cuts the subject; crop by hand", cut),
         *named("the subject is far from the middle", [p for p in photos if p.off_center > OFF_CENTER]),
+        *[Trouble(p.mask_fault, (p.path.name,)) for p in photos if p.mask_fault is not None],
         *named("without a caption, though others have one", without if written and not unread else []),
         *named("captions that are not read, unless data.params.captions=true", unread),
     ]
@@ -187,9 +200,22 @@ def _caption(path: Path) -> str | None:
         return None
 
 
-def _subject(alpha: Image.Image | None) -> Subject | None:
-    """None if there is no transparency, or all is opaque, or nothing."""
-    if alpha is None:
-        return None
-    opaque = np.asarray(alpha) >= OPAQUE
-    return Subject.of(opaque) if opaque.any() and not opaque.all() else None
+def _subject(path: Path, masks: Sequence[Path]) -> tuple[Subject | None, str | None]:
+    """Where the subject is, and why its mask is not read.
+
+    None without a mask file and without transparency, or if all is of the subject, or nothing.
+    """
+    if len(masks) > 1:
+        return None, f"it has {len(masks)} masks ({', '.join(file.name for file in masks)})"
+    if masks:
+        try:
+            values = read_mask(masks[0], path)
+        except UserError as error:  # which a run that has masks refuses
+            return None, f"{error.what} ({masks[0].name})"
+    else:
+        alpha = alpha_channel(path)
+        if alpha is None:
+            return None, None
+        values = np.asarray(alpha, dtype=np.float64) / 255
+    inside = values >= OPAQUE
+    return (Subject.of(inside) if inside.any() and not inside.all() else None), None

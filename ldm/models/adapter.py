@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.annotations import PositiveInt
 from ldm.errors import UserError
 from ldm.models.lora import KINDS, TextLayers, UNetLayers, freeze, put
-from ldm.models.lora_layer import SideLayer
+from ldm.models.lora_layer import WeightChange
 
 AdapterKind = Literal["dora", "loha", "lokr", "oft"]
 CLASSES = {  # kind -> module of the library, its class
@@ -24,7 +23,7 @@ CLASSES = {  # kind -> module of the library, its class
 ALGORITHMS = {"dora": "lora", "loha": "loha", "lokr": "lokr", "oft": "diag-oft"}  # the library's names
 
 
-class AdapterLayer(SideLayer):
+class AdapterLayer(WeightChange):
     """An adapter of one layer: what its change of the weight makes of the input.
 
     inner: the library's module, float32. Its alpha is its rank, so all its scales are 1.
@@ -34,9 +33,6 @@ class AdapterLayer(SideLayer):
         super().__init__(layer)
         self.inner = inner
         self.beside = [layer]  # in a list, so that its weights are not this module's
-        self.window = {}
-        if isinstance(layer, nn.Conv2d):
-            self.window = {"stride": layer.stride, "padding": layer.padding}
 
     def weight(self) -> Tensor:
         """The layer's weight as the adapter changes it, in float32."""
@@ -52,13 +48,6 @@ class AdapterLayer(SideLayer):
     def change(self) -> Tensor:
         """What the adapter adds to the layer's weight, in float32."""
         return self.weight() - self.beside[0].weight.detach()
-
-    def squared_norm(self) -> Tensor:
-        return self.change().square().sum()
-
-    def forward(self, x: Tensor) -> Tensor:
-        change = self.change().to(x.dtype)
-        return F.conv2d(x, change, **self.window) if self.window else F.linear(x, change)
 
 
 class Adapter(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.annotations import PositiveFloat, PositiveInt
 from ldm.errors import UserError
-from ldm.models.lora_layer import LoRALayer, OrthogonalLoRALayer, SideLayer
+from ldm.models.lora_layer import FixedChange, LoRALayer, OrthogonalLoRALayer, Product, SideLayer
 from ldm.models.rank_by_timestep import RankByTimestep, RankMasks
 
 UNetLayers = Literal["attention", "feed_forward", "projections", "convolutions"]
@@ -89,23 +89,20 @@ class LoRA(nn.Module):
     def of_file(
         cls,
         networks: Mapping[str, nn.Module],
-        layers: Mapping[str, Mapping[str, tuple[Tensor, Tensor, float]]],
+        layers: Mapping[str, Mapping[str, tuple[Tensor, Tensor, float] | Product]],
         *,
         weight: float = 1.0,
         ranks: Mapping[str, int] | None = None,
     ) -> Self:
-        """LoRA weights read by `ldm.checkpoints.lora.read_lora`, times `weight`, beside their layers.
+        """The weights read by `ldm.checkpoints.lora.read_lora`, times `weight`, beside their layers.
 
         ranks: of `RankMasks`, which the UNet's layers then follow.
         """
         lora = cls()
         for network, inner in layers.items():
-            for name, (down, up, alpha) in inner.items():
+            for name, weights in inner.items():
                 layer = networks[network].get_submodule(name)
-                update = LoRALayer(layer, rank=len(down), alpha=weight * alpha).to(layer.weight.device)
-                with torch.no_grad():
-                    update.down.copy_(down.reshape(update.down.shape))
-                    update.up.copy_(up.reshape(update.up.shape))
+                update = _beside(layer, weights, weight).to(layer.weight.device)
                 put(lora.layers[network], name, update.requires_grad_(False))
         if ranks is not None:
             lora.mask_ranks(networks["unet"], **ranks)
@@ -122,6 +119,21 @@ class LoRA(nn.Module):
                 for name, (down, up) in factors.items()
             }
         return found
+
+
+@torch.no_grad()
+def _beside(
+    layer: nn.Linear | nn.Conv2d, weights: tuple[Tensor, Tensor, float] | Product, weight: float
+) -> SideLayer:
+    """A file's weights beside their layer, times `weight`."""
+    if not isinstance(weights, tuple):
+        change = weights.product().reshape(layer.weight.shape) * (weight * weights.alpha / weights.rank)
+        return FixedChange(layer, change.to(layer.weight.dtype))
+    down, up, alpha = weights
+    update = LoRALayer(layer, rank=len(down), alpha=weight * alpha)
+    update.down.copy_(down.reshape(update.down.shape))
+    update.up.copy_(up.reshape(update.up.shape))
+    return update
 
 
 @contextmanager

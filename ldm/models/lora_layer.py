@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,16 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.models.attention import repeat_batch
+
+
+class Product(Protocol):
+    """The change of a layer's weight by alpha / rank times a product of matrices, as a LoHa's or LoKr's."""
+
+    alpha: float
+    rank: int
+
+    def product(self) -> Tensor:
+        """[out, in * kernel] in float32."""
 
 
 class SideLayer(nn.Module, ABC):
@@ -33,6 +44,38 @@ class SideLayer(nn.Module, ABC):
 
     def add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + self(inputs[0]) if self.enabled else output
+
+
+class WeightChange(SideLayer):
+    """A change of a frozen layer's weight, whatever makes it."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d):
+        super().__init__(layer)
+        self.window = {}
+        if isinstance(layer, nn.Conv2d):
+            self.window = {"stride": layer.stride, "padding": layer.padding}
+
+    @abstractmethod
+    def change(self) -> Tensor:
+        """What is added to the layer's weight, in its shape."""
+
+    def squared_norm(self) -> Tensor:
+        return self.change().square().sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        change = self.change().to(x.dtype)
+        return F.conv2d(x, change, **self.window) if self.window else F.linear(x, change)
+
+
+class FixedChange(WeightChange):
+    """A change that is not trained, such as a file's LoHa. change: [out, in, ...]."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, change: Tensor):
+        super().__init__(layer)
+        self.register_buffer("fixed", change)
+
+    def change(self) -> Tensor:
+        return self.fixed
 
 
 class LoRALayer(SideLayer):

@@ -7,19 +7,26 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from ldm.evaluation.dreambench import METRICS, PAPER
+from ldm.evaluation.masc import CP
 from ldm.evaluation.statistics import MIN_SUBJECTS, Row, mean_of
 from ldm.reports.render import render
 from ldm.reports.thumbnails import Group, embed
 
-NAMES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "dinov2": "DINOv2"}
+NAMES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "dinov2": "DINOv2", CP: "MaSC-CP"}
 WIDTH, HEIGHT = 1100, 1400  # pixels: of a subject's sheet, at most
 MOST_BYTES = 4_000_000  # of all sheets together
+
+
+def measured(rows: Sequence[Row]) -> list[str]:
+    """The metrics of a table: masked consistency only where every subject has it."""
+    return [*METRICS, *([CP] if rows and all(CP in row for row in rows) else [])]
 
 
 def dreambench_csv(rows: Sequence[Row]) -> str:
     """A line for each subject."""
     text = io.StringIO()
-    columns = ["subject", *METRICS, *(f"photos_{name}" for name in METRICS if name != "clip_t"), "images"]
+    metrics = measured(rows)
+    columns = ["subject", *metrics, *(f"photos_{name}" for name in metrics if name != "clip_t"), "images"]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([row.get(column, "") for column in columns] for row in rows)
@@ -28,12 +35,13 @@ def dreambench_csv(rows: Sequence[Row]) -> str:
 
 def table_of(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     """(name, a cell for each metric): what was measured, the photos, then the rows of the paper."""
-    photos = [{**row, **{m: row[f"photos_{m}"] for m in METRICS if f"photos_{m}" in row}} for row in rows]
-    lacking = {m for m in METRICS if any(f"photos_{m}" not in row for row in rows)}
-    own = [_cell(rows, metric) for metric in METRICS]
-    beside = ["" if metric in lacking else _cell(photos, metric) for metric in METRICS]
+    metrics = measured(rows)
+    photos = [{**row, **{m: row[f"photos_{m}"] for m in metrics if f"photos_{m}" in row}} for row in rows]
+    lacking = {m for m in metrics if any(f"photos_{m}" not in row for row in rows)}
+    own = [_cell(rows, metric) for metric in metrics]
+    beside = ["" if metric in lacking else _cell(photos, metric) for metric in metrics]
     paper = [
-        (name, [f"{found[m]:.3f}" if m in found else "" for m in METRICS]) for name, found in PAPER.items()
+        (name, [f"{found[m]:.3f}" if m in found else "" for m in metrics]) for name, found in PAPER.items()
     ]
     return [("Measured here", own), ("These photos with one another", beside), *paper]
 
@@ -55,12 +63,14 @@ def dreambench_page(
 ) -> str:
     """One HTML file, which needs no other. notes: how this differs from the protocol. sheets: by subject."""
     groups = {n: Group([sheet], [f"Images of {n}"], WIDTH, HEIGHT) for n, sheet in sheets.items()}
-    subjects = [(row["subject"], [f"{row[metric]:.3f}" for metric in METRICS]) for row in rows]
+    metrics = measured(rows)
+    subjects = [(row["subject"], [f"{row[metric]:.3f}" for metric in metrics]) for row in rows]
     return render(
         "dreambench.html",
         title=title,
         command=command,
-        names=list(NAMES.values()),
+        names=[NAMES[metric] for metric in metrics],
+        has_masked=CP in metrics,
         means=table_of(rows),
         subjects=subjects,
         notes=notes,

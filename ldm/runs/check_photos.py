@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ldm.data.images import ImageFiles, list_images, to_image
 from ldm.data.items import SourceImage, Stream
-from ldm.data.photo_check import LEAST_SHARP, PhotoFacts, Trouble, troubles
+from ldm.data.photo_check import LEAST_SHARP, PhotoFacts, Trouble, photo_facts, troubles
 from ldm.errors import UserError
 from ldm.files import atomic_write, file_sha256, make_folder
 from ldm.reports.photos_page import PhotoCard, photos_page
@@ -52,7 +52,7 @@ def check_photos(options: Namespace) -> Path:
     if options.size < 1 or options.crop_variants < 1:
         raise UserError("There is nothing to show", remedy="Give --size and --crop_variants from 1.")
     paths = list_images(options.photos, skip_unreadable=options.skip_unreadable)
-    photos = [PhotoFacts.of(path) for path in paths]
+    photos = photo_facts(paths, mask_root=options.mask_root)
     found = troubles(photos, size=options.size)
     stream = Stream(
         "subject",

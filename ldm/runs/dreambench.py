@@ -20,6 +20,7 @@ from ldm.engine.locks import share
 from ldm.errors import UserError
 from ldm.evaluation.dreambench import BenchMetrics, BenchSubject
 from ldm.evaluation.image_folder import prompt_of
+from ldm.evaluation.masc import CP, MaskedConsistency, masks_of_photos, require_masc
 from ldm.evaluation.statistics import Row
 from ldm.files import make_folder
 from ldm.pipeline import Text2Image
@@ -37,7 +38,8 @@ NOTHING_ELSE = ("evaluation=null", "evaluate_also=null", "online_eval.every_step
 class DreamBench(Grid):
     """A run of every subject of the dataset, made of it and a config; `of` the dataset's subjects by name.
 
-    images: of each prompt. pictures: a folder of any tool's images, SUBJECT/..., in place of runs.
+    images: of each prompt. pictures: a folder of any tool's images, SUBJECT/..., in place of runs. masked:
+    whether masked consistency is measured, for which the photos need masks.
     """
 
     KIND: ClassVar[str] = "dreambench"
@@ -45,6 +47,7 @@ class DreamBench(Grid):
     of: Mapping[str, BenchSubject]
     images: int
     pictures: Path | None = None
+    masked: bool = False
 
     @cached_property
     def runs(self) -> dict[str, Job]:
@@ -78,6 +81,10 @@ class DreamBench(Grid):
 
     def check_all(self) -> None:
         """Raises UserError for a config, or for images of another tool, that cannot be used."""
+        if self.masked:
+            require_masc()
+            for subject in self.of.values():
+                masks_of_photos(subject.photos)
         if self.pictures is None:
             for run in self.runs.values():
                 validate(run.config)
@@ -86,35 +93,38 @@ class DreamBench(Grid):
                 self.given(name)
 
     def row(self, subject: str) -> Row | None:
-        """The metrics of a subject that is finished."""
+        """The metrics of a subject that is finished, with those that are asked for."""
         path = self.result(subject)
         if not path.exists():
             return None
         if self.runs:
             metrics_of(self.runs[subject])  # refuses those of another config
-        return json.loads(path.read_text(encoding="utf-8"))
+        row = json.loads(path.read_text(encoding="utf-8"))
+        return None if self.masked and CP not in row else row
 
 
-def work(bench: DreamBench, measure: BenchMetrics) -> None:
+def work(bench: DreamBench, measure: BenchMetrics, masked: MaskedConsistency | None = None) -> None:
     """Finishes all subjects that no other process works on, until there are none."""
 
     def run(number: int, name: str) -> None:
         print(f"{bench.name}, subject {number} of {len(bench.of)}: {name}", flush=True)
-        _finish(bench, name, measure)
+        _finish(bench, name, measure, masked)
 
     locks = bench.folder / "locks"
     share(list(bench.of), locks, is_done=lambda name: bench.row(name) is not None, finish=run)
 
 
-def _finish(bench: DreamBench, name: str, measure: BenchMetrics) -> None:
+def _finish(bench: DreamBench, name: str, measure: BenchMetrics, masked: MaskedConsistency | None) -> None:
     """Trains, draws and measures a subject, as far as that is not done."""
     if bench.pictures is None:
         finish(bench.runs[name])
         draw(bench, name)
     images, photos = bench.given(name), ImageFiles(list_images(bench.of[name].photos))
     found = measure(images, photos, identifier=bench.identifier(name))
-    count = sum(len(group) for group in images.values())
-    row = {"variant": MEASURED, "subject": name, "seed": bench.seeds[0], **found, "images": count}
+    every = [image for group in images.values() for image in group]
+    if masked is not None:
+        found |= masked(every, bench.of[name].photos)
+    row = {"variant": MEASURED, "subject": name, "seed": bench.seeds[0], **found, "images": len(every)}
     make_folder(bench.result(name).parent)
     write_text(bench.result(name), json.dumps(row, indent=2) + "\n")
 

@@ -12,7 +12,8 @@ from ldm.data.images import ImageFiles, fit_image, list_images
 from ldm.errors import UserError
 from ldm.evaluation.dreambench import BenchMetrics, read_dataset
 from ldm.evaluation.features import CLIP, DINO, DINOV2
-from ldm.reports.dreambench_page import NAMES, dreambench_csv, dreambench_page, table_of
+from ldm.evaluation.masc import SIGLIP2, MaskedConsistency
+from ldm.reports.dreambench_page import NAMES, dreambench_csv, dreambench_page, measured, table_of
 from ldm.runs.dreambench import DreamBench, left, not_the_protocol, work
 from ldm.runs.grid import run_in_processes, write_text
 
@@ -44,14 +45,16 @@ def bench_of(options: Namespace) -> DreamBench:
         of=of,
         images=options.images,
         pictures=options.pictures,
+        masked=options.masc is not None,
     )
 
 
 def publish(bench: DreamBench, command: str) -> list[Path]:
     """Prints the table; writes it with every subject, as a page and as CSV."""
-    rows, names = [bench.row(name) for name in bench.of], ["", *NAMES.values()]
-    for line in [names, *([name, *cells] for name, cells in table_of(rows))]:
-        print("{:36}{:26}{:26}{:26}{}".format(*line).rstrip())
+    rows = [bench.row(name) for name in bench.of]
+    names = [NAMES[metric] for metric in measured(rows)]
+    for name, cells in [("", names), *table_of(rows)]:
+        print((f"{name:36}" + "".join(f"{cell:26}" for cell in cells)).rstrip())
     sheets = {}
     for name, subject in bench.of.items():
         photos = list(ImageFiles(list_images(subject.photos)[:SHOWN]))
@@ -74,7 +77,8 @@ def run_dreambench(options: Namespace) -> None:
     else:
         names = {name: getattr(options, name) or NETWORKS[name] for name in NETWORKS}
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        work(bench, BenchMetrics(**names, device=device))
+        masked = MaskedConsistency(options.masc or SIGLIP2, device=device) if bench.masked else None
+        work(bench, BenchMetrics(**names, device=device), masked)
     if options.worker:
         return
     if missing := left(bench):

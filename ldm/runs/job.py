@@ -39,7 +39,7 @@ def run_job(
     online evaluation, and what it raises ends the run, unfinished.
     """
     config = replace(config, trainer=distributed.join(config.trainer))
-    validate(config)
+    data = validate(config)
     if config.is_dreambooth:
         config = with_checkpointing_chosen(config, device_of(config.trainer))
     pl.seed_everything(config.seed, verbose=False)
@@ -51,12 +51,19 @@ def run_job(
     with claimed(folder) if distributed.rank() == 0 else nullcontext():
         if distributed.rank() == 0:
             save_config(config.source, folder / "config.yaml")
-        return _train(config, folder, allow_change=allow_config_change, watch=watch)
+        return _train(config, data, folder, allow_change=allow_config_change, watch=watch)
 
 
-def _train(config: RunConfig, folder: Path, *, allow_change: bool, watch: Watch | None) -> list[Path]:
-    """Loads the base, trains, exports -> the paths that rank 0 writes."""
-    module, data = instantiate(config.model), instantiate(config.data)
+def _train(
+    config: RunConfig,
+    data: pl.LightningDataModule,
+    folder: Path,
+    *,
+    allow_change: bool,
+    watch: Watch | None,
+) -> list[Path]:
+    """Loads the base, trains, exports -> the paths that rank 0 writes. data: of `validate`."""
+    module = instantiate(config.model)
     files, base_hash = run.base_files(config), ""
     keep_inputs(folder, data, files, allow_change=allow_change)
     if files:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -19,7 +20,7 @@ from ldm.checkpoints.vae import check_same_scale, open_vae
 from ldm.config import instantiate, param_of, takes
 from ldm.data.concepts import Concept, filled_for
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.data.photo_check import PhotoFacts, troubles
+from ldm.data.photo_check import photo_facts, troubles
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.schedule import Spacing
 from ldm.engine import distributed
@@ -54,8 +55,8 @@ LOGGERS = {  # class of a logger -> the package that it needs
 }
 
 
-def validate(config: RunConfig, *, download: bool = True) -> None:
-    """Raises UserError for a config whose run cannot end well on this machine.
+def validate(config: RunConfig, *, download: bool = True) -> pl.LightningDataModule:
+    """Raises UserError for a config whose run cannot end well on this machine -> its data, which is read.
 
     A base of the hub is downloaded when all else is right; `download` false only asks for its size.
     """
@@ -75,17 +76,18 @@ def validate(config: RunConfig, *, download: bool = True) -> None:
         _check_networks(module)
     _check_average(config, module)
     if config.is_dreambooth:
-        _check_dreambooth(config, module, bases)
+        data = _check_dreambooth(config, module, bases)
     else:
-        instantiate(config.data)
+        data = instantiate(config.data)
         _check_other_run(config)
     needed = (config.checkpoints_kept + 1) * checkpoint_bytes(module, averaged=config.ema_decay is not None)
     require_space(Path(), needed, what="a run's checkpoints")
     _check_bases(config, module, bases, download=download)
+    return data
 
 
-def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) -> None:
-    """Refuses a DreamBooth run by its photos, prompts, base and evaluations."""
+def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) -> DreamBoothDataModule:
+    """Refuses a DreamBooth run by its photos, prompts, base and evaluations -> its data."""
     data: DreamBoothDataModule = instantiate(config.data)
     if not isinstance(module, LatentDiffusion) or isinstance(module, StorybookBase):
         remedy = "Set model.target=ldm.training.latent_diffusion.LatentDiffusion."
@@ -102,21 +104,23 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
     if _family(module) is SDXL:
         warn_of_small_side(data.size, where="data.params.size")
     data.check()
-    _look_at(data)
     check_prior_target(module, data)
     check_masks(module, data)
     _check_learned_token(module, data)
     _check_styles(module, data)
+    _look_at(data)
     nodes = evaluation_nodes(config)
     _check_sampling(config, nodes, module.process, concepts=data.concepts)
     for node in nodes.values():
         instantiate(node)  # reads its own networks and prompts
+    return data
 
 
 def _look_at(data: DreamBoothDataModule) -> None:
     """Says what to look at in the photos, a line for each kind; `data.check` says which are small."""
     for concept in data.concepts:
-        photos = [PhotoFacts.of(photo.path) for photo in data.images.photos[concept.name]]
+        paths = [photo.path for photo in data.images.photos[concept.name]]
+        photos = photo_facts(paths, mask_root=data.mask_root)
         for trouble in troubles(photos, size=0, captions=bool(data.images.options.captions)):
             log.warning("%s: %s", concept.root, trouble)
 

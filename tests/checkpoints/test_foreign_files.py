@@ -188,9 +188,6 @@ def test_a_lora_is_merged_into_low_precision(dtype, lora_file, tiny_model_file, 
 
 LAYER = "lora_unet_mid_block_attentions_0_proj_in"
 ADAPTERS = {  # name of a tensor that the kind has -> what the file is called
-    f"{LAYER}.hada_w1_a": "a LoHa",
-    f"{LAYER}.lokr_w1": "a LoKr",
-    f"{LAYER}.lokr_w2_a": "a LoKr",
     f"{LAYER}.dora_scale": "a DoRA",
     "unet.mid_block.attentions.0.proj_in.lora_magnitude_vector": "a DoRA",
     "base_model.model.mid_block.attentions.0.proj_in.lora_magnitude_vector.weight": "a DoRA",
@@ -199,7 +196,8 @@ ADAPTERS = {  # name of a tensor that the kind has -> what the file is called
     "base_model.model.mid_block.attentions.0.proj_in.oft_R.weight": "an OFT",
     "base_model.model.mid_block.attentions.0.proj_in.boft_R": "a BOFT",
     "base_model.model.mid_block.attentions.0.proj_in.ia3_l": r"an \(IA\)\^3",
-    "base_model.model.mid_block.attentions.0.proj_in.hada_w1_a": "a LoHa",
+    "base_model.model.mid_block.attentions.0.proj_in.hada_w1_a": "a LoHa of PEFT",
+    "base_model.model.mid_block.attentions.0.proj_in.lokr_w2": "a LoKr of PEFT",
     f"{LAYER}.lora_mid.weight": "a LoCon with Tucker decomposition",
     f"{LAYER}.lambda_layer": "a T-LoRA",
     f"{LAYER}.q_layer.weight": "a T-LoRA",
@@ -218,6 +216,13 @@ def test_other_adapters_are_called_by_their_kind(name, tiny_model_file, tmp_path
     with pytest.raises(UserError, match=f"This is {ADAPTERS[name]}, not a plain LoRA.*x.safetensors"):
         read_lora(tmp_path / "x.safetensors", open_model(tiny_model_file).state_dicts)
     with pytest.raises(UserError, match=f"looks like {ADAPTERS[name]}"):
+        open_model(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("hada_w1_a", "a LoHa"), ("lokr_w1", "a LoKr")])
+def test_a_product_is_no_model(name: str, kind: str, tmp_path: Path):
+    save_file({f"{LAYER}.{name}": torch.ones(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=f"not a Stable Diffusion model file, it looks like {kind}"):
         open_model(tmp_path / "x.safetensors")
 
 

@@ -99,9 +99,27 @@ def test_it_is_converted(params: dict, tmp_path: Path):
         assert torch.equal(file.networks["text_encoder"].learned_tokens[word], vectors)
 
 
-def test_an_adapters_is_for_its_run_alone(tiny_config: dict, tmp_path: Path):
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_what_an_adapter_trained_is_read(tiny_config: dict, tmp_path: Path, kind: str):
     pytest.importorskip("lycoris", reason="needs lycoris-lora, whose adapter it is")
-    trained(tiny_config | {"trainable": {"adapter": {"kind": "loha"}}}, tmp_path / "run")
+    params = tiny_config | {"trainable": {"adapter": {"kind": kind, "rank": 4}}}
+    module = trained(params, tmp_path / "run")
+    moved = (tmp_path / "run" / "checkpoints" / "step-3.ckpt").rename(tmp_path / "moved.ckpt")
+    file = ModelFile(moved, config=OmegaConf.to_container(OmegaConf.load(tmp_path / "run" / "config.yaml")))
+    file.fill()
+    adapted = module.lora.adapted().items()
+    changed = {(name, f"{layer}.weight"): own.merged() for (name, layer), own in adapted}
+    assert len(changed) > 10
+    for name, network in module.networks.items():
+        mine, read = network.state_dict(), file.networks[name].state_dict()
+        for key, tensor in read.items():
+            torch.testing.assert_close(tensor, changed.get((name, key), mine[key]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dora", "oft"])
+def test_another_adapters_is_for_its_run_alone(tiny_config: dict, tmp_path: Path, kind: str):
+    pytest.importorskip("lycoris", reason="needs lycoris-lora, whose adapter it is")
+    trained(tiny_config | {"trainable": {"adapter": {"kind": kind}}}, tmp_path / "run")
     with pytest.raises(UserError, match="checkpoint of an adapter.*Use the run's model.safetensors"):
         open_model(tmp_path / "run" / "checkpoints" / "step-3.ckpt")
 

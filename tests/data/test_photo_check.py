@@ -10,7 +10,10 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 from ldm.commands import check_photos
 from ldm.commands.dreambooth import main
 from ldm.data.images import list_images
-from ldm.data.photo_check import PhotoFacts, near_twins, sharpness, troubles
+from ldm.data.photo_check import PhotoFacts, near_twins, photo_facts, sharpness, troubles
+from ldm.errors import UserError
+from ldm.runs import job
+from ldm.runs.options import parse
 from tests.data.test_color import rgb_profile
 from tests.data.test_real_photos import ROOT as REAL
 from tests.data.test_real_photos import SUBJECTS
@@ -122,6 +125,50 @@ def test_alpha_is_upright_as_the_photo_is(tmp_path):
     assert photo.edges == ["top"] and photo.subject.box == (20, 0, 44, 24)
 
 
+def masked(box: tuple[int, int, int, int], size: tuple[int, int] = (96, 64)) -> Image.Image:
+    """A mask that is white inside a box."""
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=255)
+    return mask
+
+
+@pytest.mark.parametrize(
+    "name", ["a.mask.png", "A-masklabel.png", "a.png.mask.png", "masks/a.png", "masks/a.jpg"]
+)
+@pytest.mark.parametrize("box", [(36, 20, 60, 44), (0, 20, 24, 44), (10, 20, 80, 44)])
+def test_a_mask_tells_what_alpha_does(tmp_path, name, box):
+    """Under the names that training reads, before the photo's own alpha, and in a folder of their own."""
+    photo = tmp_path / ("A.png" if name.startswith("A") else "a.png")
+    expected = facts(tmp_path, cut_out(box), photo.name)
+    noise(0).save(photo)
+    (tmp_path / "masks").mkdir()
+    masked(box).save(tmp_path / name)
+    (got,) = photo_facts([photo], mask_root=tmp_path / "masks" if name.startswith("masks") else None)
+    assert got.subject == expected.subject and said(got) == said(expected)
+    cut_out((40, 24, 50, 34)).save(photo)
+    (got,) = photo_facts([photo], mask_root=tmp_path / "masks" if name.startswith("masks") else None)
+    assert got.subject == expected.subject
+
+
+@pytest.mark.parametrize(
+    ("masks", "expected"),
+    [
+        ({"a.mask.png": masked((0, 0, 96, 64))}, ""),  # all white, as no mask
+        ({"a.mask.png": masked((0, 0, 9, 9), (90, 64))}, r"The mask is 90 x 64 .* \(a.mask.png\): a.png"),
+        ({"a.mask.png": Image.new("L", (96, 64))}, r"The mask is empty: .* \(a.mask.png\): a.png"),
+        ({"a.mask.png": noise(1)}, r"The mask has colours \(a.mask.png\): a.png"),
+        ({n: masked((9, 9, 20, 20)) for n in ("a.mask.png", "a-masklabel.png")}, "it has 2 masks .*: a.png"),
+    ],
+    ids=["white", "of another size", "black", "coloured", "two"],
+)
+def test_a_mask_that_a_run_would_refuse_is_said(tmp_path, masks, expected):
+    noise(0).save(tmp_path / "a.png")
+    for name, mask in masks.items():
+        mask.save(tmp_path / name)
+    (photo,) = photo_facts([tmp_path / "a.png"])
+    assert photo.subject is None and re.fullmatch(expected, said(photo))
+
+
 def test_captions_are_counted(tmp_path):
     one, other = facts(tmp_path, noise(1), "a.png"), facts(tmp_path, noise(2), "b.png")
     assert said(one, other) == said(one, other, captions=False) == ""
@@ -170,6 +217,11 @@ def test_the_page_shows_photos_views_and_troubles(workdir, capsys):
         assert trouble in text and trouble in printed
     assert text.count("<img") == 3 * (1 + 3) and "3 photos in my &lt;dog&gt;" in text and "http" not in text
     assert "no profile: read as sRGB" in text
+    masked((0, 20, 24, 44)).save(folder / "a.mask.png")
+    check_photos.main(check_photos.parse([str(folder), "--size", "9"]))
+    assert "edge, and may be cut there: a.jpg, c.png" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no such folder of masks"):
+        check_photos.main(check_photos.parse([str(folder), "--mask_root", str(workdir / "none")]))
 
 
 def test_a_run_says_each_trouble_in_a_line_before_it_begins(words, subject_folder, caplog):
@@ -178,3 +230,15 @@ def test_a_run_says_each_trouble_in_a_line_before_it_begins(words, subject_folde
     assert main([*words, "--dry_run"]) == 0
     lines = [record.getMessage() for record in caplog.records]
     assert f"{subject_folder}: nearly the same, so that they count twice: 8.png, 9.png" in lines
+
+
+def test_a_run_reads_its_photos_once(words, subject_folder, caplog, monkeypatch):
+    """What is checked before the run is what it trains on."""
+    (photo, *_) = list_images(subject_folder)
+    with Image.open(photo) as image:
+        masked((2, 2, 9, 9), image.size).save(photo.with_suffix(".mask.png"))
+    monkeypatch.setattr(job, "DreamBoothRun", lambda module, data, *rest, **more: data.images.photos.values)
+    caplog.set_level("INFO")
+    ((*photos,),) = job.run_job(parse(words))
+    assert photo in {image.path for image in photos}
+    assert sum("masks, not photos" in record.getMessage() for record in caplog.records) == 1

@@ -336,6 +336,12 @@ def test_any_lora(data, tiny_model_file, tmp_path):
         kohya = "lora_unet_" + layer.replace(".", "_")
         tensors = {f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": up}
         tensors |= {f"{kohya}.alpha": data.draw(odd_tensors)}
+    if data.draw(st.booleans()):
+        kohya = "lora_unet_" + layer.replace(".", "_")
+        loha = {"hada_w1_a": up, "hada_w1_b": down, "hada_w2_a": up, "hada_w2_b": down}
+        lokr = {"lokr_w1": torch.ones(4, 4), "lokr_w2": torch.ones(8, 8)}
+        own = data.draw(st.sampled_from([loha, lokr])) | {"alpha": data.draw(odd_tensors)}
+        tensors = {f"{kohya}.{name}": tensor for name, tensor in own.items()}
     mutate(data.draw, tensors)
     assume(tensors)
     patterns = st.dictionaries(
