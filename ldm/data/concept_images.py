@@ -8,10 +8,8 @@ from pathlib import Path
 from ldm.data.captions import CaptionReader, Captions, CaptionShuffle, subject_captions
 from ldm.data.concepts import Concept, PriorClass
 from ldm.data.items import SourceImage, read_source_images
-from ldm.data.priors import PriorSet
 from ldm.data.prompts import class_caption
 from ldm.data.streams import StreamPart
-from ldm.errors import UserError
 
 ENOUGH_PHOTOS = 5  # to hold one of them out
 
@@ -87,27 +85,6 @@ class ConceptImages:
 def file_name(concept: str, path: Path, *, several: bool) -> str:
     """What a run calls a file of a concept: its name, among several concepts with that of its own."""
     return f"{concept}/{path.name}" if several else path.name
-
-
-def set_of(sets: Sequence[PriorSet], known: PriorClass, *, size: int) -> PriorSet:
-    """The generated set of a class. Raises ValueError if there is none, or one of another prompt or size."""
-    if not sets:
-        raise ValueError("prior images have to be generated and attached before setup")
-    for priors in sets:
-        if (priors.spec.prompt, priors.spec.size) == (known.prompt, size):
-            return priors
-    spec = sets[0].spec
-    raise ValueError(f"the prior images were generated for {spec.prompt!r} at {spec.size} pixels")
-
-
-def generated_images(priors: PriorSet, count: int) -> tuple[SourceImage, ...]:
-    """The first `count` images of a set. Raises UserError if some are missing."""
-    images = priors.images(count)
-    if len(images) < count:
-        what = f"{count - len(images)} of {count} prior images are missing"
-        raise UserError(what, where=priors.folder, remedy="Run scripts/generate_priors.py.")
-    captions = Captions((priors.spec.prompt,))
-    return tuple(SourceImage(priors.image_path(i), image.sha256, captions) for i, image in images.items())
 
 
 def photo_parts(concepts: Sequence[Concept], images: ConceptImages) -> list[StreamPart]:

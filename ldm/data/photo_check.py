@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms
 
+from ldm.data.buckets import Shape
 from ldm.data.captions import read_sidecar, sidecar_of
-from ldm.data.images import ORIENTATION, alpha_channel, formats, load_image, square_crop
+from ldm.data.images import ORIENTATION, alpha_channel, crop_to, formats, load_image
 from ldm.errors import UserError
 
 SHARPNESS_SIDE = 512  # pixels of the shorter side at which sharpness is measured; nothing is enlarged
@@ -28,6 +29,7 @@ TWINS = 48
 OFF_CENTER = 0.25  # of a side, between the middle of the subject and that of the photo
 CUT = 0.02  # share of the subject's area outside the crop that is worth a word
 OPAQUE = 128  # alpha from which a pixel is of the subject
+SQUARE = Shape.square(1)  # the crop without buckets, whatever its size
 
 
 class Trouble(NamedTuple):
@@ -44,14 +46,14 @@ class Subject(NamedTuple):
     """Where a photo's alpha shows the subject."""
 
     box: tuple[int, int, int, int]  # left, top, right, bottom in pixels
-    cut_by_crop: float  # share of its area that the centred square leaves out
+    cut_by_crop: float  # share of its area that the centred crop leaves out
 
     @classmethod
-    def of(cls, opaque: np.ndarray) -> "Subject":
-        """opaque: [H, W] bool, with a pixel at least."""
+    def of(cls, opaque: np.ndarray, shape: Shape = SQUARE) -> "Subject":
+        """opaque: [H, W] bool, with a pixel at least. shape: of the crop."""
         rows, columns = (np.flatnonzero(opaque.any(axis)) for axis in (1, 0))
-        left, top, side = square_crop(opaque.shape[1], opaque.shape[0], crop="center")
-        kept = opaque[top : top + side, left : left + side].sum() / opaque.sum()
+        left, top, wide, high = crop_to(shape, opaque.shape[1], opaque.shape[0], crop="center")
+        kept = opaque[top : top + round(high), left : left + round(wide)].sum() / opaque.sum()
         return cls((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1), 1 - float(kept))
 
 
@@ -75,8 +77,8 @@ class PhotoFacts:
     caption: str | None
 
     @classmethod
-    def of(cls, path: Path) -> "PhotoFacts":
-        """Decodes a photo. Raises UserError if that cannot be done."""
+    def of(cls, path: Path, shape: Shape = SQUARE) -> "PhotoFacts":
+        """Decodes a photo, which training crops to a shape. Raises UserError if that cannot be done."""
         image = load_image(path)
         with Image.open(path, formats=formats()) as file:
             turned = file.getexif().get(ORIENTATION, 1) != 1
@@ -89,7 +91,7 @@ class PhotoFacts:
             profile,
             sharpness(image),
             difference_hash(image),
-            _subject(alpha_channel(path)),
+            _subject(alpha_channel(path), shape),
             _caption(path),
         )
 
@@ -162,7 +164,7 @@ def troubles(photos: Sequence[PhotoFacts], *, size: int, captions: bool | None =
         *named("blurred, which is learned", [p for p in photos if p.sharpness < LEAST_SHARP]),
         *[Trouble("nearly the same, so that they count twice", pair) for pair in twins],
         *named("the subject touches an edge, and may be cut there", [p for p in photos if p.edges]),
-        *named("the square crop cuts the subject; crop by hand", cut),
+        *named("the crop of training cuts the subject; crop by hand", cut),
         *named("the subject is far from the middle", [p for p in photos if p.off_center > OFF_CENTER]),
         *named("without a caption, though others have one", without if written and not unread else []),
         *named("captions that are not read, unless data.params.captions=true", unread),
@@ -187,9 +189,9 @@ def _caption(path: Path) -> str | None:
         return None
 
 
-def _subject(alpha: Image.Image | None) -> Subject | None:
+def _subject(alpha: Image.Image | None, shape: Shape) -> Subject | None:
     """None if there is no transparency, or all is opaque, or nothing."""
     if alpha is None:
         return None
     opaque = np.asarray(alpha) >= OPAQUE
-    return Subject.of(opaque) if opaque.any() and not opaque.all() else None
+    return Subject.of(opaque, shape) if opaque.any() and not opaque.all() else None

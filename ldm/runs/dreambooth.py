@@ -152,8 +152,10 @@ class DreamBoothRun:
         """The prior images of each class; missing ones are generated."""
         config = self.config.priors
         sets = prior_sets(self.module, self.data, config, base_sha256=self.base_hash)
+        counts = self.data.buckets_in_use.prior_counts(self.data.num_priors)
         for priors in sets:
-            generate_priors(self.pipeline, priors, self.data.num_priors, batch_size=config.batch_size)
+            count = counts[priors.spec.shape]
+            generate_priors(self.pipeline, priors, count, batch_size=config.batch_size)
         return sets
 
     def _evaluate_base(self) -> run.SampleGrid:
@@ -161,6 +163,7 @@ class DreamBoothRun:
         kept, settings = self.folder / "samples" / "before", asdict(self.samples)
         for other in ("prompts", "n", "every_steps", "preview_n", "batch_size"):
             del settings[other]
+        settings |= {side: settings[side] or self.data.size for side in ("height", "width")}
         with self.timer("samples_before"):
             rows = run.load_image_grid(kept, self.prompts, self.samples.n, settings)
             if rows is None:

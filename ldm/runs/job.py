@@ -1,5 +1,6 @@
 """The job of a config: validation, training, and the paths of the results."""
 
+import logging
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +14,20 @@ from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.engine import distributed
 from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.runs import run
+from ldm.runs.buckets import bucket_lines, build_data
 from ldm.runs.callbacks import ThroughputLogger
 from ldm.runs.console import TrainingBar
 from ldm.runs.dreambooth import DreamBoothRun
 from ldm.runs.folder import claimed, folder_of
 from ldm.runs.inputs import keep_inputs
-from ldm.runs.memory import encoding, estimate, report
+from ldm.runs.memory import encoding, estimate, module_on_meta, report
 from ldm.runs.online_eval import Watch
 from ldm.runs.recompute import with_checkpointing_chosen
 from ldm.runs.validate import validate
 from ldm.schema import RunConfig
 from ldm.training.latent_diffusion import LatentDiffusion
+
+log = logging.getLogger(__name__)
 
 
 def run_job(
@@ -56,7 +60,8 @@ def run_job(
 
 def _train(config: RunConfig, folder: Path, *, allow_change: bool, watch: Watch | None) -> list[Path]:
     """Loads the base, trains, exports -> the paths that rank 0 writes."""
-    module, data = instantiate(config.model), instantiate(config.data)
+    module = instantiate(config.model)
+    data = build_data(config, module)
     files, base_hash = run.base_files(config), ""
     keep_inputs(folder, data, files, allow_change=allow_change)
     if files:
@@ -67,6 +72,8 @@ def _train(config: RunConfig, folder: Path, *, allow_change: bool, watch: Watch 
             module.add_learned_token()
             data.attach(encode=module.encode_images, vae_hash=base_hash)
     if isinstance(data, DreamBoothDataModule):
+        if distributed.rank() == 0 and (lines := bucket_lines(data)):
+            log.info(lines.rstrip())
         return DreamBoothRun(module, data, config, folder, base_hash=base_hash, watch=watch)()
     bars = [TrainingBar()] if config.trainer.enable_progress_bar else []
     run.fit(module, data, config, folder=folder, callbacks=[ThroughputLogger(), *bars])
@@ -85,6 +92,7 @@ def plan(config: RunConfig) -> str:
             text += (
                 f"use_checkpoint, by the free memory of {device}: {str(params['use_checkpoint']).lower()}\n"
             )
+        text += bucket_lines(build_data(config, module_on_meta(config)))
         caches = param_of(config.data, "cache_latents")
         text += "".join(
             f"to be downloaded for {hub}: {describe(hub.wanted())}\n"

@@ -32,8 +32,10 @@ from ldm.families.sdxl.family import SDXL
 from ldm.files import require_space
 from ldm.optim.optimizer_nodes import averages_weights, optimizer_of
 from ldm.optim.schedules import Constant
+from ldm.pipeline import Text2Image
 from ldm.runs import run
 from ldm.runs.before_after import evaluation_nodes
+from ldm.runs.buckets import build_data, check_unit
 from ldm.runs.folder import check_name
 from ldm.runs.memory import checkpoint_bytes
 from ldm.runs.online_eval import check_online_eval
@@ -86,7 +88,6 @@ def validate(config: RunConfig, *, download: bool = True) -> None:
 
 def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) -> None:
     """Refuses a DreamBooth run by its photos, prompts, base and evaluations."""
-    data: DreamBoothDataModule = instantiate(config.data)
     if not isinstance(module, LatentDiffusion) or isinstance(module, StorybookBase):
         remedy = "Set model.target=ldm.training.latent_diffusion.LatentDiffusion."
         raise UserError("This model does not learn from photos", where="model.target", remedy=remedy)
@@ -98,9 +99,12 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
         raise UserError(
             "Every learning rate is 0", where="model.params.trainable.learning_rate", remedy=remedy
         )
-    text2image(module, size=data.size).latent_shape()  # refuses a size that the networks cannot halve
+    data = build_data(config, module)
+    pipeline = text2image(module, size=data.size)
+    pipeline.latent_shape()  # refuses a size that the networks cannot halve
+    check_unit(data, module.networks)
     if _family(module) is SDXL:
-        warn_of_small_side(data.size, where="data.params.size")
+        warn_of_small_side(min(map(min, data.buckets_in_use.shapes)), where="data.params.size")
     data.check()
     _look_at(data)
     check_prior_target(module, data)
@@ -109,6 +113,7 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
     _check_styles(module, data)
     nodes = evaluation_nodes(config)
     _check_sampling(config, nodes, module.process, concepts=data.concepts)
+    _check_sample_size(config, pipeline)
     for node in nodes.values():
         instantiate(node)  # reads its own networks and prompts
 
@@ -116,7 +121,8 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
 def _look_at(data: DreamBoothDataModule) -> None:
     """Says what to look at in the photos, a line for each kind; `data.check` says which are small."""
     for concept in data.concepts:
-        photos = [PhotoFacts.of(photo.path) for photo in data.images.photos[concept.name]]
+        shape_of = data.buckets_in_use.shape_of
+        photos = [PhotoFacts.of(p.path, shape_of(p)) for p in data.images.photos[concept.name]]
         for trouble in troubles(photos, size=0, captions=bool(data.images.options.captions)):
             log.warning("%s: %s", concept.root, trouble)
 
@@ -277,6 +283,14 @@ def _check_sampling(
     }
     for key, how in asked.items():
         _check_levels(process, key, **how)
+
+
+def _check_sample_size(config: RunConfig, pipeline: Text2Image) -> None:
+    """Refuses a size of samples that the networks cannot halve."""
+    try:
+        pipeline.latent_shape(config.samples.height, config.samples.width)
+    except UserError as error:
+        raise UserError(error.what, where="samples", remedy=error.remedy) from error
 
 
 def _check_levels(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.data.buckets import Shape
 from ldm.data.captions import Captions
 from ldm.data.items import TrainingView, read_source_images
 
@@ -19,11 +20,11 @@ def wide(tmp_path: Path) -> TrainingView:
     ramp = np.broadcast_to(np.arange(96, dtype=np.uint8)[None, :, None] * 2, (64, 96, 3))
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "a.png")
     (photo,) = read_source_images(tmp_path, captions=lambda path: Captions(("",)))
-    return TrainingView(photo, SIZE, None, False, seed=1)
+    return TrainingView(photo, Shape.square(SIZE), None, False, seed=1)
 
 
 def view(of: TrainingView, crop_index: int | None, flip: bool) -> TrainingView:
-    return TrainingView(of.source, of.size, crop_index, flip, of.seed)
+    return TrainingView(of.source, of.shape, crop_index, flip, of.seed)
 
 
 def test_a_centre_crop(wide):
