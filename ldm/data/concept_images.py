@@ -1,5 +1,6 @@
 """The images of a run's concepts and of their classes, read once, and the photos that are held out."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -10,6 +11,8 @@ from ldm.data.concepts import Concept, PriorClass
 from ldm.data.items import SourceImage, read_source_images
 from ldm.data.prompts import class_caption
 from ldm.data.streams import StreamPart
+
+log = logging.getLogger(__name__)
 
 ENOUGH_PHOTOS = 5  # to hold one of them out
 
@@ -85,6 +88,22 @@ class ConceptImages:
 def file_name(concept: str, path: Path, *, several: bool) -> str:
     """What a run calls a file of a concept: its name, among several concepts with that of its own."""
     return f"{concept}/{path.name}" if several else path.name
+
+
+def log_photos(
+    concept: Concept, images: ConceptImages, *, enlarges: Callable[[SourceImage], bool], size: int
+) -> None:
+    """Logs what a concept's photos are like. Raises UserError if they cannot be read.
+
+    enlarges: whether a photo is. size: pixels a side of training.
+    """
+    photos = images.photos[concept.name]
+    if images.options.captions:
+        count = sum(photo.captions.is_own for photo in photos)
+        log.info("%s: captions for %d of %d photos", concept.root, count, len(photos))
+    small = [photo.path.name for photo in photos if enlarges(photo)]
+    if small:
+        log.warning("%s: enlarged to %d pixels: %s", concept.root, size, ", ".join(small))
 
 
 def photo_parts(concepts: Sequence[Concept], images: ConceptImages) -> list[StreamPart]:

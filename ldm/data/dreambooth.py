@@ -17,12 +17,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.annotations import NonNegativeInt, PositiveInt, Probability, Seed
-from ldm.data.buckets import Buckets, shapes_of
+from ldm.data.buckets import Buckets, Shape, shapes_of
 from ldm.data.buckets_in_use import BucketsInUse
 from ldm.data.captions import CaptionShuffle
-from ldm.data.concept_images import ConceptImages, ReadingOptions, class_parts, photo_parts
+from ldm.data.concept_images import ConceptImages, ReadingOptions, class_parts, log_photos, photo_parts
 from ldm.data.concepts import (
-    Concept,
     ConceptConfig,
     PriorClass,
     classes_of,
@@ -213,6 +212,11 @@ class DreamBoothDataModule(pl.LightningDataModule):
         """The classes whose prior images are in folders of one's own."""
         return tuple(c for c in self.classes if c.root is not None) if self.prior_batch_size else ()
 
+    @property
+    def prior_counts(self) -> Mapping[Shape, int]:
+        """Shape -> how many prior images of it are generated of each class. Raises UserError for too few."""
+        return self.buckets_in_use.prior_counts(self.num_priors) if self.generated_classes else {}
+
     def check(self, *, size_multiple: int = 1) -> None:
         """Raises UserError for wrong settings, prompts or images, before any network is built."""
         check_ranges(vars(self), size_multiple=size_multiple)
@@ -223,22 +227,11 @@ class DreamBoothDataModule(pl.LightningDataModule):
         for given in self.given_classes:
             log.info("%s: %d photos of the class", given.root, len(self.images.of_class(given)))
             buckets.check_class(given.root, self.images.of_class(given))
-        if self.generated_classes:
-            buckets.prior_counts(self.num_priors)
+        _ = self.prior_counts  # refuses too few
         for concept in self.concepts:
-            self._check_photos(concept)
+            log_photos(concept, self.images, enlarges=buckets.enlarges, size=self.size)
         if self.masks:
             check_masks(self._subject_stream().views(), self.mask_files)
-
-    def _check_photos(self, concept: Concept) -> None:
-        """Logs what a concept's photos are like. Raises UserError if they cannot be read."""
-        photos = self.images.photos[concept.name]
-        if self.images.options.captions:
-            count = sum(photo.captions.is_own for photo in photos)
-            log.info("%s: captions for %d of %d photos", concept.root, count, len(photos))
-        small = [photo.path.name for photo in photos if self.buckets_in_use.enlarges(photo)]
-        if small:
-            log.warning("%s: enlarged to %d pixels: %s", concept.root, self.size, ", ".join(small))
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the images and fills the latent cache, once."""
@@ -301,8 +294,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     @property
     def _generated(self) -> GeneratedPriors:
-        counts = self.buckets_in_use.prior_counts(self.num_priors)
-        return GeneratedPriors(self.priors, self.generated_classes, counts, generate=self.generate)
+        return GeneratedPriors(self.priors, self.generated_classes, self.prior_counts, generate=self.generate)
 
     def _subject_stream(self) -> ItemStream | BucketStream:
         parts = photo_parts(self.concepts, self.images)

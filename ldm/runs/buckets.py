@@ -43,11 +43,8 @@ def bucket_lines(data: DreamBoothDataModule) -> str:
     """The buckets in use, one a line: "576 x 448 pixels: 3 photos, 48 prior images of each class"."""
     if data.buckets is None:
         return ""
-    buckets, priors = data.buckets_in_use, {}
-    if data.generated_classes:
-        priors = buckets.prior_counts(data.num_priors)
-    lines = ["buckets in use, height x width:"]
-    for shape, photos in buckets.counts().items():
+    lines, priors = ["buckets in use, height x width:"], data.prior_counts
+    for shape, photos in data.buckets_in_use.counts().items():
         drawn = f", {priors[shape]} prior images of each class" if priors else ""
         lines.append(f"  {shape} pixels: {photos} {'photo' if photos == 1 else 'photos'}{drawn}")
     return "\n".join(lines) + "\n"

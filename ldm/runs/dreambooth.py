@@ -152,9 +152,8 @@ class DreamBoothRun:
         """The prior images of each class; missing ones are generated."""
         config = self.config.priors
         sets = prior_sets(self.module, self.data, config, base_sha256=self.base_hash)
-        counts = self.data.buckets_in_use.prior_counts(self.data.num_priors)
         for priors in sets:
-            count = counts[priors.spec.shape]
+            count = self.data.prior_counts[priors.spec.shape]
             generate_priors(self.pipeline, priors, count, batch_size=config.batch_size)
         return sets
 

@@ -32,9 +32,8 @@ def generate_set(config: RunConfig) -> list[Path]:
     sampling = config.priors
     pipeline = text2image(module, size=data.size)
     sets = prior_sets(module, data, sampling, base_sha256=base_hash)
-    counts = data.buckets_in_use.prior_counts(data.num_priors)
     for priors in sets:
-        count = counts[priors.spec.shape]
+        count = data.prior_counts[priors.spec.shape]
         missing = generate_priors(pipeline, priors, count, batch_size=sampling.batch_size)
         if distributed.rank() == 0:
             print(f"{missing} generated, {count - missing} were there")

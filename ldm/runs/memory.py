@@ -55,15 +55,16 @@ def estimate(config: RunConfig) -> tuple[dict[str, Need], dict[str, int]]:
     data: DreamBoothDataModule = build_data(config, module)
     with FakeTensorMode():  # of the CPU, where autocast applies; the meta device knows none
         activations = _activations(module, data, precision=trainer.precision)
+    graphs = len(data.buckets_in_use.shapes) if module.cuda_graph else 1  # each keeps its memory
     needs, lean = {}, steps_in_backward(module.optimizer)
     holders = module.networks | ({} if module.lora is None else {"lora": module.lora})
     for name, network in holders.items():
         learning = _learning(network)
         needs[name] = Need(
             weights=_size(network.state_dict().values()),
-            gradients=0 if lean else _size(learning),
+            gradients=0 if lean else graphs * _size(learning),
             states=sum(state_bytes(p, module.optimizer) for p in learning),
-            activations=activations.get(name, 0),
+            activations=graphs * activations.get(name, 0),
         )
     if lean:  # those that wait, and the one that comes last
         learning = _learning(module)
