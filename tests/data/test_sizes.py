@@ -45,6 +45,23 @@ def test_the_crop_is_where_the_pixels_are_from(wide, crop_index, flip):
     assert np.abs(shown[2:-2] - columns[left : left + SIZE][2:-2]).max() < 5  # of 8 a column
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("crop_index", [None, *range(4)])
+@pytest.mark.parametrize("shape", [Shape(16, 20), Shape(16, 32), Shape(20, 12)])
+def test_the_crop_of_a_bucket_is_where_the_pixels_are_from(wide, shape, crop_index, flip):
+    """Of 96 x 64 pixels; scaled to cover, a column of the target is `scale` columns of the photo."""
+    own = TrainingView(wide.source, shape, crop_index, flip, wide.seed)
+    height, width, top, left, *target = own.sizes().tolist()
+    assert (height, width, *target) == (64, 96, *shape)
+    scale = min(64 / shape.height, 96 / shape.width)
+    assert 0 <= top <= 64 / scale - shape.height + 0.5 and 0 <= left <= 96 / scale - shape.width + 0.5
+    columns = 2 * ((np.arange(shape.width) + left + 0.5) * scale - 0.5)  # brightness, from the left
+    if flip:
+        columns = 2 * (96 - (np.arange(shape.width) + left + 0.5) * scale - 0.5)
+    shown = (own.render()[0, 8].numpy() + 1) * 127.5
+    assert np.abs(shown[2:-2] - columns[2:-2]).max() < scale + 2  # half a column of 2 a pixel
+
+
 def test_crops_differ_and_are_drawn_once(wide):
     lefts = {view(wide, k, False).sizes()[3].item() for k in range(6)}
     assert len(lefts) > 2
