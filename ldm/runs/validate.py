@@ -103,9 +103,9 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
     pipeline = text2image(module, size=data.size)
     pipeline.latent_shape()  # refuses a size that the networks cannot halve
     check_unit(data, module.networks)
+    data.check()
     if _family(module) is SDXL:
         warn_of_small_side(min(map(min, data.buckets_in_use.shapes)), where="data.params.size")
-    data.check()
     _look_at(data)
     check_prior_target(module, data)
     check_masks(module, data)
@@ -113,9 +113,10 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
     _check_styles(module, data)
     nodes = evaluation_nodes(config)
     _check_sampling(config, nodes, module.process, concepts=data.concepts)
-    _check_sample_size(config, pipeline)
-    for node in nodes.values():
-        instantiate(node)  # reads its own networks and prompts
+    _check_drawn(pipeline, vars(config.samples), where="samples")
+    for key, node in nodes.items():
+        evaluation = instantiate(node)  # reads its own networks and prompts
+        _check_drawn(pipeline, getattr(evaluation, "sampling", {}), where=f"{key}.params")
 
 
 def _look_at(data: DreamBoothDataModule) -> None:
@@ -285,12 +286,12 @@ def _check_sampling(
         _check_levels(process, key, **how)
 
 
-def _check_sample_size(config: RunConfig, pipeline: Text2Image) -> None:
+def _check_drawn(pipeline: Text2Image, sampling: Mapping[str, Any], *, where: str) -> None:
     """Refuses a size of samples that the networks cannot halve."""
     try:
-        pipeline.latent_shape(config.samples.height, config.samples.width)
+        pipeline.latent_shape(sampling.get("height"), sampling.get("width"))
     except UserError as error:
-        raise UserError(error.what, where="samples", remedy=error.remedy) from error
+        raise UserError(error.what, where=where, remedy=error.remedy) from error
 
 
 def _check_levels(
