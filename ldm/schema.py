@@ -130,6 +130,7 @@ class SamplesConfig:
         precision: as for prior images.
         every_steps: optimizer steps between previews; 0: none.
         preview_n: images of each prompt in a preview.
+        height, width: pixels; None: `size` of the data, whatever its buckets.
     """
 
     prompts: Sequence[str] = field(default_factory=list)
@@ -145,6 +146,8 @@ class SamplesConfig:
     precision: Precision = "auto"
     every_steps: NonNegativeInt = 0
     preview_n: PositiveInt = 2
+    height: PositiveInt | None = None
+    width: PositiveInt | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The images of a run's concepts and of their classes, read once, and the photos that are held out."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -8,10 +9,10 @@ from pathlib import Path
 from ldm.data.captions import CaptionReader, Captions, CaptionShuffle, subject_captions
 from ldm.data.concepts import Concept, PriorClass
 from ldm.data.items import SourceImage, read_source_images
-from ldm.data.priors import PriorSet
 from ldm.data.prompts import class_caption
 from ldm.data.streams import StreamPart
-from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
 
 ENOUGH_PHOTOS = 5  # to hold one of them out
 
@@ -89,25 +90,20 @@ def file_name(concept: str, path: Path, *, several: bool) -> str:
     return f"{concept}/{path.name}" if several else path.name
 
 
-def set_of(sets: Sequence[PriorSet], known: PriorClass, *, size: int) -> PriorSet:
-    """The generated set of a class. Raises ValueError if there is none, or one of another prompt or size."""
-    if not sets:
-        raise ValueError("prior images have to be generated and attached before setup")
-    for priors in sets:
-        if (priors.spec.prompt, priors.spec.size) == (known.prompt, size):
-            return priors
-    spec = sets[0].spec
-    raise ValueError(f"the prior images were generated for {spec.prompt!r} at {spec.size} pixels")
+def log_photos(
+    concept: Concept, images: ConceptImages, *, enlarges: Callable[[SourceImage], bool], size: int
+) -> None:
+    """Logs what a concept's photos are like. Raises UserError if they cannot be read.
 
-
-def generated_images(priors: PriorSet, count: int) -> tuple[SourceImage, ...]:
-    """The first `count` images of a set. Raises UserError if some are missing."""
-    images = priors.images(count)
-    if len(images) < count:
-        what = f"{count - len(images)} of {count} prior images are missing"
-        raise UserError(what, where=priors.folder, remedy="Run scripts/generate_priors.py.")
-    captions = Captions((priors.spec.prompt,))
-    return tuple(SourceImage(priors.image_path(i), image.sha256, captions) for i, image in images.items())
+    enlarges: whether a photo is. size: pixels a side of training.
+    """
+    photos = images.photos[concept.name]
+    if images.options.captions:
+        count = sum(photo.captions.is_own for photo in photos)
+        log.info("%s: captions for %d of %d photos", concept.root, count, len(photos))
+    small = [photo.path.name for photo in photos if enlarges(photo)]
+    if small:
+        log.warning("%s: enlarged to %d pixels: %s", concept.root, size, ", ".join(small))
 
 
 def photo_parts(concepts: Sequence[Concept], images: ConceptImages) -> list[StreamPart]:

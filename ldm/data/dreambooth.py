@@ -5,10 +5,10 @@ It knows no network: `attach` hands it the encoder and the prior images.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -17,40 +17,34 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.annotations import NonNegativeInt, PositiveInt, Probability, Seed
+from ldm.data.buckets import Buckets, Shape, shapes_of
+from ldm.data.buckets_in_use import BucketsInUse
 from ldm.data.captions import CaptionShuffle
-from ldm.data.concept_images import (
-    ConceptImages,
-    ReadingOptions,
-    class_parts,
-    generated_images,
-    photo_parts,
-    set_of,
-)
+from ldm.data.concept_images import ConceptImages, ReadingOptions, class_parts, log_photos, photo_parts
 from ldm.data.concepts import (
-    Concept,
     ConceptConfig,
     PriorClass,
     classes_of,
     several_concepts,
     single_concept,
 )
-from ldm.data.images import image_size
+from ldm.data.generated_priors import GeneratedPriors
 from ldm.data.items import (
     VALIDATION_START,
+    BucketStream,
     DreamBoothDataset,
     Index,
     ItemBatches,
     ItemStream,
     SourceImage,
     StreamName,
-    TrainingView,
 )
-from ldm.data.latents import Encode, cached_latent_stats, point_posterior, views_at_once
+from ldm.data.latents import Encode, cached_latent_stats, views_at_once
 from ldm.data.masks import check_masks, find_masks, latent_masks
 from ldm.data.prior_settings import check_prior_settings
 from ldm.data.priors import PriorGenerators, PriorSet
 from ldm.data.ranges import check_ranges
-from ldm.data.streams import MixedStream, StreamPart, stream_of
+from ldm.data.streams import StreamPart
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +64,10 @@ class DreamBoothDataModule(pl.LightningDataModule):
         concepts: several subjects or styles, each with such keys of its own, in place of those five and of
             `prior_root` (see docs/subjects.md).
         size: height and width in pixels.
+        buckets: photos keep their shape, `{}` or with settings (`Buckets`): each is trained on at the nearest
+            of several shapes whose area is that of `size`, and all items of an optimizer step have one, drawn
+            in proportion to its photos. Prior images are generated at these shapes, `num_priors` in all;
+            those of `prior_root` are shown in the nearest. None: the square.
         batch_size, prior_batch_size: items per micro-batch and device; None is as many as `batch_size`.
             Without prior images (num_priors 0 and no prior_root) there are no prior items, unless
             `prior_caption_dropout` or `diff_output_preservation` asks for some.
@@ -113,6 +111,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
         subject_root: str | None = None,
         class_word: str | None = None,
         size: PositiveInt,
+        buckets: Buckets | None = None,
         identifier: str | None = None,
         subject_prompt: str | None = None,
         prior_prompt: str | None = None,
@@ -160,6 +159,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
             self.prior_batch_size = prior_batch_size
         self.online_priors = online_priors
         self.size, self.seed, self.accumulate, self.num_workers = size, seed, accumulate, num_workers
+        self.buckets = buckets
+        self.unit = None if buckets is None else buckets.unit  # a run sets that of its networks for None
         self.crop_variants, self.flip = crop_variants if crop == "random" else None, flip
         self.caption_dropout = caption_dropout
         self.caption_shuffle = caption_shuffle
@@ -168,7 +169,9 @@ class DreamBoothDataModule(pl.LightningDataModule):
         self.mask_root = mask_root
         self.validation_batches, self.hold_out = validation_batches, hold_out
         reading = ReadingOptions(captions, caption_shuffle, skip_unreadable, hold_out)
-        self.images = ConceptImages(self.concepts, self.classes, reading, generated=self._generated)
+        self.images = ConceptImages(
+            self.concepts, self.classes, reading, generated=lambda known: self._generated.images(known)
+        )
         self.start_step = 0  # optimizer steps already done: set it before training to resume
         self.attach()
 
@@ -193,6 +196,12 @@ class DreamBoothDataModule(pl.LightningDataModule):
         self.generate = generate
         self.dataset: DreamBoothDataset | None = None
 
+    @cached_property
+    def buckets_in_use(self) -> BucketsInUse:
+        """The shapes that the photos are trained at; without `buckets` the square alone."""
+        photos = partial(photo_parts, self.concepts, self.images)
+        return BucketsInUse(photos, shapes_of(self.buckets, self.size, unit=self.unit), seed=self.seed)
+
     @property
     def generated_classes(self) -> tuple[PriorClass, ...]:
         """The classes of which the base model generates `num_priors` prior images each."""
@@ -203,28 +212,26 @@ class DreamBoothDataModule(pl.LightningDataModule):
         """The classes whose prior images are in folders of one's own."""
         return tuple(c for c in self.classes if c.root is not None) if self.prior_batch_size else ()
 
+    @property
+    def prior_counts(self) -> Mapping[Shape, int]:
+        """Shape -> how many prior images of it are generated of each class. Raises UserError for too few."""
+        return self.buckets_in_use.prior_counts(self.num_priors) if self.generated_classes else {}
+
     def check(self, *, size_multiple: int = 1) -> None:
         """Raises UserError for wrong settings, prompts or images, before any network is built."""
         check_ranges(vars(self), size_multiple=size_multiple)
         check_prior_settings(self)
+        buckets = self.buckets_in_use
         for concept in self.concepts:
             concept.check(has_priors=self.prior_batch_size > 0)
         for given in self.given_classes:
             log.info("%s: %d photos of the class", given.root, len(self.images.of_class(given)))
+            buckets.check_class(given.root, self.images.of_class(given))
+        _ = self.prior_counts  # refuses too few
         for concept in self.concepts:
-            self._check_photos(concept)
+            log_photos(concept, self.images, enlarges=buckets.enlarges, size=self.size)
         if self.masks:
             check_masks(self._subject_stream().views(), self.mask_files)
-
-    def _check_photos(self, concept: Concept) -> None:
-        """Logs what a concept's photos are like. Raises UserError if they cannot be read."""
-        photos = self.images.photos[concept.name]
-        if self.images.options.captions:
-            count = sum(photo.captions.is_own for photo in photos)
-            log.info("%s: captions for %d of %d photos", concept.root, count, len(photos))
-        small = [p.path.name for p in photos if min(image_size(p.path)) < self.size]
-        if small:
-            log.warning("%s: enlarged to %d pixels: %s", concept.root, self.size, ", ".join(small))
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the images and fills the latent cache, once."""
@@ -234,13 +241,12 @@ class DreamBoothDataModule(pl.LightningDataModule):
             log.info("%s is held out for validation", held_out.path)
         streams = {"subject": self._subject_stream()}
         if self.prior_batch_size:
-            share = self.prior_caption_dropout
-            streams["prior"] = self._stream("prior", self._prior_parts(), empty_share=share)
+            streams["prior"] = self._prior_stream()
         latent_stats = self._latent_stats(streams) if self.cache_latents else None
         masks = None
         if self.masks:
             masks = latent_masks(streams["subject"].views(), self.mask_files, factor=self.latent_factor)
-        online = self._generate_online if self.online_priors else None
+        online = (lambda items: self._generated.online(items)) if self.online_priors else None
         self.dataset = DreamBoothDataset(streams, latent_stats, online, masks=masks)
 
     def train_dataloader(self) -> DataLoader:
@@ -264,7 +270,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
     def batches(self, **position: int) -> ItemBatches:
         """Of items, from a position: rank, world_size, start_step."""
         sizes = {"batch_size": self.batch_size, "prior_batch_size": self.prior_batch_size}
-        return ItemBatches(**sizes, accumulate=self.accumulate, **position)
+        buckets = self.buckets_in_use.schedule
+        return ItemBatches(**sizes, accumulate=self.accumulate, buckets=buckets, **position)
 
     def _loader(self, batches: Iterable[list[Index]]) -> DataLoader:
         return DataLoader(
@@ -285,64 +292,48 @@ class DreamBoothDataModule(pl.LightningDataModule):
         """Photo of a subject -> the file that holds its mask; see `find_masks`."""
         return find_masks(self.subject_photos, self.mask_root) if self.masks else {}
 
-    def _generated(self, known: PriorClass) -> tuple[SourceImage, ...]:
-        return generated_images(self._set_of(known), self.num_priors)
+    @property
+    def _generated(self) -> GeneratedPriors:
+        return GeneratedPriors(self.priors, self.generated_classes, self.prior_counts, generate=self.generate)
 
-    def _set_of(self, known: PriorClass) -> PriorSet:
-        return set_of(self.priors, known, size=self.size)
+    def _subject_stream(self) -> ItemStream | BucketStream:
+        parts = photo_parts(self.concepts, self.images)
+        return self.buckets_in_use.photo_stream("subject", parts, **self._shown(empty_share=0.0))
 
-    def _subject_stream(self) -> ItemStream:
-        return self._stream("subject", photo_parts(self.concepts, self.images), empty_share=0.0)
-
-    def _prior_parts(self) -> list[StreamPart]:
-        """Images of the classes, or else the concepts' photos under captions of their classes."""
+    def _prior_stream(self) -> ItemStream | BucketStream:
+        """Of images of the classes, or else of the concepts' photos under captions of their classes."""
+        how = self._shown(empty_share=self.prior_caption_dropout)
         if self.priors_show_subject:
-            return class_parts(self.concepts, self.images, own_captions=self.diff_output_preservation)
+            parts = class_parts(self.concepts, self.images, own_captions=self.diff_output_preservation)
+            return self.buckets_in_use.photo_stream("prior", parts, **how)
         images = self.images.of_class
-        return [StreamPart(c.prompt, c.weight, images(c), (), c.root is None) for c in self.classes]
+        parts = [StreamPart(c.prompt, c.weight, images(c), (), c.root is None) for c in self.classes]
+        return self.buckets_in_use.class_stream("prior", parts, **how)
 
-    def _stream(self, name: StreamName, parts: Sequence[StreamPart], *, empty_share: float) -> ItemStream:
-        return stream_of(
-            name,
-            parts,
-            empty_share=empty_share,
-            size=self.size,
-            seed=self.seed,
-            crop_variants=self.crop_variants,
-            flip=self.flip,
-            caption_dropout=self.caption_dropout,
-            shuffle=self.caption_shuffle,
-        )
+    def _shown(self, *, empty_share: float) -> dict[str, Any]:
+        """How a stream shows its images: see `Stream`."""
+        return {
+            "empty_share": empty_share,
+            "seed": self.seed,
+            "crop_variants": self.crop_variants,
+            "flip": self.flip,
+            "caption_dropout": self.caption_dropout,
+            "shuffle": self.caption_shuffle,
+        }
 
-    def _latent_stats(self, streams: Mapping[StreamName, ItemStream]) -> dict[str, Tensor]:
-        """Latent stats of every view, by key; for generated priors the sampler's latents, with std 0."""
-        latent_stats = {}
-        for known in self.generated_classes:
-            priors = self._set_of(known)
-            for i, image in enumerate(self.images.of_class(known)):
-                view = TrainingView(image, self.size, None, False, self.seed)
-                latent_stats[view.key] = point_posterior(priors.latents(i))
+    def _latent_stats(self, streams: Mapping[StreamName, ItemStream | BucketStream]) -> dict[str, Tensor]:
+        """Latent stats of every view, by key; for generated priors the sampler's latents."""
+        latent_stats = self._generated.latent_stats(self.images.of_class, seed=self.seed)
         views = [view for stream in streams.values() for view in stream.views()]
-        todo = {view.key: view.render for view in views if view.key not in latent_stats}
-        folder = Path(self.cache_root) if self.cache_root else None
+        todo = {view.key: view for view in views if view.key not in latent_stats}
         with tqdm(total=len(todo), desc="encoding", unit="view", disable=None) as bar:
-            encoded = cached_latent_stats(
-                todo,
-                self.encode,
-                vae_hash=self.vae_hash,
-                folder=folder,
-                batch_size=views_at_once(self.size),
-                progress=bar.update,
-            )
-        return latent_stats | encoded
-
-    def _generate_online(self, items: Sequence[int]) -> list[Tensor]:
-        """Latent stats of prior items, from images after the first `num_priors`, a new one for each item."""
-        stream, found = self.dataset.streams["prior"], {}
-        turns = {item: stream.turns(item) if isinstance(stream, MixedStream) else (0, item) for item in items}
-        for k, known in enumerate(self.generated_classes):
-            own = {item: number for item, (which, number) in turns.items() if which == k}
-            priors = self._set_of(known)
-            numbers = [self.num_priors + number for number in own.values()]
-            found |= zip(own, priors.generate_now(numbers, self.generate(priors.spec)), strict=True)
-        return [point_posterior(found[item]) for item in items]
+            for shape in self.buckets_in_use.shapes:
+                latent_stats |= cached_latent_stats(
+                    {key: view.render for key, view in todo.items() if view.shape == shape},
+                    self.encode,
+                    vae_hash=self.vae_hash,
+                    folder=Path(self.cache_root) if self.cache_root else None,
+                    batch_size=views_at_once(self.size),
+                    progress=bar.update,
+                )
+        return latent_stats

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ldm.data.buckets import Shape
 from ldm.data.color import to_srgb
 from ldm.errors import UserError
 
@@ -172,33 +173,43 @@ class ImageFiles(Sequence[Image.Image]):
 
 def fit_image(
     image: Image.Image,
-    size: int,
+    size: int | Shape,
     *,
     crop: Literal["center", "random"] = "center",
     flip: bool = False,
     generator: torch.Generator | None = None,
 ) -> Image.Image:
-    """Crops the largest square, centred or at random, and resizes it to size x size pixels (Lanczos).
+    """Crops the largest part of a shape, centred or at random, and resizes it to that (Lanczos).
 
-    flip: mirrored horizontally. generator: of the random crop.
+    size: pixels a side of a square, or the shape. flip: mirrored horizontally. generator: of the random crop.
     """
-    left, top, side = square_crop(*image.size, crop=crop, generator=generator)
-    box = (left, top, left + side, top + side)
-    square = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
-    return ImageOps.mirror(square) if flip else square
+    shape = Shape.square(size) if isinstance(size, int) else size
+    left, top, width, height = crop_to(shape, *image.size, crop=crop, generator=generator)
+    box = (left, top, left + width, top + height)
+    fitted = image.resize((shape.width, shape.height), Image.Resampling.LANCZOS, box=box)
+    return ImageOps.mirror(fitted) if flip else fitted
 
 
-def square_crop(
-    width: int, height: int, *, crop: Literal["center", "random"], generator: torch.Generator | None = None
-) -> tuple[int, int, int]:
-    """(left, top, side) of the largest square, centred or at random."""
-    side = min(width, height)
-    room = width - side, height - side
+def crop_to(
+    shape: Shape,
+    width: int,
+    height: int,
+    *,
+    crop: Literal["center", "random"],
+    generator: torch.Generator | None = None,
+) -> tuple[int, int, float, float]:
+    """(left, top, width, height) in pixels of the largest crop with the aspect ratio of a shape.
+
+    Its corner is at a whole pixel, centred or at random; its longer side may end within one.
+    """
+    wide = min(width, height * shape.width / shape.height)
+    high = min(height, width * shape.height / shape.width)
+    room = int(width - wide), int(height - high)
     if crop == "random":
         left, top = (int(torch.randint(free + 1, (), generator=generator)) for free in room)
     else:
         left, top = (free // 2 for free in room)
-    return left, top, side
+    return left, top, wide, high
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -5,7 +5,8 @@ included, so that their latents can be cached.
 
 Items are numbered over the whole run, separately in each stream (subject and prior). Optimizer step n takes
 the items n * effective_batch + i, effective_batch = batch_size * accumulate * world_size, however they are
-divided among ranks and micro-batches; so resuming only means starting at another step.
+divided among ranks and micro-batches; so resuming only means starting at another step. With aspect-ratio
+buckets all items of a step are of one bucket, whose items are numbered likewise over its own steps (`Place`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,21 +16,31 @@ from functools import lru_cache, partial
 from itertools import count
 from math import floor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ldm.data.buckets import Shape
 from ldm.data.captions import Captions, CaptionShuffle, draw_caption
-from ldm.data.images import fit_image, list_images, load_image, square_crop, to_tensor, upright_size
+from ldm.data.images import crop_to, fit_image, list_images, load_image, to_tensor, upright_size
 from ldm.files import file_sha256
 from ldm.randomness import generator
 from ldm.shipped import find_file
 
 StreamName = Literal["subject", "prior"]
-Index = tuple[StreamName, int]  # (stream, item number)
+
+
+class Place(NamedTuple):
+    """Where an item stands among those of its step's bucket."""
+
+    bucket: int
+    number: int  # of the item in the bucket's stream
+
+
+Index = tuple[StreamName, int] | tuple[StreamName, int, Place]  # (stream, item number); Place: of buckets
 Item = dict[str, Tensor | str | int]
 VALIDATION_START = 2**32  # steps and items from here on are for validation; no run gets there
 
@@ -42,13 +53,18 @@ class SourceImage:
     sha256: str  # of the file
     captions: Captions
 
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """(height, width) in pixels, rotated by EXIF."""
+        return _upright_size(self.path, self.sha256)
+
 
 @dataclass(frozen=True)
 class TrainingView:
     """An image as training shows it. crop_index: number of the random crop; None is the centre crop."""
 
     source: SourceImage
-    size: int  # pixels a side
+    shape: Shape
     crop_index: int | None
     flip: bool
     seed: int
@@ -57,12 +73,14 @@ class TrainingView:
     def key(self) -> str:
         """Identifies the pixels."""
         crop = "center" if self.crop_index is None else f"random-{self.seed}-{self.crop_index}"
-        return f"{self.source.sha256}/{self.size}/{crop}/{'flip' if self.flip else 'plain'}"
+        height, width = self.shape
+        size = height if self.shape.is_square else f"{height}x{width}"
+        return f"{self.source.sha256}/{size}/{crop}/{'flip' if self.flip else 'plain'}"
 
     def render(self) -> Tensor:
         """The pixels -> [3, H, W] in [-1, 1]."""
         image = _decoded(self.source.path, self.source.sha256)
-        return to_tensor(fit_image(image, self.size, flip=self.flip, **self._crop()))
+        return to_tensor(fit_image(image, self.shape, flip=self.flip, **self._crop()))
 
     def sizes(self) -> Tensor:
         """[6] int64 in pixels: height and width of the original, top and left of the crop, height and width.
@@ -70,19 +88,19 @@ class TrainingView:
         The crop is in the original scaled to the training size, mirrored where the view is (Podell et al.
         2023, sec. 2.2: what SDXL is told).
         """
-        height, width = _upright_size(self.source.path, self.source.sha256)
-        left, top, side = self.crop_box()
-        left = width - side - left if self.flip else left
-        scaled = [round(offset * self.size / side) for offset in (top, left)]
-        return torch.tensor([height, width, *scaled, self.size, self.size])
+        height, width = self.source.upright_size
+        left, top, wide, high = self.crop_box()
+        left = width - wide - left if self.flip else left
+        scaled = [round(top * self.shape.height / high), round(left * self.shape.width / wide)]
+        return torch.tensor([height, width, *scaled, *self.shape])
 
-    def crop_box(self) -> tuple[int, int, int]:
-        """(left, top, side) of the crop in pixels of the upright original, before it is mirrored."""
-        height, width = _upright_size(self.source.path, self.source.sha256)
-        return square_crop(width, height, **self._crop())
+    def crop_box(self) -> tuple[int, int, float, float]:
+        """(left, top, width, height) of the crop in pixels of the upright original, before it is mirrored."""
+        height, width = self.source.upright_size
+        return crop_to(self.shape, width, height, **self._crop())
 
     def _crop(self) -> dict[str, Any]:
-        """Which square it is: what `fit_image` and `square_crop` take."""
+        """Which crop it is: what `fit_image` and `crop_to` take."""
         if self.crop_index is None:
             return {"crop": "center"}
         draws = generator(self.seed, self.crop_index, f"crop/{self.source.sha256}")
@@ -95,7 +113,7 @@ class Stream:
 
     name: StreamName
     sources: tuple[SourceImage, ...]
-    size: int  # pixels a side
+    shape: Shape
     seed: int
     crop_variants: int | None  # number of random crops of each image; None: the centre crop
     flip: bool  # half of the items are mirrored
@@ -116,7 +134,7 @@ class Stream:
             crop_index = int(torch.randint(self.crop_variants, (), generator=self._draws(item, "crop")))
         if self.flip:
             flip = bool(torch.rand((), generator=self._draws(item, "flip")) < 0.5)
-        return TrainingView(sources[order[position]], self.size, crop_index, flip, self.seed)
+        return TrainingView(sources[order[position]], self.shape, crop_index, flip, self.seed)
 
     def caption(self, item: int) -> str:
         """The caption of an item: that of its image, or the empty one.
@@ -140,7 +158,7 @@ class Stream:
         crops = [None] if self.crop_variants is None else range(self.crop_variants)
         flips = (False, True) if self.flip else (False,)
         sources = self.sources + self.held_out
-        return [TrainingView(p, self.size, v, f, self.seed) for p in sources for v in crops for f in flips]
+        return [TrainingView(p, self.shape, v, f, self.seed) for p in sources for v in crops for f in flips]
 
     def _draws(self, item: int, what: str) -> torch.Generator:
         return generator(self.seed, item, f"{self.name}{self.label}/{what}")
@@ -155,7 +173,7 @@ def is_among_share(item: int, share: float) -> bool:
 class ItemStream(Protocol):
     """What a data set needs of a stream: `Stream`, or `ldm.data.streams.MixedStream` of several."""
 
-    size: int
+    shape: Shape
 
     def view(self, item: int) -> TrainingView: ...
 
@@ -169,69 +187,100 @@ class DreamBoothDataset(Dataset):
     `TrainingView.sizes`), "caption", "class_caption" (what the base is told), "stream", "item"}, with `masks`
     also "mask" [1, h, w].
 
+    streams: with several buckets a `BucketStream` each, and an index then has its place there.
     masks: of the subject's views, in latent pixels, 1 where the subject is; prior items are all subject.
-    online_priors: numbers of prior items -> latent stats [2z, h, w] of a new prior image for each.
+    online_priors: streams of prior items and their numbers there -> latent stats [2z, h, w] of a new prior
+    image for each.
     """
 
     def __init__(
         self,
-        streams: Mapping[StreamName, ItemStream],
+        streams: Mapping[StreamName, "ItemStream | BucketStream"],
         latent_stats: Mapping[str, Tensor] | None = None,
-        online_priors: Callable[[Sequence[int]], Sequence[Tensor]] | None = None,
+        online_priors: Callable[[Sequence[tuple[ItemStream, int]]], Sequence[Tensor]] | None = None,
         *,
         masks: Mapping[TrainingView, Tensor] | None = None,
     ):
         self.streams = dict(streams)
         self.latent_stats = latent_stats
         self.masks = masks
+        self.whole = {view.shape: torch.ones_like(mask) for view, mask in (masks or {}).items()}
         self.online_priors = online_priors
 
     def __getitems__(self, indices: Sequence[Index]) -> list[Item]:
         """A batch; `online_priors` generates the images of its prior items, except in validation."""
         if self.online_priors is None:
             return [self[index] for index in indices]
-        new = [item for stream, item in indices if stream == "prior" and item < VALIDATION_START]
-        latent_stats = dict(zip(new, self.online_priors(new), strict=True)) if new else {}
+        new = [index for index in indices if index[0] == "prior" and index[1] < VALIDATION_START]
+        generated = self.online_priors([self._of(index) for index in new]) if new else []
+        latent_stats = dict(zip(new, generated, strict=True))
         return [
-            self._generated(item, latent_stats) if stream == "prior" else self[stream, item]
-            for stream, item in indices
+            self._generated(index, latent_stats[index]) if index in latent_stats else self[index]
+            for index in indices
         ]
 
-    def _generated(self, item: int, latent_stats: Mapping[int, Tensor]) -> Item:
-        if item not in latent_stats:
-            return self["prior", item]
-        prior = self.streams["prior"]
+    def _of(self, index: Index) -> tuple[ItemStream, int]:
+        """The stream of an item, and its number there."""
+        name, item, *place = index
+        stream = self.streams[name]
+        return stream.at(*place) if place else (stream, item)
+
+    def _generated(self, index: Index, latent_stats: Tensor) -> Item:
+        stream, number = self._of(index)
         generated = {
-            "latent_stats": latent_stats[item],
-            "sizes": torch.tensor([prior.size, prior.size, 0, 0, prior.size, prior.size]),
-            **self._mask(None),
+            "latent_stats": latent_stats,
+            "sizes": torch.tensor([*stream.shape, 0, 0, *stream.shape]),
+            **self._mask(None, stream.shape),
         }
-        return {**generated, **prior.captions(item), "stream": "prior", "item": item}
+        return {**generated, **stream.captions(number), "stream": "prior", "item": index[1]}
 
     def __getitem__(self, index: Index) -> Item:
-        name, item = index
-        stream = self.streams[name]
-        view = stream.view(item)
+        name, item = index[:2]
+        stream, number = self._of(index)
+        view = stream.view(number)
         shown = (
             {"image": view.render()}
             if self.latent_stats is None
             else {"latent_stats": self.latent_stats[view.key]}
         )
         shown["sizes"] = view.sizes()
-        shown |= self._mask(view if name == "subject" else None)
-        return {**shown, **stream.captions(item), "stream": name, "item": item}
+        shown |= self._mask(view if name == "subject" else None, view.shape)
+        return {**shown, **stream.captions(number), "stream": name, "item": item}
 
-    def _mask(self, view: TrainingView | None) -> dict[str, Tensor]:
+    def _mask(self, view: TrainingView | None, shape: Shape) -> dict[str, Tensor]:
         """The mask of a view of the subject, or that of an item all of which is learnt."""
         if self.masks is None:
             return {}
-        return {
-            "mask": torch.ones_like(next(iter(self.masks.values()))) if view is None else self.masks[view]
-        }
+        return {"mask": self.whole[shape] if view is None else self.masks[view]}
+
+
+class BucketStream:
+    """The items of one name in several buckets: a stream for each, and one of its validation items.
+
+    training, validation: by bucket; None where a bucket has no validation items.
+    """
+
+    def __init__(self, training: Sequence[ItemStream], validation: Sequence[ItemStream | None]):
+        self.training = tuple(training)
+        self.validation = tuple(validation)
+
+    def at(self, place: Place) -> tuple[ItemStream, int]:
+        """The stream of an item, and its number there."""
+        streams = self.validation if place.number >= VALIDATION_START else self.training
+        return streams[place.bucket], place.number
+
+    def views(self) -> list[TrainingView]:
+        """All possible views."""
+        streams = (*self.training, *self.validation)
+        return list(dict.fromkeys(view for s in streams if s is not None for view in s.views()))
 
 
 class ItemBatches(Sampler[list[Index]]):
-    """Endless micro-batches of one rank, from `start_step` on; subject items come before prior items."""
+    """Endless micro-batches of one rank, from `start_step` on; subject items come before prior items.
+
+    buckets: optimizer step -> its bucket, and how many of the steps before it were of that; None: there is
+    one. All micro-batches and ranks of a step are of its bucket.
+    """
 
     def __init__(
         self,
@@ -242,15 +291,27 @@ class ItemBatches(Sampler[list[Index]]):
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
+        buckets: Callable[[int], tuple[int, int]] | None = None,
     ):
         self.sizes: dict[StreamName, int] = {"subject": batch_size, "prior": prior_batch_size}
         self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
         self.start_step = start_step
+        self.buckets = buckets
 
     def __iter__(self) -> Iterator[list[Index]]:
         for micro_step in count(self.start_step * self.accumulate):
             slot = micro_step * self.world_size + self.rank
-            yield [(stream, slot * size + i) for stream, size in self.sizes.items() for i in range(size)]
+            if self.buckets is None:
+                yield [(stream, slot * size + i) for stream, size in self.sizes.items() for i in range(size)]
+                continue
+            step, part = divmod(micro_step, self.accumulate)
+            bucket, done = self.buckets(step)
+            own = (done * self.accumulate + part) * self.world_size + self.rank  # slot among the bucket's
+            yield [
+                (stream, slot * size + i, Place(bucket, own * size + i))
+                for stream, size in self.sizes.items()
+                for i in range(size)
+            ]
 
 
 def read_source_images(

@@ -5,13 +5,14 @@ White (255) is the subject, black what is around it, grey both in part. `photo.m
 `conditioning_data_dir`); the alpha channel is kohya's `alpha_mask`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.data.buckets import Shape
 from ldm.data.images import SUFFIXES, alpha_channel, load_image, photo_of_mask, upright_size
 from ldm.data.items import SourceImage, TrainingView
 from ldm.errors import UserError
@@ -131,14 +132,21 @@ def latent_masks(
 
     files: as of `find_masks`. factor: pixels a side of a latent pixel, whose value is the mean of its area.
     """
+    return _averaged(views, files, lambda shape: (shape.height // factor, shape.width // factor))
+
+
+def _averaged(
+    views: Iterable[TrainingView],
+    files: Mapping[Path, Path],
+    cells: Callable[[Shape], tuple[int, int]],
+) -> dict[TrainingView, Tensor]:
+    """cells: shape of a view -> rows and columns of its mask, each of which is the mean of its area."""
     found, read = {}, {}
     for view in views:
         path = view.source.path
         if path not in read:
             read = {path: read_mask(files[path], path)}  # one at a time: photos are large
-        left, top, side = view.crop_box()
-        cells = view.size // factor
-        mask = area_average(read[path], (left, top, side, side), (cells, cells))
+        mask = area_average(read[path], view.crop_box(), cells(view.shape))
         mask = mask[:, ::-1] if view.flip else mask
         found[view] = torch.from_numpy(mask.astype(np.float32)).unsqueeze(0)
     return found
@@ -150,9 +158,8 @@ def check_masks(views: Sequence[TrainingView], files: Mapping[Path, Path]) -> No
     views: of `Stream.views`.
     """
     most: dict[Path, float] = {}
-    for view, mask in latent_masks(
-        [view for view in views if not view.flip], files, factor=views[0].size
-    ).items():
+    plain = [view for view in views if not view.flip]
+    for view, mask in _averaged(plain, files, lambda shape: (1, 1)).items():
         most[view.source.path] = max(most.get(view.source.path, 0.0), float(mask))
     for path in (path for path, mean in most.items() if mean == 0):
         remedy = "Crop the photo around its subject."

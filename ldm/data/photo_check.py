@@ -4,7 +4,7 @@ Nothing is refused here: a photo that cannot be read is refused where it is list
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms
 
+from ldm.data.buckets import Shape
 from ldm.data.captions import read_sidecar, sidecar_of
-from ldm.data.images import ORIENTATION, alpha_channel, formats, load_image, square_crop
+from ldm.data.images import ORIENTATION, alpha_channel, crop_to, formats, load_image
 from ldm.data.masks import masks_by_name, masks_of, read_mask
 from ldm.errors import UserError
 
@@ -29,6 +30,7 @@ TWINS = 48
 OFF_CENTER = 0.25  # of a side, between the middle of the subject and that of the photo
 CUT = 0.02  # share of the subject's area outside the crop that is worth a word
 OPAQUE = 128 / 255  # alpha, or value of a mask, from which a pixel is of the subject
+SQUARE = Shape.square(1)  # the crop without buckets, whatever its size
 
 
 class Trouble(NamedTuple):
@@ -45,14 +47,14 @@ class Subject(NamedTuple):
     """Where a photo's mask or alpha shows the subject."""
 
     box: tuple[int, int, int, int]  # left, top, right, bottom in pixels
-    cut_by_crop: float  # share of its area that the centred square leaves out
+    cut_by_crop: float  # share of its area that the centred crop leaves out
 
     @classmethod
-    def of(cls, opaque: np.ndarray) -> "Subject":
-        """opaque: [H, W] bool, with a pixel at least."""
+    def of(cls, opaque: np.ndarray, shape: Shape = SQUARE) -> "Subject":
+        """opaque: [H, W] bool, with a pixel at least. shape: of the crop."""
         rows, columns = (np.flatnonzero(opaque.any(axis)) for axis in (1, 0))
-        left, top, side = square_crop(opaque.shape[1], opaque.shape[0], crop="center")
-        kept = opaque[top : top + side, left : left + side].sum() / opaque.sum()
+        left, top, wide, high = crop_to(shape, opaque.shape[1], opaque.shape[0], crop="center")
+        kept = opaque[top : top + round(high), left : left + round(wide)].sum() / opaque.sum()
         return cls((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1), 1 - float(kept))
 
 
@@ -78,13 +80,16 @@ class PhotoFacts:
     mask_fault: str | None = None
 
     @classmethod
-    def of(cls, path: Path, masks: Sequence[Path] = ()) -> "PhotoFacts":
-        """Decodes a photo. masks: its mask files. Raises UserError if the photo cannot be decoded."""
+    def of(cls, path: Path, masks: Sequence[Path] = (), *, shape: Shape = SQUARE) -> "PhotoFacts":
+        """Decodes a photo. masks: its mask files. shape: that training crops it to.
+
+        Raises UserError if the photo cannot be decoded.
+        """
         image = load_image(path)
         with Image.open(path, formats=formats()) as file:
             turned = file.getexif().get(ORIENTATION, 1) != 1
             profile = _profile_name(file.info.get("icc_profile"))
-        subject, fault = _subject(path, masks)
+        subject, fault = _subject(path, masks, shape)
         return cls(
             path,
             image.height,
@@ -117,11 +122,19 @@ class PhotoFacts:
         return max(abs((left + right) / 2 / self.width - 0.5), abs((top + bottom) / 2 / self.height - 0.5))
 
 
-def photo_facts(paths: Sequence[Path], *, mask_root: str | Path | None = None) -> list[PhotoFacts]:
-    """Decodes the photos of a folder, and their masks, which are beside them or in the folder `mask_root`."""
+def photo_facts(
+    paths: Sequence[Path],
+    *,
+    mask_root: str | Path | None = None,
+    shape_of: Callable[[Path], Shape] = lambda path: SQUARE,
+) -> list[PhotoFacts]:
+    """Decodes the photos of a folder, and their masks, which are beside them or in the folder `mask_root`.
+
+    shape_of: -> what training crops a photo to.
+    """
     folder = paths[0].parent if mask_root is None else Path(mask_root)
     named = masks_by_name(folder, of_masks_alone=mask_root is not None)
-    return [PhotoFacts.of(path, masks_of(path, named)) for path in paths]
+    return [PhotoFacts.of(path, masks_of(path, named), shape=shape_of(path)) for path in paths]
 
 
 def sharpness(image: Image.Image) -> float:
@@ -174,7 +187,7 @@ def troubles(photos: Sequence[PhotoFacts], *, size: int, captions: bool | None =
         *named("blurred, which is learned", [p for p in photos if p.sharpness < LEAST_SHARP]),
         *[Trouble("nearly the same, so that they count twice", pair) for pair in twins],
         *named("the subject touches an edge, and may be cut there", [p for p in photos if p.edges]),
-        *named("the square crop cuts the subject; crop by hand", cut),
+        *named("the crop of training cuts the subject; crop by hand", cut),
         *named("the subject is far from the middle", [p for p in photos if p.off_center > OFF_CENTER]),
         *[Trouble(p.mask_fault, (p.path.name,)) for p in photos if p.mask_fault is not None],
         *named("without a caption, though others have one", without if written and not unread else []),
@@ -200,7 +213,7 @@ def _caption(path: Path) -> str | None:
         return None
 
 
-def _subject(path: Path, masks: Sequence[Path]) -> tuple[Subject | None, str | None]:
+def _subject(path: Path, masks: Sequence[Path], shape: Shape) -> tuple[Subject | None, str | None]:
     """Where the subject is, and why its mask is not read.
 
     None without a mask file and without transparency, or if all is of the subject, or nothing.
@@ -218,4 +231,4 @@ def _subject(path: Path, masks: Sequence[Path]) -> tuple[Subject | None, str | N
             return None, None
         values = np.asarray(alpha, dtype=np.float64) / 255
     inside = values >= OPAQUE
-    return (Subject.of(inside) if inside.any() and not inside.all() else None), None
+    return (Subject.of(inside, shape) if inside.any() and not inside.all() else None), None

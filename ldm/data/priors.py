@@ -1,9 +1,10 @@
 """Prior images: samples of the class from the base model, kept with their latents.
 
-The folder of a set is named by a hash of all that determines its images, so another prompt, base or sampler
-is another set. Image i is two files: NNNN.png, then NNNN.safetensors with the latents from the sampler, the
-seed and checksums. An image is complete if both are valid, so ranks write in parallel without communication,
-and a killed run continues where it stopped. manifest.json lists the images and is rebuilt from these files.
+The folder of a set is named by a hash of all that determines its images, so another prompt, base, sampler or
+shape is another set. Image i is two files: NNNN.png, then NNNN.safetensors with the latents from the sampler,
+the seed and checksums. An image is complete if both are valid, so ranks write in parallel without
+communication, and a killed run continues where it stopped. manifest.json lists the images and is rebuilt from
+these files.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from ldm.data.buckets import Shape
 from ldm.data.latents import load_latents, require_finite, save_latents
 from ldm.errors import UserError
 from ldm.files import atomic_write, file_sha256, make_folder, parse_json
@@ -27,7 +29,8 @@ from ldm.files import atomic_write, file_sha256, make_folder, parse_json
 GenerateImages = Callable[[list[int]], Sequence[tuple[Image.Image, Tensor]]]
 
 
-LEFT_OUT = {"precision": "fp32", "spacing": None, "clip_skip": 1}  # of a name, so that older sets keep theirs
+# Of a name, so that older sets keep theirs:
+LEFT_OUT = {"precision": "fp32", "spacing": None, "clip_skip": 1, "width": None}
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,17 @@ class PriorSpec:
     steps: int
     guidance_scale: float
     negative_prompt: str | None  # None: zeros, of SDXL
-    size: int  # pixels a side
+    size: int  # pixels: the height, and without `width` the width too
     seed: int
     eta: float = 0.0
     precision: str = "fp32"  # of the networks: see `ldm.precision`
     spacing: str | None = None  # of the steps; None: as suits the sampler
     clip_skip: int = 1  # of the text encoder
+    width: int | None = None  # pixels; None: a square
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.size, self.width or self.size)
 
     @property
     def hash(self) -> str:
@@ -80,7 +88,8 @@ class PriorSet:
     def __init__(self, root: str | Path, spec: PriorSpec):
         slug = re.sub(r"[^a-z0-9]+", "-", spec.prompt.lower())[:40].strip("-") or "prior"
         self.spec = spec
-        self.folder = Path(root) / f"{slug}-{spec.hash}"
+        shape = "" if spec.width is None else f"{spec.shape.height}x{spec.shape.width}-"
+        self.folder = Path(root) / f"{slug}-{shape}{spec.hash}"
 
     def images(self, count: int) -> dict[int, PriorImage]:
         """The complete images among the first `count`, by number; all checksums are verified."""

@@ -37,16 +37,24 @@ class StreamPart(NamedTuple):
     generated: bool = False
     of_class: Callable[[str], str] | None = None
 
+    @property
+    def trained(self) -> tuple[SourceImage, ...]:
+        """Its images without those that only validate."""
+        held_out = {photo.path for photo in self.held_out}
+        return tuple(image for image in self.images if image.path not in held_out)
+
+    @property
+    def validated(self) -> tuple[SourceImage, ...]:
+        """The images of its validation items."""
+        return tuple(self.held_out) or self.trained
+
 
 def cycle(weights: Sequence[Fraction]) -> list[int]:
     """The fewest items of each concept whose numbers have the ratio of the weights: 0.5, 1 -> 1, 2.
 
     Raises UserError for weights without a short cycle.
     """
-    scale = reduce(lcm, (weight.denominator for weight in weights))
-    counts = [int(weight * scale) for weight in weights]
-    shared = reduce(gcd, counts)
-    counts = [count // shared for count in counts]
+    counts = _whole(weights)
     if sum(counts) > LONGEST_CYCLE:
         said = ", ".join(str(float(weight)) for weight in weights)
         what = f"The weights {said} come out even only after {sum(counts)} items"
@@ -54,14 +62,34 @@ def cycle(weights: Sequence[Fraction]) -> list[int]:
     return counts
 
 
+def about_cycle(weights: Sequence[Fraction]) -> list[int]:
+    """`cycle`, or where it is long its rounded shares of LONGEST_CYCLE items, each of at least one.
+
+    For weights that numbers of photos make, which nobody can choose; a stream of weight 0 has no item.
+    """
+    counts = _whole(weights)
+    total = sum(counts)
+    if total <= LONGEST_CYCLE:
+        return counts
+    return [count and max(1, round(count * LONGEST_CYCLE / total)) for count in counts]
+
+
+def _whole(weights: Sequence[Fraction]) -> list[int]:
+    """The least whole numbers in the ratio of the weights."""
+    scale = reduce(lcm, (weight.denominator for weight in weights))
+    counts = [int(weight * scale) for weight in weights]
+    shared = reduce(gcd, counts)
+    return [count // shared for count in counts]
+
+
 class Turns:
     """Which of several streams each item is of, and its number there: a function of (seed, item).
 
-    In each cycle (`cycle`) every stream has as many items as its weight says, in a random order.
+    counts: items of each stream in a cycle, where they have a random order.
     """
 
-    def __init__(self, weights: Sequence[Fraction], *, seed: int, purpose: str):
-        self.counts = cycle(weights)
+    def __init__(self, counts: Sequence[int], *, seed: int, purpose: str):
+        self.counts = list(counts)
         self.whose = torch.repeat_interleave(torch.tensor(self.counts))  # stream of each place of a cycle
         self.seed = seed
         self.purpose = purpose
@@ -80,14 +108,23 @@ class Turns:
 class MixedStream:
     """The items of several concepts' streams as one stream, by turns.
 
-    empty_share: share of all items whose caption is empty, spread evenly (see `Stream.caption`).
+    empty_share: share of all items whose caption is empty, spread evenly (see `Stream.caption`). label: tells
+    the turns of several buckets apart.
     """
 
-    def __init__(self, streams: Sequence[Stream], weights: Sequence[Fraction], *, empty_share: float = 0.0):
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        weights: Sequence[Fraction],
+        *,
+        empty_share: float = 0.0,
+        label: str = "",
+    ):
         self.streams = tuple(streams)
-        self.size = streams[0].size
+        self.shape = streams[0].shape
         self.empty_share = empty_share
-        self.turns = Turns(weights, seed=streams[0].seed, purpose=f"{streams[0].name}/concept")
+        purpose = f"{streams[0].name}/concept{label}"
+        self.turns = Turns(about_cycle(weights), seed=streams[0].seed, purpose=purpose)
 
     def view(self, item: int) -> TrainingView:
         """The view of an item (see `Stream.view`)."""
@@ -107,18 +144,20 @@ class MixedStream:
 
 
 def stream_of(
-    name: StreamName, parts: Sequence[StreamPart], *, empty_share: float, **shown: Any
+    name: StreamName, parts: Sequence[StreamPart], *, empty_share: float, label: str = "", **shown: Any
 ) -> ItemStream:
-    """The stream of one part, or of several by turns; shown: how, the other fields of `Stream`."""
+    """The stream of one part, or of several by turns.
+
+    label: tells the draws of several buckets apart. shown: how, the other fields of `Stream`.
+    """
 
     def stream(part: StreamPart, **more: Any) -> Stream:
-        held_out = {photo.path for photo in part.held_out}
         own = shown | ({"crop_variants": None, "flip": False} if part.generated else {})
         own["of_class"] = part.of_class
-        images = tuple(image for image in part.images if image.path not in held_out)
-        return Stream(name, images, held_out=tuple(part.held_out), **own, **more)
+        return Stream(name, part.trained, held_out=tuple(part.held_out), **own, **more)
 
     if len(parts) == 1:
-        return stream(parts[0], empty_share=empty_share)
-    streams = [stream(part, label=f"/{part.name}") for part in parts]
-    return MixedStream(streams, [part.weight for part in parts], empty_share=empty_share)
+        return stream(parts[0], empty_share=empty_share, label=label)
+    streams = [stream(part, label=f"{label}/{part.name}") for part in parts]
+    weights = [part.weight for part in parts]
+    return MixedStream(streams, weights, empty_share=empty_share, label=label)

@@ -31,6 +31,7 @@ from ldm.evaluation.protocol import (
     Metrics,
     SubjectPrompts,
     settings_of,
+    sides_of,
 )
 from ldm.pipeline import Text2Image
 from ldm.precision import Precision
@@ -94,7 +95,7 @@ class PhotoEvaluation:
         seed: of the first sample.
         precision: of the networks while sampling; "auto" is bf16 on a CUDA device and fp32 elsewhere.
         batch_size: samples at a time, which decides none of them.
-        size: pixels a side; None is the model's own.
+        size: pixels a side, or [height, width]; None is the model's own square.
         dino, clip: folders of the networks in transformers' format, or names on the hub.
         diversity: measures DIV, which needs the extra `lpips`.
         device: of DINO, CLIP and LPIPS; None is the GPU where there is one.
@@ -120,7 +121,7 @@ class PhotoEvaluation:
         seed: Seed = 1000,
         batch_size: PositiveInt = 4,
         precision: Precision = "auto",
-        size: PositiveInt | None = None,
+        size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None,
         dino: str = DINO,
         clip: str = CLIP,
         diversity: bool = True,
@@ -138,8 +139,7 @@ class PhotoEvaluation:
             "guidance_scale": guidance_scale,
             "batch_size": batch_size,
             "precision": precision,
-            "height": size,
-            "width": size,
+            **sides_of(size),
         }
         self.guidance_base = guidance_base
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -41,6 +41,12 @@ def settings_of(evaluation: "Evaluation") -> dict[str, Any]:
     return {**evaluation.sampling, "guidance_base": evaluation.guidance_base, **counts}
 
 
+def sides_of(size: int | Sequence[int] | None) -> dict[str, int | None]:
+    """{"height", "width"} in pixels of a side, or of both; None is the model's own."""
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    return {"height": height, "width": width}
+
+
 class Evaluation(Protocol):
     """`subject`, `measure` of the base and the trained model, then `summary`; or `measure_images` alone.
 

@@ -19,7 +19,7 @@ from ldm.diffusion.samplers import SamplerName
 from ldm.errors import UserError
 from ldm.evaluation.metrics import bootstrap
 from ldm.evaluation.photos import without
-from ldm.evaluation.protocol import Better, GeneratedImage, Metrics, SubjectPrompts, settings_of
+from ldm.evaluation.protocol import Better, GeneratedImage, Metrics, SubjectPrompts, settings_of, sides_of
 from ldm.evaluation.vision_language import Rater, VisionLanguageModel, expected_rating
 from ldm.pipeline import Text2Image
 from ldm.precision import Precision
@@ -68,7 +68,7 @@ class VlmEvaluation:
         seed: of the first sample.
         precision: of the networks while sampling; "auto" is bf16 on a CUDA device and fp32 elsewhere.
         batch_size: samples, and questions, at a time, which decides none of them.
-        size: pixels a side; None is the model's own.
+        size: pixels a side, or [height, width]; None is the model's own square.
         device: of the judge; None is the GPU where there is one.
     """
 
@@ -88,7 +88,7 @@ class VlmEvaluation:
         seed: Seed = 1000,
         batch_size: PositiveInt = 4,
         precision: Precision = "auto",
-        size: PositiveInt | None = None,
+        size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None,
         device: str | None = None,
     ):
         read_prompts(prompts, identifier="sks", class_word="dog")  # reports a missing file at once
@@ -103,8 +103,7 @@ class VlmEvaluation:
             "guidance_scale": guidance_scale,
             "batch_size": batch_size,
             "precision": precision,
-            "height": size,
-            "width": size,
+            **sides_of(size),
         }
         self.rater: Rater = VisionLanguageModel(model, device=device)
 

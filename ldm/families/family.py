@@ -32,6 +32,7 @@ class Family:
     released: (width of the UNet's first level, of its context) of the released models. text_prefix: begins
     the names of text encoders in a single file. has_schedule: whether such a file holds the noise schedule.
     sizes: prediction type -> pixels a side that released models were trained at. guidance_scale: usual.
+    bucket_unit: pixels of which the sides of aspect-ratio buckets are multiples.
     """
 
     name: str
@@ -42,3 +43,4 @@ class Family:
     has_schedule: bool
     sizes: Mapping[str, int]
     guidance_scale: float
+    bucket_unit: int

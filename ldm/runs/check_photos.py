@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm.data.buckets import Shape
 from ldm.data.images import ImageFiles, list_images, to_image
 from ldm.data.items import SourceImage, Stream
 from ldm.data.photo_check import LEAST_SHARP, PhotoFacts, Trouble, photo_facts, troubles
@@ -57,7 +58,7 @@ def check_photos(options: Namespace) -> Path:
     stream = Stream(
         "subject",
         tuple(SourceImage(path, file_sha256(path), "") for path in paths),
-        size=options.size,
+        shape=Shape.square(options.size),
         seed=options.seed,
         crop_variants=options.crop_variants if options.crop == "random" else None,
         flip=False,

@@ -153,7 +153,8 @@ class DreamBoothRun:
         config = self.config.priors
         sets = prior_sets(self.module, self.data, config, base_sha256=self.base_hash)
         for priors in sets:
-            generate_priors(self.pipeline, priors, self.data.num_priors, batch_size=config.batch_size)
+            count = self.data.prior_counts[priors.spec.shape]
+            generate_priors(self.pipeline, priors, count, batch_size=config.batch_size)
         return sets
 
     def _evaluate_base(self) -> run.SampleGrid:
@@ -161,6 +162,7 @@ class DreamBoothRun:
         kept, settings = self.folder / "samples" / "before", asdict(self.samples)
         for other in ("prompts", "n", "every_steps", "preview_n", "batch_size"):
             del settings[other]
+        settings |= {side: settings[side] or self.data.size for side in ("height", "width")}
         with self.timer("samples_before"):
             rows = run.load_image_grid(kept, self.prompts, self.samples.n, settings)
             if rows is None:

@@ -7,6 +7,7 @@ from ldm.config import instantiate
 from ldm.engine import distributed
 from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.errors import UserError
+from ldm.runs.buckets import build_data
 from ldm.runs.run import base_files, load_base
 from ldm.runs.sampling import generate_priors, prior_sets, text2image
 from ldm.runs.validate import validate
@@ -14,14 +15,14 @@ from ldm.schema import RunConfig
 
 
 def generate_set(config: RunConfig) -> list[Path]:
-    """Generates the missing images -> the folders of the sets, one for each class."""
+    """Generates the missing images -> the folders of the sets, one for each class and bucket."""
     keep_freed_memory()
     trainer = distributed.join(config.trainer)
     validate(replace(config, trainer=trainer))
-    data = instantiate(config.data)
-    if not config.is_dreambooth or not data.generated_classes:
+    if not config.is_dreambooth or not instantiate(config.data).generated_classes:
         raise UserError("This config has no prior images to generate", where="data.params.num_priors")
     module = instantiate(config.model)
+    data = build_data(config, module)
     base_hash = load_base(
         module.networks, base_files(config), parameterization=module.process.parameterization
     )
@@ -32,7 +33,8 @@ def generate_set(config: RunConfig) -> list[Path]:
     pipeline = text2image(module, size=data.size)
     sets = prior_sets(module, data, sampling, base_sha256=base_hash)
     for priors in sets:
-        missing = generate_priors(pipeline, priors, data.num_priors, batch_size=sampling.batch_size)
+        count = data.prior_counts[priors.spec.shape]
+        missing = generate_priors(pipeline, priors, count, batch_size=sampling.batch_size)
         if distributed.rank() == 0:
-            print(f"{missing} generated, {data.num_priors - missing} were there")
+            print(f"{missing} generated, {count - missing} were there")
     return [priors.folder for priors in sets]

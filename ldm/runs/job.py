@@ -1,5 +1,6 @@
 """The job of a config: validation, training, and the paths of the results."""
 
+import logging
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.engine import distributed
 from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.runs import run
+from ldm.runs.buckets import bucket_lines
 from ldm.runs.callbacks import ThroughputLogger
 from ldm.runs.console import TrainingBar
 from ldm.runs.dreambooth import DreamBoothRun
@@ -24,6 +26,8 @@ from ldm.runs.recompute import with_checkpointing_chosen
 from ldm.runs.validate import validate
 from ldm.schema import RunConfig
 from ldm.training.latent_diffusion import LatentDiffusion
+
+log = logging.getLogger(__name__)
 
 
 def run_job(
@@ -74,6 +78,8 @@ def _train(
             module.add_learned_token()
             data.attach(encode=module.encode_images, vae_hash=base_hash)
     if isinstance(data, DreamBoothDataModule):
+        if distributed.rank() == 0 and (lines := bucket_lines(data)):
+            log.info(lines.rstrip())
         return DreamBoothRun(module, data, config, folder, base_hash=base_hash, watch=watch)()
     bars = [TrainingBar()] if config.trainer.enable_progress_bar else []
     run.fit(module, data, config, folder=folder, callbacks=[ThroughputLogger(), *bars])
@@ -82,7 +88,7 @@ def _train(
 
 def plan(config: RunConfig) -> str:
     """The resolved config, and for DreamBooth an estimate of memory and disk; refuses what a run refuses."""
-    validate(config, download=False)
+    data = validate(config, download=False)
     text = OmegaConf.to_yaml(config.source, resolve=True)
     if config.is_dreambooth:
         device = device_of(config.trainer)
@@ -92,6 +98,7 @@ def plan(config: RunConfig) -> str:
             text += (
                 f"use_checkpoint, by the free memory of {device}: {str(params['use_checkpoint']).lower()}\n"
             )
+        text += bucket_lines(data)
         caches = param_of(config.data, "cache_latents")
         text += "".join(
             f"to be downloaded for {hub}: {describe(hub.wanted())}\n"

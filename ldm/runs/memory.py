@@ -26,6 +26,7 @@ from ldm.optim.fused_backward import pending_gradient_bytes
 from ldm.optim.optimizer_nodes import averages_weights, steps_in_backward
 from ldm.optim.sizes import checkpoint_bytes, state_bytes
 from ldm.runs.before_after import evaluation_nodes
+from ldm.runs.buckets import build_data
 from ldm.schema import RunConfig
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.techniques import AUTOCAST, cast_by_autocast
@@ -50,19 +51,20 @@ class Need:
 
 def estimate(config: RunConfig) -> tuple[dict[str, Need], dict[str, int]]:
     """A config of DreamBooth -> (bytes of each part on the device, bytes of each kind of file)."""
-    data: DreamBoothDataModule = instantiate(config.data)
     trainer, module = config.trainer, module_on_meta(config)
+    data: DreamBoothDataModule = build_data(config, module)
     with FakeTensorMode():  # of the CPU, where autocast applies; the meta device knows none
         activations = _activations(module, data, precision=trainer.precision)
+    graphs = len(data.buckets_in_use.shapes) if module.cuda_graph else 1  # each keeps its memory
     needs, lean = {}, steps_in_backward(module.optimizer)
     holders = module.networks | ({} if module.lora is None else {"lora": module.lora})
     for name, network in holders.items():
         learning = _learning(network)
         needs[name] = Need(
             weights=_size(network.state_dict().values()),
-            gradients=0 if lean else _size(learning),
+            gradients=0 if lean else graphs * _size(learning),
             states=sum(state_bytes(p, module.optimizer) for p in learning),
-            activations=activations.get(name, 0),
+            activations=graphs * activations.get(name, 0),
         )
     if lean:  # those that wait, and the one that comes last
         learning = _learning(module)
@@ -156,7 +158,7 @@ def _activations(module: LatentDiffusion, data: DreamBoothDataModule, *, precisi
     """Bytes that a micro-batch's backward pass needs, the stage computed again included."""
     unet, text = module.networks["unet"], module.networks["text_encoder"]
     subject, priors = data.batch_size, data.prior_batch_size
-    side = data.size // module.networks["vae"].factor
+    height, width = (side // module.networks["vae"].factor for side in data.buckets_in_use.largest)
     mixed = torch.autocast("cpu", dtype=torch.bfloat16) if "mixed" in precision else nullcontext()
     found, lora_weights = {}, {}
     if module.lora is not None:
@@ -176,11 +178,11 @@ def _activations(module: LatentDiffusion, data: DreamBoothDataModule, *, precisi
         vector = None
         if unet.adm_in_channels is not None:
             vector = torch.zeros(len(rows), unet.adm_in_channels).requires_grad_(context.requires_grad)
-        x = torch.zeros(subject + priors, module.networks["vae"].embed_dim, side, side)
+        x = torch.zeros(subject + priors, module.networks["vae"].embed_dim, height, width)
         stages = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
         weights, dtype = _without_data(unet), unet.dtype
         told = Conditioning(context.index_select(0, torch.tensor(rows)), vector).to(dtype)
-        with _saving(unet, weights | lora_weights, {stage: side for stage in stages}) as saved:
+        with _saving(unet, weights | lora_weights, {stage: height for stage in stages}) as saved:
             functional_call(unet, weights, (x.to(dtype), timesteps, told))
         found["unet"] = sum(saved)
     return found

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.conditioner import clip_skip_of
+from ldm.data.buckets import Shape
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.priors import GenerateImages, PriorSet, PriorSpec
 from ldm.denoiser import Denoiser
@@ -48,7 +49,7 @@ def prior_set(
     prompt: str,
     config: PriorsConfig,
     *,
-    size: int,
+    shape: Shape,
     base_sha256: str,
     device: torch.device,
     unconditional: str | None = "",
@@ -67,10 +68,11 @@ def prior_set(
         steps=config.steps,
         guidance_scale=config.guidance_scale,
         negative_prompt=unconditional if config.negative_prompt is None else config.negative_prompt,
-        size=size,
+        size=shape.height,
         seed=config.seed,
         precision=resolve_precision(config.precision, device),
         clip_skip=clip_skip,
+        width=None if shape.is_square else shape.width,
     )
     return PriorSet(Path(config.folder), spec)
 
@@ -78,11 +80,15 @@ def prior_set(
 def prior_sets(
     module: LatentDiffusion, data: DreamBoothDataModule, config: PriorsConfig, *, base_sha256: str
 ) -> list[PriorSet]:
-    """The sets of a run, one for each class whose images the base generates."""
+    """The sets of a run, of each class whose images the base generates one for each bucket."""
     text = module.cond_stage_model
-    about = {"size": data.size, "base_sha256": base_sha256, "device": module.device}
+    about = {"base_sha256": base_sha256, "device": module.device}
     about |= {"unconditional": text.unconditional, "clip_skip": clip_skip_of(text)}
-    return [prior_set(known.prompt, config, **about) for known in data.generated_classes]
+    return [
+        prior_set(known.prompt, config, shape=shape, **about)
+        for known in data.generated_classes
+        for shape in data.buckets_in_use.shapes
+    ]
 
 
 def prior_generator(spec: PriorSpec, pipeline: Text2Image, *, batch_size: int) -> GenerateImages:
@@ -101,6 +107,8 @@ def prior_generator(spec: PriorSpec, pipeline: Text2Image, *, batch_size: int) -
                 batch_size=batch_size,
                 precision=spec.precision,
                 clip_skip=spec.clip_skip,
+                height=spec.shape.height,
+                width=spec.shape.width,
             )
         return [(sample.image, sample.latents) for sample in samples]
 
@@ -158,6 +166,8 @@ def generate_samples(
         negative_prompt=config.negative_prompt,
         batch_size=config.batch_size,
         precision=config.precision,
+        height=config.height,
+        width=config.width,
         progress=progress,
     )
     images = [sample.image for sample in samples]

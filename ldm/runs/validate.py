@@ -33,8 +33,10 @@ from ldm.families.sdxl.family import SDXL
 from ldm.files import require_space
 from ldm.optim.optimizer_nodes import averages_weights, optimizer_of
 from ldm.optim.schedules import Constant
+from ldm.pipeline import Text2Image
 from ldm.runs import run
 from ldm.runs.before_after import evaluation_nodes
+from ldm.runs.buckets import build_data, check_unit
 from ldm.runs.folder import check_name
 from ldm.runs.memory import checkpoint_bytes
 from ldm.runs.online_eval import check_online_eval
@@ -88,7 +90,6 @@ def validate(config: RunConfig, *, download: bool = True) -> pl.LightningDataMod
 
 def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) -> DreamBoothDataModule:
     """Refuses a DreamBooth run by its photos, prompts, base and evaluations -> its data."""
-    data: DreamBoothDataModule = instantiate(config.data)
     if not isinstance(module, LatentDiffusion) or isinstance(module, StorybookBase):
         remedy = "Set model.target=ldm.training.latent_diffusion.LatentDiffusion."
         raise UserError("This model does not learn from photos", where="model.target", remedy=remedy)
@@ -100,10 +101,13 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
         raise UserError(
             "Every learning rate is 0", where="model.params.trainable.learning_rate", remedy=remedy
         )
-    text2image(module, size=data.size).latent_shape()  # refuses a size that the networks cannot halve
-    if _family(module) is SDXL:
-        warn_of_small_side(data.size, where="data.params.size")
+    data = build_data(config, module)
+    pipeline = text2image(module, size=data.size)
+    pipeline.latent_shape()  # refuses a size that the networks cannot halve
+    check_unit(data, module.networks)
     data.check()
+    if _family(module) is SDXL:
+        warn_of_small_side(min(map(min, data.buckets_in_use.shapes)), where="data.params.size")
     check_prior_target(module, data)
     check_masks(module, data)
     _check_learned_token(module, data)
@@ -111,16 +115,19 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
     _look_at(data)
     nodes = evaluation_nodes(config)
     _check_sampling(config, nodes, module.process, concepts=data.concepts)
-    for node in nodes.values():
-        instantiate(node)  # reads its own networks and prompts
+    _check_drawn(pipeline, vars(config.samples), where="samples")
+    for key, node in nodes.items():
+        evaluation = instantiate(node)  # reads its own networks and prompts
+        _check_drawn(pipeline, getattr(evaluation, "sampling", {}), where=f"{key}.params")
     return data
 
 
 def _look_at(data: DreamBoothDataModule) -> None:
     """Says what to look at in the photos, a line for each kind; `data.check` says which are small."""
+    shape_of = data.buckets_in_use.shape_of
     for concept in data.concepts:
-        paths = [photo.path for photo in data.images.photos[concept.name]]
-        photos = photo_facts(paths, mask_root=data.mask_root)
+        shapes = {photo.path: shape_of(photo) for photo in data.images.photos[concept.name]}
+        photos = photo_facts(list(shapes), mask_root=data.mask_root, shape_of=shapes.__getitem__)
         for trouble in troubles(photos, size=0, captions=bool(data.images.options.captions)):
             log.warning("%s: %s", concept.root, trouble)
 
@@ -281,6 +288,14 @@ def _check_sampling(
     }
     for key, how in asked.items():
         _check_levels(process, key, **how)
+
+
+def _check_drawn(pipeline: Text2Image, sampling: Mapping[str, Any], *, where: str) -> None:
+    """Refuses a size of samples that the networks cannot halve."""
+    try:
+        pipeline.latent_shape(sampling.get("height"), sampling.get("width"))
+    except UserError as error:
+        raise UserError(error.what, where=where, remedy=error.remedy) from error
 
 
 def _check_levels(

@@ -23,8 +23,9 @@ class GraphedLoss:
 
     A step of SD 1.5 launches some 6000 kernels; a GPU runs them faster than a host can launch them. The
     kernels are those of the eager pass, so the values are too. The graphs keep the memory of activations and
-    gradients between the steps, and are captured anew for inputs of another shape, or weights at another
-    address. Gradients are not handed to autograd's hooks: one process, no fused backward pass.
+    gradients between the steps, those of each shape of the inputs their own, and are captured anew for other
+    inputs, or weights at another address. Gradients are not handed to autograd's hooks: one process, no fused
+    backward pass.
 
     function: keyword tensors -> losses [B]. It must not wait for the device, nor draw random numbers.
     learning: the parameters that get a gradient. fixed: all others that the function reads.
@@ -43,23 +44,27 @@ class GraphedLoss:
         self.learning = list(learning)
         self.fixed = list(fixed)
         self.recorded = recorded
-        self._passes: _Passes | None = None
-        self._key: tuple | None = None
+        self._passes: dict[tuple, _Passes] = {}  # by the inputs' shapes
+        self._kind: tuple | None = None
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         """-> losses [B], as of `function`; inputs need no gradient."""
-        key = (
-            tuple((name, x.shape, x.dtype) for name, x in sorted(inputs.items())),
+        named = sorted(inputs.items())
+        kind = (
+            tuple((name, x.dtype) for name, x in named),
             tuple(p.data_ptr() for p in (*self.learning, *self.fixed)),
         )
-        if key != self._key:
-            self._passes = None  # its memory first
-            self._passes = _Passes(self.function, self.learning, inputs, self.recorded)
-            self._key = key
-        self._passes.fill(inputs)
-        self._passes.run_forward()
+        if kind != self._kind:
+            self._passes.clear()  # their memory first
+            self._kind = kind
+        shapes = tuple(x.shape for _, x in named)
+        if shapes not in self._passes:
+            self._passes[shapes] = _Passes(self.function, self.learning, inputs, self.recorded)
+        passes = self._passes[shapes]
+        passes.fill(inputs)
+        passes.run_forward()
         anchor = torch.ones((), requires_grad=True)
-        return _Replay.apply(anchor, self._passes)
+        return _Replay.apply(anchor, passes)
 
 
 def uses_cuda_graph(module: pl.LightningModule, trainer: pl.Trainer | None) -> bool:
@@ -72,6 +77,9 @@ def uses_cuda_graph(module: pl.LightningModule, trainer: pl.Trainer | None) -> b
     if module.cuda_graph is not None:
         return module.cuda_graph
     processes = 1 if trainer is None else trainer.world_size
+    buckets = getattr(getattr(trainer, "datamodule", None), "buckets_in_use", None)
+    if buckets is not None and len(buckets.shapes) > 1:  # each would keep the memory of its own graphs
+        return False
     return module.device.type == "cuda" and processes == 1 and not steps_in_backward(module.optimizer)
 
 

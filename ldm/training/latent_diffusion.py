@@ -42,9 +42,11 @@ class LatentDiffusion(LearningNetworks):
             of a schedule (docs/optimizers.md). `FusedBackward` has one step each weight as soon as its
             gradient is there, which is then freed.
         lr_schedule: a name, or a node of one, with a warm-up (`Constant`); all but "constant" end at 0.
-        compile: mode in which torch.compile translates the UNet's training graph, at the first step.
+        compile: mode in which torch.compile translates the UNet's training graph, at the first step, and at
+            the first of each bucket.
         cuda_graph: a step's forward and backward pass are launched as CUDA graphs (`GraphedStep`). None: on a
-            GPU, where one process trains without a fused backward pass.
+            GPU, where one process trains without a fused backward pass, and photos in one bucket; those of
+            each bucket keep their own memory.
         seed: of the run; all draws follow from it and the item's number.
     """
 

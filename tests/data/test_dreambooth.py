@@ -332,7 +332,7 @@ def test_missing_priors_stop_the_run(folders, drawn):
 
 @pytest.mark.parametrize("other", [{"size": 2 * SIZE}, {"prior_prompt": "a painting of a {class_word}"}])
 def test_priors_of_another_prompt_or_size_are_never_used(folders, drawn, other):
-    with pytest.raises(ValueError, match="were generated for 'a photo of a dog' at 8 pixels"):
+    with pytest.raises(ValueError, match="were generated for 'a photo of a dog' at 8 x 8 pixels"):
         ready(drawn, **folders | {"prior_root": None, "num_priors": 6, **other})
 
 

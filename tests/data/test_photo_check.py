@@ -100,7 +100,7 @@ def test_the_storybook_has_no_trouble(folder):
         (0, 20, 24, 44): f"{EDGE}\nthe subject is far from the middle: a.png",
         (36, 16, 60, 64): EDGE,
         (36, 0, 60, 48): EDGE,
-        (10, 20, 80, 44): "the square crop cuts the subject; crop by hand: a.png",
+        (10, 20, 80, 44): "the crop of training cuts the subject; crop by hand: a.png",
         (66, 2, 78, 14): "the subject is far from the middle: a.png",
     }.items(),
 )  # fmt: skip

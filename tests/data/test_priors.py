@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.data.buckets import Shape
 from ldm.data.priors import PriorSet, PriorSpec
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import SPACINGS
@@ -100,6 +101,7 @@ CHANGES = {
     "precision": "bf16",
     "spacing": "karras",
     "clip_skip": 2,
+    "width": 16,
 }
 
 
@@ -135,7 +137,9 @@ def test_a_manifest_that_says_less_is_of_the_same_set(tmp_path):
 def test_the_usual_spacing_is_the_set_that_says_none(tmp_path, sampler):
     def spec(spacing: str | None) -> PriorSpec:
         config = PriorsConfig(folder=str(tmp_path), sampler=sampler, spacing=spacing)
-        return prior_set("a dog", config, size=8, base_sha256="ab", device=torch.device("cpu")).spec
+        return prior_set(
+            "a dog", config, shape=Shape.square(8), base_sha256="ab", device=torch.device("cpu")
+        ).spec
 
     usual = usual_spacing(sampler)
     names = {spacing: spec(spacing).hash for spacing in (None, *SPACINGS)}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.data.buckets import Shape
 from ldm.data.captions import Captions
 from ldm.data.items import TrainingView, read_source_images
 
@@ -19,11 +20,11 @@ def wide(tmp_path: Path) -> TrainingView:
     ramp = np.broadcast_to(np.arange(96, dtype=np.uint8)[None, :, None] * 2, (64, 96, 3))
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "a.png")
     (photo,) = read_source_images(tmp_path, captions=lambda path: Captions(("",)))
-    return TrainingView(photo, SIZE, None, False, seed=1)
+    return TrainingView(photo, Shape.square(SIZE), None, False, seed=1)
 
 
 def view(of: TrainingView, crop_index: int | None, flip: bool) -> TrainingView:
-    return TrainingView(of.source, of.size, crop_index, flip, of.seed)
+    return TrainingView(of.source, of.shape, crop_index, flip, of.seed)
 
 
 def test_a_centre_crop(wide):
@@ -42,6 +43,23 @@ def test_the_crop_is_where_the_pixels_are_from(wide, crop_index, flip):
     columns = columns[::-1] if flip else columns
     shown = (own.render()[0, 8].numpy() + 1) * 127.5
     assert np.abs(shown[2:-2] - columns[left : left + SIZE][2:-2]).max() < 5  # of 8 a column
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("crop_index", [None, *range(4)])
+@pytest.mark.parametrize("shape", [Shape(16, 20), Shape(16, 32), Shape(20, 12)])
+def test_the_crop_of_a_bucket_is_where_the_pixels_are_from(wide, shape, crop_index, flip):
+    """Of 96 x 64 pixels; scaled to cover, a column of the target is `scale` columns of the photo."""
+    own = TrainingView(wide.source, shape, crop_index, flip, wide.seed)
+    height, width, top, left, *target = own.sizes().tolist()
+    assert (height, width, *target) == (64, 96, *shape)
+    scale = min(64 / shape.height, 96 / shape.width)
+    assert 0 <= top <= 64 / scale - shape.height + 0.5 and 0 <= left <= 96 / scale - shape.width + 0.5
+    columns = 2 * ((np.arange(shape.width) + left + 0.5) * scale - 0.5)  # brightness, from the left
+    if flip:
+        columns = 2 * (96 - (np.arange(shape.width) + left + 0.5) * scale - 0.5)
+    shown = (own.render()[0, 8].numpy() + 1) * 127.5
+    assert np.abs(shown[2:-2] - columns[2:-2]).max() < scale + 2  # half a column of 2 a pixel
 
 
 def test_crops_differ_and_are_drawn_once(wide):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ldm.config import instantiate
+from ldm.data.buckets import Buckets
 from ldm.data.concepts import ConceptConfig
 from ldm.engine import resume
 from ldm.errors import UserError
@@ -31,6 +32,7 @@ LORA = {"trainable": {"lora": {"target": "ldm.models.lora.LoRA", "params": {"ran
 EVERY_STEP, AVERAGED = {"checkpoint_every": 1}, {"ema_decay": 0.9, "checkpoint_every": 1}
 HALF = AVERAGED | {"trainer": {"precision": "bf16-true"}}
 DECODED = {"cache_latents": False, "num_workers": 2, "crop": "random"}  # by processes, at every step
+BUCKETS = {"buckets": Buckets(unit=4), "crop": "random"}
 CASES = {  # what is trained and how, and the micro-batches in which it is killed
     "all-learn-with-averages": (EVERYTHING, AVERAGED, {}, range(8)),
     "frozen-text-encoder": (FROZEN_TEXT, {"checkpoint_every": 2}, {}, [2, 5, 7]),
@@ -38,6 +40,7 @@ CASES = {  # what is trained and how, and the micro-batches in which it is kille
     "a-lora-and-its-teacher": (TAUGHT | LORA, EVERY_STEP, HELD, [3, 6]),
     "a-new-word-and-text-for-two-steps": (WORD_AND_TEXT, AVERAGED, {}, [3, 5]),
     "masks-and-the-teacher-outside": (MASKED, EVERY_STEP, {"masks": True}, [3, 6]),
+    "masked-photos-in-buckets": (MASKED, EVERY_STEP, {"masks": True, **BUCKETS}, [3]),
     "bfloat16-weights-pulled-and-taught": (EVERYTHING | PULLED_AND_TAUGHT, HALF, HELD, [3]),
     "a-new-word-alone-of-photos-decoded-by-processes": (WORD_ALONE, EVERY_STEP, DECODED, [4]),
 }

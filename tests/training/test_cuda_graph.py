@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ldm.cuda_graph import capture
 from ldm.training import cuda_graph
-from ldm.training.cuda_graph import GraphedLoss
+from ldm.training.cuda_graph import GraphedLoss, uses_cuda_graph
 from ldm.training.latent_diffusion import LatentDiffusion
 from tests.factories import TAUGHT, build_module
 
@@ -46,6 +47,13 @@ def batch_of(first: int, items: int = 3) -> dict:
         "item": torch.arange(first, first + items),
         "mask": torch.rand(items, 1, 8, 8, generator=generator),
     }
+
+
+def of_shape(batch: dict, height: int, width: int) -> dict:
+    """The batch with latents of another shape."""
+    stats = torch.nn.functional.interpolate(batch["latent_stats"], (height, width))
+    mask = torch.nn.functional.interpolate(batch["mask"], (height, width))
+    return batch | {"latent_stats": stats, "mask": mask}
 
 
 def module_of(config: dict, networks: dict, device: str, *, graphed: bool, **params) -> LatentDiffusion:
@@ -93,6 +101,41 @@ def test_losses_and_gradients_are_the_plain_ones(
             for module in (plain, graphed):
                 for p in module.parameters():
                     p.mul_(0.999) if p.requires_grad else None
+
+
+def test_steps_of_several_shapes_are_captured_once_each(
+    tiny_config: dict, tiny_networks: dict, monkeypatch: pytest.MonkeyPatch
+):
+    """As the buckets of a run come, in any order: losses and gradients stay the plain ones."""
+    captured = []
+
+    def counted(work: Callable[[], None], pool: None) -> tuple[Callable[[], None], None]:
+        captured.append(work)
+        return again(work, pool)
+
+    monkeypatch.setattr(cuda_graph, "GraphedLoss", partial(GraphedLoss, recorded=counted))
+    plain = module_of(tiny_config, tiny_networks, "cpu", graphed=False)
+    graphed = module_of(tiny_config, tiny_networks, "cpu", graphed=True)
+    for step, (height, width) in enumerate([(8, 8), (6, 10), (8, 8), (10, 6), (6, 10)]):
+        batches = [of_shape(batch_of(20 * step + k), height, width) for k in (0, 10)]
+        for a, b in zip(gradients(graphed, batches), gradients(plain, batches), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert len(captured) == 3 * 2  # forward and backward pass
+
+
+@pytest.mark.parametrize("shapes, graphed", [([(8, 8)], True), ([(6, 10), (10, 6)], False)])
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_without_being_asked_several_buckets_have_no_graphs(
+    tiny_config: dict, shapes: list, graphed: bool, asked: bool | None
+):
+    """Each would keep the memory of its own."""
+    with torch.device("meta"):
+        module = build_module(tiny_config, cuda_graph=asked)
+    module.__class__ = type("OnGPU", (module.__class__,), {"device": torch.device("cuda")})
+    data = SimpleNamespace(buckets_in_use=SimpleNamespace(shapes=shapes))
+    found = uses_cuda_graph(module, SimpleNamespace(world_size=1, datamodule=data))
+    assert found == (graphed if asked is None else asked)
+    assert uses_cuda_graph(module, SimpleNamespace(world_size=1, datamodule=None)) == (asked is not False)
 
 
 def test_values_of_a_step_outlive_the_next(

@@ -33,6 +33,7 @@ SD1 = Family(
     has_schedule=True,
     sizes={"eps": 512, "v": 512, "x0": 512},
     guidance_scale=7.5,
+    bucket_unit=64,
 )
 SD2 = Family(
     name="Stable Diffusion 2.x",
@@ -47,4 +48,5 @@ SD2 = Family(
     has_schedule=True,
     sizes={"eps": 512, "v": 768, "x0": 512},
     guidance_scale=7.5,
+    bucket_unit=64,
 )

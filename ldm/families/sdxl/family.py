@@ -35,6 +35,7 @@ SDXL = Family(
     has_schedule=False,
     sizes={"eps": 1024, "v": 1024, "x0": 1024},
     guidance_scale=5.0,
+    bucket_unit=64,  # of the training; the networks take 32
 )
 
 

@@ -1,0 +1,136 @@
+"""Aspect-ratio buckets in a whole run: prior images, training, samples, the plan, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import nn
+
+from ldm.data.buckets import Buckets, Shape
+from ldm.errors import UserError
+from ldm.families.family import Family
+from ldm.families.known import FAMILIES
+from ldm.runs.buckets import bucket_unit
+from ldm.runs.generate_set import generate_set
+from ldm.runs.job import plan, run_job
+from ldm.runs.memory import estimate
+from ldm.runs.options import parse
+from tests.factories import run_config
+from tests.short_runs import Job, differences
+
+
+@pytest.fixture
+def words(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folder: Path) -> list[str]:
+    config = run_config(
+        tiny_config,
+        base=tiny_model_file,
+        subject=subject_folder,
+        name="one",
+        data={"params": {"buckets": {}, "num_priors": 5, "validation_batches": 1}},
+        trainer={"max_steps": 4, "val_check_interval": 2},
+        samples={"n": 1, "height": 12, "width": 24},
+    )
+    OmegaConf.save(OmegaConf.create(config), workdir / "tiny.yaml")
+    return ["--base", "tiny.yaml"]
+
+
+def test_a_run_draws_its_prior_images_at_the_shapes_of_its_photos(words: list[str], workdir: Path, capsys):
+    config = parse(words)
+    text = plan(config)
+    assert "  12 x 20 pixels: 2 photos, 3 prior images of each class\n" in text
+    assert "  16 x 16 pixels: 1 photo, 1 prior images of each class\n" in text
+    folders = generate_set(config)
+    assert capsys.readouterr().out.split("\n")[:3] == [f"{n} generated, 0 were there" for n in (3, 1, 1)]
+    found = {}
+    for folder in folders:
+        sizes = {Image.open(path).size for path in folder.glob("*.png")}
+        assert len(sizes) == 1
+        width, height = sizes.pop()
+        found[Shape(height, width)] = len(list(folder.glob("*.png")))
+        assert (f"-{height}x{width}-" in folder.name) == (height != width)
+    assert found == {Shape(12, 20): 3, Shape(16, 16): 1, Shape(20, 12): 1}
+    kept = {path: path.stat().st_mtime_ns for path in workdir.glob("priors/*/*.png")}
+    half = next(path for path in kept if "12x20" in path.parent.name)
+    half.unlink()  # as a killed process leaves it
+    run_job(config)
+    now = {path: path.stat().st_mtime_ns for path in workdir.glob("priors/*/*.png")}
+    assert now.keys() == kept.keys()
+    assert {path for path in kept if now[path] != kept[path]} == {half}
+    assert json.loads(Path("logs/one/metrics.json").read_text())["prior_images"] == 5
+    assert {Image.open(path).size for path in Path("logs/one/samples").glob("0*.png")} == {(24, 12)}
+
+
+def test_square_photos_train_to_the_bit_as_without_buckets(job: Job, tmp_path: Path):
+    squares = tmp_path / "squares"
+    squares.mkdir()
+    for k, side in enumerate((24, 32, 40)):
+        Image.effect_noise((side, side), 60).convert("RGB").save(squares / f"{k}.png")
+    job = replace(job, subject=squares, data={"crop": "random"})
+    plain = job(tmp_path / "plain")
+    bucketed = replace(job, data={"crop": "random", "buckets": Buckets(unit=4)})(tmp_path / "bucketed")
+    assert differences(plain.state_dict(), bucketed.state_dict()) == []
+
+
+# --- the forecast ------------------------------------------------------------------------------------------
+
+
+def activations(words: list[str], *more: str) -> int:
+    return sum(need.activations for need in estimate(parse([*words, *more]))[0].values())
+
+
+def test_the_forecast_is_of_the_largest_bucket(words: list[str], subject_folder: Path):
+    largest = activations(words)  # a square one is among them
+    assert largest == activations(words, "data.params.buckets=null")
+    (subject_folder / "2.png").unlink()
+    smaller = activations(words)
+    assert 0.9 * largest < smaller < largest  # 12 x 20 pixels of 16 x 16
+    graphed = activations(words, "model.params.cuda_graph=true")
+    assert graphed == 2 * smaller  # graphs of both shapes keep theirs
+
+
+# --- the unit ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_released_families_say_their_unit(family: Family):
+    """By the widths of the UNet, whatever else it is."""
+    width, context = family.released
+    tensors = {
+        "input_blocks.0.0.weight": torch.empty(width, 4, 3, 3, device="meta"),
+        "middle_block.1.transformer_blocks.0.attn2.to_k.weight": torch.empty(width, context, device="meta"),
+    }
+    assert bucket_unit({"unet": SimpleNamespace(state_dict=lambda: tensors)}) == family.bucket_unit == 64
+
+
+def test_other_networks_take_what_they_halve(tiny_networks: dict[str, nn.Module]):
+    assert bucket_unit(tiny_networks) == 4
+
+
+REFUSED = {
+    "unit": (
+        "data.params.buckets.unit=6",
+        "A unit of 6 pixels is no multiple of the 4 that the networks take",
+    ),
+    "negative": (
+        "data.params.buckets.unit=0",
+        r"0 \(int\) should be int \(at least 1\) or None \(data.params.buckets.unit",
+    ),
+    "misspelt": ("data.params.buckets.units=4", "data.params.buckets.units.*unit"),
+    "samples": ("samples.height=13", r"height 13 is not a multiple of 4 pixels \(samples\)"),
+    "priors": ("data.params.num_priors=1", "1 prior images are fewer than the 3 buckets"),
+    "shape": ("data.params.buckets.min_side=40", "min_side 40 leaves the square of 16 pixels out"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_before_any_work(words: list[str], case: str):
+    word, message = REFUSED[case]
+    more = ["data.params.size=24"] if case == "unit" else []
+    with pytest.raises(UserError, match=message):
+        run_job(parse([*words, word, *more]))
+    assert not Path("logs").exists() and not Path("priors").exists()
