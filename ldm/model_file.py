@@ -9,6 +9,7 @@ import torch
 
 from ldm.checkpoints.embedding import Embeddings, embeddings_beside, read_embedding
 from ldm.checkpoints.hub import local_path
+from ldm.checkpoints.infer_config import SCHEDULE
 from ldm.checkpoints.layout import PREFIXES
 from ldm.checkpoints.load import Model, check_fit, file_hash, init_on_meta, load_state_dicts, open_model
 from ldm.checkpoints.lora import merge_lora, read_lora
@@ -21,8 +22,6 @@ from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
 from ldm.families.sdxl.family import SDXL
 from ldm.models.lora import LoRA
-
-SCHEDULE = ("beta_schedule", "linear_start", "linear_end", "timesteps", "zero_terminal_snr")
 
 
 class ModelFile:

@@ -27,7 +27,7 @@ MAY_IMPORT = {  # room -> rooms or modules of ldm, besides the leaves
     "diffusion": set(),
     "models": set(),
     "families": {"config", "models"},
-    "checkpoints": {"config", "families"},
+    "checkpoints": {"config", "diffusion", "families", "models"},
     "config": {"targets"},
     "data": set(),
     "storybook": {"data"},

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.checkpoints.ema import EMA_PREFIX, dotted
 from ldm.checkpoints.lora_names import any_adapter
+from ldm.diffusion.schedule import TERMINAL
 from ldm.errors import UserError
 from ldm.families.known import family_of
 from ldm.families.sd.family import SD2
@@ -151,8 +152,8 @@ def join(
         for name, tensor in inner.items()
     }
     if not family.has_schedule:
-        ends_in_noise = alphas_cumprod is not None and not alphas_cumprod[-1].any()
-        joined |= sdxl.marks(v_prediction=v_prediction, zero_terminal_snr=ends_in_noise)
+        zero_terminal_snr = alphas_cumprod is not None and bool(alphas_cumprod[-1] <= TERMINAL)
+        joined |= sdxl.marks(v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
         alphas_cumprod = None
     positions = state_dicts.get("text_encoder", {}).get(POSITION_EMBEDDING)  # [M, D]
     if positions is not None:

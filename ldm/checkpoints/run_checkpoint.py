@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import torch
 from torch import Tensor
 
 from ldm.checkpoints.embedding import Embeddings
@@ -18,6 +17,7 @@ from ldm.checkpoints.products import NAMES, is_product
 from ldm.config import load_config, to_container
 from ldm.errors import UserError
 from ldm.families.sdxl.family import ENCODERS
+from ldm.models.lora_layer import joined_factors
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def _of_sdxl(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _joined(own: Mapping[str, Tensor], layer: str, *, where: object) -> dict[str, Tensor]:
-    """Down and up of twice the rank: the factors as they are, and as they began, which are taken off."""
+    """Down and up of an `OrthogonalLoRALayer`, of twice its rank. Raises UserError for tensors of no such."""
     absent = [name for name in KINDS if name not in own]
     if absent:
         raise UserError(f"`{layer}` has no {absent[0]}", where=where)
@@ -82,10 +82,7 @@ def _joined(own: Mapping[str, Tensor], layer: str, *, where: object) -> dict[str
         shape = own[one].shape
         if shape != own[other].shape or len(shape) not in (2, 4) or shape[one == "up"] != rank:
             raise UserError(f"`{other}` of `{layer}` does not fit `{one}`", where=where)
-    kernel = [1] * (own["up"].ndim - 2)
-    scale, start = (own[name].view(1, -1, *kernel) for name in ("scale", "start_scale"))
-    up = torch.cat([own["up"] * scale, -own["start_up"] * start], dim=1)
-    return {"down": torch.cat([own["down"], own["start_down"]]), "up": up}
+    return dict(zip(("down", "up"), joined_factors(own), strict=True))
 
 
 def _place(name: str, *, where: object) -> tuple[str, str, str]:

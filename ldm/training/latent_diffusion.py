@@ -179,7 +179,7 @@ class LatentDiffusion(LearningNetworks):
             return None
         rows = batch["reference_rows"].to(self.device, non_blocking=True)
         told = batch.get("reference_told") or self._reference.condition_of(batch)
-        kept = self._reference.predict_told(x_t[rows], t[rows], told)
+        kept = self._reference.predict(x_t[rows], t[rows], told)
         compared, share = batch.get("compared"), batch.get("noise_share")
         if compared is not None:
             compared = compared.to(self.device, non_blocking=True)

@@ -89,13 +89,8 @@ class Reference:
         self.conditioner.forget()
 
     @torch.no_grad()
-    def predict(self, x: Tensor, t: Tensor, prompts: Sequence[str], sizes: Tensor | None = None) -> Tensor:
-        """The base's prediction. x: [B, C, h, w], t: [B], B prompts, sizes: [B, 6] -> [B, C, h, w]."""
-        return self.predict_told(x, t, self.condition(prompts, sizes))
-
-    @torch.no_grad()
     def condition(self, prompts: Sequence[str], sizes: Tensor | None = None) -> Conditioning:
-        """The base's conditioning of B items by their prompts."""
+        """The base's conditioning of B items by their prompts; sizes: [B, 6], as in `Conditioner`."""
         return self.conditioner(prompts, sizes, frozen=True)
 
     def condition_of(self, batch: dict) -> Conditioning:
@@ -110,8 +105,8 @@ class Reference:
         return self.condition([captions[k] for k in batch["reference_items"]], sizes)
 
     @torch.no_grad()
-    def predict_told(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """As `predict`, of items that `condition` was told of."""
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The base's prediction. x: [B, C, h, w], t: [B], `condition` of B items -> [B, C, h, w]."""
         with lora_off(*self.loras):
             return self.unet.predict(x, t, conditioning)
 

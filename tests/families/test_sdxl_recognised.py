@@ -10,6 +10,8 @@ from torch import Tensor
 from ldm.checkpoints.diffusers_config import distilled_scheduler
 from ldm.checkpoints.layout import describe, join, split
 from ldm.checkpoints.load import open_model
+from ldm.diffusion.process import ProcessConfig
+from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
 from ldm.families.sdxl.layout import distilled_word
 from tests.families import sdxl_base
@@ -90,12 +92,20 @@ def test_marks_of_v_prediction_are_honoured(small_file):
 
 
 def test_marks_are_written_again():
-    """By the schedule: zero terminal SNR is a mark only where alphas_cumprod ends in 0."""
+    """By the schedule that a model has, rounded to float32 or not, as by one that another tool's file has."""
     parts = split(shapes())
-    for last, marks in ((0.0, {"v_pred", "ztsnr"}), (0.1, {"v_pred"})):
-        joined = join(parts, torch.tensor([0.9, last]), v_prediction=True)
-        assert joined.keys() & {"v_pred", "ztsnr"} == marks
-    assert not join(parts, torch.tensor([0.9, 0.0])).keys() & {"v_pred", "ztsnr"}
+    schedules = {
+        zero: ProcessConfig(parameterization="v", zero_terminal_snr=zero).build() for zero in (True, False)
+    }
+    for zero, marks in ((True, {"v_pred", "ztsnr"}), (False, {"v_pred"})):
+        for alphas_cumprod in (
+            schedules[zero].alphas_cumprod,
+            make_alphas_cumprod(zero_terminal_snr=zero, dtype=torch.float64),
+        ):
+            joined = join(parts, alphas_cumprod, v_prediction=True)
+            assert joined.keys() & {"v_pred", "ztsnr"} == marks
+            assert not join(parts, alphas_cumprod).keys() & {"v_pred", "ztsnr"}
+    assert "ztsnr" in join(parts, torch.tensor([0.9, 0.0]), v_prediction=True)
 
 
 def test_distilled_models_are_warned_of(small_file, caplog):

@@ -425,6 +425,21 @@ def test_lion_is_its_algorithm_by_hand():
     assert torch.equal(parameters[0], kept)
 
 
+@pytest.mark.parametrize("size", [2.0, 0.03, 0.0])
+def test_adafactors_rate_is_relative_to_the_weights(size: float):
+    """Shazeer & Stern 2018, algorithm 4: times their root mean square, 0.001 or the second eps at least."""
+    for least, params in ((1e-3, {}), (0.05, {"eps": [None, 0.05]})):
+        layer = nn.Linear(8, 8, bias=False)
+        sign = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).sign()
+        layer.weight.data = size * sign
+        layer.weight.grad = 0.7 * sign
+        build_optimizer(
+            {"net": (layer, 1e-4)}, {"target": SHORT["adafactor"], "params": {"weight_decay": 0.0} | params}
+        ).step()
+        moved = (layer.weight.detach() - size * sign).square().mean().sqrt()
+        assert float(moved) == pytest.approx(1e-4 * max(size, least), rel=2e-3 if size < 1 else 2e-2)
+
+
 def test_a_fused_kernel_that_would_not_see_scaled_gradients_is_refused():
     scaled = TrainerOptions(max_steps=3, precision="16-mixed")
     check_optimizer("adamw", scaled)

@@ -62,8 +62,10 @@ def test_a_loras_teacher_is_the_network_without_its_factors(tiny_config, tiny_ne
     for factors in taught.lora.parameters():
         torch.nn.init.normal_(factors, std=0.1, generator=torch.Generator().manual_seed(0))
     x, t, prompts = batch["latent_stats"][:, :4], torch.tensor([5, 300, 600, 900]), batch["caption"]
-    prediction = taught._reference.predict(x, t, prompts)
-    assert torch.equal(prediction, copied.predict(x, t, prompts))
+    prediction, copy_prediction = (
+        reference.predict(x, t, reference.condition(prompts)) for reference in (taught._reference, copied)
+    )
+    assert torch.equal(prediction, copy_prediction)
     with torch.no_grad():
         moved = taught.apply_model(x, t, taught.condition(prompts))
     assert (moved - prediction).abs().max() > 0.01
@@ -74,7 +76,8 @@ def test_in_mixed_precision_the_teacher_keeps_what_autocast_makes_of_its_weights
     full, half = Reference(*networks), Reference(*networks, precision="bf16-mixed")
     x, t, prompts = batch["latent_stats"][:, :4], torch.tensor([5, 300, 600, 900]), batch["caption"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(full.predict(x, t, prompts), half.predict(x, t, prompts))
+        predictions = [reference.predict(x, t, reference.condition(prompts)) for reference in (full, half)]
+    assert torch.equal(*predictions)
     assert half.unet.time_embed[0].weight.dtype == torch.bfloat16
     assert half.unet.out[0].weight.dtype == torch.float32  # autocast computes norms in float32
 
