@@ -15,7 +15,7 @@ from ldm.runs.sweep import read_sweep
 from tests.end_to_end.test_prior_preservation import BASE, SHORT
 
 ROOT = Path(__file__).resolve().parents[2]
-STUDY = ROOT / "configs/studies/planned/guidance.yaml"
+STUDY = ROOT / "configs/studies/guidance.yaml"
 SHORTER = [*SHORT, "trainer.max_steps=50", "evaluation=null"]
 
 

@@ -279,5 +279,7 @@ def test_the_shipped_pages_are_made_of_their_csv(path: Path):
         {name: value if name in ("variant", "subject") else json.loads(value) for name, value in row.items()}
         for row in csv.DictReader((ROOT / f"studies/{path.stem}.csv").open())
     ]
-    for name, text in study.texts_of(sweep, rows, seconds).items():
+    sheets = [f"{path.stem}-samples.png"] if sweep.pictures else []
+    assert all((ROOT / "studies" / name).exists() for name in sheets)
+    for name, text in study.texts_of(sweep, rows, seconds, pictures=sheets).items():
         assert (ROOT / "studies" / name).read_text(encoding="utf-8") == text
