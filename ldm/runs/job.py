@@ -92,7 +92,8 @@ def plan(config: RunConfig) -> str:
             text += (
                 f"use_checkpoint, by the free memory of {device}: {str(params['use_checkpoint']).lower()}\n"
             )
-        text += bucket_lines(build_data(config, module_on_meta(config)))
+        if param_of(config.data, "buckets") is not None:
+            text += bucket_lines(build_data(config, module_on_meta(config)))
         caches = param_of(config.data, "cache_latents")
         text += "".join(
             f"to be downloaded for {hub}: {describe(hub.wanted())}\n"
