@@ -37,14 +37,15 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Buckets:
-    """Which shapes there are besides the square of `size`: photos keep their shape, and little is cropped.
+    """Which shapes there are besides the square of `size`, so that photos keep theirs and little is cropped.
 
-    Their area is at most that of the square, and a longer side would exceed it. Height comes before width.
+    For each side there is the longest other side with which the area is at most that of the square.
 
-    unit: pixels; sides are multiples of it. None: the family's, 64 of Stable Diffusion, or of smaller
-        networks the least that they take.
-    min_side, max_side: pixels; None: half of `size`, and twice `size`. Photos of a more extreme shape are
-        cropped to the last.
+    Args:
+        unit: pixels; sides are multiples of it. None: the family's, 64, or of smaller networks the least that
+            they take.
+        min_side, max_side: pixels of the shortest and of the longest side; None: half of `size`, and twice
+            `size`.
     """
 
     unit: PositiveInt | None = None
@@ -65,6 +66,7 @@ class Buckets:
             if wrong:
                 what = f"{key} {side} leaves the square of {size} pixels out"
                 raise UserError(what, where=f"buckets.{key}", remedy="Set min_side <= size <= max_side.")
+        most = min(most, size**2 // least)  # none is longer beside the shortest
         sides = range(-(-least // unit) * unit, most + 1, unit)
         widest = {Shape(side, size**2 // side // unit * unit) for side in sides}
         found = {shape for shape in widest if shape.width in sides}

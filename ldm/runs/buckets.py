@@ -39,6 +39,16 @@ def _least(networks: Mapping[str, nn.Module]) -> int:
     return networks["vae"].factor * networks["unet"].factor
 
 
+def bucket_facts(data: DreamBoothDataModule) -> str:
+    """The buckets in use in one line: "576 x 448: 3 photos, 512 x 512: 1 photo"; empty without buckets."""
+    counts = {} if data.buckets is None else data.buckets_in_use.counts()
+    return ", ".join(f"{shape}: {_photos(count)}" for shape, count in counts.items())
+
+
+def _photos(count: int) -> str:
+    return f"{count} {'photo' if count == 1 else 'photos'}"
+
+
 def bucket_lines(data: DreamBoothDataModule) -> str:
     """The buckets in use, one a line: "576 x 448 pixels: 3 photos, 48 prior images of each class"."""
     if data.buckets is None:
@@ -46,5 +56,5 @@ def bucket_lines(data: DreamBoothDataModule) -> str:
     lines, priors = ["buckets in use, height x width:"], data.prior_counts
     for shape, photos in data.buckets_in_use.counts().items():
         drawn = f", {priors[shape]} prior images of each class" if priors else ""
-        lines.append(f"  {shape} pixels: {photos} {'photo' if photos == 1 else 'photos'}{drawn}")
+        lines.append(f"  {shape} pixels: {_photos(photos)}{drawn}")
     return "\n".join(lines) + "\n"

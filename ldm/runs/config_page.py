@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm.annotations import named, node_kind, section_in_list, section_kind
+from ldm.data.buckets import Buckets
 from ldm.data.captions import CaptionShuffle
 from ldm.data.concepts import ConceptConfig
 from ldm.data.dreambooth import DreamBoothDataModule
@@ -52,6 +53,7 @@ NODES = {  # where a node usually stands -> the class that its target names
     "model.params.trainable.learned_token.params": LearnedToken,
     "data.params": DreamBoothDataModule,
     "data.params.concepts": ConceptConfig,
+    "data.params.buckets": Buckets,
     "data.params.caption_shuffle": CaptionShuffle,
     "evaluation.params (storybook)": StorybookEvaluation,
     "evaluation.params (photos)": PhotoEvaluation,

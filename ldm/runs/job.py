@@ -98,7 +98,8 @@ def plan(config: RunConfig) -> str:
             text += (
                 f"use_checkpoint, by the free memory of {device}: {str(params['use_checkpoint']).lower()}\n"
             )
-        text += bucket_lines(data)
+        if param_of(config.data, "buckets") is not None:
+            text += bucket_lines(data)
         caches = param_of(config.data, "cache_latents")
         text += "".join(
             f"to be downloaded for {hub}: {describe(hub.wanted())}\n"

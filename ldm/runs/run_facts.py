@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.engine import distributed
+from ldm.runs.buckets import bucket_facts
 from ldm.schema import RunConfig
 
 
@@ -30,6 +31,7 @@ def run_facts(
             f"{concept.subject_prompt}, {len(data.images.photos[concept.name])} photos"
             for concept in data.concepts
         ),
+        "Buckets": bucket_facts(data),
         "Base": f"{config.base_checkpoint}, sha256 {base_hash[:12]}",
         "Steps": f"{done}{stopped}, each of {batch} photos",
         "Learning rate": ", ".join(f"{name} {value:g}" for name, value in rates(config.model["params"])),

@@ -51,6 +51,11 @@ def test_those_of_1024_pixels_are_the_papers():
     )
 
 
+def test_a_longest_side_without_end_costs_nothing():
+    far = Buckets(min_side=64, max_side=10**15).shapes(512, unit=64)
+    assert far[0] == Shape(64, 4096) and far[-1] == Shape(4096, 64)
+
+
 @given(st.integers(1, 16), st.integers(2, 24), st.data())
 def test_shapes_are_as_large_as_the_square_allows(unit: int, units: int, data: st.DataObject):
     size = unit * units

@@ -61,6 +61,8 @@ def test_a_run_draws_its_prior_images_at_the_shapes_of_its_photos(words: list[st
     now = {path: path.stat().st_mtime_ns for path in workdir.glob("priors/*/*.png")}
     assert now.keys() == kept.keys()
     assert {path for path in kept if now[path] != kept[path]} == {half}
+    page = Path("logs/one/report.html").read_text(encoding="utf-8")
+    assert "12 x 20: 2 photos, 16 x 16: 1 photo, 20 x 12: 1 photo" in page
     assert json.loads(Path("logs/one/metrics.json").read_text())["prior_images"] == 5
     assert {Image.open(path).size for path in Path("logs/one/samples").glob("0*.png")} == {(24, 12)}
 
