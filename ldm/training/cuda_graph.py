@@ -130,9 +130,9 @@ class GraphedStep:
             encoding = module.cond_stage_model.encode(tensors["ids"])
             if "given" in tensors:
                 encoding = encoding.where(tensors["given"])
-            told = module.conditioner.conditioning(encoding, None, tensors.get("sizes"))
+            conditioning = module.conditioner.conditioning(encoding, None, tensors.get("sizes"))
         else:
-            told = Conditioning(tensors["context"], tensors.get("vector"))
+            conditioning = Conditioning(tensors["context"], tensors.get("vector"))
         batch = {"latent_stats": tensors["latent_stats"], "randomness": tensors["randomness"]}
         batch |= masked_inputs(tensors)
         batch["reference_rows"] = tensors.get("reference_rows", torch.empty(0))
@@ -140,8 +140,8 @@ class GraphedStep:
             batch["compared"] = tensors["compared"]
         if "reference_context" in tensors:
             context, vector = tensors["reference_context"], tensors.get("reference_vector")
-            batch["reference_told"] = Conditioning(context, vector)
-        return module.losses(batch, told)
+            batch["reference_conditioning"] = Conditioning(context, vector)
+        return module.losses(batch, conditioning)
 
 
 class _Passes:

@@ -17,7 +17,7 @@ from ldm.training.compiling import CompileMode
 from ldm.training.cuda_graph import GraphedStep, uses_cuda_graph
 from ldm.training.learning_networks import LearningNetworks
 from ldm.training.moved_keys import MOVED
-from ldm.training.objective import BaseAsked, Loss, Objective
+from ldm.training.objective import BasePrediction, Loss, Objective
 from ldm.training.step_randomness import StepRandomness, latent_shape, sample_randomness
 from ldm.training.techniques import L2SP, Reference
 from ldm.training.trainable import Trainable
@@ -154,16 +154,16 @@ class LatentDiffusion(LearningNetworks):
             return self.graphed_step(batch)
         return self.losses(batch, self.condition(batch["caption"], batch.get("sizes")))
 
-    def losses(self, batch: dict, told: Conditioning) -> Tensor:
+    def losses(self, batch: dict, conditioning: Conditioning) -> Tensor:
         """`loss_per_item`, given the conditioning."""
         x0, t, noise = self.sample_latents(batch)
         x_t = self.process.add_noise(x0, noise, t)
-        prediction = self.apply_model(x_t, t, told)
+        prediction = self.apply_model(x_t, t, conditioning)
         target = self.process.target(x0, noise, t)
         weights = batch.get("pixel_weights")
         weights = None if weights is None else weights.to(self.device, non_blocking=True)
-        asked = self.ask_base(batch, x_t, t)
-        return self.objective.losses(self.process, prediction, target, t, asked, weights)
+        base = self.predict_base(batch, x_t, t)
+        return self.objective.losses(self.process, prediction, target, t, base, weights)
 
     def sample_latents(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
         """Latents of the items, timesteps and noise: [B, C, h, w], [B] int64, [B, C, h, w]."""
@@ -173,19 +173,19 @@ class LatentDiffusion(LearningNetworks):
         t, posterior_noise, noise = StepRandomness.views(randomness, posterior.mean.shape)
         return posterior.sample(posterior_noise), t, noise
 
-    def ask_base(self, batch: dict, x_t: Tensor, t: Tensor) -> BaseAsked | None:
+    def predict_base(self, batch: dict, x_t: Tensor, t: Tensor) -> BasePrediction | None:
         """The base's prediction for the items that learn it, in part or whole, or are compared with it."""
         if self._reference is None or not len(batch["reference_rows"]):
             return None
         rows = batch["reference_rows"].to(self.device, non_blocking=True)
-        told = batch.get("reference_told") or self._reference.condition_of(batch)
-        kept = self._reference.predict(x_t[rows], t[rows], told)
+        conditioning = batch.get("reference_conditioning") or self._reference.condition_of(batch)
+        values = self._reference.predict(x_t[rows], t[rows], conditioning)
         compared, share = batch.get("compared"), batch.get("noise_share")
         if compared is not None:
             compared = compared.to(self.device, non_blocking=True)
         if share is not None:
             share = share.to(self.device, non_blocking=True)[rows]
-        return BaseAsked(rows, kept, compared, share)
+        return BasePrediction(rows, values, compared, share)
 
     def _prepared(self, batch: dict) -> dict:
         """A batch that no Trainer has handed over gets what it lacks."""

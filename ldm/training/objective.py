@@ -55,15 +55,15 @@ class StreamLoss(NamedTuple):
     target: PriorTarget
 
 
-class BaseAsked(NamedTuple):
-    """What the base predicts for some items of a batch: rows [R] int64, prediction [R, C, h, w].
+class BasePrediction(NamedTuple):
+    """What the base predicts for some items of a batch: rows [R] int64, values [R, C, h, w].
 
     compared: [B] bool, for which items it is no target; None: for none. noise_share: [R, 1, h, w], how much
     of the target is the noise's (`mix_targets`); None: nothing.
     """
 
     rows: Tensor
-    prediction: Tensor
+    values: Tensor
     compared: Tensor | None = None
     noise_share: Tensor | None = None
 
@@ -121,9 +121,9 @@ class Objective:
     @property
     def needs_reference(self) -> bool:
         """Whether a stream or a part of its images learns what the base predicts, or is compared with it."""
-        return any(map(self._asks_base, self.streams))
+        return any(map(self._uses_base, self.streams))
 
-    def _asks_base(self, stream: str) -> bool:
+    def _uses_base(self, stream: str) -> bool:
         outside = self.masks is not None and self.masks.outside_target == "teacher"
         of_subject = stream == "subject" and (self.subject_loss is not None or outside)
         return of_subject or self.streams[stream].target == "teacher"
@@ -137,7 +137,7 @@ class Objective:
         unknown stream.
         """
         pinned, names = torch.cuda.is_available(), batch["stream"]
-        rows = [k for k, name in enumerate(names) if self._asks_base(name)]
+        rows = [k for k, name in enumerate(names) if self._uses_base(name)]
         masks = {
             stream: torch.tensor([name == stream for name in names], pin_memory=pinned)
             for stream in self.streams
@@ -153,27 +153,27 @@ class Objective:
         prediction: Tensor,
         target: Tensor,
         t: Tensor,
-        asked: BaseAsked | None,
+        base: BasePrediction | None,
         pixel_weights: Tensor | None = None,
     ) -> Tensor:
         """Loss of each item. prediction, target: [B, C, h, w], t: [B] -> [B] float32.
 
-        asked: what the base predicts for the items that learn it or are compared with it, if there are any.
+        base: its prediction for the items that learn it or are compared with it, if there are any.
         pixel_weights: [B, 1, h, w].
         """
         per_item = partial(self.per_item, process, t=t, pixel_weights=pixel_weights)
-        if asked is None:
+        if base is None:
             return per_item(prediction, target)
-        base = asked.prediction.to(target)
-        if asked.noise_share is not None:
-            base = mix_targets(target[asked.rows], base, asked.noise_share)
-        given = target.index_copy(0, asked.rows, base)
+        values = base.values.to(target)
+        if base.noise_share is not None:
+            values = mix_targets(target[base.rows], values, base.noise_share)
+        with_base = target.index_copy(0, base.rows, values)
         if self.subject_loss is None:
-            return per_item(prediction, given)
-        base_losses = per_item(given, target)
-        target = target.where(asked.compared[:, None, None, None], given)
+            return per_item(prediction, with_base)
+        base_losses = per_item(with_base, target)
+        target = target.where(base.compared[:, None, None, None], with_base)
         losses = per_item(prediction, target)
-        return self.subject_loss.compare(losses, base_losses).where(asked.compared, losses)
+        return self.subject_loss.compare(losses, base_losses).where(base.compared, losses)
 
     def per_item(
         self,
