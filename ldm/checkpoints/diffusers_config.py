@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoints.vocabulary import read_vocabulary
 from ldm.errors import UserError
 
 Config = Mapping[str, Any]
@@ -267,7 +268,7 @@ def _pad_token_id(tokenizer: Path) -> int | None:
             token = json.loads((tokenizer / name).read_text(encoding="utf-8")).get("pad_token")
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
-                return json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8")).get(token)
+                return read_vocabulary(tokenizer).get(token)
     return None
 
 
