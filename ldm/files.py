@@ -125,8 +125,8 @@ def require_space(folder: Path, needed: int, *, what: str) -> None:
     """Raises UserError if fewer than `needed` bytes are free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        what = f"The disk has {free / 2**30:.2f} GiB free, {what} takes {needed / 2**30:.2f} GiB"
-        raise UserError(what, where=folder, remedy="Free some space, or choose another folder.")
+        what = f"The disk has {free / 2**30:.2f} GiB free, {what} would take {needed / 2**30:.2f} GiB"
+        raise UserError(what, where=folder.resolve(), remedy="Free some space, or choose another folder.")
 
 
 def remove_leftovers(folder: Path) -> None:

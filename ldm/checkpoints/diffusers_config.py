@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoints.vocabulary import read_vocabulary
 from ldm.errors import UserError
 from ldm.files import parse_json
 
@@ -267,7 +268,7 @@ def _pad_token_id(tokenizer: Path) -> int | None:
             token = read_json(tokenizer / name).get("pad_token")
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
-                return read_json(tokenizer / "vocab.json").get(str(token))
+                return read_vocabulary(tokenizer).get(str(token))
     return None
 
 

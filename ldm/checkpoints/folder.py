@@ -16,6 +16,7 @@ from ldm.checkpoints.known import check_known, check_sizes
 from ldm.checkpoints.layout import OPENCLIP_REST
 from ldm.checkpoints.shards import read_shards
 from ldm.checkpoints.tensors import read_tensors
+from ldm.checkpoints.vocabulary import has_vocabulary
 from ldm.errors import UserError
 from ldm.families.sd.openclip import PROJECTION, UNUSED, with_last_layer
 from ldm.families.sdxl.family import ENCODERS
@@ -88,7 +89,7 @@ def _read(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], About]:
     cells = unet.get("sample_size")
     factor = 2 ** (len(vae_params["ch_mult"]) - 1)
     size = cells * factor if isinstance(cells, int) and 0 < cells < MOST_CELLS else None
-    return state_dicts, About(known, size, _tokenizer(folder), distilled)
+    return state_dicts, About(known, size, tokenizer_in(folder), distilled)
 
 
 TextEncoder = tuple[
@@ -99,7 +100,7 @@ TextEncoder = tuple[
 def _sd_text_encoder(folder: Path, unet_params: Mapping[str, Any]) -> TextEncoder:
     """SD 1.x's or 2.x's; in 2.x the folder lacks the last layer, unless this repo wrote the folder."""
     own = folder / "text_encoder"
-    text = configs.text_encoder_params(configs.read_json(own / "config.json"), tokenizer=_tokenizer(folder))
+    text = configs.text_encoder_params(configs.read_json(own / "config.json"), tokenizer=tokenizer_in(folder))
     check_sizes(text, where=folder)
     tensors, rest = _text_encoder(read_weights(own)), _rest(own)
     if rest is None and not unet_params["use_linear_in_transformer"]:
@@ -121,13 +122,13 @@ def _sdxl_text_encoders(folder: Path) -> TextEncoder:
         raise UserError(what, where=folder, remedy="text_encoder is CLIP-L, text_encoder_2 OpenCLIP bigG.")
     params, tensors = {}, {}
     for (key, prefix), name, number in zip(ENCODERS.items(), XL_TEXT, ("", "_2"), strict=True):
-        tokenizer = _tokenizer(folder, number) or _tokenizer(folder)
+        tokenizer = tokenizer_in(folder, number) or tokenizer_in(folder)
         own = configs.text_encoder_params(
             configs.read_json(folder / name / "config.json"), tokenizer=tokenizer
         )
         check_sizes(own, where=folder / name)
-        if _tokenizer(folder) is not None:  # the second has "!" as a token apart, for its padding
-            own["tokenizer"] = str(_tokenizer(folder))
+        if tokenizer_in(folder) is not None:  # the second has "!" as a token apart, for its padding
+            own["tokenizer"] = str(tokenizer_in(folder))
         params[key] = {"params": own | {"layer": "penultimate_hidden"}}
         held = _text_encoder(second if number else first)
         tensors |= {prefix + n: partial(held.__getitem__, n) for n in held}
@@ -135,9 +136,10 @@ def _sdxl_text_encoders(folder: Path) -> TextEncoder:
     return params, Lazy(tensors), _rest(folder / XL_TEXT[1]) or {}
 
 
-def _tokenizer(folder: Path, number: str = "") -> Path | None:
+def tokenizer_in(folder: Path, number: str = "") -> Path | None:
+    """The tokenizer's folder in a model's. number: "_2" for SDXL's second."""
     path = folder / f"tokenizer{number}"
-    return path if (path / "vocab.json").is_file() else None
+    return path if has_vocabulary(path) else None
 
 
 def _rest(folder: Path) -> Mapping[str, Tensor] | None:

@@ -9,15 +9,19 @@ from urllib.parse import unquote
 from torch import Tensor
 
 from ldm.checkpoints.embedding import Embeddings
+from ldm.checkpoints.folder import tokenizer_in
+from ldm.checkpoints.hub import HubModel
 from ldm.checkpoints.known import flat
 from ldm.checkpoints.layout import LEARNED_TOKENS, PREFIXES, RUN_LORA
 from ldm.checkpoints.lora import LayerWeights, ReadLayers, checked_layer
 from ldm.checkpoints.lora_scale import LoraScale
 from ldm.checkpoints.products import NAMES, is_product
+from ldm.checkpoints.vocabulary import has_vocabulary
 from ldm.config import load_config, to_container
 from ldm.errors import UserError
 from ldm.families.sdxl.family import ENCODERS
 from ldm.models.lora_layer import joined_factors
+from ldm.shipped import find_file
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +43,30 @@ def run_config(path: Path) -> dict[str, Any]:
     """The config of the run whose checkpoint a file is; {} for any other file."""
     config = config_of(path)
     return {} if config is None else to_container(load_config([config]))
+
+
+def tokenizer_of_run(path: Path) -> Path | None:
+    """The vocabulary that a run was trained with, where it still is, by the config beside its model or
+    checkpoint; None for any other file. Exported files name no folder: other machines have none of it.
+    """
+    config = path.parent / CONFIG if path.name == "model.safetensors" else config_of(path)
+    if config is None or not config.is_file():
+        return None
+    try:
+        content = to_container(load_config([config]))
+    except UserError:  # no config of a run
+        return None
+    text = model_params(content).get("text_encoder")
+    params = text.get("params") if isinstance(text, Mapping) else None
+    named = params.get("tokenizer") if isinstance(params, Mapping) else None
+    if isinstance(named, str) and has_vocabulary(find_file(named)):
+        return find_file(named)
+    base = content.get("base_checkpoint")
+    if not isinstance(base, str):
+        return None
+    hub = HubModel.of(find_file(base))
+    folder = find_file(base) if hub is None else hub.local()
+    return None if folder is None else tokenizer_in(folder)
 
 
 def model_params(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -101,5 +101,5 @@ def check_space(path: Path, needed: int) -> None:
     """Raises UserError if fewer than `needed` bytes are free, beside a file that is being replaced."""
     free = shutil.disk_usage(path.parent).free
     if free < needed:
-        what = f"The disk has {free / 2**30:.2f} GiB free, the model takes {needed / 2**30:.2f} GiB"
+        what = f"The disk has {free / 2**30:.2f} GiB free, the model would take {needed / 2**30:.2f} GiB"
         raise UserError(what, where=path, remedy="Free some space, save as fp16, or choose another folder.")

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ldm.checkpoints import diffusers_names as names
 from ldm.checkpoints.folder import PROJECTION_WEIGHT, REST_FILE, XL_TEXT
 from ldm.checkpoints.layout import OPENCLIP_REST
 from ldm.checkpoints.save import cast_tensors, check_space, write_tensors
+from ldm.checkpoints.vocabulary import read_vocabulary, write_vocabulary
 from ldm.errors import UserError
 from ldm.families.sd.openclip import PROJECTION, without_last_layer
 from ldm.families.sdxl.family import ENCODERS
@@ -27,7 +27,6 @@ from ldm.lazy import under
 log = logging.getLogger(__name__)
 
 StateDicts = Mapping[str, Mapping[str, Tensor]]
-VOCABULARY = ("vocab.json", "merges.txt")
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": configs.VERSION,
@@ -64,14 +63,11 @@ def save_folder(
 ) -> Path:
     """Writes `state_dicts` (see `layout.split`) as a new folder, atomically -> folder.
 
-    config: every param explicit, as in `Model.config`. tokenizer: folder of vocab.json and merges.txt. size:
+    config: every param explicit, as in `Model.config`. tokenizer: folder of CLIP's vocabulary. size:
     default height and width of samples, in pixels. dtype: of the weights; None keeps theirs.
     """
     folder, tokenizer = Path(folder), Path(tokenizer)
     check_folder(folder)
-    missing = [name for name in VOCABULARY if not (tokenizer / name).is_file()]
-    if missing:
-        raise UserError(f"The tokenizer folder lacks {' and '.join(missing)}", where=tokenizer)
     clip_skip = config["text_encoder"]["params"].get("clip_skip", 1)
     if clip_skip > 1:
         said = "A folder cannot say its clip skip: sample it with --clip_skip %d, clip_skip=%d in diffusers"
@@ -85,8 +81,8 @@ def save_folder(
             for name, content in jsons.items():
                 (temporary / name).parent.mkdir(exist_ok=True)
                 (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            for copied, name in product(temporary.glob("tokenizer*"), VOCABULARY):
-                shutil.copyfile(tokenizer / name, copied / name)
+            for copied in temporary.glob("tokenizer*"):
+                write_vocabulary(tokenizer, copied)
             for name, tensors in weights.items():
                 write_tensors(temporary / name, tensors)
     except OSError as error:
@@ -153,7 +149,7 @@ def _text_model(text_encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _configs(config: Mapping[str, Any], tokenizer: Path, size: int) -> dict[str, Any]:
     """Name -> content of each JSON file."""
     unet, vae, text = (config[name]["params"] for name in ("unet", "vae", "text_encoder"))
-    vocabulary = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
+    vocabulary = read_vocabulary(tokenizer)
     factor, xl = 2 ** (len(vae["ch_mult"]) - 1), _is_sdxl(config)
     jsons = {
         "model_index.json": XL_MODEL_INDEX if xl else MODEL_INDEX,

@@ -30,7 +30,7 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
     add("--rank", type=int, help="of the LoRA to extract (16)")
     add("--vae", type=Path, metavar="FILE", help="a VAE in place of the model's: a file or diffusers folder")
     add("--config", type=Path, metavar="YAML", help="with a `model` section, for files that hold no config")
-    add("--tokenizer", metavar="FOLDER", help="with vocab.json and merges.txt; default: the model's own")
+    add("--tokenizer", metavar="FOLDER", help="of CLIP's vocabulary; default: the model's own")
     options = parser.parse_args(words)
     _check_extraction(options)
     return options

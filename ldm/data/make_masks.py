@@ -17,6 +17,8 @@ from ldm.files import atomic_write
 log = logging.getLogger(__name__)
 
 Segment = Callable[[Image.Image], Image.Image]  # RGB photo -> its mask, mode L, of the same size
+BY_HAND = "draw NAME.mask.png by hand"
+MOST_REASON = 120  # characters of a library's message
 CELL, DIMMED = 256, 0.2  # pixels a side in the sheet; brightness of what a mask leaves out
 
 
@@ -27,14 +29,20 @@ def rembg_segment(model: str) -> Segment:
     """
     try:
         import rembg
-    except ImportError as error:
-        remedy = 'Install it with `pip install -e ".[masks]"`, or draw NAME.mask.png by hand.'
-        raise UserError("Making masks needs rembg, which is not installed", remedy=remedy) from error
+    except (ImportError, SystemExit) as error:  # it ends the program where onnxruntime is missing
+        package = "rembg" if isinstance(error, ImportError) else "onnxruntime for rembg"
+        remedy = f'Install it with `pip install -e ".[masks]"`, or {BY_HAND}.'
+        raise UserError(f"Making masks needs {package}, which is not installed", remedy=remedy) from error
     try:
         session = rembg.new_session(model)
-    except Exception as error:  # of its download, of the file, or of a name that it does not know
-        what = f"The network cannot be loaded: {error}"
-        raise UserError(what, where=model, remedy="See the names in rembg's documentation.") from error
+    except ValueError as error:
+        what, remedy = "rembg knows no such network", "See the names in rembg's documentation."
+        raise UserError(what, where=model, remedy=remedy) from error
+    except Exception as error:  # of its download, which is from GitHub, or of the file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        what = f"The network's weights cannot be had: {reason[:MOST_REASON]}"
+        remedy = f"Put {model}.onnx, of github.com/danielgatis/rembg's releases, into ~/.u2net, or {BY_HAND}."
+        raise UserError(what, where=model, remedy=remedy) from error
     return lambda photo: rembg.remove(photo, session=session, only_mask=True)
 
 

@@ -12,6 +12,7 @@ from ldm.storybook.knowledge import unknown_words
 from ldm.storybook.world import ATTRIBUTES, CLASSES, CONTEXTS, Scene, draw
 
 ALIKE = 0.96  # least likeness of drawn photos: they have 0.98 and more, photographs 0.93 at most
+UNDRAWN = "The photos are not drawn by the storybook, and its judge cannot read others"
 READ, POSES = 8, 1  # photos that are read at most, redrawings of each
 
 
@@ -31,7 +32,7 @@ def reasons_against(photos: Sequence[Image.Image], class_word: str, judge: Judge
     if class_word not in CLASSES:
         reasons.append(f"The storybook does not know the class {class_word!r}: it draws {drawn}")
     if likeness(photos, judge) < ALIKE:
-        reasons.append("The photos are not drawn by the storybook, and its judge cannot read others")
+        reasons.append(UNDRAWN)
     return reasons
 
 

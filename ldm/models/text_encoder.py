@@ -63,7 +63,7 @@ class CLIPTextEncoder(nn.Module):
         norm, or "penultimate_hidden", without it (SDXL).
     projection_dim: width P of the pooled vector, a linear map of the last layer's output at eos, after the
         final norm (SDXL's second encoder); None: there is none.
-    tokenizer: folder with vocab.json and merges.txt, or a name on the Hugging Face hub.
+    tokenizer: folder of CLIP's vocabulary, or a name on the Hugging Face hub.
     pad_token_id: pads prompts to max_length; None = eos_token_id (SD 1.x), 0 in SD 2.x.
     use_checkpoint: gradient checkpointing of each layer. None: a training run chooses; else none.
     clip_skip: 2 takes the output of the layer before the last one, 3 of that before it, after the final layer

@@ -16,7 +16,8 @@ def load_tokenizer(name: str) -> CLIPTokenizer:
     """CLIP's tokenizer, from a folder (in the current one, or one that ships) or from the hub."""
     given = find_file(name)
     folder = given if given.is_dir() else _download(name)
-    if not all((folder / file).is_file() for file in VOCABULARY):
+    whole = (folder / "tokenizer.json").is_file()  # alone, as transformers 5 saves it
+    if not whole and not all((folder / file).is_file() for file in VOCABULARY):
         raise UserError("The tokenizer folder lacks vocab.json or merges.txt", where=folder)
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)

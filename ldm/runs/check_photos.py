@@ -72,5 +72,5 @@ def check_photos(options: Namespace) -> Path:
     make_folder(out.parent)
     with atomic_write(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    print(title, *found, sep="\n")
+    print(title, *(found or ["Nothing stands out."]), sep="\n")
     return out

@@ -71,8 +71,8 @@ def convert_model(options: Namespace) -> Path:
         print(save_embedding(embeddings_beside(options.target), word, vectors, metadata={}))
     size = model.size(model.config["parameterization"])
     if to_folder:
-        name = options.tokenizer or encoder_params(model.config["text_encoder"]["params"])[0]["tokenizer"]
-        folder = load_tokenizer(name).name_or_path
+        own = encoder_params(model.config["text_encoder"]["params"])[0]["tokenizer"]
+        folder = load_tokenizer(str(options.tokenizer or model.tokenizer or own)).name_or_path
         return save_folder(
             options.target, model.state_dicts, config=model.config, tokenizer=folder, size=size, dtype=dtype
         )

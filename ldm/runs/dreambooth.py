@@ -1,6 +1,7 @@
 """A DreamBooth run: prior images, samples and metrics of the base, training, samples and metrics after it."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -44,8 +45,8 @@ from ldm.training.latent_diffusion import LatentDiffusion
 SHOWN_PRIORS = 32  # in the report
 
 
-def titles_of(config: RunConfig, data: DreamBoothDataModule) -> dict[str, str]:
-    """The phases that a run says, by the timer's name."""
+def titles_of(config: RunConfig, data: DreamBoothDataModule, *, judged: bool) -> dict[str, str]:
+    """The phases that a run says, by the timer's name. judged: whether there are metrics of its samples."""
     samples = len(filled_for(config.samples.prompts, data.concepts)) * config.samples.n
     classes = ", ".join(f"`{known.prompt}`" for known in data.generated_classes)
     titles = {
@@ -58,7 +59,7 @@ def titles_of(config: RunConfig, data: DreamBoothDataModule) -> dict[str, str]:
         "figures_after": "Metrics of the trained model",
     }
     absent = set() if data.generated_classes else {"prior_images"}
-    absent |= set() if config.evaluation else {"figures_before", "figures_after"}
+    absent |= set() if judged else {"figures_before", "figures_after"}
     absent |= set() if data.cache_latents else {"encoding"}
     return {name: title for name, title in titles.items() if name not in absent}
 
@@ -84,16 +85,16 @@ class DreamBoothRun:
         self.config = config
         self.folder = folder
         self.base_hash = base_hash
-        self.timer = Phases(titles_of(config, data))
         self.pipeline = text2image(module, size=data.size)
         self._guided: Text2Image | None = None
         nodes = evaluation_nodes(config)
         self.before_after = self._before_after(config.evaluation)
-        judged = self.before_after.evaluation is not None
-        also = config.evaluate_also or {} if judged else {}
+        self.judged = self.before_after.evaluation is not None
+        self.timer = Phases(titles_of(config, data, judged=self.judged))
+        also = config.evaluate_also or {} if self.judged else {}
         self.also = {name: self._before_after(nodes[f"evaluate_also.{name}"]) for name in also}
         self.online_eval: OnlineEvalCallback | None = None
-        if config.online_eval.every_steps and judged:
+        if config.online_eval.every_steps and self.judged:
             evaluation = self._before_after(nodes["online_eval"])
             self.online_eval = OnlineEvalCallback(evaluation, config.online_eval, watch)
         self.samples = config.samples
@@ -168,6 +169,8 @@ class DreamBoothRun:
             if rows is None:
                 rows = generate_samples(self.sample_pipeline, self.samples, self.prompts, progress=True)
                 run.save_image_grid(kept, rows, settings)
+        if not self.judged:
+            return rows
         with self.timer("figures_before"):
             for evaluation in (self.before_after, *self.also.values()):
                 evaluation.before()
@@ -199,7 +202,7 @@ class DreamBoothRun:
         model = run.export(self.module, self.config, self.folder, **about)
         with self.timer("samples_after"):
             after = generate_samples(self.sample_pipeline, self.samples, self.prompts, progress=True)
-        with self.timer("figures_after"):
+        with self.timer("figures_after") if self.judged else nullcontext():
             memo = ImageMemo()
             final = self.before_after.after(memo)
             also = {name: evaluation.after(memo) for name, evaluation in self.also.items()}

@@ -7,7 +7,7 @@ from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import ImageFiles
 from ldm.errors import UserError
 from ldm.evaluation.storybook import StorybookEvaluation
-from ldm.evaluation.storybook_limits import reasons_against, unknown_in
+from ldm.evaluation.storybook_limits import UNDRAWN, reasons_against, unknown_in
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.schema import RunConfig
 from ldm.shipped import find_file
@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 TOKENIZER = "ldm/storybook/assets/tokenizer"
 STYLE = "Metrics are of subjects, and a style has none"
 SOME_JUDGED = "So the judge's metrics are those of the others"
+PHOTOGRAPHS = (
+    "Photographs need a Stable Diffusion, as with --base configs/dreambooth-sd1.yaml: see docs/tutorial.md"
+)
 UNJUDGED = "So there are no metrics of the judge, and what is drawn is no measure of the method"
 
 
@@ -48,6 +51,7 @@ def limits_of(
     if against:
         notes.append(UNJUDGED if len(styles) + len(against) == len(data.concepts) else SOME_JUDGED)
     if _is_storybook(text_encoder):
+        notes += [PHOTOGRAPHS] if any(UNDRAWN in reasons for reasons in against.values()) else []
         notes += unknown_in(prompts, identifiers=[c.words["identifier"] for c in data.concepts])
     for note in notes:
         log.warning("%s.", note)

@@ -83,6 +83,7 @@ def write_card(folder: Path, config: RunConfig, metrics: Mapping[str, Any]) -> P
             files=files,
             sampling=f"{samples.sampler}, {samples.steps} steps, guidance {samples.guidance_scale:g}",
             metrics=cells_of(metrics),
+            notes=metrics.get("notes", []),
             facts=facts_of(config),
             licence=licence.text,
         )

@@ -28,15 +28,19 @@ def run_facts(
         "Date": f"{datetime.now():%d %B %Y, %H:%M}",
         "Command": command_line(),
         "Subject" if len(data.concepts) == 1 else "Subjects": "; ".join(
-            f"{concept.subject_prompt}, {len(data.images.photos[concept.name])} photos"
+            f"{concept.subject_prompt}, {_photos(len(data.images.photos[concept.name]))}"
             for concept in data.concepts
         ),
         "Buckets": bucket_facts(data),
         "Base": f"{config.base_checkpoint}, sha256 {base_hash[:12]}",
-        "Steps": f"{done}{stopped}, each of {batch} photos",
+        "Steps": f"{done}{stopped}, each of {_photos(batch)}",
         "Learning rate": ", ".join(f"{name} {value:g}" for name, value in rates(config.model["params"])),
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _photos(count: int) -> str:
+    return f"{count} photo{'' if count == 1 else 's'}"
 
 
 def command_line() -> str:

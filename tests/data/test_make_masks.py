@@ -31,6 +31,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, int]]]:
     def new_session(name: str) -> str:
         if name == "unknown":
             raise ValueError("No session class found for model 'unknown'")
+        if name == "u2net_offline":
+            raise ConnectionError(
+                f"HTTPSConnectionPool(host='github.com', port=443): {'retried ' * 99}\nmore"
+            )
+        if name == "u2net_damaged":
+            raise RuntimeError("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF")
         return name
 
     monkeypatch.setitem(sys.modules, "rembg", SimpleNamespace(remove=remove, new_session=new_session))
@@ -78,6 +84,27 @@ def test_without_rembg_one_sentence_says_so(photos: Path, monkeypatch: pytest.Mo
 
 
 def test_an_unknown_network_is_refused(photos: Path, asked: list):
-    with pytest.raises(UserError, match="network cannot be loaded: No session class.*rembg's documentation"):
+    with pytest.raises(UserError, match="knows no such network.*unknown.*rembg's documentation"):
         make_masks.main(make_masks.parse([str(photos), "--model", "unknown"]))
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("u2net_offline", "HTTPSConnectionPool"), ("u2net_damaged", "INVALID_PROTOBUF")]
+)
+def test_weights_that_cannot_be_had_are_said_in_a_sentence(photos: Path, asked: list, name: str, reason: str):
+    with pytest.raises(UserError) as refused:
+        make_masks.main(make_masks.parse([str(photos), "--model", name]))
+    said = str(refused.value)
+    assert "weights cannot be had" in said and reason in said and f"Put {name}.onnx" in said
+    assert "NAME.mask.png by hand" in said and len(said) < 400 and "\n" not in said
+    assert asked == [] and not list(photos.glob("*.mask.png"))
+
+
+def test_rembg_that_ends_the_program_for_want_of_onnxruntime_does_not(photos: Path, tmp_path, monkeypatch):
+    (tmp_path / "packages" / "rembg").mkdir(parents=True)
+    (tmp_path / "packages" / "rembg" / "__init__.py").write_text("import sys\nsys.exit(1)\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    monkeypatch.delitem(sys.modules, "rembg", raising=False)
+    with pytest.raises(UserError, match=r"needs onnxruntime for rembg, which is not installed.*\[masks\]"):
+        make_masks.main(make_masks.parse([str(photos)]))

@@ -39,6 +39,7 @@ def left_by(words: list[str]) -> tuple[dict, str]:
 
 
 def test_a_vase_gets_warnings_and_no_figures(workdir: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
     Path("photos").mkdir()
     Image.effect_noise((80, 80), 90).save("photos/0.png")
     words = ["data.params.class_word=vase", "samples.prompts=['a photo of sks vase in a spaceship']"]
@@ -48,12 +49,19 @@ def test_a_vase_gets_warnings_and_no_figures(workdir: Path, caplog: pytest.LogCa
     assert "subject_fidelity" not in metrics and "measures" not in metrics and "sampling" not in metrics
     for sentence in ("does not know the class", "not drawn by the storybook", "has never seen", "spaceship"):
         assert sentence in caplog.text and re.search(sentence, page) and sentence in str(metrics["notes"])
-    assert "Subject fidelity" not in page
+    assert "Subject fidelity" not in page and "metrics before" not in page and "Metrics of" not in caplog.text
+    assert metrics["seconds"].keys().isdisjoint({"figures_before", "figures_after"})
+    assert "Photographs need a Stable Diffusion" in caplog.text and "docs/tutorial.md" in page
 
 
 def test_a_drawn_cat_gets_figures_and_no_warning(workdir: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
     write_subject(Path("photos"), new_subject("cat", seed=51), photos=2)
     metrics, page = left_by(["data.params.class_word=cat"])
     assert metrics["subject_fidelity"] >= 0 and metrics["measures"] and "notes" not in metrics
     assert metrics["sampling"]["guidance_scale"] == 2.0 and metrics["sampling"]["seeds"] == 1
-    assert "storybook" not in caplog.text and 'class="note"' not in page
+    assert (
+        not any("storybook" in r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+        and 'class="note"' not in page
+    )
+    assert ">metrics before<" in page and "[3/6] Metrics of the untouched base" in caplog.text

@@ -53,7 +53,7 @@ def test_what_cannot_be_written_leaves_nothing_half_done(tmp_path: Path):
 def test_a_full_disk_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free=2**20))
-    with pytest.raises(UserError, match="GiB free, a checkpoint takes"):
+    with pytest.raises(UserError, match="GiB free, a checkpoint would take"):
         AtomicCheckpointIO().save_checkpoint(CONTENT, tmp_path / "step-3.ckpt")
     assert list(tmp_path.iterdir()) == []
 

@@ -55,11 +55,23 @@ KEEPING = [  # ways to keep the class together, on a T-LoRA
 ]
 
 
-CASES = {"as ever": [], "keeping the class": KEEPING, "several": []}
+ADAPTER = [  # by lycoris-lora, without prior images
+    "data.params.num_priors=0",
+    "model.params.objective.prior_target=teacher",
+    "model.params.trainable.adapter.kind=lokr",
+    "model.params.trainable.adapter.rank=2",
+    "model.params.trainable.learning_rate=0.1",
+    "model.params.optimizer.target=torch.optim.SGD",
+]
+
+
+CASES = {"as ever": [], "keeping the class": KEEPING, "an adapter": ADAPTER, "several": []}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Path, case: str):
+    if case == "an adapter":
+        pytest.importorskip("lycoris", reason="needs lycoris-lora, whose adapter it is")
     (workdir / "worker.py").write_text(WORKER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     keeping, several = CASES[case], case == "several"

@@ -67,7 +67,10 @@ def test_the_card_says_what_was_measured_and_nothing_private(tmp_path: Path, con
     assert "samples/contact_sheet.png" in text and "<lora:rex:1>" in text and "learning_rate 0.001" in text
     assert re.search(r"^# rex$", text, re.M) and "\n\n\n" not in text
     bare = write_card(leave(tmp_path / "bare"), config, {"seconds": {}}).read_text(encoding="utf-8")
-    assert "had no evaluation" in bare and "A fine-tune of" in bare
+    unjudged = {"seconds": {}, "notes": ["The judge cannot read these", "So there are no metrics"]}
+    said = write_card(leave(tmp_path / "said"), config, unjudged).read_text(encoding="utf-8")
+    assert "Nothing. The judge cannot read these. So there are no metrics." in said
+    assert "Nothing. The run had no evaluation." in bare and "A fine-tune of" in bare
 
 
 def test_every_base_has_a_licence_or_the_card_says_that_it_is_not_known(config: RunConfig):
