@@ -42,11 +42,18 @@ def load_config(
     node that gets the target of an unrelated class loses the params that it had. literals: dotted key -> a
     value that is not read as YAML.
     """
+    try:
+        return _merged(paths, dotlist, literals or {})
+    except RecursionError as error:
+        raise UserError("The config is nested too deeply", where=", ".join(map(str, paths))) from error
+
+
+def _merged(paths: Sequence[str | Path], dotlist: Sequence[str], literals: Mapping[str, Any]) -> DictConfig:
     config = OmegaConf.create({})
     for path in paths:
         for update in _read(Path(path)).values():
             config = OmegaConf.merge(_without_old_params(config, update), update)
-    for key, value in (literals or {}).items():
+    for key, value in literals.items():
         OmegaConf.update(config, key, escaped(value))
     for item in dotlist:
         key, equals, value = item.partition("=")

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from ldm.files import atomic_write
 
 GAP, FONT_SIZE, LINE_HEIGHT, LEAST_WIDTH = 4, 14, 20, 320  # pixels
+LONGEST_CAPTION = 600  # characters
 A1111_NAMES = {  # setting -> its name in the parameters line, in order
     "steps": "Steps",
     "sampler": "Sampler",
@@ -37,7 +38,7 @@ A1111_SAMPLERS = {
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, cell: int = 128) -> Image.Image:
-    """A grid with one row of images for each (caption, images), below its caption.
+    """A grid with one row of images for each (caption, images), below its caption, or the first part of it.
 
     Images smaller than `cell` pixels are enlarged by an integer factor without smoothing.
     """
@@ -46,7 +47,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, cell: in
     width, height = (max(lengths) for lengths in zip(*sizes, strict=True))
     columns = max((len(images) for _, images in enlarged), default=0)
     grid_width = max(GAP + columns * (width + GAP), LEAST_WIDTH)
-    captions = [_wrap(caption, grid_width - 2 * GAP) for caption, _ in enlarged]
+    captions = [_wrap(_shortened(caption), grid_width - 2 * GAP) for caption, _ in enlarged]
     row_heights = [len(lines) * LINE_HEIGHT + height + 3 * GAP for lines in captions]
     grid = Image.new("RGB", (grid_width, sum(row_heights) + GAP), "white")
     draw, y = ImageDraw.Draw(grid), GAP
@@ -105,6 +106,10 @@ def _enlarge(image: Image.Image, cell: int) -> Image.Image:
     factor = max(1, -(-cell // min(image.size)))
     size = (image.width * factor, image.height * factor)
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+
+
+def _shortened(caption: str) -> str:
+    return caption if len(caption) <= LONGEST_CAPTION else f"{caption[:LONGEST_CAPTION]}…"
 
 
 def _wrap(caption: str, width: int) -> list[str]:

@@ -141,9 +141,14 @@ def page(seen: Iterable[Seen]) -> str:
     parts = [INTRODUCTION]
     for room in [*dict.fromkeys(ROOMS.values()), OTHERS]:
         if room in rooms:
-            rows = sorted(map(_row, rooms[room].values()), key=lambda row: re.sub(r"\W", "", row).lower())
+            rows = sorted(map(_row, rooms[room].values()), key=_place)
             parts.append("\n".join([f"## {room}", "", "| message | what is tried |", "|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
+
+
+def _place(row: str) -> tuple[str, str]:
+    """Rows are in the order of their letters and digits; of equals, of all their characters."""
+    return re.sub(r"\W", "", row).lower(), row
 
 
 def _row(group: set[Seen]) -> str:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,9 @@ def test_messages_that_differ_in_names_and_numbers_are_one_row(tmp_path: Path):
 @pytest.mark.parametrize("said", ["in {}/a b", "{}/x/y.png is", "({})"])
 def test_no_temporary_path_is_left(tmp_path: Path, said: str):
     assert "pytest" not in settled(said.format(tmp_path))
+
+
+def test_the_page_does_not_depend_on_the_order_of_tests():
+    """Nor on which process ran them."""
+    found = [seen("There is a | here"), seen("There is a here"), seen("There is a here", tried="b")]
+    assert {page(order) for order in permutations(found)} == {page(found)}

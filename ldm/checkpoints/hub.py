@@ -64,6 +64,8 @@ class HubModel:
         repo, revision, file = found["repo"], found["revision"] or "main", found["file"]
         if file is None and repo.endswith(FILES):
             return None
+        if not {"", ".", ".."}.isdisjoint([*revision.split("/"), *(file or "x").split("/")]):
+            return None  # they would lead out of the hub's folder
         is_file = file is not None and file.endswith(FILES)
         return cls(repo, revision, file if is_file else None, None if is_file else file)
 

@@ -75,7 +75,7 @@ class Grid:
         """
         try:
             content = yaml.safe_load(find_file(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
             what, remedy = f"The {cls.KIND} cannot be read", "Give a YAML file."
             raise UserError(what, where=path, remedy=remedy) from error
         keys = {f.name: f for f in fields(cls) if f.name not in ("name", *given)}

@@ -28,6 +28,8 @@ FILES = {
     "a file that includes a device": b"include: [/dev/zero]\n",
     "a file that includes no names": b"include: [[{a: 1}]]\n",
     "a file that includes by a resolver": b'include: ["${oc.env:HOME}"]\n',
+    **{f"{depth} levels": b"name: " + b"[" * depth + b"]" * depth for depth in (60, 150, 400, 5000)},
+    "150 levels of sections": b"".join(b" " * level + b"a:\n" for level in range(150)),
     "an anchor bomb": b"a: &a [x,x,x,x,x,x,x,x,x]\n"
     + b"".join(b"%c: &%c [*%c,*%c]\n" % (k + 1, k + 1, k, k) for k in range(ord("a"), ord("h"))),
 }
@@ -50,6 +52,8 @@ OVERRIDES = {
     "no value": "name",
     "an empty key": "=3",
     "open brackets": "trainer.max_steps=[1,",
+    "5000 brackets": f"name={'[' * 5000}{']' * 5000}",
+    "500 levels of sections": f"{'.'.join('a' * 500)}=1",
 }
 
 
@@ -69,7 +73,7 @@ def test_bad_files_are_refused(tmp_path: Path, what: str):
 def test_bad_overrides_are_refused(what: str):
     config = str(ROOT / "configs/dreambooth.yaml")
     words = OVERRIDES[what].split()
-    got = outcome("config", f"{what}: `{' '.join(words)}`", lambda: load(config, *words), hide=ROOT)
+    got = outcome("config", f"{what}: `{' '.join(words)[:80]}`", lambda: load(config, *words), hide=ROOT)
     assert got.startswith("refused: ")
 
 

@@ -13,11 +13,14 @@ from ldm import commands
 from ldm.checkpoints.hub import HubModel, local_path
 from ldm.commands import convert, dreambench, evaluate, publish, sample, search, study
 from ldm.config import instantiate, load_config, to_container
+from ldm.diffusion.process import DiscreteDiffusion
+from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.runs.options import parse
 from ldm.runs.publish import check_target
 from ldm.runs.search import Search
 from ldm.runs.sweep import jobs_of, read_sweep
 from ldm.sampler_nodes import sampling_levels
+from tests.factories import SCHEDULE
 from tests.hostile.conftest import SECRET, examples, refused_or
 from tests.hostile.test_configs import VALUES, leaves
 
@@ -40,7 +43,7 @@ odd = VALUES | st.sampled_from(
 )
 
 
-@examples(25)
+@examples(8)
 @given(data=st.data(), file=st.sampled_from(sorted(FILES)), cut=st.integers(1, 5), value=odd)
 def test_any_value_in_any_config(data, file: str, cut: int, value: object, tmp_path: Path):
     config = copy.deepcopy(FILES[file])
@@ -54,6 +57,7 @@ def test_any_value_in_any_config(data, file: str, cut: int, value: object, tmp_p
     assert parsed is None or SECRET not in repr(parsed.container)
 
 
+PROCESS = DiscreteDiffusion(make_alphas_cumprod(**SCHEDULE))
 CONCEPT = {
     "root": "photos",
     "identifier": "sks",
@@ -64,7 +68,7 @@ CONCEPT = {
 }
 
 
-@examples(25)
+@examples(6)
 @given(
     concepts=st.lists(
         st.fixed_dictionaries({}, optional={name: st.just(usual) | odd for name, usual in CONCEPT.items()})
@@ -112,7 +116,7 @@ PLACES += [
 PLACES += ["data.params.masks", "model.params.objective.masks", "samples.guidance_scale", "priors.steps"]
 
 
-@examples(30)
+@examples(10)
 @given(place=st.sampled_from(PLACES), node=nodes | odd | st.sampled_from([0, -1, 3, 10**9, "euler", "heun"]))
 def test_any_node(place: str, node: object, tmp_path: Path):
     """Of optimizers, schedules, samplers and their spacing, masks and clip skips."""
@@ -126,7 +130,8 @@ def test_any_node(place: str, node: object, tmp_path: Path):
 
     def read() -> None:
         run = parse(["--base", str(ROOT / "configs/dreambooth.yaml"), str(tmp_path / "node.yaml")])
-        sampling_levels(run.priors.sampler, min(run.priors.steps, 50), run.priors.spacing)
+        for how in (run.priors, run.samples):
+            sampling_levels(PROCESS, how.sampler, steps=how.steps, spacing=how.spacing)
 
     refused_or(read)
 
@@ -149,14 +154,14 @@ def changed(data: st.DataObject, whole: dict) -> dict:
     return content
 
 
-@examples(10)
+@examples(6)
 @given(data=st.data())
 def test_any_study(data, workdir: Path):
     Path("any.yaml").write_text(yaml.safe_dump(changed(data, STUDY), allow_unicode=True), encoding="utf-8")
     refused_or(lambda: read_sweep("any.yaml"))
 
 
-@examples(10)
+@examples(6)
 @given(data=st.data())
 def test_any_search(data, workdir: Path):
     Path("any.yaml").write_text(yaml.safe_dump(changed(data, SEARCH), allow_unicode=True), encoding="utf-8")

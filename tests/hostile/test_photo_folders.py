@@ -18,7 +18,7 @@ from ldm.data.items import SourceImage, Stream
 from ldm.data.masks import check_masks, find_masks
 from ldm.errors import UserError
 from ldm.evaluation.dreambench import LISTS, read_dataset
-from ldm.evaluation.image_folder import prompt_of
+from ldm.evaluation.image_folder import read_image_folder
 from ldm.runs.caption_photos import caption_photos
 from ldm.runs.check_photos import check_photos
 from ldm.runs.dreambench import given_images
@@ -193,7 +193,12 @@ def test_any_images_of_another_tool(name: str, image: bytes, prompt: bytes | Non
     if prompt is not None:
         (folder / name).with_suffix(".txt").write_bytes(prompt)
     refused_or(lambda: given_images(folder, [f"prompt {k}" for k in range(25)]))
-    refused_or(lambda: prompt_of(folder / name))
+
+    def read() -> None:
+        found = read_image_folder(folder)
+        assert all(one.prompt is None or isinstance(one.prompt, str) for one in found)
+
+    refused_or(read)
 
 
 @examples(25)
