@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.checkpoints import diffusers_names as names
 from ldm.checkpoints import folder
-from ldm.checkpoints.diffusers_config import autoencoder_params
+from ldm.checkpoints.diffusers_config import autoencoder_params, read_json
 from ldm.checkpoints.known import check_known, check_sizes, read_known
 from ldm.checkpoints.layout import LATENT_CHANNELS, NOT_WEIGHTS, PREFIXES
 from ldm.checkpoints.shards import INDEX, read_shards
@@ -35,7 +35,7 @@ def open_vae(path: str | Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | N
     if folder.is_folder(path):
         inner = path if (path / "config.json").exists() else path / "vae"
         with folder.config_of(inner):
-            params = autoencoder_params(folder.read_json(inner / "config.json"), where=inner)
+            params = autoencoder_params(read_json(inner / "config.json"), where=inner)
             check_sizes(params, where=inner)
             check_known({"vae": {"params": params}}, where=inner)
         tensors, node = _own_names(folder.read_weights(inner), params), {"params": params}

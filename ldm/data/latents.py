@@ -6,7 +6,7 @@ uncached one does.
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -82,13 +82,9 @@ def cached_latent_stats(
     """
     if folder is not None and not vae_hash:
         raise ValueError("a cache on disk needs the hash of the VAE")
-    names = {key: hashlib.sha256(f"{vae_hash}/{key}".encode()).hexdigest()[:32] for key in views}
-    latent_stats = {}
+    files = {} if folder is None else _cache_files(views, folder, vae_hash=vae_hash)
+    latent_stats = {key: kept[0] for key, file in files.items() if (kept := load_latents(file))}
     if folder is not None:
-        make_folder(folder)
-        for key, name in names.items():
-            if kept := load_latents(folder / f"{name}.safetensors"):
-                latent_stats[key] = kept[0]
         log.info("%s: %d of %d views are in the cache", folder, len(latent_stats), len(views))
     if progress:
         progress(len(latent_stats))
@@ -104,11 +100,17 @@ def cached_latent_stats(
             require_finite(item, where=key)
             latent_stats[key] = item.clone()
             if folder is not None:
-                metadata = {"view": key, "vae": vae_hash}
-                save_latents(folder / f"{names[key]}.safetensors", item, metadata=metadata)
+                save_latents(files[key], item, metadata={"view": key, "vae": vae_hash})
         if progress:
             progress(len(missing))
     return latent_stats
+
+
+def _cache_files(keys: Iterable[str], folder: Path, *, vae_hash: str) -> dict[str, Path]:
+    """Key -> its file in the folder, which is made if it is not there."""
+    make_folder(folder)
+    names = {key: hashlib.sha256(f"{vae_hash}/{key}".encode()).hexdigest()[:32] for key in keys}
+    return {key: folder / f"{name}.safetensors" for key, name in names.items()}
 
 
 def _checksum(latents: Tensor) -> str:
