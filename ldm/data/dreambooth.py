@@ -227,7 +227,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
         for given in self.given_classes:
             log.info("%s: %d photos of the class", given.root, len(self.images.of_class(given)))
             buckets.check_class(given.root, self.images.of_class(given))
-        _ = self.prior_counts  # refuses too few
+        if self.generated_classes:
+            buckets.prior_counts(self.num_priors)  # refuses too few
         for concept in self.concepts:
             log_photos(concept, self.images, enlarges=buckets.enlarges, size=self.size)
         if self.masks:
