@@ -66,8 +66,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
         size: height and width in pixels.
         buckets: photos keep their shape, `{}` or with settings (`Buckets`): each is trained on at the nearest
             of several shapes whose area is that of `size`, and all items of an optimizer step have one, drawn
-            in proportion to its photos. Prior images are generated at these shapes, `num_priors` in all;
-            those of `prior_root` are shown in the nearest. None: the square.
+            in proportion to its photos. Prior images are generated at these shapes, `num_priors` of a class
+            in all; those of `prior_root` are shown in the nearest. None: the square.
         batch_size, prior_batch_size: items per micro-batch and device; None is as many as `batch_size`.
             Without prior images (num_priors 0 and no prior_root) there are no prior items, unless
             `prior_caption_dropout` or `diff_output_preservation` asks for some.
@@ -227,7 +227,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
         for given in self.given_classes:
             log.info("%s: %d photos of the class", given.root, len(self.images.of_class(given)))
             buckets.check_class(given.root, self.images.of_class(given))
-        _ = self.prior_counts  # refuses too few
+        if self.generated_classes:
+            buckets.prior_counts(self.num_priors)  # refuses too few
         for concept in self.concepts:
             log_photos(concept, self.images, enlarges=buckets.enlarges, size=self.size)
         if self.masks:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -56,6 +56,7 @@ def test_a_longest_side_without_end_costs_nothing():
     assert far[0] == Shape(64, 4096) and far[-1] == Shape(4096, 64)
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 16), st.integers(2, 24), st.data())
 def test_shapes_are_as_large_as_the_square_allows(unit: int, units: int, data: st.DataObject):
     size = unit * units
@@ -77,6 +78,7 @@ def test_shapes_are_as_large_as_the_square_allows(unit: int, units: int, data: s
         )
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_a_photo_is_at_the_nearest_aspect_ratio_and_little_is_cropped(height: int, width: int):
     found = Buckets().shapes(512, unit=64)
@@ -101,6 +103,7 @@ def test_the_crop_of_a_shape_has_its_pixels():
     np.testing.assert_array_equal(shown, ramp[:, 10:50])  # of 60 columns the middle 40, unscaled
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.integers(0, 200), st.lists(st.integers(1, 50), min_size=1, max_size=12))
 def test_shares_are_whole_and_near_the_exact_ones(more: int, weights: list[int]):
     total = len(weights) + more
@@ -113,6 +116,7 @@ def test_shares_are_whole_and_near_the_exact_ones(more: int, weights: list[int])
         assert all(n <= other + 1 for other, more in zip(found, weights, strict=True) if more >= weight)
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 10**4), min_size=1, max_size=30).filter(any))
 def test_long_cycles_are_rounded_and_none_is_left_out(counts: list[int]):
     found = about_cycle([Fraction(count) for count in counts])

@@ -1,5 +1,6 @@
 """The paper's metrics on small networks of random weights, against references written apart."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,14 +22,16 @@ from transformers import (
     ViTModel,
 )
 
+from ldm.annotations import fits
 from ldm.errors import UserError
 from ldm.evaluation.features import IMAGENET, OPENAI, Clip, Dino, prepare
 from ldm.evaluation.image_folder import read_image_folder
 from ldm.evaluation.photos import PhotoEvaluation, mean_of_pairs, without
-from ldm.evaluation.protocol import GeneratedImage, SubjectPrompts
+from ldm.evaluation.protocol import GeneratedImage, SubjectPrompts, sides_of
 from ldm.pipeline import Sample
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "ldm/storybook/assets/tokenizer"
+SIZE = inspect.signature(PhotoEvaluation).parameters["size"].annotation
 PROMPTS = SubjectPrompts("a photo of sks dog", "a photo of a dog", "sks", "dog")
 
 
@@ -207,3 +210,12 @@ def test_folders_of_plain_pictures(tmp_path: Path):
     (tmp_path / "3.txt").write_text("a dog")
     with pytest.raises(UserError, match="differ in size: .* 60 x 44, 3.png 30 x 30"):
         read_image_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "size, sides", [(None, (None, None)), (512, (512, 512)), ([768, 512], (768, 512)), ((64, 96), (64, 96))]
+)
+def test_samples_have_a_side_or_both(size: int | Sequence[int] | None, sides: tuple):
+    assert sides_of(size) == {"height": sides[0], "width": sides[1]}
+    assert fits(list(size) if isinstance(size, tuple) else size, SIZE)
+    assert not any(fits(wrong, SIZE) for wrong in ([512], [512, 512, 512], [0, 512], 0, "512"))
