@@ -83,12 +83,10 @@ def cached_latent_stats(
     if folder is not None and not vae_hash:
         raise ValueError("a cache on disk needs the hash of the VAE")
     names = {key: hashlib.sha256(f"{vae_hash}/{key}".encode()).hexdigest()[:32] for key in views}
-    latent_stats = {}
+    files = {key: folder / f"{name}.safetensors" for key, name in names.items()} if folder else {}
+    latent_stats = _kept(files)
     if folder is not None:
         make_folder(folder)
-        for key, name in names.items():
-            if kept := load_latents(folder / f"{name}.safetensors"):
-                latent_stats[key] = kept[0]
         log.info("%s: %d of %d views are in the cache", folder, len(latent_stats), len(views))
     if progress:
         progress(len(latent_stats))
@@ -104,11 +102,16 @@ def cached_latent_stats(
             require_finite(item, where=key)
             latent_stats[key] = item.clone()
             if folder is not None:
-                metadata = {"view": key, "vae": vae_hash}
-                save_latents(folder / f"{names[key]}.safetensors", item, metadata=metadata)
+                save_latents(files[key], item, metadata={"view": key, "vae": vae_hash})
         if progress:
             progress(len(missing))
     return latent_stats
+
+
+def _kept(files: Mapping[str, Path]) -> dict[str, Tensor]:
+    """The latent stats of the files that are there and whole, by key."""
+    found = {key: load_latents(path) for key, path in files.items()}
+    return {key: kept[0] for key, kept in found.items() if kept is not None}
 
 
 def _checksum(latents: Tensor) -> str:
