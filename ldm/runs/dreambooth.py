@@ -11,7 +11,6 @@ import pytorch_lightning as pl
 
 from ldm.annotations import Node
 from ldm.config import param_of
-from ldm.data.caption_length import check_lengths, prompts_of
 from ldm.data.concepts import filled_for
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import ImageFiles
@@ -39,6 +38,7 @@ from ldm.runs.sampling import (
     prior_sets,
     text2image,
 )
+from ldm.runs.validate import all_prompts
 from ldm.schema import RunConfig
 from ldm.training.latent_diffusion import LatentDiffusion
 
@@ -100,10 +100,7 @@ class DreamBoothRun:
         self.samples = config.samples
         self.sample_pipeline = self._pipeline(self.samples.guidance_base)  # of samples and previews
         self.prompts = filled_for(self.samples.prompts, data.concepts)
-        said = prompts_of(data) | {f"samples.prompts.{k}": prompt for k, prompt in enumerate(self.prompts)}
-        identifiers = [concept.words["identifier"] for concept in data.concepts]
-        check_lengths(said, module.cond_stage_model, identifiers=identifiers)
-        self.notes = limits_of(config, module.cond_stage_model, data, said)
+        self.notes = limits_of(config, module.cond_stage_model, data, all_prompts(config, data))
 
     def __call__(self) -> list[Path]:
         """-> the paths that rank 0 writes: contact sheet, model file, report."""

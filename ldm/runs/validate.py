@@ -18,6 +18,7 @@ from ldm.annotations import Node
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.vae import check_same_scale, open_vae
 from ldm.config import instantiate, param_of, takes
+from ldm.data.caption_length import check_lengths, prompts_of
 from ldm.data.concepts import Concept, filled_for
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.photo_check import photo_facts, troubles
@@ -115,11 +116,20 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
     _look_at(data)
     nodes = evaluation_nodes(config)
     _check_sampling(config, nodes, module.process, concepts=data.concepts)
+    module.add_learned_token()  # refuses a word that is known already; prompts may hold it
+    identifiers = [concept.words["identifier"] for concept in data.concepts]
+    check_lengths(all_prompts(config, data), module.cond_stage_model, identifiers=identifiers)
     _check_drawn(pipeline, vars(config.samples), where="samples")
     for key, node in nodes.items():
         evaluation = instantiate(node)  # reads its own networks and prompts
         _check_drawn(pipeline, getattr(evaluation, "sampling", {}), where=f"{key}.params")
     return data
+
+
+def all_prompts(config: RunConfig, data: DreamBoothDataModule) -> dict[str, str]:
+    """The prompts and captions of a run, by where they stand: a key of the config, or a file."""
+    samples = filled_for(config.samples.prompts, data.concepts)
+    return prompts_of(data) | {f"samples.prompts.{k}": prompt for k, prompt in enumerate(samples)}
 
 
 def _look_at(data: DreamBoothDataModule) -> None:
