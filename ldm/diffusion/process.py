@@ -41,6 +41,11 @@ class Level(NamedTuple):
         """lambda = log(a / s), infinite without noise (Lu et al. 2022a)."""
         return math.log(self.a / self.s) if self.s > 0 else math.inf
 
+    @property
+    def is_noise_alone(self) -> bool:
+        """Whether next to no signal is left, as at the last timestep of a zero-terminal-SNR schedule."""
+        return self.a**2 < 2 * TERMINAL
+
 
 CLEAN = Level(1.0, 0.0, 0.0)
 

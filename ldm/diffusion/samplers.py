@@ -3,7 +3,9 @@
 Each is a function of the same signature and readable alone: `levels` are those of the steps, noisiest first,
 and the one where the last step ends, which may be without noise. Their formulas hold for x = a x0 + s noise
 of any a and s. What they ask for is x0, which is well defined also where a is next to 0, at the noisiest
-level of a zero-terminal-SNR schedule. `denoise` is called at levels[:-1] alone.
+level of a zero-terminal-SNR schedule. From there the step is Euler's: between s / a = 4096 and the next level
+a mean of eps at both ends would move x by many times what the two x0 differ by. `denoise` is called at
+levels[:-1] alone.
 """
 
 import math
@@ -93,14 +95,14 @@ def plms(
 ) -> Tensor:
     """Pseudo linear multistep (Liu et al. 2022): one prediction a step, but two in the first.
 
-    Stable Diffusion's variant of their algorithm 2: it begins with a Heun step and orders 2 and 3 in the
-    place of Runge-Kutta steps. Deterministic: `noise` is not used.
+    Stable Diffusion's variant of their algorithm 2: it begins with a Heun step (from noise alone an Euler
+    step) and orders 2 and 3 in the place of Runge-Kutta steps. Deterministic: `noise` is not used.
     """
     recent: list[Tensor] = []  # the last predictions of eps, newest first
     for i, (level, end) in enumerate(pairwise(levels)):
         eps = eps_of(x, denoise(x, level), level)
         recent = [eps, *recent[:3]]
-        if i == 0 and len(levels) > 2:  # Heun's method: the mean of both ends of the step
+        if i == 0 and len(levels) > 2 and not level.is_noise_alone:  # Heun: the mean of the step's ends
             ahead = transfer(x, eps, level, end)
             eps = (eps + eps_of(ahead, denoise(ahead, end), end)) / 2
         else:
@@ -153,14 +155,14 @@ def heun(
 ) -> Tensor:
     """Heun's method of order two on the same flow (Karras et al. 2022, algorithm 1).
 
-    Two predictions a step, the mean of eps at both ends; one in the last step. Deterministic: `noise` is not
-    used.
+    Two predictions a step, the mean of eps at both ends; one in the last step, and in the first one from
+    noise alone. Deterministic: `noise` is not used.
     """
     for i, (level, end) in enumerate(pairwise(levels)):
         x0 = denoise(x, level)
         eps = eps_of(x, x0, level)
         x_next = end.a * x0 + end.s * eps
-        if i < len(levels) - 2:
+        if i < len(levels) - 2 and not level.is_noise_alone:
             ahead = eps_of(x_next, denoise(x_next, end), end)
             ratio = end.a * level.s / level.a  # of x to x_next, where all is noise
             x_next = x_next + (end.s - ratio) / 2 * (ahead - eps)

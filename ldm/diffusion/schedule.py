@@ -44,8 +44,9 @@ def make_alphas_cumprod(
 def sampling_timesteps(steps: int, *, T: int = 1000, spacing: str = "leading") -> Tensor:
     """Exactly `steps` timesteps, descending -> [S] int64 (Lin et al. 2024, table 2).
 
-    "leading" is Stable Diffusion's own: multiples of T // steps, plus 1. "trailing" begins at T - 1,
-    "linspace" begins at T - 1 and ends at 0. Raises UserError where there are not as many timesteps.
+    "leading" is Stable Diffusion's own: multiples of T // steps, plus 1; where `steps` does not divide T it
+    begins lower, at 895 for 150 steps of 1000. "trailing" begins at T - 1, "linspace" begins at T - 1 and
+    ends at 0. Raises UserError where there are not as many timesteps.
     """
     check_steps(steps, T)
     i = torch.arange(steps, dtype=torch.float64)

@@ -187,3 +187,26 @@ def test_euler_is_ddim_to_the_bit_and_plms_is_ahead():
 def test_every_sampler_has_its_name_in_the_schema_of_configs_and_a_spacing():
     assert get_args(SamplerName) == tuple(SAMPLERS) == tuple(DEFAULT_SPACING)
     assert set(DEFAULT_SPACING.values()) <= set(SPACINGS) and ENDS_CLEAN < set(SAMPLERS)
+
+
+@pytest.mark.parametrize("name", sorted(DETERMINISTIC))
+@pytest.mark.parametrize("steps", [8, 20, 50])
+def test_the_step_from_noise_alone_goes_no_farther_than_the_data_does(name: str, steps: int):
+    """Zero-terminal SNR: two predictions of x0 that differ by d move x by a d at most, at the step's end.
+
+    A mean of eps at both ends of the step would move it by many times that.
+    """
+    alphas = make_alphas_cumprod(zero_terminal_snr=True, dtype=torch.float64)
+    process = DiscreteDiffusion(alphas, parameterization="v")
+    noise, seen = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 1, 9), []
+    levels = process.levels(steps, "trailing", clean=True)
+    first, end = levels[:2]
+    assert first.is_noise_alone and not any(level.is_noise_alone for level in levels[1:])
+    x_T = first.a * 0.3 + first.s * noise
+    DETERMINISTIC[name](
+        lambda x, level: torch.full_like(x, 0.3 if level == first else 0.4),
+        x_T,
+        levels,
+        callback=lambda i, x: seen.append(x),
+    )
+    assert (seen[0] - end.a * 0.3 - end.s * noise).abs().max() <= 0.1 * end.a + 1e-9
