@@ -130,9 +130,10 @@ def strike(
     wait = LONGEST if at else moments.uniform(0, 0.7 * seconds)
     pause = moments.uniform(0, min(wait, seconds)) if moments.random() < PAUSED else wait
     number = 1 if at in ONCE else moments.randint(1, 4)  # of the file
-    start, seen, done, paused = time.monotonic(), set(), Counter(), False
+    start, done, paused = time.monotonic(), Counter(), False
+    older, seen = left_unfinished(name), set()
     while process.is_alive() and time.monotonic() - start < wait:
-        fresh = unfinished(name, at) - seen if at else set()
+        fresh = unfinished(name, at) - seen - older if at else set()
         seen |= fresh
         if fresh and len(seen) >= number:
             hold(process, 0.002)

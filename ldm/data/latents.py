@@ -93,14 +93,13 @@ def cached_latent_stats(
         missing = [key for key in keys if key not in latent_stats]
         if not missing:
             continue
-        encoded = encode(torch.stack([views[key]() for key in keys])).float().cpu()
-        for key, item in zip(keys, encoded, strict=True):
-            if key not in missing:
-                continue
-            require_finite(item, where=key)
-            latent_stats[key] = item.clone()
+        pixels = torch.stack([views[key]() for key in keys])
+        encoded = dict(zip(keys, encode(pixels).float().cpu(), strict=True))
+        for key in missing:
+            require_finite(encoded[key], where=key)
+            latent_stats[key] = encoded[key].clone()
             if folder is not None:
-                save_latents(files[key], item, metadata={"view": key, "vae": vae_hash})
+                save_latents(files[key], encoded[key], metadata={"view": key, "vae": vae_hash})
         if progress:
             progress(len(missing))
     return latent_stats
