@@ -150,12 +150,12 @@ class Text2Image:
         SDXL. `init_image`: of img2img, for the last `strength` of the steps. `long_prompts`: encode in
         chunks. `clip_skip`: None is the text encoder's. `progress`: a bar, or a callable of step counts.
         """
-        prompts, seeds, sample = _checked(prompts, seeds, sampler=sampler, eta=eta, batch_size=batch_size)
+        prompts, seeds, sample = _check_call(prompts, seeds, sampler=sampler, eta=eta, batch_size=batch_size)
         shape, samples = self.latent_shape(height, width), {}
         levels = self._levels(sampler, steps, spacing, None if init_image is None else strength)
-        with self._eval(precision), _heard(progress, len(prompts), steps=len(levels) - 1) as tell:
-            told = Sizes.told(sizes, *(n * self.vae.factor for n in shape[1:]), to=self.unet)
-            how = (levels, guidance_scale, batched_guidance, told)
+        with self._eval(precision), _reporting(progress, len(prompts), steps=len(levels) - 1) as report:
+            sizes = Sizes.for_unet(sizes, *(n * self.vae.factor for n in shape[1:]), unet=self.unet)
+            how = (levels, guidance_scale, batched_guidance, sizes)
             negative = () if guidance_scale == 1 else (self.negative(negative_prompt),)
             own = clip_skip_of(self.text_encoder)
             reading = {"chunked": long_prompts, "clip_skip": own if clip_skip is None else clip_skip}
@@ -164,8 +164,9 @@ class Text2Image:
             for batch in _batches([encoding.context.shape[1] for encoding, _ in pairs], batch_size):
                 denoise = self._guided([pairs[i] for i in batch], *how)
                 noise = partial(self._noise, shape, [seeds[i] for i in batch])
-                x = sample(denoise, self._start(noise, initial, levels), levels, noise=noise, callback=tell)
-                samples |= zip(batch, zip(self._decode(x), _outside(x), strict=True), strict=True)
+                x_T = self._start(noise, initial, levels)
+                x = sample(denoise, x_T, levels, noise=noise, callback=report)
+                samples |= zip(batch, zip(self._decode(x), _to_cpu(x), strict=True), strict=True)
         return [Sample(*samples[i], prompts[i], seeds[i]) for i in range(len(prompts))]
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
@@ -285,7 +286,7 @@ class Text2Image:
             yield
 
 
-def _checked(
+def _check_call(
     prompts: str | Sequence[str],
     seeds: Sequence[int] | None,
     *,
@@ -313,7 +314,7 @@ def _checked(
 
 
 @contextmanager
-def _heard(progress: bool | Callable[[int], object], images: int, *, steps: int) -> Iterator[Callback]:
+def _reporting(progress: bool | Callable[[int], object], images: int, *, steps: int) -> Iterator[Callback]:
     """A sampler's callback that reports its steps to the callable, or to a bar of images."""
     done = 0
     with tqdm(total=images, desc="images", unit="image", disable=progress is not True) as bar:
@@ -336,7 +337,7 @@ def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     ]
 
 
-def _outside(x: Tensor) -> list[Tensor]:
+def _to_cpu(x: Tensor) -> list[Tensor]:
     """B latents on the CPU, each with its own memory, as normal tensors, which training may use."""
     with torch.inference_mode(False):
         return [latents.clone() for latents in x.cpu()]

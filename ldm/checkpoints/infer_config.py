@@ -22,7 +22,7 @@ SCHEDULE = {
     "zero_terminal_snr": False,
 }
 MOST = 2**20  # of any size in a network
-CLASS_DEFAULTS = {part.target: part.untold for part in SD1.networks.values()}  # a node leaves these out
+CLASS_DEFAULTS = {part.target: part.defaults for part in SD1.networks.values()}  # a node leaves these out
 V_PREDICTION_STD = 0.09  # std of a norm's bias in SD 2.x: larger in v-prediction models, smaller in eps
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ def _node(tensors: Tensors, part: Part, node: Mapping[str, Any] | None, *, name:
     """The node of a network. What neither shapes nor the node tell is the default of the class or family."""
     given = (node or {}).get("params") or {}
     params = {} if part.shape is None else _shape_of(tensors, part, name=name)
-    untold = part.untold if node is None else CLASS_DEFAULTS.get(part.target, part.untold)
-    params |= {**untold, **{key: value for key, value in given.items() if key in untold}}
+    defaults = part.defaults if node is None else CLASS_DEFAULTS.get(part.target, part.defaults)
+    params |= {**defaults, **{key: value for key, value in given.items() if key in defaults}}
     for key, (prefix, inner) in part.inner.items():
         params[key] = _node(under(tensors, prefix), inner, given.get(key), name=f"{name}.{key}")
     return {"target": part.target, "params": params}

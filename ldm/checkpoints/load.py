@@ -180,7 +180,7 @@ def _open(path: Path, config: Mapping[str, Any] | None, *, ema: bool) -> Model:
 
 def _with_vae(model: Model, path: Path) -> Model:
     tensors, node = open_vae(path)
-    own = model.known.get("vae") or {"params": model.family.networks["vae"].untold}
+    own = model.known.get("vae") or {"params": model.family.networks["vae"].defaults}
     check_same_scale(node, own, where=path)
     known = model.known if node is None else {**model.known, "vae": node}
     return replace(model, state_dicts={**model.state_dicts, "vae": tensors}, known=known)

@@ -76,7 +76,7 @@ def _node_of_family(held: Mapping[str, Tensor]) -> dict[str, Any] | None:
     unet = under(held, PREFIXES["unet"])
     if not unet:
         return None
-    return {"params": {"scale_factor": family_of({"unet": unet}).networks["vae"].untold["scale_factor"]}}
+    return {"params": {"scale_factor": family_of({"unet": unet}).networks["vae"].defaults["scale_factor"]}}
 
 
 def _own_names(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Mapping[str, Tensor]:

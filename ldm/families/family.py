@@ -12,7 +12,7 @@ StateDicts = Mapping[str, Tensors]  # network -> its tensors, see `ldm.checkpoin
 
 @dataclass(frozen=True)
 class Part:
-    """A network: its class, the reader of what shapes tell of its params, and the params that they do not.
+    """A network: its class, the reader of the params that shapes determine, and defaults of the others.
 
     inner: for a network of several, key of the node in its params -> (beginning of its tensors' names, the
     part); the rest then says nothing.
@@ -20,7 +20,7 @@ class Part:
 
     target: str
     shape: Callable[[Tensors], dict[str, Any]] | None
-    untold: Mapping[str, Any]
+    defaults: Mapping[str, Any]
     inner: Mapping[str, tuple[str, "Part"]] = field(default_factory=dict)
 
 

@@ -59,7 +59,7 @@ def sizes_of(options: Namespace, pipeline: Text2Image, *, height: int, width: in
     usual = Sizes.of_sample(height, width)
     given = [getattr(options, name) for name in SIZES]
     sizes = Sizes(*(tuple(own or other) for own, other in zip(given, usual, strict=True)))
-    return Sizes.told(sizes if any(given) else None, height, width, to=pipeline.unet)
+    return Sizes.for_unet(sizes if any(given) else None, height, width, unet=pipeline.unet)
 
 
 def sampler_node(name: str | None) -> str | dict[str, str] | None:

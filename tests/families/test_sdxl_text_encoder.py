@@ -107,8 +107,8 @@ def test_size_numbers_are_exact_whatever_the_texts_precision(dtype):
 def test_only_a_unet_with_a_vector_is_told_sizes():
     with torch.device("meta"):
         unet = UNetModel(model_channels=32, channel_mult=[1], num_heads=2, attention_resolutions=[1])
-    assert Sizes.told(None, 8, 8, to=unet) is None
+    assert Sizes.for_unet(None, 8, 8, unet=unet) is None
     with pytest.raises(UserError, match="Only Stable Diffusion XL"):
-        Sizes.told(Sizes.of_sample(8, 8), 8, 8, to=unet)
+        Sizes.for_unet(Sizes.of_sample(8, 8), 8, 8, unet=unet)
     unet.adm_in_channels = 5
-    assert Sizes.told(None, 8, 16, to=unet) == Sizes((8, 16), (0, 0), (8, 16))
+    assert Sizes.for_unet(None, 8, 16, unet=unet) == Sizes((8, 16), (0, 0), (8, 16))

@@ -28,12 +28,12 @@ class Sizes(NamedTuple):
         return cls((height, width), (0, 0), (height, width))
 
     @classmethod
-    def told(cls, sizes: "Sizes | None", height: int, width: int, *, to: UNetModel) -> "Sizes | None":
+    def for_unet(cls, sizes: "Sizes | None", height: int, width: int, *, unet: UNetModel) -> "Sizes | None":
         """What a UNet is told of samples of this size: `sizes`, or what is usual. None: it takes no vector.
 
-        Raises UserError for sizes that it cannot be told.
+        Raises UserError for sizes given to a UNet that takes none.
         """
-        if to.adm_in_channels is not None:
+        if unet.adm_in_channels is not None:
             return sizes or cls.of_sample(height, width)
         if sizes is not None:
             what = "Only Stable Diffusion XL is told an original size, a crop and a target size"
