@@ -1,4 +1,4 @@
-"""Generate images with a trained model: sample.py --prompt "a photo of a sks dog in snow"."""
+"""Generate images with a trained model: sample.py --prompt "a photo of sks dog in the snow"."""
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Sequence
