@@ -26,8 +26,8 @@ repository, `diffusers` and `peft`; wheels of what a machine lacks may lie in `.
 keep results: copy `results.jsonl` to `benchmarks/gpu/` and run `python -m benchmarks.gpu.page`. The
 storybook's base is trained when it is asked for: `bash benchmarks/gpu/check.sh 300 storybook_base`.
 
-`1+1` is a batch of one photo and one prior image; `kernel by kernel` is without CUDA graphs, which the goals are
-for. A floor is computed: the step's FLOP and bytes at the best rates of an H100."""
+`1+1` is a batch of one photo and one prior image; `kernel by kernel` is without CUDA graphs, for which the
+goals are. A floor is computed: the FLOP and bytes at the best rates of an H100."""
 
 
 @dataclass(frozen=True)
