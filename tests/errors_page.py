@@ -21,10 +21,10 @@ from ldm.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 INTRODUCTION = """# Error messages
 
-Written by `python -m pytest --errors=docs/errors.md`: every sentence that a test of this project gets, and
-what it tries to get it. Names, paths and numbers are those of the tests; look for the words around yours. The
-last sentence of a message is the remedy. Errors come before long work, or leave it on disk; `main.py` and the
-scripts print them without a traceback, with exit status 2."""
+Written by `python -m pytest --errors=docs/errors.md`: every error message that a test of this project
+gets, and what the test does to get it. Names, paths and numbers are those of the tests; search for the
+words around yours. The last sentence of a message says what to do. Errors come before long work, or leave
+its results on disk; `main.py` and the scripts print them without a traceback, with exit status 2."""
 ROOMS = {  # package or module of ldm -> heading; others come last
     "config": "Configs",
     "data": "Photos, prompts, prior images",

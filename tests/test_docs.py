@@ -8,8 +8,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
+import ldm
 from ldm.commands import dreambooth
 from ldm.errors import UserError
 from ldm.runs.command import read_command
@@ -18,6 +20,7 @@ from ldm.storybook import subjects
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = {"config.md", "errors.md"}
+LINKED = ("*.md", "docs/*.md", "docs/*.ipynb", "benchmarks/*.md", "studies/*.md", "ldm/*/README.md")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 COMMANDS = PROJECT["project"]["scripts"]
 
@@ -44,6 +47,7 @@ def stand_ins(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("sd15/v1-5-pruned-emaonly.safetensors").touch()
     monkeypatch.setattr("ldm.runs.run.hub_models", lambda bases: {})  # nothing is asked of the network
     monkeypatch.setattr("ldm.runs.validate._check_bases", lambda *given, **how: None)
+    monkeypatch.setattr("ldm.runs.validate.require_space", lambda *given, **how: None)  # nothing is written
     monkeypatch.setattr("ldm.runs.job.estimate", lambda config: ({}, {}))
     monkeypatch.setattr("ldm.runs.job.encoding", lambda config: 0)
     monkeypatch.setattr("ldm.runs.job.with_checkpointing_chosen", lambda config, device: config)
@@ -149,6 +153,31 @@ def test_keys_that_a_page_names_are_keys(page: Path):
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 110 and max(map(len, lines)) <= 300
+
+
+def test_the_citation_is_of_this_version():
+    """CITATION.cff has what its format requires, and the version of the package and of CHANGELOG.md."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    assert cited["version"] == PROJECT["project"]["version"] == ldm.__version__
+    assert f"\n## {cited['version']}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for paper in cited["references"]:
+        assert {"type", "title", "authors", "year"} <= paper.keys()
+        assert paper["url"] in (ROOT / "docs/method.md").read_text(encoding="utf-8")
+
+
+def test_every_page_is_linked_from_another():
+    """A reader who begins at README.md gets to every page."""
+    found, at = set(), [ROOT / "README.md"]
+    while at:
+        page = at.pop()
+        for link in re.findall(r"\]\(([^)#\s]+\.(?:md|ipynb))[^)]*\)", page.read_text(encoding="utf-8")):
+            target = (page.parent / link).resolve()
+            if not link.startswith("http") and target not in found:
+                found.add(target)
+                at.append(target)
+    pages = {path for place in LINKED for path in ROOT.glob(place)}
+    assert len(pages) > 40 and sorted(pages - found - {ROOT / "README.md"}) == []
 
 
 def test_the_notebook_runs(workdir: Path, capsys: pytest.CaptureFixture):

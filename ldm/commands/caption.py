@@ -20,7 +20,12 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
     add("--identifier", default="sks", help="the rare word that names it (sks)")
     add("--model", help="folder or hub name (Gemma 3 12B where a GPU has 30 GiB, else SmolVLM-500M)")
     styles = one_of("ldm.evaluation.captions:ASKED")
-    add("--style", type=styles, default="sentence", help="a phrase, or tags with commas (sentence)")
+    add(
+        "--style",
+        type=styles,
+        default="sentence",
+        help="sentence: one phrase, or tags: a list with commas (sentence)",
+    )
     add("--language", default="English", help="of the description (English)")
     add("--batch_size", type=int, default=4, help="photos at a time (4)")
     add("--device", help="where to compute (the GPU where there is one)")

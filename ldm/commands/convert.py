@@ -18,9 +18,8 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("source", type=Path, help="model file or diffusers folder")
     add("target", type=Path, help="NAME.safetensors, NAME.safetensors.index.json, NAME.ckpt, or a new folder")
-    add(
-        "--max_file_mib", type=int, default=16, help="of each file, where TARGET is a .safetensors.index.json"
-    )
+    help_mib = "of each file, where TARGET is a .safetensors.index.json (16)"
+    add("--max_file_mib", type=int, default=16, help=help_mib)
     dtypes = one_of("ldm.checkpoints.save:DTYPES")
     add("--dtype", type=dtypes, help="of the weights: fp32, fp16 or bf16; default: as they are")
     add("--ema", action="store_true", help="take the averaged weights of the UNet, from a file that has both")

@@ -1,6 +1,6 @@
 """DreamBench in one command: subjects x 25 prompts x 4 images, measured as in Ruiz et al. 2023, Table 1.
 
-    dreambench.py --root dataset --base configs/dreambooth-sd1.yaml --processes 2
+    dreambench.py --root dataset --base configs/dreambooth-sd1.yaml base_checkpoint=MODEL
     dreambench.py --root dataset --pictures SAMPLES     of any tool: SAMPLES/dog/07-2.png
 
 --root is the folder `dataset` of github.com/google/dreambooth. Any number of processes may run the same

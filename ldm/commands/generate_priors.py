@@ -14,7 +14,7 @@ from ldm.runs.command import read_command
 
 def main(words: Sequence[str] | None = None) -> None:
     """Generates the missing images; prints their folders."""
-    given = read_command(words, description=__doc__)
+    given = read_command(words, description=__doc__, trains=False)
     from ldm.engine import distributed, signals
     from ldm.runs.generate_set import generate_set
     from ldm.runs.options import config_of

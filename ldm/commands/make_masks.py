@@ -15,7 +15,7 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
     add("folder", type=Path, help="photos of the subject")
-    add("--model", default="u2net", help="a network of rembg's; mind its license (u2net)")
+    add("--model", default="u2net", help="a network of rembg's; mind its licence (u2net)")
     add("--sheet", type=Path, metavar="PNG", help="the contact sheet (FOLDER-masks.png)")
     return parser.parse_args(words)
 

@@ -1,6 +1,6 @@
 """Search settings of a config, on several subjects and seeds, for the best score or a front of two metrics.
 
-    search.py --base configs/dreambooth.yaml configs/searches/rate.yaml --processes 2
+    search.py --base configs/dreambooth.yaml configs/searches/rates.yaml --processes 2
 
 Any number of processes may run the same command and share the trials, also on several machines with a folder
 in common. What is killed goes on when the command is run again. When all trials are done, or with --page at

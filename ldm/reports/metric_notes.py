@@ -90,7 +90,7 @@ LONGER = "Train for more steps or at a higher learning rate, or give more and cl
 SHORTER = "Train for fewer steps or at a lower learning rate, above all of the text encoder."
 KEEP = "Raise the weight of the prior loss or the number of prior images, or train for fewer steps."
 MASK = "Mask the photos (model.params.objective.masks), or train for fewer steps."
-SHIFT = "Sample at a lower guidance scale, or with the base's unconditional prediction (docs/guidance.md)."
+SHIFT = "Keep data.params.prior_caption_dropout at 0.25, or sample at a lower guidance (docs/guidance.md)."
 
 METRICS = {
     "subject_fidelity": MetricNote(

@@ -16,6 +16,14 @@ ALIASES = {  # flag -> config key
     "reg_data_root": "data.params.prior_root",
     "class_word": "data.params.class_word",
 }
+MEANINGS = {  # flag -> its value in the help, what it is
+    "name": ("NAME", "the run is kept in logs/NAME"),
+    "seed": ("N", "all random numbers follow from it"),
+    "actual_resume": ("MODEL", "the base: a file, a diffusers folder or a hub id"),
+    "data_root": ("FOLDER", "photos of the subject"),
+    "reg_data_root": ("FOLDER", "your own images of the class, in place of generated ones"),
+    "class_word": ("WORD", "what the subject is, such as dog"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,30 +42,39 @@ class Command:
     allow: Sequence[str]  # packages whose classes nodes may name
 
 
-def read_command(argv: Sequence[str], *, description: str | None) -> Command:
-    """Parses a command line. Raises UserError for an unknown option, or without a config."""
+def read_command(argv: Sequence[str], *, description: str | None, trains: bool = True) -> Command:
+    """Parses a command line. Raises UserError for an unknown option, or without a config.
+
+    trains: whether the command trains, so that there are runs to continue and a training to forecast.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("-b", "--base", nargs="+", default=[], metavar="YAML", help="configs to merge")
     parser.add_argument(
+        "--allow", action="append", default=[], metavar="PACKAGE", help="let configs name classes of your own"
+    )
+    parser.set_defaults(resume=None, allow_config_change=False, dry_run=False)
+    if trains:
+        _add_training(parser)
+    for flag, key in ALIASES.items():
+        short = [f"-{flag[0]}"] if flag in ("name", "seed") else []
+        value, meaning = MEANINGS[flag]
+        parser.add_argument(*short, f"--{flag}", metavar=value, help=f"{meaning} ({key})")
+    options, rest = parser.parse_known_args(argv)
+    return _command(options, rest)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    """Options of a command that trains."""
+    parser.add_argument(
         "-r",
         "--resume",
         metavar="RUN",
-        help="continue the run in this folder; auto: the newest unfinished one of this name, else a new one",
+        help="continue this run (name or folder); auto: the newest unfinished of this name, else a new one",
     )
     parser.add_argument("--allow_config_change", action="store_true", help="continue it with another config")
-    parser.add_argument(
-        "--allow", action="append", default=[], metavar="PACKAGE", help="let configs name classes of your own"
-    )
     parser.add_argument("--dry_run", action="store_true", help="print config, memory and disk needed; stop")
-    for flag, key in ALIASES.items():
-        short = [f"-{flag[0]}"] if flag in ("name", "seed") else []
-        parser.add_argument(
-            *short, f"--{flag}", metavar="VALUE", help=f"sets {key} to VALUE, as it is written"
-        )
-    options, rest = parser.parse_known_args(argv)
-    return _command(options, rest)
 
 
 def _command(options: argparse.Namespace, rest: Sequence[str]) -> Command:

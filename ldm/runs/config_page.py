@@ -65,12 +65,13 @@ FROM_RUN = {  # arguments that a run gives, which no config needs to
 }
 INTRODUCTION = """# Config keys
 
-Written by `python -m ldm.runs.config_page docs/config.md` from the signatures, where defaults and ranges
-stand once. `python main.py --base A.yaml [B.yaml ...] [key.sub=value ...]` merges files from left to right,
-then the overrides; a file with `include: [others]` is merged over these, which lie beside it or in the
-repository's `configs/`. `--dry_run` prints the result with the memory and disk that it needs. An object is a
-node: `target` names its class, `params` are the arguments of its constructor. A key that is unknown, of
-another type or out of its range is refused before any work, with the nearest valid name."""
+Written by `python -m ldm.runs.config_page docs/config.md` from the signatures, the one place of defaults
+and ranges. `python main.py --base A.yaml [B.yaml ...] [key.sub=value ...]` merges files from left to
+right, then the overrides; a file with `include: [others]` is merged over those, which are looked for
+beside it and in the repository's `configs/`. `--dry_run` prints the result with the memory and disk that
+it needs. An object is a node: `target` names its class, `params` are the arguments of its constructor. A
+key that is unknown, of another type or out of its range is refused before any work, with the nearest valid
+name."""
 
 
 class Key(NamedTuple):

@@ -41,6 +41,7 @@ OVERRIDES = {  # flag -> the override in its place, of the same meaning
     "--gradient_accumulation_steps": "trainer.accumulate_grad_batches=1",
     "--gradient_checkpointing": "model.params.unet.params.use_checkpoint=true",
     "--max_grad_norm": "trainer.gradient_clip_val=1.0",
+    "--use_8bit_adam": "model.params.optimizer=adamw_8bit",
     "--mixed_precision": "trainer.precision=bf16-mixed",
     "--checkpointing_steps": "checkpoint_every=250",
     "--save_every_n_steps": "checkpoint_every=250",
@@ -64,7 +65,6 @@ FLAGS = {  # flag -> the flag of ours in its place
     "--output_name": "--name NAME",
     "--resume_from_checkpoint": "--resume NAME",
     "--init_word": "--class_word WORD",
-    "--use_8bit_adam": "--base CONFIG configs/presets/24gb.yaml",
     "--network_module": "--base CONFIG configs/presets/8gb-lora.yaml",
     "--config_file": "--base CONFIG",
 }

@@ -1,6 +1,6 @@
 """Storybook subjects: folders of photos of one individual, each in another place.
 
-The shipped ones are made by `python -m ldm.storybook.subjects FOLDER`, a new one by
+The shipped ones are made by `python -m ldm.storybook.subjects FOLDER --masks`, a new one by
 `python -m ldm.storybook.subjects FOLDER --class_word cat --seed 51`.
 """
 

@@ -33,3 +33,11 @@ def test_flags_of_ours_exist_and_are_not_shadowed():
 def test_an_unknown_flag_is_said_as_before():
     with pytest.raises(UserError, match="`--lerning_rate=1` is not an option.*key.sub=value"):
         read_command(["--base", "a.yaml", "--lerning_rate=1"], description=None)
+
+
+@pytest.mark.parametrize("words", [["--dry_run"], ["--resume", "rex"], ["--allow_config_change"]])
+def test_a_command_that_does_not_train_takes_no_option_of_training(words):
+    """Prior images would be generated in spite of --dry_run."""
+    with pytest.raises(UserError, match=f"`{words[0]}` is not an option"):
+        read_command(["--base", "a.yaml", *words], description=None, trains=False)
+    assert read_command(["--base", "a.yaml"], description=None, trains=False).paths == ["a.yaml"]
