@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.data.buckets import Shape
+from ldm.data.captions import SIDECARS
 from ldm.data.color import to_srgb
 from ldm.errors import UserError
 
@@ -72,6 +73,8 @@ def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Pa
             else:
                 unreadable.append(path)
                 log.warning("Skipped: %s", error)
+    stems = {path.stem for path in (*images, *unreadable)}
+    stray = [path for path in stray if path.suffix not in SIDECARS or path.stem not in stems]
     if stray:
         log.info("%s: ignored files that are not images: %s", folder, ", ".join(p.name for p in stray))
     _check_photos_of(masks, (*images, *unreadable))

@@ -23,6 +23,10 @@ def caption_photos(options: Namespace) -> Path:
     check_prompts(**words, subject_prompt=subject, prior_prompt=of_class)
     if options.batch_size < 1:
         raise UserError("There is nothing to do", where="--batch_size", remedy="Choose 1 or more.")
+    out = options.out or Path("logs", f"captions-{options.photos.resolve().name}.png")
+    if out.resolve().parent == options.photos.resolve():
+        remedy = "Choose another folder: there it would be taken for a photo."
+        raise UserError("The contact sheet would lie among the photos", where=out, remedy=remedy)
     paths = list_images(options.photos, skip_unreadable=options.skip_unreadable)
     out = options.out or Path("logs", f"captions-{options.photos.resolve().name}.png")
     if out.resolve().parent == options.photos.resolve():

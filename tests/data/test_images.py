@@ -259,3 +259,14 @@ def test_the_upright_size_is_that_of_the_decoded_image(tmp_path, orientation):
     exif[0x0112] = orientation
     photo.save(tmp_path / "a.jpg", exif=exif)
     assert upright_size(tmp_path / "a.jpg") == load_image(tmp_path / "a.jpg").size[::-1]
+
+
+def test_captions_beside_photos_are_not_called_strays(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    for name in ("a.txt", "b.caption", "c.json", "notes.txt", "a.mov"):
+        (tmp_path / name).write_text("x")
+    list_images(tmp_path)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == f"{tmp_path}: ignored files that are not images: a.mov, c.json, notes.txt"

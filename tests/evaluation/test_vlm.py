@@ -222,8 +222,10 @@ def test_captions_are_written_once_and_shown(workdir, folder, monkeypatch, capsy
         )
     caption.main(caption.parse(words))
     assert len(asked) == 2 and sheet.parent == Path("logs")
+    (photos_of / "2.txt").unlink()
     with pytest.raises(UserError, match="among the photos"):
         caption.main(caption.parse([*words, "--out", str(photos_of / "sheet.png")]))
+    assert len(asked) == 2 and not (photos_of / "2.txt").exists()  # before any work
 
 
 def test_gemma_in_small_writes_captions(workdir, folder, model):
