@@ -33,9 +33,23 @@ def test_a_caption_of_a_job_too(words: list[str], subject_folder: Path):
     assert not Path("logs").exists()
 
 
-def test_a_learned_token_counts_as_its_vectors_and_a_known_one_is_refused(words: list[str]):
-    learned = "model.params.trainable={learning_rate: 0.001, learned_token: {word: sks, init: disc}}"
-    assert "learned_token" in plan(parse([*words, learned]))
-    with pytest.raises(UserError, match="known already"):
-        run_job(parse([*words, learned.replace("sks", "a"), "data.params.identifier=a"]))
+def learning(word: str, subject_prompt: str) -> list[str]:
+    node = "model.params.trainable.learned_token"
+    return [
+        f"{node}.target=ldm.training.techniques.LearnedToken",
+        *(f"{node}.params.word={word}", f"{node}.params.init=disc"),
+        *(f"data.params.identifier={word}", f"data.params.subject_prompt={subject_prompt}"),
+    ]
+
+
+def test_a_learned_token_is_as_long_as_its_vectors(words: list[str]):
+    """Four, of `disc`, in place of nine letters; 30 are read."""
+    assert plan(parse([*words, *learning("<my-disc>", f"{'o' * 26} <my-disc>")]))
+    with pytest.raises(UserError, match="comes after them.*subject_prompt"):
+        plan(parse([*words, *learning("<my-disc>", f"{'o' * 30} <my-disc>")]))
+
+
+def test_a_word_that_is_known_is_refused_before_any_work(words: list[str]):
+    with pytest.raises(UserError, match="`z` is known already"):
+        run_job(parse([*words, *learning("z", "a photo of z disc")]))
     assert not Path("logs").exists()
