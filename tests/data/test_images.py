@@ -114,13 +114,14 @@ def test_what_decodes_counts_whatever_its_name(tmp_path, caplog):
     Image.fromarray(CORNERS).save(tmp_path / "c", format="JPEG")
     Image.fromarray(CORNERS).save(tmp_path / "._b.png")  # macOS leaves such names beside real ones
     (tmp_path / "sub").mkdir()
-    for name in (".DS_Store", "Thumbs.db", "b.txt"):
+    for name in (".DS_Store", "Thumbs.db", "b.txt", "notes.txt"):
         (tmp_path / name).write_bytes(b"\0\0\0\1Bud1 no picture")
     with caplog.at_level(logging.INFO):
         assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.png", "c"]
     [record] = caplog.records
-    for name in (".DS_Store", "._b.png", "Thumbs.db", "b.txt", "sub"):
+    for name in (".DS_Store", "._b.png", "Thumbs.db", "notes.txt", "sub"):
         assert name in record.message
+    assert "b.txt" not in record.message  # the captions of b.png
 
 
 def damaged(how: str) -> bytes:
