@@ -72,10 +72,7 @@ def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Pa
             else:
                 unreadable.append(path)
                 log.warning("Skipped: %s", error)
-    stems = {path.stem for path in (*images, *unreadable)}
-    stray = [path for path in stray if path.suffix not in SIDECARS or path.stem not in stems]
-    if stray:
-        log.info("%s: ignored files that are not images: %s", folder, ", ".join(p.name for p in stray))
+    _name_strays(stray, (*images, *unreadable))
     _check_photos_of(masks, (*images, *unreadable))
     if not images:
         found = f"{len(unreadable)} unreadable images" if unreadable else "no image"
@@ -85,6 +82,15 @@ def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Pa
             remedy="Put photos (JPEG, PNG, WebP, ...) directly into it; subfolders are not searched.",
         )
     return images
+
+
+def _name_strays(files: Sequence[Path], photos: Sequence[Path]) -> None:
+    """Says which files are ignored: neither images nor captions of one."""
+    stems = {path.stem for path in photos}
+    stray = [path for path in files if path.suffix not in SIDECARS or path.stem not in stems]
+    if stray:
+        names = ", ".join(path.name for path in stray)
+        log.info("%s: ignored files that are not images: %s", stray[0].parent, names)
 
 
 def _check_photos_of(masks: Sequence[Path], photos: Sequence[Path]) -> None:
