@@ -31,6 +31,7 @@ NOT_MODELS = {  # first bytes of files that are often taken for a model
 NESTED = ("state_dict", "model_state_dict", "model", "module")  # keys under which a pickle holds its tensors
 MOST_LEVELS = 4  # of those, one in another
 WRAPPERS = ("state_dict", "model_state_dict", "module", "_orig_mod", "_forward_module")  # before other names
+ROOTS = ("model", "model_ema", "first_stage_model", "cond_stage_model", "conditioner")  # of SD's own names
 REMAP_BYTES = 2**27
 GetTensor = Callable[[str], Tensor]
 
@@ -133,7 +134,10 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor]:
-    """The tensors without WRAPPERS before their names; `._orig_mod` (torch.compile) may be anywhere."""
+    """The tensors without WRAPPERS, or a `model.` too many, before their names.
+
+    `._orig_mod` (torch.compile) may be anywhere.
+    """
     table = {_own_name(name): name for name in tensors}
     if len(table) < len(tensors):
         lost = sorted(set(tensors) - set(table.values()))
@@ -145,8 +149,9 @@ def _unwrapped(tensors: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor
 
 def _own_name(name: str) -> str:
     words = [word for word in name.split(".") if word != "_orig_mod"]
-    first = next((k for k, word in enumerate(words) if word not in WRAPPERS), 0)
-    return ".".join(words[first:]) or name
+    while words[:1] and (words[0] in WRAPPERS or words[0] == "model" and words[1:2] and words[1] in ROOTS):
+        words = words[1:]
+    return ".".join(words) or name
 
 
 def _check_file(path: Path) -> None:

@@ -76,9 +76,8 @@ def cached_latent_stats(
     """Latent stats [2z, h, w] (float32, CPU) of each view, given as key -> function that renders [3, H, W].
 
     A key identifies the pixels. With `folder`, latent stats are cached there by key and `vae_hash`, and only
-    batches with one that is missing or damaged are encoded. Batches are the same whatever is missing, for a
-    result's last bits may depend on the size of its batch: so a killed run that goes on finds what it would
-    have found. `progress(n)` is called for every n more. Raises UserError if any are not finite.
+    batches that lack one are encoded: always the same ones, for a result's last bits may depend on its batch.
+    `progress(n)` is called for every n more. Raises UserError if any are not finite.
     """
     if folder is not None and not vae_hash:
         raise ValueError("a cache on disk needs the hash of the VAE")

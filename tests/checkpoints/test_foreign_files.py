@@ -39,6 +39,7 @@ def without_unet(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 FORMS = {  # how the tensors of a model are wrapped
     "state_dict.": lambda x: {f"state_dict.{name}": tensor for name, tensor in x.items()},
     "module.": lambda x: {f"module.{name}": tensor for name, tensor in x.items()},
+    "model.": lambda x: {f"model.{name}": tensor for name, tensor in x.items()},
     "state_dict.module.": lambda x: {f"state_dict.module.{name}": tensor for name, tensor in x.items()},
     "torch.compile": lambda x: {
         name.replace(UNET, f"{UNET}_orig_mod."): tensor for name, tensor in x.items()
