@@ -73,11 +73,7 @@ def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Pa
             else:
                 unreadable.append(path)
                 log.warning("Skipped: %s", error)
-<<<<<<< HEAD
     _say_strays(stray, (*images, *unreadable))
-=======
-    _name_strays(stray, (*images, *unreadable))
->>>>>>> adapters
     _check_photos_of(masks, (*images, *unreadable))
     if not images:
         found = f"{len(unreadable)} unreadable images" if unreadable else "no image"
@@ -89,13 +85,8 @@ def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Pa
     return images
 
 
-<<<<<<< HEAD
 def _say_strays(files: Sequence[Path], photos: Sequence[Path]) -> None:
     """Says which files are ignored; a photo's captions are none of them."""
-=======
-def _name_strays(files: Sequence[Path], photos: Sequence[Path]) -> None:
-    """Says which files are ignored: neither images nor captions of one."""
->>>>>>> adapters
     stems = {path.stem for path in photos}
     stray = [path for path in files if path.suffix not in SIDECARS or path.stem not in stems]
     if stray:
