@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from ldm.data.buckets import Shape
 from ldm.data.captions import CaptionReader
 from ldm.data.images import SUFFIXES, list_images, load_image
 from ldm.data.items import SourceImage, Stream
@@ -91,21 +92,30 @@ def test_any_file_of_captions(file: str, content: bytes, tmp_path: Path):
     refused_or(read)
 
 
+pairs = st.tuples(pictures, pictures | st.binary(max_size=40)) | st.builds(
+    lambda size, photo, mask: (png(photo, size, 255), png(mask, size, 255)),
+    st.tuples(sides, sides),
+    st.sampled_from(["L", "RGB", "RGBA"]),
+    st.sampled_from(["1", "L", "RGB"]),
+)  # every other pair is of one size and has a subject
+
+
 @examples(20)
 @given(
-    photo=pictures,
-    mask=pictures | st.binary(max_size=40),
+    pair=pairs,
     name=st.sampled_from(["a.mask.png", "a-masklabel.png", "a.png.mask.png", "b.mask.png", "A.MASK.PNG"]),
     apart=st.booleans(),
 )
-def test_any_mask(photo: bytes, mask: bytes, name: str, apart: bool, tmp_path_factory):
+def test_any_mask(pair: tuple[bytes, bytes], name: str, apart: bool, tmp_path_factory):
+    photo, mask = pair
     folder = fresh(tmp_path_factory)
     root = folder / "masks" if apart else folder
     root.mkdir(exist_ok=True)
     (folder / "a.png").write_bytes(photo)
     (root / name).write_bytes(mask)
     source = SourceImage(folder / "a.png", "hash", "")
-    stream = Stream("subject", (source,), size=8, seed=0, crop_variants=2, flip=True, caption_dropout=0.0)
+    how = {"shape": Shape.square(8), "seed": 0, "crop_variants": 2, "flip": True, "caption_dropout": 0.0}
+    stream = Stream("subject", (source,), **how)
     refused_or(lambda: check_masks(stream.views(), find_masks([source], root if apart else None)))
 
 
@@ -131,7 +141,14 @@ def test_any_folder_is_checked(files: dict[str, bytes], size: int, skip: bool, t
         if name not in (".", ".."):
             (photos / name).write_bytes(content)
     options = Namespace(
-        photos=photos, size=size, crop="random", crop_variants=2, seed=0, skip_unreadable=skip, out=None
+        photos=photos,
+        size=size,
+        crop="random",
+        crop_variants=2,
+        seed=0,
+        skip_unreadable=skip,
+        mask_root=None,
+        out=None,
     )
     before = everything(folder)
     page = refused_or(lambda: check_photos(options))
@@ -159,8 +176,39 @@ lines = st.sampled_from(
 )
 
 
+PUBLISHED = """Classes
+
+subject_name,class
+dog,dog
+vase,vase
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in the snow'.format(unique_token, class_token),
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} wearing a hat'.format(unique_token, class_token),
+]
+""".splitlines()
+changed = st.builds(  # one line of the list as it is published is another
+    lambda place, line: "\n".join([*PUBLISHED[:place], line, *PUBLISHED[place + 1 :]]),
+    st.integers(0, len(PUBLISHED)),
+    lines | st.text(max_size=20),
+)
+
+
 @examples(20)
-@given(content=st.lists(lines | st.text(max_size=20), max_size=12).map("\n".join) | st.binary(max_size=40))
+@given(
+    content=st.lists(lines | st.text(max_size=20), max_size=12).map("\n".join)
+    | changed
+    | st.binary(max_size=40)
+)
 def test_any_list_of_a_benchmark(content: str | bytes, tmp_path: Path):
     for name in ("dog", "vase"):
         (tmp_path / name).mkdir(exist_ok=True)
