@@ -28,10 +28,6 @@ def caption_photos(options: Namespace) -> Path:
         remedy = "Choose another folder: there it would be taken for a photo."
         raise UserError("The contact sheet would lie among the photos", where=out, remedy=remedy)
     paths = list_images(options.photos, skip_unreadable=options.skip_unreadable)
-    out = options.out or Path("logs", f"captions-{options.photos.resolve().name}.png")
-    if out.resolve().parent == options.photos.resolve():
-        remedy = "Choose another folder: there it would be taken for a photo."
-        raise UserError("The contact sheet would lie among the photos", where=out, remedy=remedy)
     kept = [path for path in paths if path.with_suffix(".txt").exists()]
     for path in kept:
         read_text(path.with_suffix(".txt"))
