@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CLIPTokenizer
 
 from ldm.errors import UserError
@@ -14,8 +13,7 @@ VOCABULARY = ("vocab.json", "merges.txt")
 
 def load_tokenizer(name: str) -> CLIPTokenizer:
     """CLIP's tokenizer, from a folder (in the current one, or one that ships) or from the hub."""
-    given = find_file(name)
-    folder = given if given.is_dir() else _download(name)
+    folder = local_vocabulary(name) or _download(name)
     whole = (folder / "tokenizer.json").is_file()  # alone, as transformers 5 saves it
     if not whole and not all((folder / file).is_file() for file in VOCABULARY):
         raise UserError("The tokenizer folder lacks vocab.json or merges.txt", where=folder)
@@ -25,13 +23,21 @@ def load_tokenizer(name: str) -> CLIPTokenizer:
         raise UserError(f"The tokenizer cannot be read: {str(error)[:200]}", where=folder) from error
 
 
-def _download(name: str) -> Path:
-    """Folder of the vocabulary files in the Hugging Face cache; they are downloaded if they are not there."""
+def local_vocabulary(name: str) -> Path | None:
+    """The folder of a tokenizer on this machine, also of one downloaded before; None if there is none."""
+    given = find_file(name)
+    if given.is_dir():
+        return given
     try:
-        try:
-            paths = [hf_hub_download(name, file, local_files_only=True) for file in VOCABULARY]
-        except LocalEntryNotFoundError:
-            paths = [hf_hub_download(name, file) for file in VOCABULARY]
+        return Path([hf_hub_download(name, file, local_files_only=True) for file in VOCABULARY][0]).parent
+    except (OSError, ValueError):
+        return None
+
+
+def _download(name: str) -> Path:
+    """Folder of the vocabulary files in the Hugging Face cache, to which they are downloaded."""
+    try:
+        return Path([hf_hub_download(name, file) for file in VOCABULARY][0]).parent
     except (OSError, ValueError) as error:
         raise UserError(
             "The tokenizer is neither a folder nor available from the Hugging Face hub",
@@ -39,4 +45,3 @@ def _download(name: str) -> Path:
             remedy="Where there is a network, run `hf download openai/clip-vit-large-patch14 "
             f"{' '.join(VOCABULARY)} --local-dir tokenizer`; then give that folder as `tokenizer`.",
         ) from error
-    return Path(paths[0]).parent

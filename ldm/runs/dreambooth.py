@@ -28,6 +28,7 @@ from ldm.runs.console import Phases, TrainingBar
 from ldm.runs.limits import limits_of
 from ldm.runs.model_card import write_card
 from ldm.runs.online_eval import OnlineEvalCallback, Watch, best_of
+from ldm.runs.prompts import all_prompts
 from ldm.runs.run_facts import run_facts
 from ldm.runs.sampling import (
     base_denoiser,
@@ -38,7 +39,6 @@ from ldm.runs.sampling import (
     prior_sets,
     text2image,
 )
-from ldm.runs.validate import all_prompts
 from ldm.schema import RunConfig
 from ldm.training.latent_diffusion import LatentDiffusion
 

@@ -18,7 +18,6 @@ from ldm.annotations import Node
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.vae import check_same_scale, open_vae
 from ldm.config import instantiate, param_of, takes
-from ldm.data.caption_length import check_lengths, prompts_of
 from ldm.data.concepts import Concept, filled_for
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.photo_check import photo_facts, troubles
@@ -41,6 +40,7 @@ from ldm.runs.buckets import build_data, check_unit
 from ldm.runs.folder import check_name
 from ldm.runs.memory import checkpoint_bytes
 from ldm.runs.online_eval import check_online_eval
+from ldm.runs.prompts import check_prompts
 from ldm.runs.sampling import text2image
 from ldm.sampler_nodes import SamplerNode, sampling_levels
 from ldm.schema import RunConfig, TrainerOptions
@@ -85,7 +85,9 @@ def validate(config: RunConfig, *, download: bool = True) -> pl.LightningDataMod
         _check_other_run(config)
     needed = (config.checkpoints_kept + 1) * checkpoint_bytes(module, averaged=config.ema_decay is not None)
     require_space(Path(), needed, what="a run's checkpoints")
-    _check_bases(config, module, bases, download=download)
+    vocabulary = _check_bases(config, module, bases, download=download)
+    if config.is_dreambooth:
+        check_prompts(config, module, data, vocabulary, download=download)
     return data
 
 
@@ -116,20 +118,11 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
     _look_at(data)
     nodes = evaluation_nodes(config)
     _check_sampling(config, nodes, module.process, concepts=data.concepts)
-    module.add_learned_token()  # refuses a word that is known already; prompts may hold it
-    identifiers = [concept.words["identifier"] for concept in data.concepts]
-    check_lengths(all_prompts(config, data), module.cond_stage_model, identifiers=identifiers)
     _check_drawn(pipeline, vars(config.samples), where="samples")
     for key, node in nodes.items():
         evaluation = instantiate(node)  # reads its own networks and prompts
         _check_drawn(pipeline, getattr(evaluation, "sampling", {}), where=f"{key}.params")
     return data
-
-
-def all_prompts(config: RunConfig, data: DreamBoothDataModule) -> dict[str, str]:
-    """The prompts and captions of a run, by where they stand: a key of the config, or a file."""
-    samples = filled_for(config.samples.prompts, data.concepts)
-    return prompts_of(data) | {f"samples.prompts.{k}": prompt for k, prompt in enumerate(samples)}
 
 
 def _look_at(data: DreamBoothDataModule) -> None:
@@ -142,8 +135,11 @@ def _look_at(data: DreamBoothDataModule) -> None:
             log.warning("%s: %s", concept.root, trouble)
 
 
-def _check_bases(config: RunConfig, module: Any, bases: Mapping[str, str], *, download: bool) -> None:
-    """Refuses a base of another family than the config's: by its name on the hub, then by its files."""
+def _check_bases(config: RunConfig, module: Any, bases: Mapping[str, str], *, download: bool) -> Path | None:
+    """Refuses a base of another family than the config's: by its name on the hub, then by its files.
+
+    -> the folder of the base's own vocabulary, where it has one on this machine.
+    """
     own = _family(module) if config.is_dreambooth else None
     missing = {part: hub for part, hub in run.hub_models(bases).items() if hub.local() is None}
     for part, hub in missing.items():
@@ -151,10 +147,11 @@ def _check_bases(config: RunConfig, module: Any, bases: Mapping[str, str], *, do
         if own is not None and found is not None and part == "all":
             _check_same_family(found, own, where=hub)
     if missing and not download:
-        return
+        return None
     files = run.base_files(config)
     if own is not None:
         _check_family(module, files, own)
+    return run.vocabulary_of(files)
 
 
 def _check_family(module: LatentDiffusion, files: Mapping[str, Path], own: Family) -> None:

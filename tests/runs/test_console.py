@@ -121,12 +121,15 @@ def test_every_command_that_trains_leaves_them_out(
 
     monkeypatch.setattr(work, says)
     monkeypatch.setattr("sys.argv", words)
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # which pytest's are
+    root = logging.getLogger()
+    level = root.level
+    monkeypatch.setattr(root, "handlers", [])  # which pytest's are
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     with warnings.catch_warnings():
         assert command.command() == 2
     for number, handler in before.items():
         signal.signal(number, handler)
+    root.setLevel(level)
     err = capsys.readouterr().err
     assert "error: The work has begun" in err and QUIET_LINES[0] not in err
 
