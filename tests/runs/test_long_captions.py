@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ldm.commands import convert
 from ldm.errors import UserError
 from ldm.runs.job import plan, run_job
 from ldm.runs.options import parse
@@ -31,6 +32,22 @@ def test_a_caption_of_a_job_too(words: list[str], subject_folder: Path):
     with pytest.raises(UserError, match=r"comes after them.*3\.txt"):
         run_job(parse([*words, "data.params.captions=true"]))
     assert not Path("logs").exists()
+
+
+def test_they_are_read_by_the_bases_own_vocabulary(
+    words: list[str], tiny_model_file: Path, tiny_tokenizer: Path
+):
+    """A folder has one, where the config names one of the hub, which is not downloaded."""
+    convert.main(convert.parse([str(tiny_model_file), "folder", "--tokenizer", str(tiny_tokenizer)]))
+    of_hub = "model.params.text_encoder.params.tokenizer=nobody/nothing"
+    asked = [*words, of_hub, f"samples.prompts.0={LONG} sks disc"]
+    assert plan(parse(asked))  # a dry run without a vocabulary
+    with pytest.raises(UserError, match="neither a folder nor available"):
+        run_job(parse(asked))
+    for job in (plan, run_job):
+        with pytest.raises(UserError, match="comes after them.*samples.prompts.0"):
+            job(parse([*asked, "--actual_resume", "folder"]))
+    assert plan(parse([*words, of_hub, "--actual_resume", "folder"])) and not Path("logs").exists()
 
 
 def learning(word: str, subject_prompt: str) -> list[str]:
