@@ -74,6 +74,18 @@ def job(workdir: Path, base: Path, subject_folder: Path) -> list[str]:
     return ["--base", "tiny.yaml"]
 
 
+def test_photos_of_two_shapes_in_buckets(job: list[str], subject_folder: Path):
+    """Each step has one shape; both are trained on, and prior images are drawn at both."""
+    for k in range(2):
+        noise = np.random.default_rng(k).integers(0, 256, (12, 48, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(subject_folder / f"wide-{k}.png")
+    words = [*job, "data.params.buckets={}", "trainer.max_steps=4"]
+    assert "8 x 32 pixels: 2 photos, 1 prior image" in plan(parse(words))
+    assert all(path.exists() for path in run_job(parse(words)))
+    names = " ".join(path.name for path in Path("priors").iterdir())
+    assert "-8x32-" in names and len(names.split()) == 2
+
+
 def test_full_training_and_what_it_leaves(job: list[str], base: Path):
     assert all(path.exists() for path in run_job(parse(job)))
     before, trained = load_file(base), load_file("logs/tiny/model.safetensors")
