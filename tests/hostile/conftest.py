@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 from ldm.errors import UserError
 from ldm.files import read_section, write_section
 
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", "0"))  # of each kind; 0: few, the same ones every time
 HOSTILE = settings(
     deadline=None,
@@ -42,7 +43,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     cell = str.maketrans({"|": "\\|", "\n": " "})
     if ROWS:
-        rows = [f"| {kind} | {what} | {got.translate(cell)} |" for (kind, what), got in ROWS.items()]
+        rows = [
+            f"| {kind} | {what} | {got.replace(f'{ROOT}/', '').translate(cell)} |"
+            for (kind, what), got in ROWS.items()
+        ]
         _replace_rows(path, "hostile", ["| kind | input | gets |", "|---|---|---|"], rows)
     if DRAWN:
         rows = [f"| {kind} | {n.total()} | {n['result']} | {n['refusal']} |" for kind, n in DRAWN.items()]
