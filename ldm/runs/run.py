@@ -112,12 +112,6 @@ def load_base(
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def vocabulary_of(files: Mapping[str, Path]) -> Path | None:
-    """The folder of the last base's tokenizer, of `base_files`, that has one."""
-    found = [open_model(path).tokenizer for part, path in files.items() if part != "vae"]
-    return next((folder for folder in reversed(found) if folder is not None), None)
-
-
 def use_vocabulary(text_encoder: Any, folder: Path | None) -> None:
     """Reads prompts by a base's own tokenizer, unless the config names one on this machine."""
     if folder is not None and not find_file(text_encoder.tokenizer_name).is_dir():

@@ -149,22 +149,15 @@ def _check_bases(config: RunConfig, module: Any, bases: Mapping[str, str], *, do
     if missing and not download:
         return None
     files = run.base_files(config)
-    if own is not None:
-        _check_family(module, files, own)
-    return run.vocabulary_of(files)
-
-
-def _check_family(module: LatentDiffusion, files: Mapping[str, Path], own: Family) -> None:
-    """Refuses base files of another family than the config's networks, which are of `own`."""
+    if own is None:
+        return None
     if own is SDXL and "vae" in files:  # its names and shapes are those of SD's
         node = {"params": {"scale_factor": module.networks["vae"].scale_factor}}
         check_same_scale(open_vae(files["vae"])[1], node, where=files["vae"])
-    try:
-        base = open_model(files["all"]) if "all" in files else None
-    except UserError:  # which loading says again, with the rest of what is wrong
-        return
-    if base is not None:
-        _check_same_family(base.family, own, where=base.path)
+    models = {part: open_model(path) for part, path in files.items() if part != "vae"}
+    if "all" in models:
+        _check_same_family(models["all"].family, own, where=models["all"].path)
+    return next((model.tokenizer for model in models.values() if model.tokenizer is not None), None)
 
 
 def _check_same_family(found: Family, own: Family, *, where: object) -> None:

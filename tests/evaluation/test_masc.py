@@ -28,7 +28,8 @@ class Scripted:
     """Scores a pair by the grey levels in their middles, and keeps what it is given."""
 
     def __init__(self, *args: Any, **options: Any):
-        self.args, self.options = args, options
+        self.args = args
+        self.options = options
         self.given: list[dict[str, Any]] = []
 
     def score(self, **given: Any) -> SimpleNamespace:

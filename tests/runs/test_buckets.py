@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
@@ -20,23 +19,14 @@ from ldm.runs.generate_set import generate_set
 from ldm.runs.job import plan, run_job
 from ldm.runs.memory import estimate
 from ldm.runs.options import parse
-from tests.factories import run_config
 from tests.short_runs import Job, differences
 
 
 @pytest.fixture
-def words(workdir: Path, tiny_config: dict, tiny_model_file: Path, subject_folder: Path) -> list[str]:
-    config = run_config(
-        tiny_config,
-        base=tiny_model_file,
-        subject=subject_folder,
-        name="one",
-        data={"params": {"buckets": {}, "num_priors": 5, "validation_batches": 1}},
-        trainer={"max_steps": 4, "val_check_interval": 2},
-        samples={"n": 1, "height": 12, "width": 24},
-    )
-    OmegaConf.save(OmegaConf.create(config), workdir / "tiny.yaml")
-    return ["--base", "tiny.yaml"]
+def words(words: list[str]) -> list[str]:
+    """Those of a short run, in buckets."""
+    in_buckets = ["data.params.buckets={}", "data.params.num_priors=5"]
+    return [*words, *in_buckets, "samples.height=12", "samples.width=24"]
 
 
 def test_a_run_draws_its_prior_images_at_the_shapes_of_its_photos(words: list[str], workdir: Path, capsys):

@@ -37,6 +37,19 @@ def again(work: Callable[[], None], pool: None) -> tuple[Callable[[], None], Non
     return work, pool
 
 
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """The work that becomes a graph, one after the other."""
+    found = []
+
+    def counted(work: Callable[[], None], pool: None) -> tuple[Callable[[], None], None]:
+        found.append(work)
+        return again(work, pool)
+
+    monkeypatch.setattr(cuda_graph, "GraphedLoss", partial(GraphedLoss, recorded=counted))
+    return found
+
+
 def batch_of(first: int, items: int = 3) -> dict:
     generator = torch.Generator().manual_seed(first)
     prompts = ["a photo of sks disc", "a photo of a disc", "", "a photo of sks disc"]
@@ -104,16 +117,9 @@ def test_losses_and_gradients_are_the_plain_ones(
 
 
 def test_steps_of_several_shapes_are_captured_once_each(
-    tiny_config: dict, tiny_networks: dict, monkeypatch: pytest.MonkeyPatch
+    tiny_config: dict, tiny_networks: dict, captured: list
 ):
     """As the buckets of a run come, in any order: losses and gradients stay the plain ones."""
-    captured = []
-
-    def counted(work: Callable[[], None], pool: None) -> tuple[Callable[[], None], None]:
-        captured.append(work)
-        return again(work, pool)
-
-    monkeypatch.setattr(cuda_graph, "GraphedLoss", partial(GraphedLoss, recorded=counted))
     plain = module_of(tiny_config, tiny_networks, "cpu", graphed=False)
     graphed = module_of(tiny_config, tiny_networks, "cpu", graphed=True)
     for step, (height, width) in enumerate([(8, 8), (6, 10), (8, 8), (10, 6), (6, 10)]):
@@ -150,16 +156,9 @@ def test_values_of_a_step_outlive_the_next(
 
 
 def test_graphs_are_captured_anew_where_weights_have_moved(
-    tiny_config: dict, tiny_networks: dict, monkeypatch: pytest.MonkeyPatch
+    tiny_config: dict, tiny_networks: dict, captured: list
 ):
     """The VAE's, which moves between devices during a run, are not in them."""
-    captured = []
-
-    def counted(work: Callable[[], None], pool: None) -> tuple[Callable[[], None], None]:
-        captured.append(work)
-        return again(work, pool)
-
-    monkeypatch.setattr(cuda_graph, "GraphedLoss", partial(GraphedLoss, recorded=counted))
     module = module_of(tiny_config, tiny_networks, "cpu", graphed=True)
     for moved, captures in ((None, 2), ("vae", 2), ("unet", 4), ("text_encoder", 6)):
         for p in module.networks[moved].parameters() if moved else ():
