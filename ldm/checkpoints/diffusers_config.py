@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints.vocabulary import read_vocabulary
 from ldm.errors import UserError
 from ldm.files import parse_json
+from ldm.models.vocabulary_files import read_vocabulary
 
 Config = Mapping[str, Any]
 VERSION = "0.30.0"  # the oldest diffusers that understands all that is written here

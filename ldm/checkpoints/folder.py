@@ -16,12 +16,12 @@ from ldm.checkpoints.known import check_known, check_sizes
 from ldm.checkpoints.layout import OPENCLIP_REST
 from ldm.checkpoints.shards import read_shards
 from ldm.checkpoints.tensors import read_tensors
-from ldm.checkpoints.vocabulary import has_vocabulary
 from ldm.errors import UserError
 from ldm.families.sd.openclip import PROJECTION, UNUSED, with_last_layer
 from ldm.families.sdxl.family import ENCODERS
 from ldm.families.shapes import TEXT_MODEL
 from ldm.lazy import Lazy, renamed
+from ldm.models.vocabulary_files import has_vocabulary
 
 FOLDERS = ("unet", "vae", "text_encoder")
 REST_FILE = "openclip_rest.safetensors"  # our own, with a text encoder: tensors that diffusers leaves out

@@ -172,7 +172,7 @@ def _open(path: Path, config: Mapping[str, Any] | None, *, ema: bool) -> Model:
         metadata,
         params or known,
         given_size=run_checkpoint.image_size(config) or size,
-        tokenizer=run_checkpoint.tokenizer_of_run(path),
+        tokenizer=run_checkpoint.tokenizer_of_run(path, own_config),
         learned_tokens=run_checkpoint.learned_tokens(tensors),
         prediction=known.get("parameterization"),
     )

@@ -16,11 +16,11 @@ from ldm.checkpoints.layout import LEARNED_TOKENS, PREFIXES, RUN_LORA
 from ldm.checkpoints.lora import LayerWeights, ReadLayers, checked_layer
 from ldm.checkpoints.lora_scale import LoraScale
 from ldm.checkpoints.products import NAMES, is_product
-from ldm.checkpoints.vocabulary import has_vocabulary
 from ldm.config import load_config, to_container
 from ldm.errors import UserError
 from ldm.families.sdxl.family import ENCODERS
 from ldm.models.lora_layer import joined_factors
+from ldm.models.vocabulary_files import has_vocabulary
 from ldm.shipped import find_file
 
 log = logging.getLogger(__name__)
@@ -45,17 +45,13 @@ def run_config(path: Path) -> dict[str, Any]:
     return {} if config is None else to_container(load_config([config]))
 
 
-def tokenizer_of_run(path: Path) -> Path | None:
+def tokenizer_of_run(path: Path, config: Mapping[str, Any]) -> Path | None:
     """The vocabulary that a run was trained with, where it still is, by the config beside its model or
     checkpoint; None for any other file. Exported files name no folder: other machines have none of it.
+
+    config: `run_config` of the file.
     """
-    config = path.parent / CONFIG if path.name == "model.safetensors" else config_of(path)
-    if config is None or not config.is_file():
-        return None
-    try:
-        content = to_container(load_config([config]))
-    except UserError:  # no config of a run
-        return None
+    content = config or _config_beside(path)
     text = model_params(content).get("text_encoder")
     params = text.get("params") if isinstance(text, Mapping) else None
     named = params.get("tokenizer") if isinstance(params, Mapping) else None
@@ -67,6 +63,16 @@ def tokenizer_of_run(path: Path) -> Path | None:
     hub = HubModel.of(find_file(base))
     folder = find_file(base) if hub is None else hub.local()
     return None if folder is None else tokenizer_in(folder)
+
+
+def _config_beside(path: Path) -> Mapping[str, Any]:
+    """The config of the run that left a model; {} for any other file."""
+    config = path.parent / CONFIG
+    try:
+        is_of_run = path.name == "model.safetensors" and config.is_file()
+        return to_container(load_config([config])) if is_of_run else {}
+    except UserError:  # no config of a run
+        return {}
 
 
 def model_params(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,12 +17,12 @@ from ldm.checkpoints import diffusers_names as names
 from ldm.checkpoints.folder import PROJECTION_WEIGHT, REST_FILE, XL_TEXT
 from ldm.checkpoints.layout import OPENCLIP_REST
 from ldm.checkpoints.save import cast_tensors, check_space, write_tensors
-from ldm.checkpoints.vocabulary import read_vocabulary, write_vocabulary
 from ldm.errors import UserError
 from ldm.families.sd.openclip import PROJECTION, without_last_layer
 from ldm.families.sdxl.family import ENCODERS
 from ldm.families.shapes import TEXT_MODEL
 from ldm.lazy import under
+from ldm.models.vocabulary_files import read_vocabulary, write_vocabulary
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from transformers import CLIPTokenizer
 
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.save_folder import save_folder
-from ldm.checkpoints.vocabulary import FILES, WHOLE, read_vocabulary, write_vocabulary
 from ldm.commands import convert
 from ldm.errors import UserError
 from ldm.model_file import ModelFile
 from ldm.models.vocabulary import load_tokenizer
+from ldm.models.vocabulary_files import FILES, WHOLE, read_vocabulary, write_vocabulary
 
 STORYBOOK = Path(__file__).resolve().parents[2] / "ldm/storybook/assets/tokenizer"  # has merges
 PROMPTS = ["a photo of sks dog on the moon", "", "zwx, 12 dogs!"]
