@@ -42,10 +42,11 @@ def _least(networks: Mapping[str, nn.Module]) -> int:
 def bucket_facts(data: DreamBoothDataModule) -> str:
     """The buckets in use in one line: "576 x 448: 3 photos, 512 x 512: 1 photo"; empty without buckets."""
     counts = {} if data.buckets is None else data.buckets_in_use.counts()
-    return ", ".join(f"{shape}: {_photos(count)}" for shape, count in counts.items())
+    return ", ".join(f"{shape}: {photo_count(count)}" for shape, count in counts.items())
 
 
-def _photos(count: int) -> str:
+def photo_count(count: int) -> str:
+    """ "1 photo", "3 photos"."""
     return f"{count} {'photo' if count == 1 else 'photos'}"
 
 
@@ -56,5 +57,5 @@ def bucket_lines(data: DreamBoothDataModule) -> str:
     lines, priors = ["buckets in use, height x width:"], data.prior_counts
     for shape, photos in data.buckets_in_use.counts().items():
         drawn = f", {priors[shape]} prior images of each class" if priors else ""
-        lines.append(f"  {shape} pixels: {_photos(photos)}{drawn}")
+        lines.append(f"  {shape} pixels: {photo_count(photos)}{drawn}")
     return "\n".join(lines) + "\n"

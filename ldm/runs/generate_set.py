@@ -7,7 +7,6 @@ from ldm.config import instantiate
 from ldm.engine import distributed
 from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.errors import UserError
-from ldm.runs.buckets import build_data
 from ldm.runs.run import base_files, load_base
 from ldm.runs.sampling import generate_priors, prior_sets, text2image
 from ldm.runs.validate import validate
@@ -18,11 +17,10 @@ def generate_set(config: RunConfig) -> list[Path]:
     """Generates the missing images -> the folders of the sets, one for each class and bucket."""
     keep_freed_memory()
     trainer = distributed.join(config.trainer)
-    validate(replace(config, trainer=trainer))
-    if not config.is_dreambooth or not instantiate(config.data).generated_classes:
+    data = validate(replace(config, trainer=trainer))
+    if not config.is_dreambooth or not data.generated_classes:
         raise UserError("This config has no prior images to generate", where="data.params.num_priors")
     module = instantiate(config.model)
-    data = build_data(config, module)
     base_hash = load_base(
         module.networks, base_files(config), parameterization=module.process.parameterization
     )

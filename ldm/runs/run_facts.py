@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.engine import distributed
-from ldm.runs.buckets import bucket_facts
+from ldm.runs.buckets import bucket_facts, photo_count
 from ldm.schema import RunConfig
 
 
@@ -28,19 +28,15 @@ def run_facts(
         "Date": f"{datetime.now():%d %B %Y, %H:%M}",
         "Command": command_line(),
         "Subject" if len(data.concepts) == 1 else "Subjects": "; ".join(
-            f"{concept.subject_prompt}, {_photos(len(data.images.photos[concept.name]))}"
+            f"{concept.subject_prompt}, {photo_count(len(data.images.photos[concept.name]))}"
             for concept in data.concepts
         ),
         "Buckets": bucket_facts(data),
         "Base": f"{config.base_checkpoint}, sha256 {base_hash[:12]}",
-        "Steps": f"{done}{stopped}, each of {_photos(batch)}",
+        "Steps": f"{done}{stopped}, each of {photo_count(batch)}",
         "Learning rate": ", ".join(f"{name} {value:g}" for name, value in rates(config.model["params"])),
     }
     return {name: value for name, value in facts.items() if value}
-
-
-def _photos(count: int) -> str:
-    return f"{count} photo{'' if count == 1 else 's'}"
 
 
 def command_line() -> str:
