@@ -130,7 +130,7 @@ class SamplesConfig:
         precision: as for prior images.
         every_steps: optimizer steps between previews; 0: none.
         preview_n: images of each prompt in a preview.
-        height, width: pixels; None: `size` of the data, whatever its buckets.
+        height, width: pixels; None: `size` of the data, with buckets the photos' shapes in turn.
     """
 
     prompts: Sequence[str] = field(default_factory=list)

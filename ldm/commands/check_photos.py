@@ -19,6 +19,8 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
     add("--size", type=int, default=512, help="pixels a side, as in training (512)")
     add("--crop", choices=("center", "random"), default="center", help="as in training (center)")
     add("--crop_variants", type=int, default=8, help="random crops of each photo (8)")
+    add("--buckets", action="store_true", help="photos keep their shape, as with data.params.buckets={}")
+    add("--bucket_unit", type=int, default=64, help="pixels of which sides are multiples (64)")
     add("--seed", type=int, default=23, help="of the random crops, that of the run (23)")
     add("--mask_root", type=Path, help="folder of the photos' masks (beside them: NAME.mask.png)")
     add("--skip_unreadable", action="store_true", help="skip images that cannot be decoded")

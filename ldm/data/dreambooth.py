@@ -203,6 +203,11 @@ class DreamBoothDataModule(pl.LightningDataModule):
         return BucketsInUse(photos, shapes_of(self.buckets, self.size, unit=self.unit), seed=self.seed)
 
     @property
+    def sample_shapes(self) -> tuple[Shape, ...]:
+        """The shapes that samples are drawn in by turns: those of the buckets; none without them."""
+        return () if self.buckets is None else self.buckets_in_use.shapes
+
+    @property
     def generated_classes(self) -> tuple[PriorClass, ...]:
         """The classes of which the base model generates `num_priors` prior images each."""
         return tuple(c for c in self.classes if c.root is None) if self.prior_batch_size else ()

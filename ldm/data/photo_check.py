@@ -4,10 +4,11 @@ Nothing is refused here: a photo that cannot be read is refused where it is list
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ TWINS = 48
 OFF_CENTER = 0.25  # of a side, between the middle of the subject and that of the photo
 CUT = 0.02  # share of the subject's area outside the crop that is worth a word
 OPAQUE = 128 / 255  # alpha, or value of a mask, from which a pixel is of the subject
+EMPTY: Mapping[Path, Shape] = MappingProxyType({})
 SQUARE = Shape.square(1)  # the crop without buckets, whatever its size
 
 
@@ -167,9 +169,12 @@ def near_twins(photos: Sequence[PhotoFacts]) -> list[tuple[PhotoFacts, PhotoFact
     return [(one, other) for one, other in pairs if int((one.bits != other.bits).sum()) <= TWINS]
 
 
-def troubles(photos: Sequence[PhotoFacts], *, size: int, captions: bool | None = None) -> list[Trouble]:
-    """What should be looked at before training at `size` pixels a side, one entry for each kind.
+def troubles(
+    photos: Sequence[PhotoFacts], *, shapes: Mapping[Path, Shape] = EMPTY, captions: bool | None = None
+) -> list[Trouble]:
+    """What should be looked at before training, one entry for each kind.
 
+    shapes: that photos are shown in, by path; without them nothing is said of photos that are too small.
     captions: whether the run reads the files beside the photos; None: not known.
     """
 
@@ -177,13 +182,17 @@ def troubles(photos: Sequence[PhotoFacts], *, size: int, captions: bool | None =
         return [Trouble(what, tuple(photo.path.name for photo in found))] if found else []
 
     twins = [(one.path.name, other.path.name) for one, other in near_twins(photos)]
-    small = [photo for photo in photos if min(photo.height, photo.width) < size]
+    small: dict[str, list[PhotoFacts]] = {}
+    for photo in photos:
+        shape = shapes.get(photo.path, SQUARE)
+        if crop_to(shape, photo.width, photo.height, crop="center")[2] < shape.width:
+            small.setdefault(str(shape.width) if shape.is_square else str(shape), []).append(photo)
     cut = [p for p in photos if p.subject is not None and not p.edges and p.subject.cut_by_crop > CUT]
     without = [photo for photo in photos if photo.caption is None]
     written = [photo for photo in photos if photo.caption is not None]
     unread = written if captions is False else []
     return [
-        *named(f"smaller than {size} pixels, so enlarged", small),
+        *[t for side in small for t in named(f"smaller than {side} pixels, so enlarged", small[side])],
         *named("blurred, which is learned", [p for p in photos if p.sharpness < LEAST_SHARP]),
         *[Trouble("nearly the same, so that they count twice", pair) for pair in twins],
         *named("the subject touches an edge, and may be cut there", [p for p in photos if p.edges]),

@@ -12,7 +12,7 @@ import torch
 
 from ldm.evaluation.metrics import Interval, bootstrap
 
-Row = Mapping[str, Any]  # variant, subject, seed, then one number per metric
+Row = Mapping[str, Any]  # variant, subject, seed, then one number per metric, None where there is none
 
 MIN_SUBJECTS = 5  # the resamples of fewer lie inside of their values, too close together
 
@@ -31,27 +31,29 @@ class Estimate(NamedTuple):
 
 
 def mean_of(rows: Sequence[Row], variant: str, metric: str) -> Estimate:
-    """The mean of a metric over the subjects of a variant."""
+    """The mean of a metric over the subjects of a variant that have it."""
     return _estimate([(row["subject"], row[metric]) for row in rows if row["variant"] == variant])
 
 
 def paired_difference(rows: Sequence[Row], variant: str, baseline: str, metric: str) -> Estimate:
     """The mean of `variant` - `baseline` over subjects, between runs of the same subject and seed.
 
-    Raises ValueError if a run of one has no partner in the other.
+    Raises ValueError if one of them has no partner in the baseline, which may have more.
     """
     values = {
         name: {(row["subject"], row["seed"]): row[metric] for row in rows if row["variant"] == name}
         for name in (variant, baseline)
     }
-    if values[variant].keys() != values[baseline].keys():
-        raise ValueError(f"{variant} and {baseline} were not run on the same subjects and seeds")
     others = values[baseline]
-    return _estimate([(run[0], value - others[run]) for run, value in values[variant].items()])
+    if not values[variant].keys() <= others.keys():
+        raise ValueError(f"{baseline} was not run on all subjects and seeds of {variant}")
+    pairs = [(run[0], value, others[run]) for run, value in values[variant].items()]
+    return _estimate([(s, None if None in (a, b) else a - b) for s, a, b in pairs])
 
 
-def _estimate(values: Sequence[tuple[str, float]]) -> Estimate:
+def _estimate(values: Sequence[tuple[str, float | None]]) -> Estimate:
     """(subject, value) of runs -> the mean over subjects of their means."""
+    values = [(subject, value) for subject, value in values if value is not None]
     subjects = dict.fromkeys(subject for subject, _ in values)
     by_subject = {name: mean(value for subject, value in values if subject == name) for name in subjects}
     found = torch.tensor(list(by_subject.values()), dtype=torch.float64)

@@ -23,8 +23,8 @@ class PhotoCard:
     views: Sequence[Image.Image]
 
 
-def photos_page(title: str, *, cards: Sequence[PhotoCard], troubles: Sequence[str], size: int) -> str:
-    """The check-up as one HTML file, which needs no other. size: pixels a side of the views."""
+def photos_page(title: str, *, cards: Sequence[PhotoCard], troubles: Sequence[str], sides: str) -> str:
+    """The check-up as one HTML file, which needs no other. sides: of the views, in words."""
     groups: dict[tuple[str, str], Group] = {}
     for card in cards:
         alts = [f"{card.name} as training shows it, view {k + 1}" for k in range(len(card.views))]
@@ -32,4 +32,4 @@ def photos_page(title: str, *, cards: Sequence[PhotoCard], troubles: Sequence[st
         groups["views", card.name] = Group(card.views, alts, VIEW_SIDE, VIEW_SIDE)
     images = embed(groups, most_bytes=MOST_BYTES)
     shown = [(card, images["photo", card.name][0], images["views", card.name]) for card in cards]
-    return render("photos.html", title=title, cards=shown, troubles=troubles, size=size)
+    return render("photos.html", title=title, cards=shown, troubles=troubles, sides=sides)

@@ -60,8 +60,13 @@ def page(
     seconds: Mapping[str, float],
     baselines: Mapping[str, str],
     pictures: Mapping[str, str],
+    read_at: Mapping[str, float],
 ) -> str:
-    """The study in Markdown, beside its `name`.csv and its pictures, which are file -> text alternative."""
+    """The study in Markdown, beside its `name`.csv and its pictures, which are file -> text alternative.
+
+    read_at: the metric and the value at which curves are read, or nothing.
+    """
+    unreached = sum(row[metric] < value for metric, value in read_at.items() for row in rows)
     return render(
         "study.md",
         name=name,
@@ -74,6 +79,8 @@ def page(
         subjects=list(dict.fromkeys(row["subject"] for row in rows)),
         seeds=list(dict.fromkeys(row["seed"] for row in rows)),
         min_subjects=MIN_SUBJECTS,
+        read_at={spoken(metric): value for metric, value in read_at.items()},
+        unreached=unreached,
         pictures=pictures,
         command=command,
         made_at=made_at.strip(),
@@ -92,6 +99,7 @@ def panels(rows: Sequence[Row], metrics: Sequence[str]) -> str:
 
 def frontier(rows: Sequence[Row], across: str, up: str) -> str:
     """An SVG of one metric against another: the variants' means, with crosses of intervals."""
+    rows = [row for row in rows if None not in (row[across], row[up])]
     x = svg.Axis([row[across] for row in rows], LEFT, WIDTH - RIGHT)
     y = svg.Axis([row[up] for row in rows], HEIGHT - BOTTOM, TOP)
     parts = [_middle((WIDTH / 2, 18), frontier_label(across, up), font_weight="bold"), *_y_ticks(y)]
@@ -135,16 +143,19 @@ def _head(first: str, columns: Sequence[str]) -> list[str]:
 
 
 def _cell(estimate: Estimate, digits: str) -> str:
-    """ "0.717 (0.63 to 0.79)", or the values of the subjects where they are too few for an interval."""
+    """ "0.717 (0.63 to 0.79)", or each subject's value where they are too few for an interval."""
+    if not estimate.by_subject:
+        return ""
     short = digits.replace("3", "2")
     if estimate.interval:
         inside = f"{estimate.interval.low:{short}} to {estimate.interval.high:{short}}"
     else:
-        inside = ", ".join(f"{value:{short}}" for value in estimate.by_subject.values())
+        inside = ", ".join(f"{name} {value:{short}}" for name, value in estimate.by_subject.items())
     return f"{round(estimate.mean, 3) + 0.0:{digits}} ({inside})"  # no -0.000
 
 
 def _panel(rows: Sequence[Row], metric: str) -> list[str]:
+    rows = [row for row in rows if row[metric] is not None]
     variants = variants_of(rows)
     y = svg.Axis([row[metric] for row in rows], HEIGHT - BOTTOM, TOP)
     room = (WIDTH - LEFT - RIGHT) / len(variants)

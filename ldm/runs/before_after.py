@@ -12,6 +12,7 @@ from ldm.evaluation.memo import ImageMemo, MemoPipeline
 from ldm.evaluation.protocol import Evaluation
 from ldm.evaluation.subjects import JudgedSubjects
 from ldm.pipeline import Text2Image
+from ldm.runs.sampling import in_shapes
 from ldm.schema import RunConfig
 from ldm.targets import get_class
 
@@ -66,6 +67,7 @@ class BeforeAfterEvaluation:
         if not self.judged.subjects:
             self.evaluation = None
             return
+        self.data = data
         self.pipeline = pipeline(self.evaluation.guidance_base)
         self.base_pipeline = pipeline(False)  # of the base, both predictions are the base's anyway
         self.base_memo = self._of_bases.setdefault(base, ImageMemo()) if base else ImageMemo()
@@ -73,7 +75,9 @@ class BeforeAfterEvaluation:
     def before(self) -> None:
         """Evaluates the untouched base."""
         if self.evaluation is not None:
-            self.base = self.judged.measure(MemoPipeline(self.base_pipeline, self.base_memo), is_base=True)
+            self.base = self.judged.measure(
+                self._in_buckets(self.base_pipeline, self.base_memo), is_base=True
+            )
 
     def after(self, memo: ImageMemo | None = None) -> Mapping[str, Any]:
         """The metrics of `metrics.json`, with those of the base; call `before` first.
@@ -82,8 +86,12 @@ class BeforeAfterEvaluation:
         """
         if self.evaluation is None:
             return {}
-        pipeline = MemoPipeline(self.pipeline, ImageMemo() if memo is None else memo)
+        pipeline = self._in_buckets(self.pipeline, ImageMemo() if memo is None else memo)
         return self.judged.summary(self.judged.measure(pipeline), self.base)
+
+    def _in_buckets(self, pipeline: Text2Image, memo: ImageMemo) -> Callable[..., Any]:
+        """The pipeline, with the shapes of the photos where they have their own."""
+        return in_shapes(MemoPipeline(pipeline, memo), self.data.sample_shapes)
 
     def noise_floor(self) -> Mapping[str, float]:
         """What the metrics of a shift are by chance, by this number of samples; call `before` first."""

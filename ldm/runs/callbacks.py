@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from ldm.contact_sheet import contact_sheet, save_image
+from ldm.data.buckets import Shape
 from ldm.engine.averaging import evaluated_weights
 from ldm.engine.device import peak_memory_mib, temporarily_on
 from ldm.engine.gradients import gradient_norm
@@ -26,8 +27,17 @@ log = logging.getLogger(__name__)
 class Previews(pl.Callback):
     """Saves a grid of samples every `config.every_steps` optimizer steps, with the same prompts and seeds."""
 
-    def __init__(self, pipeline: Text2Image, config: SamplesConfig, prompts: Sequence[str], folder: Path):
+    def __init__(
+        self,
+        pipeline: Text2Image,
+        config: SamplesConfig,
+        prompts: Sequence[str],
+        folder: Path,
+        *,
+        shapes: Sequence[Shape] = (),
+    ):
         self.pipeline = pipeline
+        self.shapes = shapes
         self.prompts = prompts
         self.folder = folder
         self.config = replace(config, n=min(config.n, config.preview_n))
@@ -39,7 +49,8 @@ class Previews(pl.Callback):
         if not done or step % self.config.every_steps or not trainer.is_global_zero:
             return
         with evaluated_weights(trainer), temporarily_on(self.pipeline.vae, module.device):
-            grid = contact_sheet(generate_samples(self.pipeline, self.config, self.prompts))
+            rows = generate_samples(self.pipeline, self.config, self.prompts, shapes=self.shapes)
+            grid = contact_sheet(rows)
         save_image(make_folder(self.folder) / f"step-{step:06d}.png", grid, {"prompts": list(self.prompts)})
         if isinstance(trainer.logger, pl.loggers.TensorBoardLogger):
             writer = trainer.logger.experiment

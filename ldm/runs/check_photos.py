@@ -2,12 +2,16 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
-from ldm.data.buckets import Shape
+from ldm.data.buckets import Buckets, shapes_of
+from ldm.data.buckets_in_use import BucketsInUse
 from ldm.data.images import ImageFiles, list_images, to_image
 from ldm.data.items import SourceImage, Stream
 from ldm.data.photo_check import LEAST_SHARP, PhotoFacts, Trouble, photo_facts, troubles
+from ldm.data.streams import StreamPart
 from ldm.errors import UserError
 from ldm.files import atomic_write, file_sha256, make_folder
 from ldm.reports.photos_page import PhotoCard, photos_page
@@ -31,10 +35,12 @@ def facts_of(photo: PhotoFacts) -> dict[str, str]:
     return facts
 
 
-def cards_of(photos: Sequence[PhotoFacts], found: Sequence[Trouble], stream: Stream) -> list[PhotoCard]:
+def cards_of(
+    photos: Sequence[PhotoFacts], found: Sequence[Trouble], streams: Sequence[Stream]
+) -> list[PhotoCard]:
     """The photos with their views, of which the page reads one after the other."""
     views: dict[Path, list] = {}
-    for view in stream.views():
+    for view in chain.from_iterable(stream.views() for stream in streams):
         views.setdefault(view.source.path, []).append(view)
     return [
         PhotoCard(
@@ -50,23 +56,36 @@ def cards_of(photos: Sequence[PhotoFacts], found: Sequence[Trouble], stream: Str
 
 def check_photos(options: Namespace) -> Path:
     """Prints what to look at -> the page of the photos and their views."""
-    if options.size < 1 or options.crop_variants < 1:
-        raise UserError("There is nothing to show", remedy="Give --size and --crop_variants from 1.")
+    if min(options.size, options.crop_variants, options.bucket_unit) < 1:
+        remedy = "Give --size, --crop_variants and --bucket_unit from 1."
+        raise UserError("There is nothing to show", remedy=remedy)
     paths = list_images(options.photos, skip_unreadable=options.skip_unreadable)
-    photos = photo_facts(paths, mask_root=options.mask_root)
-    found = troubles(photos, size=options.size)
-    stream = Stream(
-        "subject",
-        tuple(SourceImage(path, file_sha256(path), "") for path in paths),
-        shape=Shape.square(options.size),
-        seed=options.seed,
-        crop_variants=options.crop_variants if options.crop == "random" else None,
-        flip=False,
-        caption_dropout=0.0,
-    )
+    images = [SourceImage(path, file_sha256(path), "") for path in paths]
+    buckets = Buckets(unit=options.bucket_unit) if options.buckets else None
+    part = StreamPart("photos", Fraction(1), images)
+    candidates = shapes_of(buckets, options.size, unit=options.bucket_unit)
+    in_use = BucketsInUse(lambda: [part], candidates, seed=options.seed)
+    shapes = {image.path: in_use.shape_of(image) for image in images}
+    photos = photo_facts(paths, mask_root=options.mask_root, shape_of=shapes.__getitem__)
+    found = troubles(photos, shapes=shapes)
+    streams = [
+        Stream(
+            "subject",
+            in_use.of_shape(images, shape),
+            shape=shape,
+            seed=options.seed,
+            crop_variants=options.crop_variants if options.crop == "random" else None,
+            flip=False,
+            caption_dropout=0.0,
+        )
+        for shape in in_use.shapes
+    ]
     title = f"{len(photos)} photos in {options.photos.resolve().name}"
+    sides = f"{options.size} pixels a side"
+    if buckets is not None:
+        sides = f"in these shapes, height x width: {', '.join(map(str, in_use.shapes))} pixels"
     page = photos_page(
-        title, cards=cards_of(photos, found, stream), troubles=list(map(str, found)), size=options.size
+        title, cards=cards_of(photos, found, streams), troubles=list(map(str, found)), sides=sides
     )
     out = options.out or Path("logs", f"photos-{options.photos.resolve().name}.html")
     make_folder(out.parent)

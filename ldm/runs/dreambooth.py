@@ -100,6 +100,7 @@ class DreamBoothRun:
         self.samples = config.samples
         self.sample_pipeline = self._pipeline(self.samples.guidance_base)  # of samples and previews
         self.prompts = filled_for(self.samples.prompts, data.concepts)
+        self.shapes = data.sample_shapes
         self.notes = limits_of(config, module.cond_stage_model, data, all_prompts(config, data))
 
     def __call__(self) -> list[Path]:
@@ -160,11 +161,15 @@ class DreamBoothRun:
         kept, settings = self.folder / "samples" / "before", asdict(self.samples)
         for other in ("prompts", "n", "every_steps", "preview_n", "batch_size"):
             del settings[other]
-        settings |= {side: settings[side] or self.data.size for side in ("height", "width")}
+        sides = {side: settings.pop(side) for side in ("height", "width")}
+        if self.shapes and not any(sides.values()):
+            settings["shapes"] = list(map(str, self.shapes))
+        else:
+            settings |= {side: given or self.data.size for side, given in sides.items()}
         with self.timer("samples_before"):
             rows = run.load_image_grid(kept, self.prompts, self.samples.n, settings)
             if rows is None:
-                rows = generate_samples(self.sample_pipeline, self.samples, self.prompts, progress=True)
+                rows = self._generate_samples()
                 run.save_image_grid(kept, rows, settings)
         if not self.judged:
             return rows
@@ -183,10 +188,13 @@ class DreamBoothRun:
         if self.data.cache_latents and not self.data.online_priors:
             callbacks.append(OffloadVAE())
         if self.samples.every_steps:
-            callbacks.append(
-                Previews(self.sample_pipeline, self.samples, self.prompts, self.folder / "samples")
-            )
+            about = (self.sample_pipeline, self.samples, self.prompts, self.folder / "samples")
+            callbacks.append(Previews(*about, shapes=self.shapes))
         return callbacks
+
+    def _generate_samples(self) -> run.SampleGrid:
+        about = (self.sample_pipeline, self.samples, self.prompts)
+        return generate_samples(*about, shapes=self.shapes, progress=True)
 
     def _finalize(self, before: run.SampleGrid) -> list[Path]:
         """Model file, samples, metrics and report of the trained networks."""
@@ -198,7 +206,7 @@ class DreamBoothRun:
         about = {"size": self.data.size, "trigger_phrase": trigger, "base_hash": self.base_hash}
         model = run.export(self.module, self.config, self.folder, **about)
         with self.timer("samples_after"):
-            after = generate_samples(self.sample_pipeline, self.samples, self.prompts, progress=True)
+            after = self._generate_samples()
         with self.timer("figures_after") if self.judged else nullcontext():
             memo = ImageMemo()
             final = self.before_after.after(memo)

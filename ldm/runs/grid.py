@@ -86,7 +86,7 @@ class Grid:
             if key not in keys:
                 raise UserError(f"`{key}` is not a key of a {cls.KIND}", where=path, remedy=remedy)
         for key, own in keys.items():
-            if own.default is MISSING and not content.get(key):
+            if own.default is own.default_factory is MISSING and not content.get(key):
                 what = f"`{key}` is missing or empty"
                 raise UserError(what, where=path, remedy=f"Every {cls.KIND} needs it.")
         check(content, typing.get_type_hints(cls, include_extras=True), paths=[path])

@@ -245,7 +245,7 @@ def save_image_grid(folder: Path, rows: SampleGrid, settings: Mapping[str, Any])
     make_folder(folder)
     for k, (prompt, images) in enumerate(rows):
         for i, image in enumerate(images):
-            save_image(folder / f"{k:02d}-{i:02d}.png", image, {"prompt": prompt, **settings})
+            save_image(folder / f"{k:02d}-{i:02d}.png", image, _settings_of(image, prompt, settings))
 
 
 def load_image_grid(
@@ -262,10 +262,15 @@ def load_image_grid(
 def _read_image(path: Path, prompt: str, settings: Mapping[str, Any]) -> Image.Image | None:
     try:
         with Image.open(path) as file:
-            same = parse_json(file.text["dreambooth"]) == {"prompt": prompt, **settings}
+            same = parse_json(file.text["dreambooth"]) == _settings_of(file, prompt, settings)
             return file.convert("RGB") if same else None
     except (OSError, KeyError, ValueError):
         return None
+
+
+def _settings_of(image: Image.Image, prompt: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a PNG says of its sampling; its sides where the settings have none."""
+    return {"prompt": prompt, "height": image.height, "width": image.width, **settings}
 
 
 def save_samples(folder: Path, before: SampleGrid, after: SampleGrid) -> Path:

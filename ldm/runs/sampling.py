@@ -1,7 +1,8 @@
 """Sampling in a training run: its prior images, its previews and its final samples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,6 +22,8 @@ from ldm.sampler_nodes import usual_spacing
 from ldm.schema import PriorsConfig, SamplesConfig
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.techniques import frozen_copy
+
+GeneratedImages = Callable[..., list[Any]]  # prompts, seeds and how they are sampled -> an item for each
 
 
 def text2image(module: LatentDiffusion, *, size: int, guidance_base: Denoiser | None = None) -> Text2Image:
@@ -151,12 +154,39 @@ def generate_priors(pipeline: Text2Image, priors: PriorSet, count: int, *, batch
     return missing
 
 
+def in_shapes(pipeline: GeneratedImages, shapes: Sequence[Shape]) -> GeneratedImages:
+    """A pipeline whose images have these shapes in turn, those of seed s number s modulo their count.
+
+    Images for which the call gives a side keep what it gives; without shapes it is the pipeline itself.
+    """
+    if not shapes:
+        return pipeline
+
+    def generate(prompts: Sequence[str], *, seeds: Sequence[int], **how: Any) -> list[Any]:
+        if (how.get("height"), how.get("width")) != (None, None):
+            return pipeline(prompts, seeds=seeds, **how)
+        found: dict[int, Any] = {}
+        for k, shape in enumerate(shapes):
+            own = [i for i, seed in enumerate(seeds) if seed % len(shapes) == k]
+            sides = {"height": shape.height, "width": shape.width}
+            few = [prompts[i] for i in own], [seeds[i] for i in own]
+            found |= zip(own, pipeline(few[0], seeds=few[1], **how | sides), strict=True) if own else ()
+        return [found[i] for i in range(len(seeds))]
+
+    return generate
+
+
 def generate_samples(
-    pipeline: Text2Image, config: SamplesConfig, prompts: Sequence[str], *, progress: bool = False
+    pipeline: Text2Image,
+    config: SamplesConfig,
+    prompts: Sequence[str],
+    *,
+    shapes: Sequence[Shape] = (),
+    progress: bool = False,
 ) -> list[tuple[str, list[Image.Image]]]:
-    """`n` images of each prompt from fixed seeds -> (prompt, images) rows."""
+    """`n` images of each prompt from fixed seeds, see `in_shapes` -> (prompt, images) rows."""
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.n)]
-    samples = pipeline(
+    samples = in_shapes(pipeline, shapes)(
         [prompt for prompt, _ in jobs],
         seeds=[seed for _, seed in jobs],
         sampler=config.sampler,

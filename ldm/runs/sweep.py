@@ -1,20 +1,15 @@
 """A study: the same job for every variant of a config, every subject and every seed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ldm.errors import UserError
 from ldm.runs.grid import Grid, Job, better_of, check_slugs
 
 METRICS = ("subject_fidelity", "prompt_fidelity", "class_drift", "diversity_ratio")
-
-
-def rows_of(variant: str, metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The metrics of a run by the name of their rows: its variant's, and one for each of `evaluate_also`."""
-    also = metrics.get("evaluate_also", {})
-    return {variant: metrics, **{f"{variant}, {sampling}": found for sampling, found in also.items()}}
+OF_CURVES = ("step",)  # columns of a study that is read `at` a value, besides the evaluation's metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +19,8 @@ class Sweep(Grid):
     variants: overrides of each; claim: what the paper or others say; finding: what the metrics show; made_at:
     commit and machine of its runs; metrics: columns of the table; frontier: two of them, plotted against each
     other; baseline: the variant that the others are compared with, by default the first; pictures: one of the
-    samples' prompts, whose images are shown side by side.
+    samples' prompts, whose images are shown side by side; only: the subjects of a variant that is not for
+    all; at: a metric and the value at which a run's curve is read, in place of its end.
     """
 
     KIND: ClassVar[str] = "study"
@@ -37,14 +33,37 @@ class Sweep(Grid):
     frontier: Sequence[str] = ()
     baseline: str = ""
     pictures: str = ""
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    at: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> list[str]:
+        """The subjects that are several, which one run learns."""
+        return [name for name, subject in self.subjects.items() if "together" in subject]
 
     def check(self, path: str | Path) -> None:
         """Raises UserError for what does not fit together."""
         super().check(path)
         check_slugs("variants", self.variants, path)
-        if self.baseline and self.baseline not in self.variants:
-            remedy = f"Choose one of {', '.join(self.variants)}."
-            raise UserError(f"The baseline `{self.baseline}` is not a variant", where=path, remedy=remedy)
+        named = [("baseline", self.baseline)] if self.baseline else []
+        for key, name in [*named, *(("only", name) for name in self.only)]:
+            if name not in self.variants:
+                remedy = f"Choose one of {', '.join(self.variants)}."
+                raise UserError(f"`{name}` of `{key}` is not a variant", where=path, remedy=remedy)
+        for variant, subjects in self.only.items():
+            for name in subjects or [""]:
+                if name not in self.subjects:
+                    remedy = f"Choose of {', '.join(self.subjects)}."
+                    what = f"`{name}` of `only: {variant}` is not a subject"
+                    raise UserError(what, where=path, remedy=remedy)
+        if self.at and (len(self.at) > 1 or self.groups or self.at.keys() - set(self.metrics)):
+            what = "A curve is read at one value of one of `metrics`, and of single subjects"
+            raise UserError(what, where=f"{path}: at", remedy="Write e.g. {subject_fidelity: 0.8}.")
+
+    def jobs(self, variant: str, overrides: Sequence[str]) -> list[Job]:
+        """The runs of a variant with their checked configs; writes the photos of storybook subjects."""
+        subjects = self.only.get(variant, self.subjects)
+        return [self.job(variant, subject, seed, overrides) for subject in subjects for seed in self.seeds]
 
 
 def baselines_of(sweep: Sweep, rows: Sequence[str]) -> dict[str, str]:
@@ -55,7 +74,9 @@ def baselines_of(sweep: Sweep, rows: Sequence[str]) -> dict[str, str]:
     for row in rows:
         variant = next(name for name in longest_first if row == name or row.startswith(f"{name}, "))
         if variant != baseline:
-            found[row] = baseline + row.removeprefix(variant)
+            how = row.removeprefix(variant)
+            group = next((g for g in sweep.groups if how == f", {g}" or how.startswith(f", {g}, ")), None)
+            found[row] = baseline + (how if group is None else how.removeprefix(f", {group}"))
     return found
 
 
@@ -74,9 +95,13 @@ def jobs_of(sweep: Sweep) -> list[Job]:
             raise UserError(f"The variant `{variant}` is not a config: {error}", where=sweep.name) from error
     for job in found:
         known = better_of(job.config)
+        known = known and {**known, **dict.fromkeys(OF_CURVES if sweep.at else (), "lower")}
         for name in (*sweep.metrics, *sweep.frontier):
             if not job.config.evaluation or (known and name not in known):
                 remedy = f"It has {', '.join(known) or 'none'}."
                 what = f"The evaluation of `{job.variant}` has no metric `{name}`"
                 raise UserError(what, where=sweep.name, remedy=remedy)
+        if sweep.at and not job.config.online_eval.every_steps:
+            what, remedy = f"`{job.variant}` keeps no curve to read", "Set online_eval.every_steps."
+            raise UserError(what, where=f"{sweep.name}: at", remedy=remedy)
     return found

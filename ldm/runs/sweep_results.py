@@ -10,8 +10,9 @@ from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.images import load_image
 from ldm.evaluation.statistics import Row
 from ldm.reports import sweep_page
-from ldm.runs.grid import Job, metric_of, metrics_of, run_in_processes, time_left, work, write_text
-from ldm.runs.sweep import Sweep, baselines_of, jobs_of, read_sweep, rows_of
+from ldm.runs.grid import Job, metrics_of, run_in_processes, time_left, work, write_text
+from ldm.runs.sweep import Sweep, baselines_of, jobs_of, read_sweep
+from ldm.runs.sweep_rows import rows_of
 from ldm.targets import allow
 
 SHOWN = 8  # images of a row of a study's contact sheet
@@ -19,12 +20,10 @@ SHOWN = 8  # images of a row of a study's contact sheet
 
 def publish(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:
     """Writes the CSV, the plots and the page of a study whose runs are all finished."""
-    grouped: dict[str, list[tuple[dict, float]]] = {}
+    grouped: dict[str, list[tuple[Row, float]]] = {}
     for job, metrics in zip(jobs, map(metrics_of, jobs), strict=True):
-        for name, own in rows_of(job.variant, metrics).items():
-            row = {"variant": name, "subject": job.subject, "seed": job.seed}
-            row |= {metric: metric_of(own, metric, where=job.folder) for metric in sweep.metrics}
-            grouped.setdefault(name, []).append((row, metrics["seconds"]["training"]))
+        for row in rows_of(sweep, job, metrics):
+            grouped.setdefault(row["variant"], []).append((row, metrics["seconds"]["training"]))
     rows = [row for group in grouped.values() for row, _ in group]
     seconds = {name: mean(spent for _, spent in group) for name, group in grouped.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,6 +51,7 @@ def texts_of(
         finding=sweep.finding,
         command=f"python scripts/study.py --base configs/studies/{sweep.name}.yaml",
         made_at=sweep.made_at,
+        read_at=sweep.at,
         rows=rows,
         metrics=sweep.metrics,
         seconds=seconds,

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from ldm.commands import check_photos
 from ldm.commands.dreambooth import main
+from ldm.data.buckets import Shape
 from ldm.data.images import list_images
 from ldm.data.photo_check import PhotoFacts, near_twins, photo_facts, sharpness, troubles
 from ldm.errors import UserError
@@ -48,8 +49,9 @@ def facts(folder: Path, image: Image.Image, name: str = "a.png", **options) -> P
     return PhotoFacts.of(folder / name)
 
 
-def said(*photos: PhotoFacts, **options) -> str:
-    return "\n".join(map(str, troubles(photos, **{"size": 32, **options})))
+def said(*photos: PhotoFacts, size: int = 32, **options) -> str:
+    shapes = {photo.path: Shape.square(size) for photo in photos}
+    return "\n".join(map(str, troubles(photos, shapes=shapes, **options)))
 
 
 def test_sharpness_is_the_variance_of_the_laplacian():
@@ -222,6 +224,26 @@ def test_the_page_shows_photos_views_and_troubles(workdir, capsys):
     assert "edge, and may be cut there: a.jpg, c.png" in capsys.readouterr().out
     with pytest.raises(UserError, match="no such folder of masks"):
         check_photos.main(check_photos.parse([str(folder), "--mask_root", str(workdir / "none")]))
+
+
+def test_in_buckets_the_page_shows_what_training_does(workdir, capsys):
+    """A wide photo is not cropped to a square, and is small only where its shape is larger."""
+    folder = workdir / "dog"
+    folder.mkdir()
+    noise(1, (96, 64)).save(folder / "wide.png")
+    cut_out((0, 0, 64, 96), (64, 96)).save(folder / "high.png")
+    noise(2, (40, 40)).save(folder / "square.png")
+    words = [str(folder), "--size", "48", "--buckets", "--bucket_unit", "8"]
+    page = check_photos.main(check_photos.parse(words)).read_text(encoding="utf-8")
+    assert "in these shapes, height x width: 40 x 56, 48 x 48, 56 x 40 pixels" in page
+    printed = capsys.readouterr().out
+    assert "smaller than 48 pixels, so enlarged: square.png" in printed and "crop of training" not in printed
+    check_photos.main(check_photos.parse([str(folder), "--size", "48"]))
+    assert "small" in (printed := capsys.readouterr().out) and "48 x" not in printed
+    with pytest.raises(UserError, match="size 50 is no multiple of the buckets' unit of 8"):
+        check_photos.main(check_photos.parse([*words, "--size", "50"]))
+    with pytest.raises(UserError, match="nothing to show"):
+        check_photos.main(check_photos.parse([*words, "--bucket_unit", "0"]))
 
 
 def test_a_run_says_each_trouble_in_a_line_before_it_begins(words, subject_folder, caplog):

@@ -65,7 +65,16 @@ ADAPTER = [  # by lycoris-lora, without prior images
 ]
 
 
-CASES = {"as ever": [], "keeping the class": KEEPING, "an adapter": ADAPTER, "several": []}
+BUCKETS = ["data.params.buckets={}", "data.params.num_priors=5"]  # three shapes
+
+
+CASES = {
+    "as ever": [],
+    "keeping the class": KEEPING,
+    "an adapter": ADAPTER,
+    "several": [],
+    "buckets": BUCKETS,
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -74,12 +83,12 @@ def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Pa
         pytest.importorskip("lycoris", reason="needs lycoris-lora, whose adapter it is")
     (workdir / "worker.py").write_text(WORKER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    keeping, several = CASES[case], case == "several"
-    words = [*words, "data.params.prior_caption_dropout=0.5", *keeping]
+    keeping = case in ("keeping the class", "an adapter")
+    words = [*words, "data.params.prior_caption_dropout=0.5", *CASES[case]]
     if case == "as ever":
         masks(Path(OmegaConf.load("tiny.yaml").data.params.subject_root))
         words.append("model.params.objective.masks={outside: 0.5, outside_target: teacher}")
-    if several:
+    if case == "several":
         words.append(with_concepts("tiny.yaml", photos(workdir / "rings")))
     two = ["name=two", "data.params.batch_size=1", "priors.folder=shared"]
     command = [*torchrun, "worker.py", str(ROOT), *words, *two]
@@ -105,7 +114,8 @@ def test_two_ranks_of_one_item_are_one_rank_of_two(words: list[str], workdir: Pa
         assert not Path("priors").exists()
         return
     sets = sorted(path.name for path in Path("priors").iterdir())
-    assert len(sets) == 1 + several and sets == sorted(path.name for path in Path("shared").iterdir())
+    assert len(sets) == {"several": 2, "buckets": 3}.get(case, 1)
+    assert sets == sorted(path.name for path in Path("shared").iterdir())
     for mine, shared in ((Path("priors", name), Path("shared", name)) for name in sets):
         assert sorted(p.name for p in mine.iterdir()) == sorted(p.name for p in shared.iterdir())
         assert json.loads((shared / "manifest.json").read_text()) == json.loads(

@@ -50,5 +50,12 @@ def test_an_interval_covers_what_it_should():
 
 def test_a_run_without_its_partner_is_refused():
     both = rows("a", {("x", 1): 0.0}) + rows("b", {("x", 2): 0.0})
-    with pytest.raises(ValueError, match="not run on the same subjects and seeds"):
+    with pytest.raises(ValueError, match="a was not run on all subjects and seeds of b"):
         paired_difference(both, "b", "a", "m")
+
+
+def test_a_baseline_may_have_more_runs_and_a_run_no_value():
+    both = rows("a", {("x", 1): 1.0, ("y", 1): 9.0, ("z", 1): 2.0})
+    both += rows("b", {("x", 1): 1.5, ("z", 1): None})
+    assert paired_difference(both, "b", "a", "m").by_subject == {"x": 0.5}
+    assert mean_of(both, "b", "m").mean == 1.5

@@ -19,6 +19,8 @@ from ldm.runs.generate_set import generate_set
 from ldm.runs.job import plan, run_job
 from ldm.runs.memory import estimate
 from ldm.runs.options import parse
+from ldm.runs.sampling import in_shapes
+from ldm.targets import allow
 from tests.short_runs import Job, differences
 
 
@@ -55,6 +57,94 @@ def test_a_run_draws_its_prior_images_at_the_shapes_of_its_photos(words: list[st
     assert "12 x 20: 2 photos, 16 x 16: 1 photo, 20 x 12: 1 photo" in page
     assert json.loads(Path("logs/one/metrics.json").read_text())["prior_images"] == 5
     assert {Image.open(path).size for path in Path("logs/one/samples").glob("0*.png")} == {(24, 12)}
+
+
+def test_samples_have_the_shapes_of_the_photos_in_turn(words: list[str], workdir: Path):
+    words = [*words, "samples.height=null", "samples.width=null", "samples.n=4", "samples.seed=6"]
+    run_job(parse(words))
+    for folder in ("samples", "samples/before"):
+        for row in range(len(parse(words).samples.prompts)):
+            files = [Path("logs/one", folder, f"{row:02d}-{i:02d}.png") for i in range(4)]
+            assert [Image.open(file).size for file in files] == [(20, 12), (16, 16), (12, 20), (20, 12)]
+    settings = json.loads(Image.open("logs/one/samples/before/00-02.png").text["dreambooth"])
+    assert (settings["height"], settings["width"], settings["seed"]) == (20, 12, 6)
+
+
+class Recorder:
+    """A pipeline whose images are the settings of their call."""
+
+    def __call__(self, prompts: list[str], *, seeds: list[int], **how: int) -> list[dict]:
+        pairs = zip(prompts, seeds, strict=True)
+        return [{"prompt": prompt, "seed": seed, **how} for prompt, seed in pairs]
+
+
+def test_a_seed_decides_a_shape_whatever_else_is_asked_for():
+    generate = in_shapes(Recorder(), [Shape(2, 4), Shape(3, 3)])
+    found = generate(["a", "b", "c"], seeds=[5, 4, 7], steps=9)
+    assert found == [
+        {"prompt": "a", "seed": 5, "steps": 9, "height": 3, "width": 3},
+        {"prompt": "b", "seed": 4, "steps": 9, "height": 2, "width": 4},
+        {"prompt": "c", "seed": 7, "steps": 9, "height": 3, "width": 3},
+    ]
+    assert generate(["b"], seeds=[4], steps=9) == [found[1]]
+    assert generate(["a"], seeds=[5], height=8) == [{"prompt": "a", "seed": 5, "height": 8}]
+    assert generate([], seeds=[]) == []
+    plain = Recorder()
+    assert in_shapes(plain, ()) is plain
+
+
+OWN = """
+class Widths:
+    \"\"\"How wide the samples are.\"\"\"
+
+    better = {"width": "lower"}
+    guidance_base = False
+    sampling = {}
+    seeds = class_samples = seed = 0
+
+    def unfit(self, photos, prompts):
+        return []
+
+    def subject(self, photos):
+        return None
+
+    def measure(self, pipeline, *, subject, prompts, is_base=False):
+        how = {"sampler": "ddim", "guidance_scale": 1.0, "steps": 1}
+        samples = pipeline([prompts.subject] * 5, seeds=[0, 1, 2, 3, 4], batch_size=2, **how)
+        return [sample.image.width for sample in samples]
+
+    def summary(self, after, base, subject):
+        return {"widths": after, "of_base": base}
+
+    def score(self, metrics):
+        return 0.0
+
+    def measure_images(self, samples, *, subject, prompts, of_class):
+        return {}
+"""
+
+
+def test_an_evaluation_is_of_the_shapes_of_the_photos(
+    words: list[str], workdir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (workdir / "widths.py").write_text(OWN)
+    monkeypatch.syspath_prepend(workdir)
+    allow("widths")
+    run_job(parse([*words, "evaluation={target: widths.Widths}"]))
+    metrics = json.loads(Path("logs/one/metrics.json").read_text())
+    assert metrics["widths"] == metrics["of_base"] == [20, 16, 12, 20, 16]
+
+
+def test_a_step_split_into_micro_batches_is_the_step(job: Job, tmp_path: Path):
+    """One bucket a step: rounding alone tells two micro-batches of one photo from a batch of two."""
+    job = replace(job, data={"buckets": Buckets(unit=4), "crop": "random"})
+    sgd = {"optimizer": {"target": "torch.optim.SGD"}, "trainable": {"learning_rate": 0.1}}
+    whole = job(tmp_path / "whole", params=sgd).state_dict()
+    split = replace(job, batch_size=1, accumulate=2)(tmp_path / "split", params=sgd).state_dict()
+    base = {f"model.diffusion_model.{name}": value for name, value in job.weights["unet"].items()}
+    learned = torch.cat([(whole[name] - base[name]).flatten() for name in base]).norm()
+    apart = torch.cat([(whole[name] - split[name]).flatten() for name in base]).norm()
+    assert 0 < learned and apart < 1e-4 * learned
 
 
 def test_square_photos_train_to_the_bit_as_without_buckets(job: Job, tmp_path: Path):
