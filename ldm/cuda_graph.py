@@ -1,6 +1,6 @@
 """CUDA graphs: the kernels of a piece of work are launched at once, not one by one by the host."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,7 +9,6 @@ from ldm.models.unet import Prepared, UNetModel
 
 Work = Callable[[], None]
 Recorder = Callable[[Work, tuple[int, int] | None], tuple[Work, tuple[int, int] | None]]
-Prediction = Callable[[Tensor, Tensor, Prepared, Sequence[int]], Tensor]
 
 HOST_BOUND = 4 * 64 * 64  # items times cells of latents: above, a GPU takes longer than the host to launch
 
@@ -25,13 +24,8 @@ def capture(work: Work, pool: tuple[int, int] | None = None) -> tuple[Work, tupl
     return graph.replay, graph.pool()
 
 
-def plain_prediction(unet: UNetModel) -> Prediction:
-    """x: [b, C, h, w], t: [b], what was prepared of P prompts, which each has: [B] -> [B, C, h, w]."""
-    return lambda x, t, prepared, rows: unet.predict(x, t, prepared.select(rows))
-
-
 class GraphedPrediction:
-    """`plain_prediction` as a CUDA graph, captured at the second step of a kind.
+    """`UNetModel.predict` as a CUDA graph, captured at the second step of a kind.
 
     The kernels are the same, and so are the values. The graph keeps its memory from one sampling to the
     next, and is captured anew for another shape, other weights, or another precision.
@@ -44,44 +38,43 @@ class GraphedPrediction:
         self.unet = unet
         self.recorded = recorded
         self.device_type = device_type
-        self._plain = plain_prediction(unet)
         self._kind: tuple | None = None
         self._run: Work | None = None
 
-    def __call__(self, x: Tensor, t: Tensor, prepared: Prepared, rows: Sequence[int]) -> Tensor:
-        """As `plain_prediction`."""
-        if x.device.type != self.device_type or len(rows) * x[0, 0].numel() > HOST_BOUND:
-            return self._plain(x, t, prepared, rows)
-        kind = self._kind_of(x, prepared, rows)
+    def __call__(self, x: Tensor, t: Tensor, prepared: Prepared) -> Tensor:
+        """x: [b, C, h, w], t: [b], what was prepared for B items -> [B, C, h, w]."""
+        items = len(prepared.index)
+        if x.device.type != self.device_type or items * x[0, 0].numel() > HOST_BOUND:
+            return self.unet.predict(x, t, prepared)
+        kind = self._kind_of(x, prepared)
         if kind != self._kind:
             self._kind = kind
             self._run = None  # the memory of the last one first
-            return self._plain(x, t, prepared, rows)
+            return self.unet.predict(x, t, prepared)
         if self._run is None:
-            self._capture(x, t, prepared, rows)
+            self._capture(x, t, prepared)
         self._x.copy_(x)
         self._t.copy_(t)
         if prepared is not self._last:
-            selected = prepared.select(rows)
-            for kept, new in zip(self._prepared.tensors(), selected.tensors(), strict=True):
+            for kept, new in zip(self._prepared.tensors(), prepared.tensors(), strict=True):
                 kept.copy_(new)
             self._last = prepared
         self._run()
         return self._output.clone()
 
-    def _capture(self, x: Tensor, t: Tensor, prepared: Prepared, rows: Sequence[int]) -> None:
+    def _capture(self, x: Tensor, t: Tensor, prepared: Prepared) -> None:
         self._x = x.clone()
         self._t = t.clone()
         self._last = prepared
-        self._prepared = prepared.select(rows).clone()
+        self._prepared = prepared.clone()
 
         def predict() -> None:
             self._output = self.unet.predict(self._x, self._t, self._prepared)
 
         self._run, _ = self.recorded(predict, None)
 
-    def _kind_of(self, x: Tensor, prepared: Prepared, rows: Sequence[int]) -> tuple:
+    def _kind_of(self, x: Tensor, prepared: Prepared) -> tuple:
         device = x.device.type
         lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         shapes = tuple(tensor.shape for tensor in prepared.tensors())
-        return x.shape, x.dtype, tuple(rows), shapes, lower, *(p.data_ptr() for p in self.unet.parameters())
+        return x.shape, x.dtype, shapes, lower, *(p.data_ptr() for p in self.unet.parameters())

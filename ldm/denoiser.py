@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from ldm.conditioner import Conditioner
-from ldm.cuda_graph import GraphedPrediction, plain_prediction
+from ldm.cuda_graph import GraphedPrediction
 from ldm.diffusion.guidance import ConditionalDenoise
 from ldm.diffusion.process import Level, NoiseProcess
 from ldm.errors import UserError
@@ -44,7 +44,7 @@ class Denoiser:
         self.model_hash = model_hash
         self.without = tuple(without)
         self.conditioner = Conditioner(text_encoder, without=self.without)
-        self.predict = GraphedPrediction(unet) if graphed else plain_prediction(unet)
+        self.graph = GraphedPrediction(unet) if graphed else None
 
     @property
     def networks(self) -> tuple[nn.Module, nn.Module]:
@@ -71,13 +71,16 @@ class Denoiser:
         told = self.conditioner.conditioning(TextEncoding.cat(unique), range(len(unique)), numbers)
         with lora_off(*self.without):
             prepared = self.unet.prepare(told, torch.tensor([level.t for level in levels]))
-        return partial(self._denoise, prepared), [number[id(encoding)] for encoding in encodings]
+        select = lru_cache(maxsize=1)(prepared.select)  # a sampling has the same rows at every step
+        return partial(self._denoise, select), [number[id(encoding)] for encoding in encodings]
 
-    def _denoise(self, prepared: Prepared, x: Tensor, level: Level, rows: Sequence[int]) -> Tensor:
+    def _denoise(
+        self, select: Callable[[tuple[int, ...]], Prepared], x: Tensor, level: Level, rows: Sequence[int]
+    ) -> Tensor:
         """x: [b, C, h, w], B rows -> x0 [B, C, h, w] float32; the UNet computes in its own precision."""
         t = torch.full((len(x),), level.t, device=x.device)
         with lora_off(*self.without):
-            prediction = self.predict(x, t, prepared, rows).float()
+            prediction = (self.graph or self.unet.predict)(x, t, select(tuple(rows))).float()
         runs = prediction.unflatten(0, (-1, len(x)))  # [B / b, b, C, h, w]
         return self.process.denoised(runs, x, level).flatten(0, 1)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ldm.cuda_graph import GraphedPrediction
+from ldm.denoiser import Denoiser, evaluating
 from ldm.diffusion.process import DiscreteDiffusion
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.pipeline import Text2Image
@@ -37,10 +38,31 @@ def test_samples_are_the_plain_ones(tiny_networks: dict, device: str, monkeypatc
     graphed = pipeline(tiny_networks, device, cuda_graph=True)
     if device == "cpu":
         recorded = GraphedPrediction(graphed.unet, recorded=again, device_type="cpu")
-        monkeypatch.setattr(graphed.denoiser, "predict", recorded)
+        monkeypatch.setattr(graphed.denoiser, "graph", recorded)
     jobs = [(["a disc"], 1), (["a disc"], 2), (["a disc", "sks disc"], 3), (["sks disc", "a square"], 4)]
     for prompts, seed in [*jobs, *jobs]:
         how = {"seeds": range(seed, seed + len(prompts)), "steps": 4, "guidance_scale": 3.0}
         for a, b in zip(graphed(prompts, **how), plain(prompts, **how), strict=True):
             torch.testing.assert_close(a.latents, b.latents, rtol=1e-4, atol=1e-5)
             assert np.abs(np.asarray(a.image, int) - np.asarray(b.image, int)).max() <= 1
+
+
+def test_two_samplings_by_turns_do_not_write_into_each_other(tiny_networks: dict, monkeypatch):
+    """Steps of one sampling between those of another: a graph has memory of its own."""
+    plain = pipeline(tiny_networks, "cpu", cuda_graph=False).denoiser
+    graphed = pipeline(tiny_networks, "cpu", cuda_graph=True).denoiser
+    recorded = GraphedPrediction(graphed.unet, recorded=again, device_type="cpu")
+    monkeypatch.setattr(graphed, "graph", recorded)
+    levels = plain.process.levels(2, "leading")
+    x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def by_turns(denoiser: Denoiser) -> list[torch.Tensor]:
+        encodings = denoiser.encode(["a disc", "a square", ""], 3, chunked=False)
+        turns = [
+            denoiser.conditioned([encodings[""], encodings[text]], levels) for text in list(encodings)[:2]
+        ]
+        return [denoise(x, level, rows) for level in levels[:2] for denoise, rows in turns + turns]
+
+    with torch.inference_mode(), evaluating(*plain.networks, *graphed.networks):
+        for a, b in zip(by_turns(plain), by_turns(graphed), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -79,6 +79,12 @@ class Conditioning(NamedTuple):
             kept = {layer: tuple(x.index_select(0, index) for x in pair) for layer, pair in kept.items()}
         return type(self)(self.context.index_select(0, index), vector, kept)
 
+    def clone(self) -> Self:
+        """The same with memory of its own."""
+        kept = self.kept and {layer: tuple(x.clone() for x in pair) for layer, pair in self.kept.items()}
+        vector = None if self.vector is None else self.vector.clone()
+        return type(self)(self.context.clone(), vector, kept)
+
     def tensors(self) -> list[Tensor]:
         """All that there are."""
         kept = (tensor for pair in (self.kept or {}).values() for tensor in pair)

@@ -142,8 +142,9 @@ class Prepared(NamedTuple):
         return [*self.conditioning.tensors(), self.shifts, self.timesteps, self.index]
 
     def clone(self) -> Self:
-        """What `select` gave, with memory of its own."""
-        return self._replace(shifts=self.shifts.clone(), timesteps=self.timesteps.clone())
+        """The same with memory of its own."""
+        own = {name: getattr(self, name).clone() for name in ("conditioning", "shifts", "timesteps", "index")}
+        return self._replace(**own)
 
     def time_embedding(self, timesteps: Tensor) -> TimeEmbedding:
         """timesteps: [b], of those prepared for; an error of the device where one is not.
