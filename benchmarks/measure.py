@@ -18,7 +18,8 @@ from benchmarks.cases import PRIOR, SUBJECT, Case, pixels
 from benchmarks.timing import timed
 
 SIDES = ("ours", "script", "best")
-WINDOWS = 7  # after one that is dropped
+WINDOWS, MOST_WINDOWS = 7, 25  # after one that is dropped; beyond the least, as many as fit
+ROOM = 40  # into so many times the seconds of a window
 LEAST_STEPS = 3  # of the UNet in a window
 ADAMW_BYTES = 32  # a float32 weight: gradient written and read; weight and two moments read and written
 
@@ -56,13 +57,21 @@ class Side:
 
 
 def interleaved(sides: Mapping[str, Side], *, seconds: float, least: int = 1) -> dict[str, list[float]]:
-    """Seconds of one step in each window, of `least` steps or more; the windows of the sides take turns."""
+    """Seconds of one step in each window, of `least` steps or more; the windows of the sides take turns.
+
+    seconds: of a window of the slowest side, if it is not of `least` steps.
+    """
     slowest = max(side.seconds(1) for _ in range(2) for side in sides.values())
     steps = max(least, round(seconds / slowest))
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(1 + WINDOWS):
+    spent = 0.0
+    for done in range(1 + MOST_WINDOWS):
+        if done > WINDOWS and spent > ROOM * seconds:
+            break
         for name, side in sides.items():
-            found[name].append(side.seconds(steps) / steps)
+            taken = side.seconds(steps)
+            found[name].append(taken / steps)
+            spent += taken
     return {name: times[1:] for name, times in found.items()}
 
 

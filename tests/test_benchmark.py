@@ -8,7 +8,17 @@ import torch.nn.functional as F
 
 from benchmarks import ours, peer
 from benchmarks.cases import Case, cases
-from benchmarks.measure import ADAMW_BYTES, LEAST_STEPS, SIDES, WINDOWS, Side, interleaved, machine, work
+from benchmarks.measure import (
+    ADAMW_BYTES,
+    LEAST_STEPS,
+    MOST_WINDOWS,
+    SIDES,
+    WINDOWS,
+    Side,
+    interleaved,
+    machine,
+    work,
+)
 from benchmarks.pages import PEERS, speed_table
 from benchmarks.plot import plot
 from benchmarks.side import open_side
@@ -106,7 +116,13 @@ def test_a_window_holds_as_many_steps_as_it_must():
 
     side = Counted()
     interleaved({"one": side}, seconds=1.0, least=LEAST_STEPS)
+    assert side.asked == [1, 1, *[LEAST_STEPS] * 14]  # until more than ROOM seconds are spent
+    side.asked.clear()
+    interleaved({"one": side}, seconds=0.2, least=LEAST_STEPS)
     assert side.asked == [1, 1, *[LEAST_STEPS] * (1 + WINDOWS)]
+    side.asked.clear()
+    interleaved({"one": side}, seconds=9.0)
+    assert side.asked == [1, 1, *[9] * (1 + MOST_WINDOWS)]
 
 
 def test_what_the_machine_does_at_best():
