@@ -24,10 +24,10 @@ def matrix_of(subjects: Mapping[str, Reading], classes: Mapping[str, Reading], w
 
     subjects: name -> what the judge reads in pictures of its prompt. classes: the same by class word. The
     share of another subject is over the attributes in which it differs from the one that is asked for; one
-    that differs in none has no entry.
+    that differs in none has no entry. A class has the row "any dog", since a subject may be named "dog".
     """
     rows = {name: _row(reading, wanted, asked=name) for name, reading in subjects.items()}
-    return rows | {name: _row(reading, wanted, asked=None) for name, reading in classes.items()}
+    return {f"any {word}": _row(reading, wanted, asked=None) for word, reading in classes.items()} | rows
 
 
 def _row(reading: Reading, wanted: Wanted, *, asked: str | None) -> dict[str, float]:

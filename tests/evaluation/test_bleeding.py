@@ -38,7 +38,15 @@ def test_the_matrix_by_hand():
     assert matrix["A"] == {"A": 0.5, "B": 0.375, "C": 0.0, NEITHER: 0.125}
     assert matrix["B"] == {"A": 0.125, "B": 0.75, "C": 0.125, NEITHER: 0.125}
     assert matrix["C"] == {"A": 0.5, "B": 0.0, "C": 0.75, NEITHER: 0.0}
-    assert matrix["dog"] == {"A": 0.125, "B": 0.25, "C": 0.125, NEITHER: 0.625}
+    assert matrix["any dog"] == {"A": 0.125, "B": 0.25, "C": 0.125, NEITHER: 0.625}
+
+
+def test_a_subject_may_be_called_as_its_class_is():
+    asked = {"dog": readings((1, 2), (1, 2)), "B": readings((3, 4), (3, 4))}
+    any_dog = readings((3, 0), (0, 0))
+    matrix = matrix_of(asked, {"dog": any_dog}, {"dog": WANTED["A"], "B": WANTED["B"]})
+    assert matrix["dog"] == {"dog": 1.0, "B": 0.0, NEITHER: 0.0}
+    assert matrix["any dog"] == {"dog": 0.0, "B": 0.25, NEITHER: 0.75}
 
 
 def test_two_that_differ_in_all_share_out_the_pictures():
@@ -135,10 +143,10 @@ def test_both_are_learnt_apart(metrics):
     for key in ("subject_fidelity", "prompt_fidelity", "class_drift", "bleeding", "class_shift"):
         assert found[key] == pytest.approx(sum(own[key] for own in each.values()) / 2, abs=1e-4)
     matrix = found["bleeding_matrix"]["trained"]
-    assert matrix.keys() == {"sks dog", "zwx cat", "dog", "cat"}
+    assert matrix.keys() == {"sks dog", "zwx cat", "any dog", "any cat"}
     assert matrix["sks dog"]["sks dog"] == each["sks dog"]["subject_fidelity"] > 0.95
     assert matrix["sks dog"]["zwx cat"] < 0.05
-    assert matrix["dog"][NEITHER] > 0.4
+    assert matrix["any dog"][NEITHER] > 0.4
 
 
 def test_a_subject_with_the_other_s_looks_has_bled(metrics):
