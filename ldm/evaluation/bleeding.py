@@ -27,7 +27,8 @@ def matrix_of(subjects: Mapping[str, Reading], classes: Mapping[str, Reading], w
     that differs in none has no entry. A class has the row "any dog", since a subject may be named "dog".
     """
     rows = {name: _row(reading, wanted, asked=name) for name, reading in subjects.items()}
-    return {f"any {word}": _row(reading, wanted, asked=None) for word, reading in classes.items()} | rows
+    of_classes = {f"any {word}": _row(reading, wanted, asked=None) for word, reading in classes.items()}
+    return rows | of_classes | rows  # in this order, and a subject has its own row whatever its name
 
 
 def _row(reading: Reading, wanted: Wanted, *, asked: str | None) -> dict[str, float]:
