@@ -60,13 +60,23 @@ def page(
     seconds: Mapping[str, float],
     baselines: Mapping[str, str],
     pictures: Mapping[str, str],
-    read_at: Mapping[str, float],
+    read_at: Mapping[str, Sequence[float]],
 ) -> str:
     """The study in Markdown, beside its `name`.csv and its pictures, which are file -> text alternative.
 
-    read_at: the metric and the value at which curves are read, or nothing.
+    read_at: the metric and the values at which curves are read, or nothing.
     """
-    unreached = sum(row[metric] < value for metric, value in read_at.items() for row in rows)
+    ends = {
+        value: "" if len(values) == 1 else f", at {value:g}"
+        for values in read_at.values()
+        for value in values
+    }
+    unreached = sum(
+        row[metric] < value and row["variant"].endswith(ends[value])
+        for metric, values in read_at.items()
+        for value in values
+        for row in rows
+    )
     return render(
         "study.md",
         name=name,
@@ -79,7 +89,9 @@ def page(
         subjects=list(dict.fromkeys(row["subject"] for row in rows)),
         seeds=list(dict.fromkeys(row["seed"] for row in rows)),
         min_subjects=MIN_SUBJECTS,
-        read_at={spoken(metric): value for metric, value in read_at.items()},
+        read_at={
+            spoken(metric): " and ".join(map("{:g}".format, values)) for metric, values in read_at.items()
+        },
         unreached=unreached,
         pictures=pictures,
         command=command,

@@ -20,7 +20,7 @@ class Sweep(Grid):
     commit and machine of its runs; metrics: columns of the table; frontier: two of them, plotted against each
     other; baseline: the variant that the others are compared with, by default the first; pictures: one of the
     samples' prompts, whose images are shown side by side; only: the subjects of a variant that is not for
-    all; at: a metric and the value at which a run's curve is read, in place of its end.
+    all; at: a metric and the values at which a run's curve is read, in place of its end.
     """
 
     KIND: ClassVar[str] = "study"
@@ -34,7 +34,7 @@ class Sweep(Grid):
     baseline: str = ""
     pictures: str = ""
     only: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    at: Mapping[str, float] = field(default_factory=dict)
+    at: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[str]:
@@ -56,9 +56,10 @@ class Sweep(Grid):
                     remedy = f"Choose of {', '.join(self.subjects)}."
                     what = f"`{name}` of `only: {variant}` is not a subject"
                     raise UserError(what, where=path, remedy=remedy)
-        if self.at and (len(self.at) > 1 or self.groups or self.at.keys() - set(self.metrics)):
-            what = "A curve is read at one value of one of `metrics`, and of single subjects"
-            raise UserError(what, where=f"{path}: at", remedy="Write e.g. {subject_fidelity: 0.8}.")
+        wrong = len(self.at) > 1 or not all(self.at.values()) or self.at.keys() - set(self.metrics)
+        if self.at and (wrong or self.groups):
+            what = "A curve is read at values of one of `metrics`, and of single subjects"
+            raise UserError(what, where=f"{path}: at", remedy="Write e.g. {subject_fidelity: [0.8]}.")
 
     def jobs(self, variant: str, overrides: Sequence[str]) -> list[Job]:
         """The runs of a variant with their checked configs; writes the photos of storybook subjects."""

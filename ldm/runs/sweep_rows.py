@@ -13,9 +13,9 @@ from ldm.runs.sweep import Sweep
 def rows_of(sweep: Sweep, job: Job, metrics: Mapping[str, Any]) -> list[Row]:
     """The rows of one run, from its metrics.json: one for each subject in it, and again of each sampling.
 
-    One of several subjects is named "variant, group", one of another sampling "variant, sampling". What only
-    runs of several subjects have, such as bleeding, is None of the others. Raises UserError for metrics that
-    the run does not have.
+    One of several subjects is named "variant, group", one of another sampling "variant, sampling", one of
+    several places on the curve "variant, at 0.8". What only runs of several subjects have, such as bleeding,
+    is None of the others. Raises UserError for metrics that the run does not have.
     """
     rows = []
     for name, subject, found in _measured(sweep, job, metrics):
@@ -31,9 +31,10 @@ def _measured(
     sweep: Sweep, job: Job, metrics: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """(row's name, subject, its metrics) of a run."""
-    if sweep.at:
-        ((metric, value),) = sweep.at.items()
-        yield job.variant, job.subject, read_at(curve_of(metrics), metric, value)
+    for metric, values in sweep.at.items():
+        for value in values:
+            name = job.variant if len(values) == 1 else f"{job.variant}, at {value:g}"
+            yield name, job.subject, read_at(curve_of(metrics), metric, value)
         return
     name = f"{job.variant}, {job.subject}" if job.subject in sweep.groups else job.variant
     also = metrics.get("evaluate_also", {})

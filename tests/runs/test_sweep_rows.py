@@ -29,11 +29,13 @@ def test_a_variant_can_have_subjects_of_its_own(workdir: Path):
         ({"only": {"no": ["rex"]}}, "`no` of `only` is not a variant.*Weight 0, weight 1"),
         ({"only": {"weight 1": ["max"]}}, "`max` of `only: weight 1` is not a subject.*rex, car"),
         ({"only": {"weight 1": []}}, "`` of `only: weight 1` is not a subject"),
-        ({"at": {"subject_fidelity": 0.8, "prompt_fidelity": 0.8}}, "read at one value of one"),
-        ({"at": {"background_leak": 0.1}}, "read at one value of one of `metrics`"),
-        ({"at": {"subject_fidelity": 0.8}, "subjects": BOTH}, "and of single subjects"),
+        ({"at": {"subject_fidelity": [0.8], "prompt_fidelity": [0.8]}}, "read at values of one"),
+        ({"at": {"background_leak": [0.1]}}, "read at values of one of `metrics`"),
+        ({"at": {"subject_fidelity": []}}, "read at values of one of `metrics`"),
+        ({"at": {"subject_fidelity": 0.8}}, "should be Mapping of str, Sequence of float"),
+        ({"at": {"subject_fidelity": [0.8]}, "subjects": BOTH}, "and of single subjects"),
         (
-            {"at": {"subject_fidelity": 0.8}, "set": ["online_eval.every_steps=0"]},
+            {"at": {"subject_fidelity": [0.8]}, "set": ["online_eval.every_steps=0"]},
             "`Weight 0` keeps no curve",
         ),
     ],
@@ -89,7 +91,7 @@ def test_a_curve_is_read_where_a_metric_first_reaches_a_value(value: float, want
 
 
 def test_a_study_read_on_curves_starts_at_the_base(workdir: Path):
-    at = {"subject_fidelity": 0.8}
+    at = {"subject_fidelity": [0.8]}
     sweep = read_sweep(write(workdir, at=at, metrics=["step", "subject_fidelity", "class_drift"]))
     measures = [{"step": 10, "subject_fidelity": 1.0, "class_drift": 0.4, "score": 0.5}]
     metrics = {"base": {"subject_fidelity": 0.6, "class_drift": 0.0}, "measures": measures}
@@ -98,7 +100,14 @@ def test_a_study_read_on_curves_starts_at_the_base(workdir: Path):
     low = {**metrics, "measures": [{**measures[0], "subject_fidelity": 0.7}]}
     rows = [row, *rows_of(sweep, jobs_of(sweep)[2], low)]
     page = study.texts_of(sweep, rows, {"Weight 0": 1.0})["weights.md"]
-    assert "subject fidelity first reaches 0.8, on straight" in page and "1 runs never reach it" in page
+    assert (
+        "subject fidelity first reaches 0.8, on straight" in page and "1 rows are of runs that never" in page
+    )
+    sweep = read_sweep(write(workdir, at={"subject_fidelity": [0.8, 1.0]}, metrics=sweep.metrics))
+    rows = [row for job in jobs_of(sweep)[:1] for row in rows_of(sweep, job, metrics)]
+    assert [(r["variant"], r["step"]) for r in rows] == [("Weight 0, at 0.8", 5), ("Weight 0, at 1", 10)]
+    page = study.texts_of(sweep, rows, {row["variant"]: 1.0 for row in rows})["weights.md"]
+    assert "first reaches 0.8 and 1, on straight" in page and "never reach" not in page
 
 
 def test_what_only_runs_of_several_have_is_left_out_of_the_others():
