@@ -143,8 +143,7 @@ class Prepared(NamedTuple):
 
     def clone(self) -> Self:
         """The same with memory of its own."""
-        own = {name: getattr(self, name).clone() for name in ("conditioning", "shifts", "timesteps", "index")}
-        return self._replace(**own)
+        return type(self)(*(part.clone() for part in self[:-1]), self.blocks)
 
     def time_embedding(self, timesteps: Tensor) -> TimeEmbedding:
         """timesteps: [b], of those prepared for; an error of the device where one is not.

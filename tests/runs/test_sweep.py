@@ -139,9 +139,10 @@ def test_shipped_studies_are_sound(path: Path, monkeypatch: pytest.MonkeyPatch, 
     sweep = read_sweep(path)
     (workdir / "configs").symlink_to(ROOT / "configs")
     jobs = jobs_of(sweep)
-    assert len(sweep.subjects) >= 4 and len(sweep.subjects) * len(sweep.seeds) >= 6 and len(jobs) >= 12
+    assert len(sweep.subjects) >= 4 and len(sweep.subjects) * len(sweep.seeds) >= 6
     assert sweep.finding.strip() and sweep.made_at.strip(), "a study is shipped with what it found, and where"
     rows = list(csv.DictReader((ROOT / f"studies/{sweep.name}.csv").open()))
+    assert len(rows) >= 12
     found: dict[str, list[tuple[str, str]]] = {}
     for row in rows:
         found.setdefault(row["variant"], []).append((row["subject"], row["seed"]))
