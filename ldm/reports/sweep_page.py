@@ -66,17 +66,6 @@ def page(
 
     read_at: the metric and the values at which curves are read, or nothing.
     """
-    ends = {
-        value: "" if len(values) == 1 else f", at {value:g}"
-        for values in read_at.values()
-        for value in values
-    }
-    unreached = sum(
-        row[metric] < value and row["variant"].endswith(ends[value])
-        for metric, values in read_at.items()
-        for value in values
-        for row in rows
-    )
     return render(
         "study.md",
         name=name,
@@ -89,14 +78,22 @@ def page(
         subjects=list(dict.fromkeys(row["subject"] for row in rows)),
         seeds=list(dict.fromkeys(row["seed"] for row in rows)),
         min_subjects=MIN_SUBJECTS,
-        read_at={
-            spoken(metric): " and ".join(map("{:g}".format, values)) for metric, values in read_at.items()
-        },
-        unreached=unreached,
+        read_at={spoken(metric): " and ".join(map("{:g}".format, read_at[metric])) for metric in read_at},
+        unreached=_unreached(rows, read_at),
         pictures=pictures,
         command=command,
         made_at=made_at.strip(),
     )
+
+
+def _unreached(rows: Sequence[Row], read_at: Mapping[str, Sequence[float]]) -> int:
+    """How many rows are of curves that never reach the value at which they are read."""
+    found = 0
+    for metric, values in read_at.items():
+        for value in values:
+            end = "" if len(values) == 1 else f", at {value:g}"
+            found += sum(row[metric] < value for row in rows if row["variant"].endswith(end))
+    return found
 
 
 def panels(rows: Sequence[Row], metrics: Sequence[str]) -> str:
