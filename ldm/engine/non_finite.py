@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import pytorch_lightning as pl
 import torch
@@ -22,13 +22,20 @@ class NonFiniteError(UserError):
     """A loss or a gradient is not finite: the settings are at fault, not the machine."""
 
 
-@runtime_checkable
 class HasItems(Protocol):
     """A module whose batches are numbered items, each with a loss and a timestep of its own."""
 
     item_losses: Tensor  # [B], of the last batch
     process: Any  # a `NoiseProcess`
     seed: int
+
+
+def has_items(module: pl.LightningModule) -> TypeGuard[HasItems]:
+    """Whether a module's batches are numbered items.
+
+    `isinstance` of a protocol does not see submodules, parameters and buffers, from Python 3.12 on.
+    """
+    return all(hasattr(module, name) for name in HasItems.__annotations__)
 
 
 class AsyncHostCopy:
@@ -89,7 +96,7 @@ class NonFiniteGuard(pl.Callback):
         ends = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         step = self._now(trainer.global_step - int(ends))
         step.items += batch["stream_ids"] if "stream_ids" in batch else stream_ids(batch)
-        losses = module.item_losses if isinstance(module, HasItems) else outputs["loss"][None]
+        losses = module.item_losses if has_items(module) else outputs["loss"][None]
         step.losses.append(AsyncHostCopy(losses.isfinite()))
         if not ends:
             return
@@ -125,7 +132,7 @@ class NonFiniteGuard(pl.Callback):
 def _error(what: str, step: Step, items: list[tuple[int, str]], module: pl.LightningModule) -> NonFiniteError:
     """The error for a step, with its items and their timesteps, if they have any."""
     names = [f"{stream} item {number}" for number, stream in items]
-    if isinstance(module, HasItems):
+    if has_items(module):
         timesteps = torch.empty(len(items), dtype=torch.int64)
         module.process.sample_times(ItemRNG(module.seed, items), timesteps)
         names = [f"{name} at timestep {t}" for name, t in zip(names, timesteps.tolist(), strict=True)]

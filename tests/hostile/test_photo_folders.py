@@ -130,9 +130,12 @@ def test_any_mask(pair: tuple[bytes, bytes], name: str, apart: bool, tmp_path_fa
         max_size=3,
     ),
     size=st.sampled_from([1, 16, 0, -1]),
+    unit=st.sampled_from([None, 1, 4, 64, 0, -1]),
     skip=st.booleans(),
 )
-def test_any_folder_is_checked(files: dict[str, bytes], size: int, skip: bool, tmp_path_factory, monkeypatch):
+def test_any_folder_is_checked(
+    files: dict[str, bytes], size: int, unit: int | None, skip: bool, tmp_path_factory, monkeypatch
+):
     folder = fresh(tmp_path_factory)
     monkeypatch.chdir(folder)
     photos = folder / "photos"
@@ -145,6 +148,8 @@ def test_any_folder_is_checked(files: dict[str, bytes], size: int, skip: bool, t
         size=size,
         crop="random",
         crop_variants=2,
+        buckets=unit is not None,
+        bucket_unit=64 if unit is None else unit,
         seed=0,
         skip_unreadable=skip,
         mask_root=None,
