@@ -6,5 +6,5 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = (
-        "1"  # read when triton is imported, which Lightning does where there is one
+        "1"  # read when triton is imported, as Lightning does
     )
