@@ -20,9 +20,11 @@ def rows_of(sweep: Sweep, job: Job, metrics: Mapping[str, Any]) -> list[Row]:
     rows = []
     for name, subject, found in _measured(sweep, job, metrics):
         row = {"variant": name, "subject": subject, "seed": job.seed}
+        judged = any(metric in found for metric in sweep.metrics)
+        lone = judged and bool(sweep.groups) and job.subject not in sweep.groups
         for metric in sweep.metrics:
-            lone = metric not in found and bool(sweep.groups) and job.subject not in sweep.groups
-            row[metric] = None if lone else metric_of(found, metric, where=job.folder)
+            absent = lone and metric not in found
+            row[metric] = None if absent else metric_of(found, metric, where=job.folder)
         rows.append(row)
     return rows
 

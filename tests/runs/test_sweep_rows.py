@@ -56,6 +56,8 @@ def test_runs_of_several_subjects_have_a_row_for_each(workdir: Path):
     assert found == [
         {"variant": "alone", "subject": "rex", "seed": 1, "subject_fidelity": 0.9, "bleeding": None}
     ]
+    with pytest.raises(UserError, match="has no `subject_fidelity`"):
+        rows_of(sweep, alone, {"notes": ["cannot be judged"]})
     concepts = {
         "rex": {"subject_fidelity": 0.7, "bleeding": 0.1},
         "car": {"subject_fidelity": 0.8, "bleeding": -0.1},
