@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from ldm.data.buckets import Shape, nearest, shares
-from ldm.data.images import crop_to
+from ldm.data.images import is_enlarged
 from ldm.data.items import VALIDATION_START, BucketStream, ItemStream, SourceImage, StreamName
 from ldm.data.streams import StreamPart, Turns, about_cycle, stream_of
 from ldm.errors import UserError
@@ -66,8 +66,8 @@ class BucketsInUse:
 
     def enlarges(self, photo: SourceImage) -> bool:
         """Whether a photo has fewer pixels than it is shown with."""
-        shape, (height, width) = self.shape_of(photo), photo.upright_size
-        return crop_to(shape, width, height, crop="center")[2] < shape.width
+        height, width = photo.upright_size
+        return is_enlarged(self.shape_of(photo), width, height)
 
     def counts(self) -> Mapping[Shape, int]:
         """How many photos are trained on at each shape."""

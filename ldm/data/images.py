@@ -221,6 +221,11 @@ def crop_to(
     return left, top, wide, high
 
 
+def is_enlarged(shape: Shape, width: int, height: int) -> bool:
+    """Whether an image has fewer pixels than a shape that it is cropped to."""
+    return crop_to(shape, width, height, crop="center")[2] < shape.width
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB image -> [3, H, W] float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))

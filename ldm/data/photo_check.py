@@ -16,7 +16,7 @@ from PIL import Image, ImageCms
 
 from ldm.data.buckets import Shape
 from ldm.data.captions import read_sidecar, sidecar_of
-from ldm.data.images import ORIENTATION, alpha_channel, crop_to, formats, load_image
+from ldm.data.images import ORIENTATION, alpha_channel, crop_to, formats, is_enlarged, load_image
 from ldm.data.masks import masks_by_name, masks_of, read_mask
 from ldm.errors import UserError
 
@@ -185,7 +185,7 @@ def troubles(
     small: dict[str, list[PhotoFacts]] = {}
     for photo in photos:
         shape = shapes.get(photo.path, SQUARE)
-        if crop_to(shape, photo.width, photo.height, crop="center")[2] < shape.width:
+        if is_enlarged(shape, photo.width, photo.height):
             small.setdefault(str(shape.width) if shape.is_square else str(shape), []).append(photo)
     cut = [p for p in photos if p.subject is not None and not p.edges and p.subject.cut_by_crop > CUT]
     without = [photo for photo in photos if photo.caption is None]

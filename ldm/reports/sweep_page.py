@@ -86,12 +86,17 @@ def page(
     )
 
 
+def place_of(value: float, values: Sequence[float]) -> str:
+    """How a row's name ends that is read at one of these values; of one alone, every row is."""
+    return "" if len(values) == 1 else f", at {value:g}"
+
+
 def _unreached(rows: Sequence[Row], read_at: Mapping[str, Sequence[float]]) -> int:
     """How many rows are of curves that never reach the value at which they are read."""
     found = 0
     for metric, values in read_at.items():
         for value in values:
-            end = "" if len(values) == 1 else f", at {value:g}"
+            end = place_of(value, values)
             found += sum(row[metric] < value for row in rows if row["variant"].endswith(end))
     return found
 

@@ -3,13 +3,12 @@
 from argparse import Namespace
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import chain
 from pathlib import Path
 
 from ldm.data.buckets import Buckets, shapes_of
 from ldm.data.buckets_in_use import BucketsInUse
 from ldm.data.images import ImageFiles, list_images, to_image
-from ldm.data.items import SourceImage, Stream
+from ldm.data.items import SourceImage, TrainingView
 from ldm.data.photo_check import LEAST_SHARP, PhotoFacts, Trouble, photo_facts, troubles
 from ldm.data.streams import StreamPart
 from ldm.errors import UserError
@@ -36,11 +35,11 @@ def facts_of(photo: PhotoFacts) -> dict[str, str]:
 
 
 def cards_of(
-    photos: Sequence[PhotoFacts], found: Sequence[Trouble], streams: Sequence[Stream]
+    photos: Sequence[PhotoFacts], found: Sequence[Trouble], shown: Sequence[TrainingView]
 ) -> list[PhotoCard]:
     """The photos with their views, of which the page reads one after the other."""
     views: dict[Path, list] = {}
-    for view in chain.from_iterable(stream.views() for stream in streams):
+    for view in shown:
         views.setdefault(view.source.path, []).append(view)
     return [
         PhotoCard(
@@ -68,24 +67,21 @@ def check_photos(options: Namespace) -> Path:
     shapes = {image.path: in_use.shape_of(image) for image in images}
     photos = photo_facts(paths, mask_root=options.mask_root, shape_of=shapes.__getitem__)
     found = troubles(photos, shapes=shapes)
-    streams = [
-        Stream(
-            "subject",
-            in_use.of_shape(images, shape),
-            shape=shape,
-            seed=options.seed,
-            crop_variants=options.crop_variants if options.crop == "random" else None,
-            flip=False,
-            caption_dropout=0.0,
-        )
-        for shape in in_use.shapes
-    ]
+    stream = in_use.photo_stream(
+        "subject",
+        [part],
+        empty_share=0.0,
+        seed=options.seed,
+        crop_variants=options.crop_variants if options.crop == "random" else None,
+        flip=False,
+        caption_dropout=0.0,
+    )
     title = f"{len(photos)} photos in {options.photos.resolve().name}"
     sides = f"{options.size} pixels a side"
     if buckets is not None:
         sides = f"in these shapes, height x width: {', '.join(map(str, in_use.shapes))} pixels"
     page = photos_page(
-        title, cards=cards_of(photos, found, streams), troubles=list(map(str, found)), sides=sides
+        title, cards=cards_of(photos, found, stream.views()), troubles=list(map(str, found)), sides=sides
     )
     out = options.out or Path("logs", f"photos-{options.photos.resolve().name}.html")
     make_folder(out.parent)

@@ -6,6 +6,7 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.evaluation.statistics import Row
+from ldm.reports.sweep_page import place_of
 from ldm.runs.grid import Job, metric_of
 from ldm.runs.sweep import Sweep
 
@@ -35,7 +36,7 @@ def _measured(
     """(row's name, subject, its metrics) of a run."""
     for metric, values in sweep.at.items():
         for value in values:
-            name = job.variant if len(values) == 1 else f"{job.variant}, at {value:g}"
+            name = job.variant + place_of(value, values)
             yield name, job.subject, read_at(curve_of(metrics), metric, value)
         return
     name = f"{job.variant}, {job.subject}" if job.subject in sweep.groups else job.variant
