@@ -71,7 +71,8 @@ class Denoiser:
         told = self.conditioner.conditioning(TextEncoding.cat(unique), range(len(unique)), numbers)
         with lora_off(*self.without):
             prepared = self.unet.prepare(told, torch.tensor([level.t for level in levels]))
-        select = lru_cache(maxsize=1)(prepared.select)  # a sampling has the same rows at every step
+        # Every step has the same rows, or two halves of them where guidance takes two passes
+        select = lru_cache(maxsize=2)(prepared.select)
         return partial(self._denoise, select), [number[id(encoding)] for encoding in encodings]
 
     def _denoise(
