@@ -1,7 +1,7 @@
 """Run a study: every variant of a config on every subject with every seed, then its table, plots and page.
 
     study.py --base configs/studies/prior_preservation.yaml --processes 2
-    study.py --base configs/studies/*.yaml     also on more machines with this folder in common
+    study.py --base configs/studies/guidance*.yaml     two, also on more machines with this folder in common
 
 Every config is checked before the first run. Finished runs are kept and found again, in other studies too;
 interrupted ones are resumed, and each process takes the next that no other works on. When all are there,

@@ -14,7 +14,6 @@ from statistics import mean
 from typing import Any, ClassVar, Self
 
 import torch
-import yaml
 
 from ldm.annotations import PositiveInt, Seed
 from ldm.config import check, get_class, load_config, save_config, to_container
@@ -24,7 +23,15 @@ from ldm.evaluation.protocol import Better
 from ldm.files import atomic_write
 from ldm.runs.console import duration
 from ldm.runs.folder import MARKER
-from ldm.runs.grid_subjects import Subject, check_subjects, slug, subject_params, without_group
+from ldm.runs.grid_subjects import (
+    Subject,
+    check_subjects,
+    read_group,
+    read_mapping,
+    slug,
+    subject_params,
+    without_group,
+)
 from ldm.runs.inputs import FILE as INPUTS
 from ldm.runs.inputs import has_changed_base
 from ldm.runs.job import run_job
@@ -32,7 +39,6 @@ from ldm.runs.online_eval import Watch
 from ldm.runs.options import merge
 from ldm.runs.run import base_files
 from ldm.schema import RunConfig
-from ldm.shipped import find_file
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,9 @@ class Job:
 class Grid:
     """Runs of variants of a config, each on every subject with every seed, from a YAML file.
 
-    name: of the file. title: what it is about. base: configs to merge; set: overrides of all runs; threads:
-    of a run on the CPU, whose sums depend on their number.
+    name: of the file. title: what it is about. base: configs to merge; set: overrides of all runs; subjects:
+    by name, or a group that studies share, `FILE:GROUP`; threads: of a run on the CPU, whose sums depend on
+    their number.
     """
 
     KIND: ClassVar[str]
@@ -73,15 +80,11 @@ class Grid:
 
         Raises UserError for what is missing, unknown or of another type.
         """
-        try:
-            content = yaml.safe_load(find_file(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-            what, remedy = f"The {cls.KIND} cannot be read", "Give a YAML file."
-            raise UserError(what, where=path, remedy=remedy) from error
+        content = read_mapping(path, cls.KIND)
+        if isinstance(content.get("subjects"), str):
+            content["subjects"] = read_group(content["subjects"], path)
         keys = {f.name: f for f in fields(cls) if f.name not in ("name", *given)}
         remedy = f"It has the keys {', '.join(keys)}."
-        if not isinstance(content, dict):
-            raise UserError(f"The file is not a {cls.KIND}", where=path, remedy=remedy)
         for key in content:
             if key not in keys:
                 raise UserError(f"`{key}` is not a key of a {cls.KIND}", where=path, remedy=remedy)

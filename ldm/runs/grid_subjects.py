@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+import yaml
+
 from ldm.errors import UserError
+from ldm.shipped import find_file
 from ldm.storybook.subjects import new_subject, write_subject
 from ldm.storybook.world import CLASSES
 
@@ -26,6 +29,33 @@ class Subject(TypedDict, total=False):
 
 
 Subjects = Mapping[str, Subject]
+
+
+def read_mapping(path: str | Path, kind: str) -> dict:
+    """What a YAML file of keys holds. kind: "study", as errors name the file. Raises UserError."""
+    try:
+        content = yaml.safe_load(find_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"The {kind} cannot be read", where=path, remedy="Give a YAML file.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"The file is not a {kind}", where=path, remedy="Give a YAML file of keys.")
+    return content
+
+
+def read_group(name: str, path: str | Path) -> Any:
+    """The subjects of a group, named "FILE:GROUP", that several studies share; not checked yet.
+
+    path: of the study that names it. Raises UserError.
+    """
+    file, _, group = name.rpartition(":")
+    if not file or not group:
+        remedy = "Write `FILE:GROUP`, as in configs/studies/subjects.yaml:studies, or the subjects."
+        raise UserError(f"`{name}` names no group of subjects", where=path, remedy=remedy)
+    groups = read_mapping(file, "file of subjects")
+    if group not in groups:
+        remedy = f"It has {', '.join(map(str, groups)) or 'none'}."
+        raise UserError(f"There is no group `{group}` of subjects", where=file, remedy=remedy)
+    return groups[group]
 
 
 def check_subjects(subjects: Subjects, path: str | Path) -> None:

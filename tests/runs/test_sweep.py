@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from ldm.reports import sweep_page
 from ldm.runs import sweep_results as study
 from ldm.runs.grid import better_of, identity
 from ldm.runs.sweep import baselines_of, jobs_of, read_sweep
+from ldm.storybook.world import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = sorted((ROOT / "configs/studies").glob("*.yaml"))
+SUBJECTS = ROOT / "configs/studies/subjects.yaml"
+SHIPPED = sorted(set((ROOT / "configs/studies").glob("*.yaml")) - {SUBJECTS})
 PLANNED = sorted((ROOT / "configs/studies/planned").glob("*.yaml"))
 
 CONTENT = {
@@ -122,6 +125,31 @@ def test_runs_that_studies_have_in_common_are_known(workdir: Path):
 def test_mistakes_are_found_before_the_first_run(workdir: Path, changes: dict, message: str):
     with pytest.raises(UserError, match=message):
         jobs_of(read_sweep(write(workdir, **changes)))
+
+
+def test_studies_share_groups_of_subjects(workdir: Path):
+    (workdir / "subjects.yaml").write_text(yaml.safe_dump({"some": CONTENT["subjects"], "odd": ["rex"]}))
+    alone, shared = read_sweep(write(workdir)), read_sweep(write(workdir, subjects="subjects.yaml:some"))
+    assert shared == alone
+    for named, message in {
+        "subjects.yaml": "`subjects.yaml` names no group.*FILE:GROUP",
+        "subjects.yaml:all": "no group `all`.*It has odd, some",
+        "none.yaml:some": "The file of subjects cannot be read",
+        "subjects.yaml:odd": "should be Mapping",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read_sweep(write(workdir, subjects=named))
+
+
+def test_no_subject_that_is_measured_at_the_end_was_chosen_on():
+    groups = yaml.safe_load(SUBJECTS.read_text(encoding="utf-8"))
+    assert list(groups) == ["development", "studies", "held_out_a", "held_out_b"]
+    seeds = {name: {s["seed"] for s in group.values() if "seed" in s} for name, group in groups.items()}
+    for held_out in ("held_out_a", "held_out_b"):
+        assert len(seeds[held_out]) == len(groups[held_out]) == 12
+        assert Counter(s["class_word"] for s in groups[held_out].values()) == dict.fromkeys(CLASSES, 2)
+        assert not seeds[held_out] & set().union(*(seeds[name] for name in groups if name != held_out))
+    assert len(groups["studies"].keys() - groups["development"]) >= 2
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
