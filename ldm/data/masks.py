@@ -24,30 +24,53 @@ MOST_COLOR = 16  # of 255, between the channels of a grey JPEG
 def find_masks(photos: Sequence[SourceImage], root: str | Path | None = None) -> dict[Path, Path]:
     """Photo -> the file that holds its mask: one beside it or in the folder `root`, or else the photo.
 
-    Raises UserError for photos without a mask or with two, and for masks in `root` without a photo.
+    photos: of one subject or of several, each in a folder of its own.
+    Raises UserError for photos without a mask or with two, for masks in `root` without a photo, and for
+    photos of one name that would share a mask there.
     """
-    folder = photos[0].path.parent if root is None else Path(root)
-    named = masks_by_name(folder, of_masks_alone=root is not None)
-    found, missing = {}, []
-    for path in (photo.path for photo in photos):
-        files = masks_of(path, named)
+    paths = list(dict.fromkeys(photo.path for photo in photos))
+    folders = list(dict.fromkeys(path.parent for path in paths))
+    if root is not None:
+        _check_names_apart(paths, Path(root))
+    masks = {f: masks_by_name(Path(root or f), of_masks_alone=root is not None) for f in folders}
+    found, missing = {}, {}
+    for path in paths:
+        files = masks_of(path, masks[path.parent])
         if len(files) > 1:
             what = f"{path.name} has {len(files)} masks: {', '.join(file.name for file in files)}"
-            raise UserError(what, where=folder, remedy="Remove all but one.")
+            raise UserError(what, where=files[0].parent, remedy="Remove all but one.")
         if files or has_alpha(path):
             found[path] = files[0] if files else path
         else:
-            missing.append(path.name)
-    if missing:
-        what = f"{len(missing)} of {len(photos)} photos have no mask: {', '.join(missing)}"
+            missing.setdefault(path.parent, []).append(path.name)
+    for folder, names in missing.items():
+        count = sum(path.parent == folder for path in paths)
+        what = f"{len(names)} of {count} photos have no mask: {', '.join(names)}"
         remedy = "Put NAME.mask.png there, by hand or by scripts/make_masks.py, or take objective.masks off."
-        raise UserError(what, where=folder, remedy=remedy)
-    there = photos[0].path.parent.iterdir()  # those that were skipped too
-    names = {name for path in there for name in (path.stem, path.name)}
-    for alone in (file for name, files in named.items() if name not in names for file in files):
-        remedy = "Name it after its photo, or remove it."
-        raise UserError("The photo of this mask is not there", where=alone, remedy=remedy)
+        raise UserError(what, where=root or folder, remedy=remedy)
+    _check_no_strays(masks, shared=root is not None)
     return found
+
+
+def _check_names_apart(photos: Sequence[Path], root: Path) -> None:
+    by_name: dict[str, Path] = {}
+    for photo in photos:
+        other = by_name.setdefault(photo.stem, photo)
+        if other.parent != photo.parent:
+            what = f"{other} and {photo} would have the same mask"
+            remedy = "Put each mask beside its photo, or name the photos apart."
+            raise UserError(what, where=root, remedy=remedy)
+
+
+def _check_no_strays(masks: Mapping[Path, Mapping[str, Sequence[Path]]], *, shared: bool) -> None:
+    """Raises UserError for a mask of no photo. masks: of each folder of photos; shared: those of all."""
+    names = {folder: {n for path in folder.iterdir() for n in (path.stem, path.name)} for folder in masks}
+    everyone = set().union(*names.values())  # photos that were skipped too
+    for folder, named in masks.items():
+        own = everyone if shared else names[folder]
+        for alone in (file for name, files in named.items() if name not in own for file in files):
+            remedy = "Name it after its photo, or remove it."
+            raise UserError("The photo of this mask is not there", where=alone, remedy=remedy)
 
 
 def masks_by_name(folder: Path, *, of_masks_alone: bool = False) -> dict[str, list[Path]]:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.data.concepts import ConceptConfig
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import formats, list_images
 from ldm.data.masks import area_average, find_masks
@@ -38,8 +39,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def data_of(folder: Path, **params: object) -> DreamBoothDataModule:
-    own = {"subject_root": str(folder), "size": SIZE, "masks": True, "num_priors": 0}
-    data = DreamBoothDataModule(class_word="dog", **own | params)
+    own = {"subject_root": str(folder), "class_word": "dog", "size": SIZE, "masks": True, "num_priors": 0}
+    data = DreamBoothDataModule(**own | params)
     data.check()
     data.attach(encode=encode, vae_hash="v", latent_factor=FACTOR)
     data.setup()
@@ -180,6 +181,63 @@ def test_a_folder_of_masks_is_checked_too(folder: Path):
     grey(folder.parent / "kohya/other.png", 8, 8, seed=9)
     with pytest.raises(UserError, match=r"photo of this mask is not there.*other\.png"):
         data_of(folder, mask_root=str(folder.parent / "kohya"))
+
+
+def several(folder: Path, **params: object) -> DreamBoothDataModule:
+    """The subject, and another whose photos and masks have the same names."""
+    other = folder.parent / "other"
+    if not other.exists():
+        other.mkdir()
+        for k in range(3):
+            grey(other / f"{k}.png", SIZE, SIZE, seed=10 + k)
+            grey(other / f"{k}.mask.png", SIZE, SIZE, seed=20 + k)
+    concepts = [
+        ConceptConfig(root=str(folder), identifier="sks", class_word="dog"),
+        ConceptConfig(root=str(other), identifier="zwx", class_word="cat"),
+    ]
+    return data_of(folder, **dict.fromkeys(("subject_root", "class_word")), concepts=concepts, **params)
+
+
+def test_each_of_several_subjects_has_its_own_masks(folder: Path):
+    """Though their photos have the same names; "No mask" told those of the second before."""
+    data = several(folder, flip=False)
+    files = data.mask_files
+    assert len(files) == 7
+    assert all(file == photo.with_name(f"{photo.stem}.mask.png") for photo, file in files.items())
+    masks = {view.source.path: mask for view, mask in data.dataset.masks.items()}
+    for k in range(3):
+        path = folder.parent / f"other/{k}.png"
+        levels = np.asarray(Image.open(files[path]), dtype=np.float64) / 255
+        expected = area_average(levels, (0, 0, SIZE, SIZE), (SIZE // FACTOR,) * 2)
+        np.testing.assert_allclose(masks[path][0], expected, atol=1e-6)
+
+
+def test_masks_of_several_subjects_are_checked_folder_by_folder(folder: Path):
+    several(folder)
+    grey(folder.parent / "other/7.mask.png", SIZE, SIZE, seed=7)
+    with pytest.raises(UserError, match=r"photo of this mask is not there.*other/7\.mask\.png"):
+        several(folder)
+    (folder.parent / "other/7.mask.png").rename(folder.parent / "other/2.png.mask.png")
+    with pytest.raises(UserError, match=r"2\.png has 2 masks.*other"):
+        several(folder)
+    for file in folder.parent.glob("other/2*.mask.png"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"1 of 3 photos have no mask: 2\.png.*other"):
+        several(folder)
+
+
+def test_a_folder_of_masks_serves_several_subjects_whose_photos_have_names_of_their_own(folder: Path):
+    several(folder)
+    aside(folder)
+    root = str(folder.parent / "kohya")
+    with pytest.raises(UserError, match=r"subject/0\.png and .*other/0\.png would have the same mask"):
+        several(folder, mask_root=root)
+    for k in range(3):
+        other = folder.parent / "other"
+        (other / f"{k}.png").rename(other / f"cat {k}.png")
+        (other / f"{k}.mask.png").rename(folder.parent / f"kohya/cat {k}.png")
+    files = several(folder, mask_root=root).mask_files
+    assert len(files) == 7 and all(file.name == photo.name for photo, file in files.items())
 
 
 def test_the_mask_of_a_photo_that_is_skipped_is_no_stray(folder: Path):
