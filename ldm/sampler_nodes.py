@@ -1,5 +1,7 @@
 """Samplers as a config names them: short names, or nodes of any function or class that is allowed."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -48,6 +50,19 @@ def sampling_levels(
     clean = not isinstance(sampler, str) or sampler in ENDS_CLEAN
     usual = usual_spacing(sampler, zero_terminal_snr=process.zero_terminal_snr)
     return process.levels(steps, spacing or usual, clean=clean)
+
+
+def levels_hash(
+    process: NoiseProcess, sampler: SamplerNode | Sampler, *, steps: int, spacing: Spacing | None
+) -> str:
+    """12 hex digits of what a sampling knows of its process: its kind, what is predicted, and the levels.
+
+    Nine digits of each number count, so that the last bit of another version of torch does not.
+    """
+    levels = sampling_levels(process, sampler, steps=steps, spacing=spacing)
+    numbers = [[f"{number:.9g}" for number in level] for level in levels]
+    text = json.dumps([type(process).__name__, process.parameterization, numbers])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def sampler_label(sampler: Any) -> str:

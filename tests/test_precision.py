@@ -111,9 +111,8 @@ def test_prior_images_and_samples_are_drawn_in_their_own_precision(pipeline, tmp
 
     def priors(device: str, **settings) -> PriorSet:
         drawing = PriorsConfig(folder=str(tmp_path), steps=2, **settings)
-        return prior_set(
-            "a photo of a dog", drawing, shape=Shape.square(16), base_sha256="ab", device=torch.device(device)
-        )
+        about = {"base_sha256": "ab", "process": pipeline.process, "device": torch.device(device)}
+        return prior_set("a photo of a dog", drawing, shape=Shape.square(16), **about)
 
     on_cpu, on_gpu = priors("cpu"), priors("cuda")
     assert on_cpu.folder == priors("cpu", precision="fp32").folder != on_gpu.folder

@@ -30,7 +30,7 @@ GenerateImages = Callable[[list[int]], Sequence[tuple[Image.Image, Tensor]]]
 
 
 # Of a name, so that older sets keep theirs:
-LEFT_OUT = {"precision": "fp32", "spacing": None, "clip_skip": 1, "width": None}
+LEFT_OUT = {"precision": "fp32", "spacing": None, "clip_skip": 1, "width": None, "levels": None}
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class PriorSpec:
     spacing: str | None = None  # of the steps; None: as suits the sampler
     clip_skip: int = 1  # of the text encoder
     width: int | None = None  # pixels; None: a square
+    levels: str | None = None  # of the noise process at these steps: see `levels_hash`
 
     @property
     def shape(self) -> Shape:

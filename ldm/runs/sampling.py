@@ -14,11 +14,12 @@ from ldm.data.buckets import Shape
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.priors import GenerateImages, PriorSet, PriorSpec
 from ldm.denoiser import Denoiser
+from ldm.diffusion.process import NoiseProcess
 from ldm.engine import distributed
 from ldm.engine.device import temporarily_on
 from ldm.pipeline import Text2Image
 from ldm.precision import resolve_precision
-from ldm.sampler_nodes import usual_spacing
+from ldm.sampler_nodes import levels_hash, usual_spacing
 from ldm.schema import PriorsConfig, SamplesConfig
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.techniques import frozen_copy
@@ -54,11 +55,12 @@ def prior_set(
     *,
     shape: Shape,
     base_sha256: str,
+    process: NoiseProcess,
     device: torch.device,
     unconditional: str | None = "",
     clip_skip: int = 1,
 ) -> PriorSet:
-    """The set that is named by these settings, this base and the precision on the device.
+    """The set that is named by these settings, this base, its noise process and the precision on the device.
 
     prompt: of the class. unconditional: what no negative prompt is, see `CLIPTextEncoder.unconditional`.
     clip_skip: of the text encoder.
@@ -76,6 +78,7 @@ def prior_set(
         precision=resolve_precision(config.precision, device),
         clip_skip=clip_skip,
         width=None if shape.is_square else shape.width,
+        levels=levels_hash(process, config.sampler, steps=config.steps, spacing=config.spacing),
     )
     return PriorSet(Path(config.folder), spec)
 
@@ -85,7 +88,7 @@ def prior_sets(
 ) -> list[PriorSet]:
     """The sets of a run, of each class whose images the base generates one for each bucket."""
     text = module.cond_stage_model
-    about = {"base_sha256": base_sha256, "device": module.device}
+    about = {"base_sha256": base_sha256, "process": module.process, "device": module.device}
     about |= {"unconditional": text.unconditional, "clip_skip": clip_skip_of(text)}
     return [
         prior_set(known.prompt, config, shape=shape, **about)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm.data.buckets import Shape
 from ldm.data.priors import PriorSet, PriorSpec
+from ldm.diffusion.process import ProcessConfig
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import SPACINGS
 from ldm.errors import UserError
@@ -31,6 +32,11 @@ SPEC = PriorSpec(
     size=8,
     seed=100,
 )
+
+
+def set_of(config: PriorsConfig, **process: object) -> PriorSet:
+    about = {"shape": Shape.square(8), "base_sha256": "ab", "device": torch.device("cpu")}
+    return prior_set("a dog", config, process=ProcessConfig(**process).build(), **about)
 
 
 class Painter:
@@ -102,6 +108,7 @@ CHANGES = {
     "spacing": "karras",
     "clip_skip": 2,
     "width": 16,
+    "levels": "0123456789ab",
 }
 
 
@@ -118,7 +125,7 @@ def test_equal_specs_are_one_set():
 
 
 def test_a_set_in_fp32_keeps_its_name():
-    """Sets were drawn before their precision and spacing were said."""
+    """Sets that have been drawn keep their names when a setting is new that they have as usual."""
     assert SPEC.hash == "455115ff226c"
 
 
@@ -137,13 +144,28 @@ def test_a_manifest_that_says_less_is_of_the_same_set(tmp_path):
 def test_the_usual_spacing_is_the_set_that_says_none(tmp_path, sampler):
     def spec(spacing: str | None) -> PriorSpec:
         config = PriorsConfig(folder=str(tmp_path), sampler=sampler, spacing=spacing)
-        return prior_set(
-            "a dog", config, shape=Shape.square(8), base_sha256="ab", device=torch.device("cpu")
-        ).spec
+        return set_of(config).spec
 
     usual = usual_spacing(sampler)
     names = {spacing: spec(spacing).hash for spacing in (None, *SPACINGS)}
     assert names[None] == names[usual] and len(set(names.values())) == len(SPACINGS)
+
+
+def test_another_noise_process_is_another_set(tmp_path):
+    """As when a base's kind of prediction was mistaken: what was drawn so is not trained on."""
+    config = PriorsConfig(folder=str(tmp_path), sampler="ddim", steps=5)
+    schedules = [
+        {},
+        {"parameterization": "v"},
+        {"parameterization": "v", "zero_terminal_snr": True},
+        {"linear_end": 0.02},
+        {"beta_schedule": "linear"},
+        {"timesteps": 500},
+    ]
+    folders = [set_of(config, **schedule).folder for schedule in schedules]
+    assert len(set(folders)) == len(schedules)
+    assert set_of(config, offset_noise=0.1).folder == folders[0]  # of training alone
+    assert set_of(config).spec.hash == "7b7b064018ab"  # the same on every machine
 
 
 def test_images_of_another_set_do_not_count(tmp_path):
