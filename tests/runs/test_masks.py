@@ -80,7 +80,7 @@ def test_a_run_goes_on_with_the_masks_that_it_began_with(subject_folder: Path, t
 
 def test_the_planned_study_of_masks_is_a_study(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    sweep = read_sweep("configs/studies/planned/masks.yaml")
+    sweep = read_sweep("configs/studies/masks.yaml")
     jobs = {name: sweep.job(name, "dog", 23, overrides) for name, overrides in sweep.variants.items()}
     masked = [job.config.data["params"].get("masks", False) for job in jobs.values()]
     assert masked == [False, True, True, True]
