@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import ours, peer
+from benchmarks import convergence, ours, peer
 from benchmarks.cases import Case, cases
 from benchmarks.measure import (
     ADAMW_BYTES,
@@ -22,6 +22,7 @@ from benchmarks.measure import (
 from benchmarks.pages import PEERS, speed_table
 from benchmarks.plot import plot
 from benchmarks.side import open_side
+from ldm.storybook.world import ATTRIBUTES, sample_scene
 
 TRAIN = Case("storybook", "train", 2, text=True)
 
@@ -154,3 +155,21 @@ def test_the_table_has_both_peers():
         row |= {f"{what}_ratio_{name}": value for name, value in zip(PEERS, (2.0, 1.25), strict=True)}
     about = {"cores": 2, "device": "x", "precision": "fp32", "versions": {"torch": "2"}}
     assert "| c | 2.00, 1.25 | 2.00, 1.25 | 10 | 5, 2.5, 5 | 0.50 |" in speed_table(about, [row])
+
+
+def test_the_table_of_convergence():
+    """Heun's steps are those of as many predictions; what is asked for is read against the captions."""
+    predictions = {count: 2 * convergence.steps_of("heun", count) - 1 for count in convergence.PREDICTIONS}
+    assert all(0 <= count - found <= 1 for count, found in predictions.items())
+    assert convergence.steps_of("ddim", 8) == 8
+    scenes = [sample_scene(k) for k in range(3)]
+    reading = {name: torch.tensor([scene.labels()[name] for scene in scenes]) for name in ATTRIBUTES}
+    assert convergence.right(reading, scenes) == 1
+    reading["color"] = (reading["color"] + 1) % 3
+    assert convergence.right(reading, scenes) == pytest.approx(1 - 1 / len(reading))
+    ones = torch.ones(2, 3, 4, 4)
+    assert convergence.rms(ones, 3 * ones).tolist() == [2.0, 2.0]
+    row = {"distance": 0.25, "standard_error": 0.01, "right": 0.975}
+    lines = convergence.table({"ddim": [row] * 5, "euler": [row] * 4}).splitlines()
+    assert lines[0] == "| predictions: | 6 | 8 | 12 | 20 | 50 |"
+    assert {line.count("|") for line in lines} == {7} and lines[2].count("0.250, 97.5%") == 5
