@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldm.annotations import Node
 from ldm.checkpoints import run_checkpoint
 from ldm.checkpoints.find_model import find_model
@@ -21,7 +23,9 @@ from ldm.files import atomic_write, make_folder
 from ldm.pipeline import Text2Image
 from ldm.reports.metric_rows import BESIDE, metric_rows
 from ldm.reports.metrics_plot import metrics_plot
+from ldm.runs.buckets import bucket_unit
 from ldm.runs.run import write_json
+from ldm.runs.sampling import in_shapes
 from ldm.schema import RunConfig
 from ldm.shipped import find_file
 from ldm.targets import allow
@@ -36,6 +40,18 @@ SAMPLING = (  # of a run
     "guidance_base",
     "batch_size",
     "precision",
+)
+MEASURED = (  # of a run's data
+    "subject_root",
+    "class_word",
+    "identifier",
+    "subject_prompt",
+    "prior_prompt",
+    "concepts",
+    "size",
+    "buckets",
+    "hold_out",
+    "skip_unreadable",
 )
 REQUIRED = ("subject_root", "class_word")  # of a subject, where a run has no `concepts`
 METRICS = {
@@ -78,8 +94,12 @@ def sampling_of(config: RunConfig | None) -> dict[str, Any]:
 
 
 def photos_of(options: Namespace, config: RunConfig | None) -> DreamBoothDataModule:
-    """The photos and the names of their subject, from the options, else from the run's config."""
+    """The photos and the names of their subject, from the options, else from the run's config.
+
+    Of the latter only what decides what is measured: no masks, captions or images of the class are needed.
+    """
     params = dict(config.data["params"]) if config and config.is_dreambooth else {}
+    params = {name: params[name] for name in MEASURED if name in params}
     given = {"subject_root": options.data_root, "class_word": options.class_word}
     given["identifier"] = options.identifier
     given = {name: value for name, value in given.items() if value is not None}
@@ -92,6 +112,9 @@ def photos_of(options: Namespace, config: RunConfig | None) -> DreamBoothDataMod
         raise UserError(f"The {lacking[0]} is missing", where="evaluate.py", remedy=remedy)
     node = {"target": "ldm.data.dreambooth.DreamBoothDataModule", "params": {"size": 64} | params}
     data: DreamBoothDataModule = instantiate(node)
+    if config is not None and data.buckets is not None and data.unit is None:
+        with torch.device("meta"):
+            data.unit = bucket_unit(instantiate(config.model).networks)
     data.check()
     return data
 
@@ -116,9 +139,11 @@ def evaluate(options: Namespace, model: Path | None) -> Mapping[str, Any]:
         (subject,), (prompts,) = judged.subjects.values(), judged.prompts.values()
         return evaluation.measure_images(samples, subject=subject, prompts=prompts, of_class=of_class)
     base = find_file(options.base or (config and config.base_checkpoint) or BASE)
-    before = judged.measure(Text2Image.from_file(base), is_base=True)
+    shapes = data.sample_shapes
+    before = judged.measure(in_shapes(Text2Image.from_file(base), shapes), is_base=True)
     guidance_base = base if evaluation.guidance_base else None
-    return judged.summary(judged.measure(Text2Image.from_file(model, guidance_base=guidance_base)), before)
+    trained = Text2Image.from_file(model, guidance_base=guidance_base)
+    return judged.summary(judged.measure(in_shapes(trained, shapes)), before)
 
 
 def table(metrics: Mapping[str, Any]) -> str:

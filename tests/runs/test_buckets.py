@@ -1,6 +1,7 @@
 """Aspect-ratio buckets in a whole run: prior images, training, samples, the plan, and what is refused."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,17 +11,21 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ldm.commands import evaluate
+from ldm.config import instantiate
 from ldm.data.buckets import Buckets, Shape
 from ldm.errors import UserError
 from ldm.families.family import Family
 from ldm.families.known import FAMILIES
 from ldm.runs.buckets import bucket_unit
+from ldm.runs.evaluate_model import photos_of
 from ldm.runs.generate_set import generate_set
 from ldm.runs.job import plan, run_job
 from ldm.runs.memory import estimate
 from ldm.runs.options import parse
 from ldm.runs.sampling import in_shapes
 from ldm.targets import allow
+from tests.factories import masks, photos
 from tests.short_runs import Job, differences
 
 
@@ -133,6 +138,23 @@ def test_an_evaluation_is_of_the_shapes_of_the_photos(
     run_job(parse([*words, "evaluation={target: widths.Widths}"]))
     metrics = json.loads(Path("logs/one/metrics.json").read_text())
     assert metrics["widths"] == metrics["of_base"] == [20, 16, 12, 20, 16]
+    evaluate.main(evaluate.parse(["--model", "logs/one"]))
+    later = json.loads(Path("logs/one/evaluation/metrics.json").read_text())
+    assert later["widths"] == later["of_base"] == metrics["widths"]
+
+
+def test_photos_that_a_run_is_measured_on_need_no_masks_and_captions(
+    words: list[str], workdir: Path, subject_folder: Path
+):
+    masks(subject_folder)
+    own = ["data.params.captions=true", "data.params.caption_shuffle={keep: 1}"]
+    config = parse([*words, *own, "model.params.objective.masks={outside: 0.1}"])
+    other = photos(workdir / "others")
+    names = {"class_word": None, "identifier": None}
+    data = photos_of(Namespace(data_root=str(other), **names), config)
+    assert data.unit == bucket_unit(instantiate(config.model).networks) and not data.masks
+    assert {photo.path.parent for photo in data.subject_photos} == {other}
+    assert data.sample_shapes == photos_of(Namespace(data_root=None, **names), config).sample_shapes
 
 
 def test_a_step_split_into_micro_batches_is_the_step(job: Job, tmp_path: Path):
