@@ -70,7 +70,8 @@ class Denoiser:
         numbers = None if sizes is None else torch.tensor([sizes.numbers()] * len(unique))
         told = self.conditioner.conditioning(TextEncoding.cat(unique), range(len(unique)), numbers)
         with lora_off(*self.without):
-            prepared = self.unet.prepare(told, torch.tensor([level.t for level in levels]))
+            times = torch.tensor([level.t for level in levels], dtype=torch.float32)
+            prepared = self.unet.prepare(told, times)
         # Every step has the same rows, or two halves of them where guidance takes two passes
         select = lru_cache(maxsize=2)(prepared.select)
         return partial(self._denoise, select), [number[id(encoding)] for encoding in encodings]
@@ -79,7 +80,7 @@ class Denoiser:
         self, select: Callable[[tuple[int, ...]], Prepared], x: Tensor, level: Level, rows: Sequence[int]
     ) -> Tensor:
         """x: [b, C, h, w], B rows -> x0 [B, C, h, w] float32; the UNet computes in its own precision."""
-        t = torch.full((len(x),), level.t, device=x.device)
+        t = torch.full((len(x),), level.t, dtype=torch.float32, device=x.device)
         with lora_off(*self.without):
             prediction = (self.graph or self.unet.predict)(x, t, select(tuple(rows))).float()
         runs = prediction.unflatten(0, (-1, len(x)))  # [B / b, b, C, h, w]

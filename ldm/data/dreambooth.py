@@ -288,6 +288,11 @@ class DreamBoothDataModule(pl.LightningDataModule):
             generator=torch.Generator(),  # otherwise an iterator would use the global one
         )
 
+    def hold(self, photos: Mapping[str, str]) -> None:
+        """Holds these photos out, see `ConceptImages.hold`, and puts the others into their buckets anew."""
+        self.images.hold(photos)
+        self.__dict__.pop("buckets_in_use", None)
+
     @property
     def subject_photos(self) -> tuple[SourceImage, ...]:
         """The photos of all concepts."""

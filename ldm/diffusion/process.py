@@ -6,8 +6,9 @@ function from x_t to the *denoised* latent, the prediction of x0, whatever it is
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -147,6 +148,15 @@ class DiscreteDiffusion(nn.Module):
         self.register_buffer(
             "alphas_cumprod", torch.tensor(self._alphas, dtype=torch.float32), persistent=False
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves with the model, but keeps float32 where that becomes bfloat16."""
+        super()._apply(fn, recurse)
+        if self.alphas_cumprod.dtype != torch.float32:
+            self.alphas_cumprod = torch.tensor(
+                self._alphas, dtype=torch.float32, device=self.alphas_cumprod.device
+            )
+        return self
 
     def sample_times(self, rng: ItemRNG, out: Tensor) -> None:
         """Fills `out` [B] int64 with timesteps, uniform in [0, T)."""

@@ -26,8 +26,8 @@ from ldm.models.widths import check_widths, depth_of_levels
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     """Sinusoidal timestep embedding (Ho et al. 2020), cosines first. [B] -> [B, dim] float32."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=timesteps.device))
-    angles = timesteps.float()[:, None] * frequencies
+    number = torch.arange(half, dtype=torch.float32, device=timesteps.device)  # whatever the default dtype is
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) / half * number)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

@@ -134,8 +134,10 @@ class DreamBoothRun:
 
     def _before_after(self, evaluation: Node | None) -> BeforeAfterEvaluation:
         params = self.config.model.get("params") or {}
-        read_as = repr([params.get(name) for name in ("process", "unet", "vae", "text_encoder")])
-        base = f"{self.base_hash} {read_as}" if self.base_hash else ""
+        read_as = [params.get(name) for name in ("process", "unet", "vae", "text_encoder")]
+        read_as.append((params.get("trainable") or {}).get("learned_token"))
+        read_as += [str(next(network.parameters()).dtype) for network in self.module.networks.values()]
+        base = f"{self.base_hash} {read_as!r}" if self.base_hash else ""
         return BeforeAfterEvaluation(evaluation, self._pipeline, self.data, base=base)
 
     def _pipeline(self, guidance_base: bool) -> Text2Image:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ldm.annotations import PositiveInt, Seed
-from ldm.config import check, get_class, load_config, save_config, to_container
+from ldm.config import check, get_class, instantiate, load_config, save_config, to_container
 from ldm.engine.locks import CAN_LOCK, share
 from ldm.errors import UserError
 from ldm.evaluation.protocol import Better
@@ -32,8 +32,7 @@ from ldm.runs.grid_subjects import (
     subject_params,
     without_group,
 )
-from ldm.runs.inputs import FILE as INPUTS
-from ldm.runs.inputs import has_changed_base
+from ldm.runs.inputs import inputs_of, read_inputs
 from ldm.runs.job import run_job
 from ldm.runs.online_eval import Watch
 from ldm.runs.options import merge
@@ -157,24 +156,26 @@ def find_identical_run(job: Job) -> Path | None:
     folders = (folder for folder in folders if not (folder / MARKER).exists())
     wanted = identity(job.config.container)
     same = (f for f in folders if _identity_of((f / "config.yaml").resolve()) == wanted)
-    return next((f for f in same if not _on_another_base(f, job.config)), None)
+    return next((f for f in same if not _changes_since(f, job.config)), None)
 
 
-def _on_another_base(folder: Path, config: RunConfig) -> bool:
-    """Whether the base's files have changed since a finished run; one that kept no hashes cannot tell."""
-    return (folder / INPUTS).exists() and has_changed_base(folder, base_files(config))
+def _changes_since(folder: Path, config: RunConfig) -> list[str]:
+    """Which files are not as a finished run read them; none, for a run that kept no hashes."""
+    before = read_inputs(folder)
+    return [] if before is None else before.changes(inputs_of(instantiate(config.data), base_files(config)))
 
 
 def metrics_of(job: Job) -> dict | None:
-    """Metrics of a finished run. Raises UserError if they are of another config or another base."""
+    """Metrics of a finished run. Raises UserError if they are of another config or of other files."""
     path = job.folder / "metrics.json"
     if not path.exists():
         return None
-    changed = to_container(load_config([job.folder / "config.yaml"])) != job.config.container
-    if changed or _on_another_base(job.folder, job.config):
-        what = f"The {'settings have' if changed else 'base has'} changed since this run"
+    changes = _changes_since(job.folder, job.config)
+    if to_container(load_config([job.folder / "config.yaml"])) != job.config.container:
+        changes = ["The settings have changed since this run"]
+    if changes:
         remedy = "Remove the run's folder, or name the study or search anew."
-        raise UserError(what, where=job.folder, remedy=remedy)
+        raise UserError(". ".join(changes), where=job.folder, remedy=remedy)
     return _read_metrics(job)
 
 

@@ -60,7 +60,7 @@ def keep_inputs(folder: Path, data: object, base: Mapping[str, Path], *, allow_c
     if not isinstance(data, DreamBoothDataModule):
         return
     kept = distributed.on_rank0_broadcast(lambda: _compare(folder, data, base, allow_change=allow_change))
-    data.images.hold(kept.held_out)
+    data.hold(kept.held_out)
 
 
 def read_inputs(folder: Path) -> RunInputs | None:
@@ -118,12 +118,6 @@ def inputs_of(data: DreamBoothDataModule, base: Mapping[str, Path]) -> RunInputs
 
 def _bases(base: Mapping[str, Path]) -> dict[str, str]:
     return {_base_name(part, path): base_hash(path) for part, path in base.items()}
-
-
-def has_changed_base(folder: Path, base: Mapping[str, Path]) -> bool:
-    """Whether the base of the run in `folder` is not what it was when the run began."""
-    before = read_inputs(folder)
-    return before is not None and before.base != _bases(base)
 
 
 def _base_name(part: str, path: Path) -> str:

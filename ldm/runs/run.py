@@ -108,8 +108,10 @@ def load_base(
         load_state_dicts({name: networks[name] for name in names}, found, where=model.path)
         if "text_encoder" in networks:
             use_vocabulary(networks["text_encoder"], model.tokenizer)
-    hashes = [base_hash(path) for path in files.values()]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    if list(files) == ["all"]:
+        return base_hash(files["all"])
+    hashes = "".join(f"{part}:{base_hash(path)};" for part, path in files.items())
+    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 def use_vocabulary(text_encoder: Any, folder: Path | None) -> None:

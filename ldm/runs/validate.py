@@ -31,7 +31,7 @@ from ldm.families.known import family_of
 from ldm.families.sdxl.conditioning import vector_width, warn_of_small_side
 from ldm.families.sdxl.family import SDXL
 from ldm.files import require_space
-from ldm.optim.optimizer_nodes import averages_weights, optimizer_of
+from ldm.optim.optimizer_nodes import averages_weights, optimizer_of, weights_dtype
 from ldm.optim.schedules import Constant
 from ldm.pipeline import Text2Image
 from ldm.runs import run
@@ -76,6 +76,7 @@ def validate(config: RunConfig, *, download: bool = True) -> pl.LightningDataMod
         processes = distributed.process_count(config.trainer)
         module.check(config.trainer, processes=processes)
         _check_learning(module, config.trainer, processes=processes)
+        _warn_of_lost_updates(module, config.trainer)
         _check_networks(module)
     _check_average(config, module)
     if config.is_dreambooth:
@@ -262,6 +263,15 @@ def _check_learning(module: LatentDiffusion, trainer: TrainerOptions, *, process
         what = f"Nothing learns after step {until}, for the UNet does not"
         remedy = "Take it off, or end the run there with trainer.max_steps."
         raise UserError(what, where="model.params.trainable.text_encoder_steps", remedy=remedy)
+
+
+def _warn_of_lost_updates(module: LatentDiffusion, trainer: TrainerOptions) -> None:
+    """Says that most updates of weights in bfloat16 are lost by an optimizer that rounds to the nearest."""
+    if trainer.precision == "bf16-true" and weights_dtype(module.optimizer) is None:
+        log.warning(
+            "trainer.precision=bf16-true: updates smaller than 1/512 of a bfloat16 weight are lost; "
+            "take model.params.optimizer=adamw_bf16, which rounds them right on average, with bf16-mixed"
+        )
 
 
 def _learns(network: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from ldm.config import instantiate
 from ldm.errors import UserError
 from ldm.model_file import ModelFile
 from ldm.pipeline import Text2Image
+from ldm.runs.inputs import base_hash
 from ldm.runs.run import base_files, load_base
 from ldm.schema import RunConfig, TrainerOptions
 
@@ -126,6 +127,13 @@ def test_it_is_the_base_of_a_training(form, vae, tiny_model_file, tiny_tokenizer
     assert_equal(networks["vae"], vae)
     assert_equal(networks["unet"], unet)
     assert with_vae != load_base(networks, files_of(base_checkpoint=checkpoint))
+
+
+def test_a_base_is_named_by_what_is_taken_from_each_file(tiny_model_file, tiny_networks):
+    """The UNet of a file is another base than its VAE, for prior images and cached latents too."""
+    named = [("unet",), ("vae",), ("text_encoder",), ("unet", "vae"), ("all",)]
+    hashes = [load_base(tiny_networks, dict.fromkeys(parts, tiny_model_file)) for parts in named]
+    assert len(set(hashes)) == len(named) and hashes[-1] == base_hash(tiny_model_file)
 
 
 def without_vae(model: Path, folder: Path) -> Path:

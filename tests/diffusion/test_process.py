@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from ldm.diffusion.process import CLEAN, PARAMETERIZATIONS, DiscreteDiffusion
 from ldm.diffusion.schedule import SPACINGS, make_alphas_cumprod
@@ -105,6 +106,20 @@ def test_the_schedule_moves_with_the_model_and_is_in_no_state_dict():
     assert away.alphas_cumprod.is_meta and away.level(999) == DiscreteDiffusion(make_alphas_cumprod()).level(
         999
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_schedule_stays_in_float32_when_a_model_is_cast(dtype: torch.dtype, pair):
+    """In bfloat16 its first values are 1: no noise is added there, and an exported schedule has NaN."""
+    module, (x0, noise) = nn.Module(), pair
+    module.process, own = DiscreteDiffusion(ALPHAS), DiscreteDiffusion(ALPHAS)
+    module.to(dtype)
+    assert torch.equal(module.process.alphas_cumprod, own.alphas_cumprod)
+    assert module.process.alphas_cumprod.dtype == torch.float32
+    assert torch.equal(module.process.add_noise(x0, noise, TIMESTEPS), own.add_noise(x0, noise, TIMESTEPS))
+    assert module.process.snr(torch.tensor([0])).isfinite()
+    assert "alphas_cumprod" in dict(module.process.named_buffers())
+    assert module.to("meta").process.alphas_cumprod.is_meta
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])

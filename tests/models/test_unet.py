@@ -74,6 +74,18 @@ def test_timestep_embedding():
     torch.testing.assert_close(embedding, torch.tensor(expected), rtol=0, atol=1e-4)
 
 
+def test_timesteps_are_embedded_in_float32_whatever_the_default_dtype_is():
+    """Lightning makes it bfloat16 in a step of `bf16-true`, in which 999 is 1000."""
+    t = torch.tensor([0, 1, 20, 999])
+    before = timestep_embedding(t, 320)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        within = timestep_embedding(t, 320)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert within.dtype == torch.float32 and torch.equal(within, before)
+
+
 @torch.no_grad()
 def test_a_fresh_network_predicts_zero_and_its_blocks_are_the_identity():
     unet = UNetModel(**TINY)

@@ -8,12 +8,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from ldm.config import save_config
+from ldm.config import instantiate, save_config
 from ldm.engine.signals import Stopped
 from ldm.errors import UserError
 from ldm.runs.folder import MARKER
@@ -27,7 +28,8 @@ from ldm.runs.grid import (
     time_left,
     work,
 )
-from ldm.runs.inputs import RunInputs
+from ldm.runs.inputs import inputs_of
+from ldm.runs.run import base_files
 from ldm.runs.sweep import Sweep, jobs_of, read_sweep
 from tests.runs.test_sweep import CONTENT, write
 from tests.short_runs import Killed, ScriptedRuns
@@ -41,6 +43,12 @@ Script = Callable[..., ScriptedRuns]
 def study(workdir: Path) -> tuple[Sweep, list[Job]]:
     sweep = read_sweep(write(workdir))
     return sweep, jobs_of(sweep)
+
+
+def keep_inputs(job: Job, **changed: dict[str, str]) -> None:
+    """What a run keeps of the files that it reads, of which some are of another content."""
+    read = inputs_of(instantiate(job.config.data), base_files(job.config))
+    (job.folder / "inputs.json").write_text(json.dumps(asdict(replace(read, **changed))))
 
 
 def write_down(name: str, step: int) -> None:
@@ -116,15 +124,36 @@ def test_a_run_of_another_study_is_copied_whole(study: tuple, script: Script, wo
     assert find_identical_run(other) is None
     (jobs[1].folder / MARKER).unlink()
     assert find_identical_run(other) == jobs[1].folder
-    kept = RunInputs(base={"base.safetensors": "of another base"})
-    for run in (jobs[0].folder, jobs[1].folder):
-        (run / "inputs.json").write_text(json.dumps(vars(kept)))
+    for run in jobs[:2]:
+        keep_inputs(run, base={"base.safetensors": "of another base"})
     assert find_identical_run(other) is None
-    with pytest.raises(UserError, match="The base has changed since this run"):
+    with pytest.raises(UserError, match="The base model's files have changed since this run"):
         metrics_of(jobs[1])
     save_config(jobs[3].config.source, jobs[2].folder / "config.yaml")
     with pytest.raises(UserError, match="The settings have changed since this run"):
         metrics_of(jobs[2])
+
+
+def test_a_run_on_other_photos_is_another_run(study: tuple, script: Script, workdir: Path):
+    """A storybook subject's seed is in no config, and a folder's photos may be exchanged."""
+    sweep, jobs = study
+    runs = script(lambda config, share: METRICS)
+    work(sweep, jobs)
+    for job in jobs[:2]:
+        keep_inputs(job)
+    assert metrics_of(jobs[0]) == metrics_of(jobs[1])
+    rex = {"rex": {"class_word": "dog", "seed": 52}}
+    changed = CONTENT | {"subjects": CONTENT["subjects"] | rex}
+    (workdir / "other.yaml").write_text(yaml.safe_dump(changed, sort_keys=False))
+    (job, *_) = jobs_of(read_sweep(workdir / "other.yaml"))
+    assert find_identical_run(job) is None
+    made = len(runs.steps)
+    finish(job)
+    assert len(runs.steps) > made, "trained, not copied"
+    (workdir / "weights.yaml").write_text((workdir / "other.yaml").read_text())
+    (job, *_) = jobs_of(read_sweep(workdir / "weights.yaml"))  # draws the other dog
+    with pytest.raises(UserError, match="The subject's photos have changed since this run"):
+        metrics_of(job)
 
 
 def test_time_left(study: tuple, script: Script):

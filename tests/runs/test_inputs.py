@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ldm.data.buckets import Buckets, Shape
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.errors import UserError
 from ldm.runs.inputs import FILE, keep_inputs, read_inputs
@@ -136,6 +137,18 @@ def test_the_held_out_photo_stays_wherever_it_sorts(folder: Path, added: str):
     assert held(begin(folder, allow=True)) == ["00.png"]
     (folder / "rex/4.png").unlink()
     assert held(begin(folder, allow=True)) == ["00.png"]
+
+
+def test_buckets_are_those_of_the_photos_that_are_trained_on(folder: Path):
+    """A wide photo is held out, as it was when the run began, though a new one sorts behind it."""
+    Image.new("RGB", (96, 24), (9, 100, 200)).save(folder / "rex/5.png")
+    how = {"buckets": Buckets(unit=4), "prior_root": None, "num_priors": 0}
+    first = begin(folder, **how)
+    assert held(first) == ["5.png"] and first.sample_shapes == (Shape(8, 8),)
+    photo(folder / "rex/9-last.png", 77)
+    again = begin(folder, allow=True, **how)
+    assert held(again) == ["5.png"] and again.sample_shapes == (Shape(8, 8),)
+    assert again.buckets_in_use.counts() == {Shape(8, 8): 6}
 
 
 def test_a_new_photo_in_the_place_of_the_held_out_one_is_held_out(folder: Path):
