@@ -104,7 +104,7 @@ class DreamBench(Grid):
                 self.given(name)
 
     def run_hash(self, subject: str) -> str | None:
-        """Names a subject's run, None before its end; trained again it is another, for it took other times.
+        """Names a subject's run as it is; None before its end. A new training has another: other times.
 
         Raises UserError for a run of another config or base.
         """
@@ -144,7 +144,7 @@ class DreamBench(Grid):
 def work(bench: DreamBench, measure: BenchMetrics, masked: MaskedConsistency | None = None) -> None:
     """Finishes all subjects that no other process works on, until there are none.
 
-    Each once: a command with other settings that runs beside it may replace what is finished.
+    Each once: a command with other settings beside it may replace what is finished, which has no end.
     """
     finished: set[str] = set()
 
@@ -170,8 +170,8 @@ def _finish(bench: DreamBench, name: str, measure: BenchMetrics, masked: MaskedC
     every = [image for group in images.values() for image in group]
     if masked is not None:
         found |= masked(every, bench.of[name].photos)
-    row = {"variant": MEASURED, "subject": name, "seed": bench.seeds[0], **found, "images": len(every)}
-    row["key"] = key
+    row = {"variant": MEASURED, "subject": name, "seed": bench.seeds[0], **found}
+    row |= {"images": len(every), "key": key}
     make_folder(bench.result(name).parent)
     write_text(bench.result(name), json.dumps(row, indent=2) + "\n")
 
@@ -179,9 +179,9 @@ def _finish(bench: DreamBench, name: str, measure: BenchMetrics, masked: MaskedC
 def draw(bench: DreamBench, name: str) -> None:
     """Images of every prompt by the run of a subject; those of this very run are not drawn again."""
     job, config = bench.runs[name], bench.runs[name].config.samples
-    settings = {key: getattr(config, key) for key in SAMPLING}
+    settings, run_hash = {key: getattr(config, key) for key in SAMPLING}, bench.run_hash(name)
     wanted = [
-        (file, {"prompt": prompt, "seed": config.seed + i, **settings, "run": bench.run_hash(name)})
+        (file, {"prompt": prompt, "seed": config.seed + i, **settings, "run": run_hash})
         for prompt, group in bench.files(name).items()
         for i, file in enumerate(group)
     ]

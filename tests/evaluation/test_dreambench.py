@@ -212,11 +212,18 @@ def test_the_command_trains_draws_measures_and_goes_on(root, networks, tiny_conf
     assert (folder / "pictures/dog/00-00.png").stat().st_mtime_ns == begun
     assert "disc" not in capsys.readouterr().out.split("Measured")[0]
 
-    with pytest.raises(UserError, match="settings have changed"):
-        run([*words, "--base", "tiny.yaml", "data.params.num_priors=2"])
     run([*words, "--pictures", str(folder / "pictures"), "--name", "given"])
     again = json.loads(Path("logs/dreambench-given/results/dog.json").read_text())
     assert {m: again[m] for m in METRICS} == {m: first[m] for m in METRICS}
+
+    others = [*words, "--subjects", "dog", "--base", "tiny.yaml", "data.params.num_priors=2"]
+    with pytest.raises(UserError, match="settings have changed.*Remove the run's folder"):
+        run(others)
+    shutil.rmtree(folder / "dreambooth--dog--23")
+    run(others)
+    anew = json.loads((folder / "results/dog.json").read_text())
+    assert {m: anew[m] for m in METRICS} != {m: first[m] for m in METRICS}
+    assert (folder / "pictures/dog/00-00.png").stat().st_mtime_ns != begun
 
 
 def test_what_cannot_be_measured_is_refused_before_any_work(root, networks, tiny_config, tiny_model_file):
@@ -241,6 +248,7 @@ class Counted:
         self.while_measuring: Callable[[], Any] = list
         monkeypatch.setattr("ldm.runs.dreambench.finish", self.finish)
         monkeypatch.setattr("ldm.runs.dreambench._pipeline", lambda job: self.sample)
+        monkeypatch.setattr("ldm.runs.dreambench.validate", lambda config: None)
         monkeypatch.setattr("ldm.runs.dreambench.require_masc", lambda: None)
         monkeypatch.setattr("ldm.runs.dreambench.masks_of_photos", lambda folder: {})
         monkeypatch.setattr(dreambench_results, "BenchMetrics", lambda **names: self.measure)
@@ -382,6 +390,7 @@ def move(root: Path) -> None:
 
 GIVEN = {  # words that are added, where {root} is the dataset, what is changed -> subjects measured
     "nothing": ([], None, 0),
+    "the seed of the row": (["--seed", "24"], None, 1),
     "the folder's place": (["--pictures", "{root}/c/samples"], move, 0),
     "the folder": (["--pictures", "{root}/b/samples"], None, 1),
     "an image": ([], replace_picture, 1),
