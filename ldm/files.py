@@ -7,8 +7,9 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -111,6 +112,32 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, as 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_sha256(files: Iterable[Path], *, within: Path) -> str:
+    """SHA-256 of files' names, relative to a folder, and contents, as 64 hex digits.
+
+    A file is read once in a process, as long as its size and time stay the same.
+    """
+    lines = [f"{_sha256_once(*_stamp(path))}  {path.relative_to(within).as_posix()}\n" for path in files]
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def folder_sha256(folder: Path) -> str:
+    """`files_sha256` of what is in a folder and its subfolders, but for hidden files; also of no folder."""
+    paths = [*folder.glob("[!.]*"), *folder.glob("[!.]*/[!.]*")]
+    return files_sha256([path for path in paths if path.is_file()], within=folder)
+
+
+def _stamp(path: Path) -> tuple[Path, int, int]:
+    """A file with its size and time, which change with its content."""
+    stat = path.stat()
+    return path.absolute(), stat.st_size, stat.st_mtime_ns
+
+
+@cache
+def _sha256_once(path: Path, size: int, mtime_ns: int) -> str:
+    return file_sha256(path)
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -13,7 +13,15 @@ import torch
 from PIL import Image
 
 from ldm.errors import UserError
-from ldm.files import HashingWriter, atomic_write, file_sha256, make_folder, remove_leftovers, writing
+from ldm.files import (
+    HashingWriter,
+    atomic_write,
+    file_sha256,
+    folder_sha256,
+    make_folder,
+    remove_leftovers,
+    writing,
+)
 
 
 def test_the_new_file_replaces_the_old_one(tmp_path):
@@ -60,6 +68,24 @@ def test_the_file_is_as_readable_as_an_ordinary_one(tmp_path):
 def test_file_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc" * 100_000)
     assert file_sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_the_hash_of_a_folder_is_of_names_and_contents(tmp_path):
+    folder, hashes = tmp_path / "a", [folder_sha256(tmp_path / "a")]
+    (folder / "inner").mkdir(parents=True)
+    changes = [
+        lambda: (folder / "x").write_text("x"),
+        lambda: (folder / "x").write_text("other"),
+        lambda: (folder / "x").rename(folder / "y"),
+        lambda: (folder / "inner" / "x").write_text("x"),
+        lambda: (folder / "inner" / "x").unlink(),
+    ]
+    for change in changes:
+        change()
+        hashes.append(folder_sha256(folder))
+    assert len(set(hashes)) == 5 and hashes[3] == hashes[5]
+    (folder / ".hidden").write_text("x")
+    assert folder_sha256(folder.rename(tmp_path / "b")) == hashes[-1]
 
 
 def test_what_is_written_is_hashed_on_its_way(tmp_path):

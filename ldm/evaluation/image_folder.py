@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -46,17 +47,21 @@ def by_prompt(samples: Sequence[GeneratedImage]) -> dict[str, list[Image.Image]]
     return groups
 
 
+def embedded_settings(path: Path) -> dict[str, Any]:
+    """The settings in the metadata of a PNG of this project; {} for any other file, and for none."""
+    try:
+        with Image.open(path) as image:
+            return dict(parse_json(image.info.get("dreambooth", "{}")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def _settings(path: Path) -> dict[str, str]:
     """The settings that an image was generated with, as far as they are known."""
     text = path.with_suffix(".txt")
     if text.exists():
         return {"prompt": " ".join(read_text(text).split())}
-    with Image.open(path) as image:
-        encoded = image.info.get("dreambooth", "{}")
-    try:
-        settings = dict(parse_json(encoded))
-    except (ValueError, TypeError):
-        return {}
+    settings = embedded_settings(path)
     return settings if isinstance(settings.get("prompt", ""), str) else {}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from PIL import Image
 from tqdm import tqdm
@@ -19,17 +19,19 @@ from ldm.engine.device import device_of
 from ldm.engine.locks import share
 from ldm.errors import UserError
 from ldm.evaluation.dreambench import BenchMetrics, BenchSubject
-from ldm.evaluation.image_folder import prompt_of
-from ldm.evaluation.masc import CP, MaskedConsistency, masks_of_photos, require_masc
+from ldm.evaluation.image_folder import embedded_settings, prompt_of
+from ldm.evaluation.masc import MaskedConsistency, masks_of_photos, require_masc
 from ldm.evaluation.statistics import Row
-from ldm.files import make_folder
+from ldm.files import files_sha256, folder_sha256, make_folder
 from ldm.pipeline import Text2Image
 from ldm.precision import resolve_precision
 from ldm.runs.grid import Grid, Job, finish, metrics_of, write_text
+from ldm.runs.inputs import FILE as INPUTS
 from ldm.runs.run import base_files
 from ldm.runs.validate import validate
 
 MEASURED = "measured"  # the variant of its rows
+MASC = "masc"  # the network of masked consistency, among those of a benchmark
 SAMPLING = ("sampler", "spacing", "steps", "guidance_scale", "negative_prompt")
 NOTHING_ELSE = ("evaluation=null", "evaluate_also=null", "online_eval.every_steps=0", "samples.n=1")
 
@@ -38,16 +40,17 @@ NOTHING_ELSE = ("evaluation=null", "evaluate_also=null", "online_eval.every_step
 class DreamBench(Grid):
     """A run of every subject of the dataset, made of it and a config; `of` the dataset's subjects by name.
 
-    images: of each prompt. pictures: a folder of any tool's images, SUBJECT/..., in place of runs. masked:
-    whether masked consistency is measured, for which the photos need masks.
+    images: of each prompt. networks: of the metrics, name -> folder or name on the hub; with one for MASC,
+    masked consistency is measured too, for which the photos need masks. pictures: a folder of any tool's
+    images, SUBJECT/..., in place of runs.
     """
 
     KIND: ClassVar[str] = "dreambench"
 
     of: Mapping[str, BenchSubject]
     images: int
+    networks: Mapping[str, str]
     pictures: Path | None = None
-    masked: bool = False
 
     @cached_property
     def runs(self) -> dict[str, Job]:
@@ -55,6 +58,10 @@ class DreamBench(Grid):
         if self.pictures is not None:
             return {}
         return {job.subject: job for job in self.jobs("dreambooth", NOTHING_ELSE)}
+
+    @property
+    def masked(self) -> bool:
+        return MASC in self.networks
 
     def result(self, subject: str) -> Path:
         return self.folder / "results" / f"{subject}.json"
@@ -64,9 +71,13 @@ class DreamBench(Grid):
         params = self.runs[subject].config.data["params"] if self.runs else {}
         return params.get("identifier") or IDENTIFIER
 
+    def pictures_of(self, subject: str) -> Path:
+        """The folder of its images, by its run or by the other tool."""
+        return (self.pictures or self.folder / "pictures") / subject
+
     def files(self, subject: str) -> dict[str, list[Path]]:
         """Prompt -> the files of its images, there or not, by its run."""
-        folder = self.folder / "pictures" / subject
+        folder = self.pictures_of(subject)
         prompts = self.of[subject].prompts(self.identifier(subject))
         numbers = range(self.images)
         return {
@@ -77,7 +88,7 @@ class DreamBench(Grid):
         """Prompt -> its images, of the run, where they are drawn, or of the other tool."""
         if self.pictures is None:
             return {prompt: ImageFiles(files) for prompt, files in self.files(subject).items()}
-        return given_images(self.pictures / subject, self.of[subject].prompts(self.identifier(subject)))
+        return given_images(self.pictures_of(subject), self.of[subject].prompts(self.identifier(subject)))
 
     def check_all(self) -> None:
         """Raises UserError for a config, or for images of another tool, that cannot be used."""
@@ -92,26 +103,60 @@ class DreamBench(Grid):
             for name in self.of:
                 self.given(name)
 
+    def run_hash(self, subject: str) -> str | None:
+        """Names a subject's run as it is; None before its end. A new training has another: other times.
+
+        Raises UserError for a run of another config or base.
+        """
+        job = self.runs[subject]
+        if metrics_of(job) is None:
+            return None
+        files = [job.folder / name for name in ("config.yaml", INPUTS, "metrics.json")]
+        return files_sha256([path for path in files if path.exists()], within=job.folder)
+
+    def key(self, subject: str) -> dict[str, Any]:
+        """What decides a subject's row; of files their hash, so that folders may move."""
+        networks = {
+            name: folder_sha256(Path(network)) if Path(network).is_dir() else network
+            for name, network in self.networks.items()
+        }
+        return networks | {
+            "seed": self.seeds[0],
+            "images": self.images,
+            "prompts": self.of[subject].prompts(self.identifier(subject)),
+            "photos": folder_sha256(self.of[subject].photos),
+            "pictures": folder_sha256(self.pictures_of(subject)),
+            "run": self.run_hash(subject) if self.runs else None,
+        }
+
     def row(self, subject: str) -> Row | None:
-        """The metrics of a subject that is finished, with those that are asked for."""
+        """The metrics of a subject that is finished, if all that decides them is as it was.
+
+        It may have masked consistency without being asked for it.
+        """
         path = self.result(subject)
         if not path.exists():
             return None
-        if self.runs:
-            metrics_of(self.runs[subject])  # refuses those of another config
         row = json.loads(path.read_text(encoding="utf-8"))
-        return None if self.masked and CP not in row else row
+        return row if self.key(subject).items() <= row.get("key", {}).items() else None
 
 
 def work(bench: DreamBench, measure: BenchMetrics, masked: MaskedConsistency | None = None) -> None:
-    """Finishes all subjects that no other process works on, until there are none."""
+    """Finishes all subjects that no other process works on, until there are none.
+
+    Each once: a command with other settings beside it may replace what is finished, which has no end.
+    """
+    finished: set[str] = set()
 
     def run(number: int, name: str) -> None:
         print(f"{bench.name}, subject {number} of {len(bench.of)}: {name}", flush=True)
         _finish(bench, name, measure, masked)
+        finished.add(name)
 
-    locks = bench.folder / "locks"
-    share(list(bench.of), locks, is_done=lambda name: bench.row(name) is not None, finish=run)
+    def is_done(name: str) -> bool:
+        return name in finished or bench.row(name) is not None
+
+    share(list(bench.of), bench.folder / "locks", is_done=is_done, finish=run)
 
 
 def _finish(bench: DreamBench, name: str, measure: BenchMetrics, masked: MaskedConsistency | None) -> None:
@@ -119,37 +164,46 @@ def _finish(bench: DreamBench, name: str, measure: BenchMetrics, masked: MaskedC
     if bench.pictures is None:
         finish(bench.runs[name])
         draw(bench, name)
+    key = bench.key(name)  # of what is read from here on
     images, photos = bench.given(name), ImageFiles(list_images(bench.of[name].photos))
     found = measure(images, photos, identifier=bench.identifier(name))
     every = [image for group in images.values() for image in group]
     if masked is not None:
         found |= masked(every, bench.of[name].photos)
-    row = {"variant": MEASURED, "subject": name, "seed": bench.seeds[0], **found, "images": len(every)}
+    row = {"variant": MEASURED, "subject": name, "seed": bench.seeds[0], **found}
+    row |= {"images": len(every), "key": key}
     make_folder(bench.result(name).parent)
     write_text(bench.result(name), json.dumps(row, indent=2) + "\n")
 
 
 def draw(bench: DreamBench, name: str) -> None:
-    """Images of every prompt by the run of a subject; those that are there are not drawn again."""
+    """Images of every prompt by the run of a subject; those of this very run are not drawn again."""
     job, config = bench.runs[name], bench.runs[name].config.samples
-    files = [
-        (prompt, config.seed + i, file)
+    settings, run_hash = {key: getattr(config, key) for key in SAMPLING}, bench.run_hash(name)
+    wanted = [
+        (file, {"prompt": prompt, "seed": config.seed + i, **settings, "run": run_hash})
         for prompt, group in bench.files(name).items()
         for i, file in enumerate(group)
-        if not file.exists()
     ]
-    if not files:
+    missing = [(file, about) for file, about in wanted if not _is_drawn(file, about)]
+    if not missing:
         return
-    make_folder(files[0][2].parent)
-    settings, pipeline = {key: getattr(config, key) for key in SAMPLING}, _pipeline(job)
+    make_folder(bench.pictures_of(name))
+    pipeline = _pipeline(job)
     how = {"batch_size": config.batch_size, "precision": config.precision}
-    with tqdm(total=len(files), desc=f"images of {name}", unit="image", disable=None) as bar:
-        for first in range(0, len(files), config.batch_size):
-            prompts, seeds, paths = zip(*files[first : first + config.batch_size], strict=True)
+    with tqdm(total=len(missing), desc=f"images of {name}", unit="image", disable=None) as bar:
+        for first in range(0, len(missing), config.batch_size):
+            batch = missing[first : first + config.batch_size]
+            prompts, seeds = ([about[key] for _, about in batch] for key in ("prompt", "seed"))
             samples = pipeline(prompts, seeds=seeds, **settings, **how)
-            for path, sample in zip(paths, samples, strict=True):
-                save_image(path, sample.image, {"prompt": sample.prompt, "seed": sample.seed, **settings})
-            bar.update(len(paths))
+            for (file, about), sample in zip(batch, samples, strict=True):
+                save_image(file, sample.image, about)
+            bar.update(len(batch))
+
+
+def _is_drawn(file: Path, about: Mapping[str, Any]) -> bool:
+    """Whether an image was drawn with these settings, which its own metadata has."""
+    return embedded_settings(file) == json.loads(json.dumps(about))
 
 
 def _pipeline(job: Job) -> Text2Image:

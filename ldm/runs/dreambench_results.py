@@ -14,7 +14,7 @@ from ldm.evaluation.dreambench import BenchMetrics, read_dataset
 from ldm.evaluation.features import CLIP, DINO, DINOV2
 from ldm.evaluation.masc import SIGLIP2, MaskedConsistency
 from ldm.reports.dreambench_page import NAMES, dreambench_csv, dreambench_page, measured, table_of
-from ldm.runs.dreambench import DreamBench, left, not_the_protocol, work
+from ldm.runs.dreambench import MASC, DreamBench, left, not_the_protocol, work
 from ldm.runs.grid import run_in_processes, write_text
 
 NETWORKS = {"dino": DINO, "dinov2": DINOV2, "clip": CLIP}
@@ -37,6 +37,9 @@ def bench_of(options: Namespace) -> DreamBench:
     files, overrides = ([word for word in options.base if ("=" in word) == given] for given in (False, True))
     name = options.name or (Path(files[-1]).stem if files else options.pictures.resolve().name)
     subjects = {n: {"class_word": s.class_word, "photos": str(s.photos)} for n, s in of.items()}
+    networks = {name: getattr(options, name) or NETWORKS[name] for name in NETWORKS}
+    if options.masc is not None:
+        networks[MASC] = options.masc or SIGLIP2
     how = {"name": name, "title": f"DreamBench: {name}", "base": files, "set": overrides}
     return DreamBench(
         **how,
@@ -45,7 +48,7 @@ def bench_of(options: Namespace) -> DreamBench:
         of=of,
         images=options.images,
         pictures=options.pictures,
-        masked=options.masc is not None,
+        networks=networks,
     )
 
 
@@ -75,9 +78,9 @@ def run_dreambench(options: Namespace) -> None:
     if options.processes > 1 and not options.worker:
         run_in_processes(sys.argv[0], sys.argv[1:], options.processes)
     else:
-        names = {name: getattr(options, name) or NETWORKS[name] for name in NETWORKS}
+        names = {name: bench.networks[name] for name in NETWORKS}
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        masked = MaskedConsistency(options.masc or SIGLIP2, device=device) if bench.masked else None
+        masked = MaskedConsistency(bench.networks[MASC], device=device) if bench.masked else None
         work(bench, BenchMetrics(**names, device=device), masked)
     if options.worker:
         return

@@ -2,7 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +15,15 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
 from ldm.commands import dreambench
+from ldm.config import save_config
 from ldm.errors import UserError
 from ldm.evaluation.dreambench import METRICS, PAPER, BenchMetrics, read_dataset
 from ldm.evaluation.features import DinoV2
+from ldm.evaluation.masc import CP
 from ldm.reports.dreambench_page import table_of
+from ldm.runs import dreambench_results
 from ldm.runs.dreambench import MEASURED, given_images, not_the_protocol
+from ldm.runs.grid import Job, metrics_of
 from tests.data.test_photo_check import noise
 from tests.data.test_real_photos import ROOT as REAL
 from tests.data.test_real_photos import SUBJECTS
@@ -204,11 +212,18 @@ def test_the_command_trains_draws_measures_and_goes_on(root, networks, tiny_conf
     assert (folder / "pictures/dog/00-00.png").stat().st_mtime_ns == begun
     assert "disc" not in capsys.readouterr().out.split("Measured")[0]
 
-    with pytest.raises(UserError, match="settings have changed"):
-        run([*words, "--base", "tiny.yaml", "data.params.num_priors=2"])
     run([*words, "--pictures", str(folder / "pictures"), "--name", "given"])
     again = json.loads(Path("logs/dreambench-given/results/dog.json").read_text())
     assert {m: again[m] for m in METRICS} == {m: first[m] for m in METRICS}
+
+    others = [*words, "--subjects", "dog", "--base", "tiny.yaml", "data.params.num_priors=2"]
+    with pytest.raises(UserError, match="settings have changed.*Remove the run's folder"):
+        run(others)
+    shutil.rmtree(folder / "dreambooth--dog--23")
+    run(others)
+    anew = json.loads((folder / "results/dog.json").read_text())
+    assert {m: anew[m] for m in METRICS} != {m: first[m] for m in METRICS}
+    assert (folder / "pictures/dog/00-00.png").stat().st_mtime_ns != begun
 
 
 def test_what_cannot_be_measured_is_refused_before_any_work(root, networks, tiny_config, tiny_model_file):
@@ -222,3 +237,196 @@ def test_what_cannot_be_measured_is_refused_before_any_work(root, networks, tiny
         Image.new("RGB", (8, 8)).save(root / "given" / name / "00.png")
     with pytest.raises(UserError, match="no images of the subject.*wolf_plushie"):
         run([*words, "--pictures", str(root / "given")])
+
+
+class Counted:
+    """Stands in for training, sampling and measuring, which it counts; no two of them give the same."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.numbers = count()
+        self.counts = [0, 0, 0]
+        self.while_measuring: Callable[[], Any] = list
+        monkeypatch.setattr("ldm.runs.dreambench.finish", self.finish)
+        monkeypatch.setattr("ldm.runs.dreambench._pipeline", lambda job: self.sample)
+        monkeypatch.setattr("ldm.runs.dreambench.validate", lambda config: None)
+        monkeypatch.setattr("ldm.runs.dreambench.require_masc", lambda: None)
+        monkeypatch.setattr("ldm.runs.dreambench.masks_of_photos", lambda folder: {})
+        monkeypatch.setattr(dreambench_results, "BenchMetrics", lambda **names: self.measure)
+        masked = lambda network, device: lambda images, photos: {CP: 0.5}  # noqa: E731
+        monkeypatch.setattr(dreambench_results, "MaskedConsistency", masked)
+
+    def finish(self, job: Job) -> None:
+        if metrics_of(job) is None:
+            self.counts[0] += 1
+            job.folder.mkdir(parents=True)
+            save_config(job.config.source, job.folder / "config.yaml")
+            metrics = {"seconds": {"training": 9.5 + next(self.numbers)}}
+            (job.folder / "metrics.json").write_text(json.dumps(metrics))
+
+    def sample(self, prompts: list[str], **how: Any) -> list[SimpleNamespace]:
+        self.counts[1] += len(prompts)
+        return [SimpleNamespace(image=noise(next(self.numbers))) for _ in prompts]
+
+    def measure(self, images: Any, photos: Any, *, identifier: str) -> dict[str, float]:
+        self.counts[2] += 1
+        self.while_measuring()
+        return dict.fromkeys(METRICS, float(next(self.numbers)))
+
+    def __call__(self, words: list[str]) -> list[int]:
+        """Runs the command -> how many runs it has trained, images drawn, subjects measured."""
+        self.counts = [0, 0, 0]
+        run(words)
+        return self.counts
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(monkeypatch)
+
+
+@pytest.fixture
+def own(root, tiny_config, tiny_model_file) -> list[str]:
+    """The words of a benchmark of this trainer: a subject with two prompts of two images."""
+    about = {"name": "x", "trainer": {"max_steps": 1}, "samples": {"steps": 1, "batch_size": 3}}
+    config = run_config(tiny_config, base=tiny_model_file, subject=root, **about)
+    OmegaConf.save(OmegaConf.create(config), "tiny.yaml")
+    return [*one_subject(root), "--base", "tiny.yaml"]
+
+
+def one_subject(root: Path) -> list[str]:
+    (root / "clip").mkdir()
+    (root / "clip" / "config.json").write_text("{}")
+    words = ["--subjects", "disc", "--images", "2", "--device", "cpu", "--clip", str(root / "clip")]
+    return ["--root", str(root), *words]
+
+
+def remove_run(root: Path) -> None:
+    shutil.rmtree("logs/dreambench-tiny/dreambooth--disc--23")
+
+
+def edit_prompt(root: Path) -> None:
+    path = root / "prompts_and_classes.txt"
+    path.write_text(path.read_text().replace("in the jungle", "on the moon"))
+
+
+def edit_network(root: Path) -> None:
+    (root / "clip" / "config.json").write_text("[]")
+
+
+def edit_row(root: Path) -> None:
+    """As rows were written before they had a key."""
+    path = Path("logs/dreambench-tiny/results/disc.json")
+    row = json.loads(path.read_text())
+    del row["key"]
+    path.write_text(json.dumps(row))
+
+
+def edit_picture(root: Path) -> None:
+    """As images were written before they named their run."""
+    path = Path("logs/dreambench-tiny/pictures/disc/01-01.png")
+    noise(99).save(path)
+
+
+OWN = {  # words that are added, what is changed -> runs trained, images drawn, subjects measured
+    "nothing": ([], None, [0, 0, 0]),
+    "the runs' seed": (["--seed", "24"], None, [1, 4, 1]),
+    "more images": (["--images", "3"], None, [0, 2, 1]),
+    "fewer images": (["--images", "1"], None, [0, 0, 1]),
+    "DINO": (["--dino", "other"], None, [0, 0, 1]),
+    "DINOv2": (["--dinov2", "other"], None, [0, 0, 1]),
+    "CLIP": (["--clip", "other"], None, [0, 0, 1]),
+    "the files of CLIP": ([], edit_network, [0, 0, 1]),
+    "masked consistency": (["--masc"], None, [0, 0, 1]),
+    "a prompt": ([], edit_prompt, [0, 2, 1]),
+    "the run": ([], remove_run, [1, 4, 1]),
+    "the run's settings": (["--base", "tiny.yaml", "samples.seed=8"], remove_run, [1, 4, 1]),
+    "the row": ([], lambda root: Path("logs/dreambench-tiny/results/disc.json").unlink(), [0, 0, 1]),
+    "the row's key": ([], edit_row, [0, 0, 1]),
+    "an image": ([], lambda root: Path("logs/dreambench-tiny/pictures/disc/00-01.png").unlink(), [0, 1, 1]),
+    "an image's settings": ([], edit_picture, [0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("changed", OWN)
+def test_a_row_of_a_run_is_of_all_that_decides_it(root, own, counted, changed):
+    words, change, expected = OWN[changed]
+    assert counted(own) == [1, 4, 1]
+    if changed == "the run's settings":
+        with pytest.raises(UserError, match="settings have changed.*Remove the run's folder"):
+            run([*own, *words])
+    if change is not None:
+        change(root)
+    path = Path("logs/dreambench-tiny/results/disc.json")
+    before = json.loads(path.read_text()) if path.exists() else {}
+    assert counted([*own, *words]) == expected
+    after = json.loads(path.read_text())
+    assert (after.get("dino") == before.get("dino")) == (expected == [0, 0, 0])
+    assert after["images"] == len(after["key"]["prompts"]) * after["key"]["images"]
+    assert counted([*own, *words]) == [0, 0, 0]
+
+
+@pytest.fixture
+def given(root) -> list[str]:
+    """The words of a benchmark of another tool's images."""
+    for tool in ("a", "b"):
+        (root / tool / "samples" / "disc").mkdir(parents=True)
+        noise(ord(tool)).save(root / tool / "samples" / "disc" / "00-0.png")
+    return [*one_subject(root), "--pictures", str(root / "a" / "samples")]
+
+
+def replace_picture(root: Path) -> None:
+    noise(7).save(root / "a/samples/disc/00-0.png")
+
+
+def add_picture(root: Path) -> None:
+    (root / "a/samples/disc/01").mkdir()
+    noise(7).save(root / "a/samples/disc/01/x.png")
+
+
+def move(root: Path) -> None:
+    (root / "c").mkdir()
+    (root / "a/samples").rename(root / "c/samples")
+
+
+GIVEN = {  # words that are added, where {root} is the dataset, what is changed -> subjects measured
+    "nothing": ([], None, 0),
+    "the seed of the row": (["--seed", "24"], None, 1),
+    "the folder's place": (["--pictures", "{root}/c/samples"], move, 0),
+    "the folder": (["--pictures", "{root}/b/samples"], None, 1),
+    "an image": ([], replace_picture, 1),
+    "one more image": ([], add_picture, 1),
+    "an image's prompt": ([], lambda root: (root / "a/samples/disc/00-0.txt").write_text("a disc"), 1),
+    "a photo": ([], lambda root: noise(8).save(next((root / "disc").iterdir()), "PNG"), 1),
+    "one more photo": ([], lambda root: noise(8).save(root / "disc/more.png"), 1),
+    "a prompt": ([], edit_prompt, 1),
+    "DINO": (["--dino", "other"], None, 1),
+    "the files of CLIP": ([], edit_network, 1),
+    "masked consistency": (["--masc", "other"], None, 1),
+}
+
+
+@pytest.mark.parametrize("changed", GIVEN)
+def test_a_row_of_another_tools_images_is_of_all_that_decides_it(root, given, counted, changed):
+    words, change, measured = GIVEN[changed]
+    assert counted(given) == [0, 0, 1]
+    if change is not None:
+        change(root)
+    words = [*given, *(word.format(root=root) for word in words)]
+    assert counted(words) == [0, 0, measured]
+    assert counted(words) == [0, 0, 0]
+
+
+def test_what_was_asked_for_before_is_kept(given, counted):
+    """A row with masked consistency serves a command that does not ask for it, if it is the same network."""
+    assert counted([*given, "--masc", "one"]) == [0, 0, 1]
+    assert counted(given) == counted([*given, "--masc", "one"]) == [0, 0, 0]
+    assert counted([*given, "--masc", "two"]) == [0, 0, 1]
+
+
+def test_what_changes_while_it_is_measured_is_not_finished(root, given, counted, capsys):
+    """Nor is it measured again and again by the same command."""
+    counted.while_measuring = lambda: noise(next(counted.numbers)).save(root / "disc/more.png")
+    assert counted(given) == [0, 0, 1]
+    assert "1 of 1 subjects are still to be done: disc" in capsys.readouterr().out
+    counted.while_measuring = list
+    assert counted(given) == [0, 0, 1] and counted(given) == [0, 0, 0]
