@@ -84,6 +84,38 @@ def draw_caption(captions: Captions, shuffle: CaptionShuffle | None, draws: Draw
     return chosen if shuffle is None else shuffle(chosen, draws)
 
 
+class FolderCaptions:
+    """The captions that are written for images of one folder: in their own files, or in its list."""
+
+    def __init__(self, folder: str | Path):
+        self.list_file = Path(folder) / LIST
+
+    def __call__(self, image: Path) -> tuple[list[str], Path] | None:
+        """The captions of an image, with placeholders, and their file; None if it has none.
+
+        Raises UserError for what cannot be read.
+        """
+        if (path := sidecar_of(image)) is not None:
+            return read_sidecar(path), path
+        listed = self._listed.get(image.name)
+        return (listed, self.list_file) if listed else None
+
+    @cached_property
+    def _listed(self) -> Mapping[str, list[str]]:
+        """Name of an image -> its captions in the folder's metadata.jsonl."""
+        path, found = self.list_file, defaultdict(list)
+        lines = read_text(path).splitlines() if path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            entry = _parsed(line, where=f"{path}:{number}")
+            if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
+                remedy = 'Write {"file_name": "1.jpg", "text": "..."} on each line.'
+                raise UserError("The line names no image", where=f"{path}:{number}", remedy=remedy)
+            found[entry["file_name"]] += _texts_of(entry, where=f"{path}:{number}")
+        return found
+
+
 class CaptionReader:
     """Reads the captions of the images of one folder, and fills {identifier} and {class_word} in.
 
@@ -93,7 +125,7 @@ class CaptionReader:
 
     def __init__(self, source: bool | str, folder: str | Path, words: Words):
         self.source = source
-        self.folder = Path(folder)
+        self.written = FolderCaptions(folder)
         self.words = words
 
     def __call__(self, image: Path) -> Captions | None:
@@ -104,10 +136,10 @@ class CaptionReader:
             return self._filled([name_as_caption(image)], None, where=image)
         if self.source is not True:
             return self._filled(self._of_all, Path(self.source), where=self.source)
-        if (path := sidecar_of(image)) is not None:
-            return self._filled(read_sidecar(path), path, where=path)
-        listed = self._listed.get(image.name)
-        return self._filled(listed, self.folder / LIST, where=self.folder / LIST) if listed else None
+        if (found := self.written(image)) is None:
+            return None
+        texts, file = found
+        return self._filled(texts, file, where=file)
 
     def _filled(self, texts: list[str], file: Path | None, *, where: object) -> Captions:
         if not texts or not all(texts):
@@ -123,21 +155,6 @@ class CaptionReader:
             raise UserError("There is no such file of captions", where=path, remedy=remedy)
         lines = [" ".join(line.split()) for line in read_text(path).splitlines()]
         return [line for line in lines if line and not line.startswith("#")]
-
-    @cached_property
-    def _listed(self) -> Mapping[str, list[str]]:
-        """Name of an image -> its captions in the folder's metadata.jsonl."""
-        path, found = self.folder / LIST, defaultdict(list)
-        lines = read_text(path).splitlines() if path.exists() else []
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            entry = _parsed(line, where=f"{path}:{number}")
-            if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-                remedy = 'Write {"file_name": "1.jpg", "text": "..."} on each line.'
-                raise UserError("The line names no image", where=f"{path}:{number}", remedy=remedy)
-            found[entry["file_name"]] += _texts_of(entry, where=f"{path}:{number}")
-        return found
 
 
 def sidecar_of(image: Path) -> Path | None:

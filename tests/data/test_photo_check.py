@@ -192,6 +192,9 @@ def test_captions_are_counted(tmp_path):
         ("a.json", b'{"caption": ["sks dog", "a sks dog"]}', "sks dog"),
         ("a.json", b'{"camera": "x"}', None),
         ("a.txt", b"\xff\xfe\x00 no text", None),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "a sks dog"}', "a sks dog"),
+        ("metadata.jsonl", b'{"file_name": "b.png", "text": "a sks dog"}', None),
+        ("metadata.jsonl", b"{", None),
     ],
 )
 def test_a_caption_is_that_of_a_run_or_none(tmp_path, name, content, found):
