@@ -226,8 +226,8 @@ def _profile_name(profile: bytes | None) -> str | None:
 def _caption(path: Path, captions: FolderCaptions) -> str | None:
     """The first caption that is written for a photo; None if there is none that can be read."""
     try:
-        texts, _ = captions(path) or ((), None)
-        return next(iter(texts), None)
+        found, _ = captions(path) or ((), None)
+        return next((caption.text for caption in found), None)
     except UserError:  # which a run that reads captions says
         return None
 

@@ -86,7 +86,7 @@ def write_captions(
         for path, answer in zip(batch, answers, strict=True):
             written = FolderCaptions(path.parent)(path)
             if written is not None:  # meanwhile, or for a photo of the same stem
-                yield path, " | ".join(written[0])
+                yield path, " | ".join(caption.text for caption in written[0])
                 continue
             caption = caption_of(answer, subject, style=style)
             with atomic_write(path.with_suffix(".txt")) as temporary:
