@@ -1,8 +1,9 @@
 """Captions for photos of a subject: caption.py PHOTOS --class_word dog
 
 A vision-language model describes everything but the subject, which the identifier names. A caption is written
-in a .txt file beside each photo that has none; files that are there are never changed. Leaves a contact sheet
-of all photos with their captions: read it, correct the files by hand, train with data.params.captions=true.
+in a .txt file beside each photo that has none of its own: in a file (.txt, .caption, .json) or a line of the
+folder's metadata.jsonl, which are never changed. Leaves a contact sheet of all photos with their captions:
+read it, correct the files by hand, train with data.params.captions=true.
 """
 
 from argparse import Namespace

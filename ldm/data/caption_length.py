@@ -1,7 +1,7 @@
 """Captions that are longer than the text encoder reads: what is cut off of them is said, before training."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from ldm.data.dreambooth import DreamBoothDataModule
@@ -39,16 +39,33 @@ def check_lengths(prompts: Mapping[str, str], reader: Reader, *, identifiers: Se
 
 
 def prompts_of(data: DreamBoothDataModule) -> dict[str, str]:
-    """The prompts and captions that a run trains on, by where they stand: a key of the config, or a file."""
+    """The prompts and captions that a run trains on, by where they stand: a key of the config, or a file.
+
+    A caption has a place of its own, its line where a file holds several; see `by_place`.
+    """
     found = {}
     for concept in data.concepts:
         found[f"{concept.within}subject_prompt"] = concept.subject_prompt
         if data.prior_batch_size and concept.prior_prompt is not None:
             found[f"{concept.within}prior_prompt"] = concept.prior_prompt
-    given = [image for known in data.given_classes for image in data.images.of_class(known)]
-    for image in (*data.subject_photos, *given):
-        if image.captions.is_own:
-            where, texts = str(image.captions.file or image.path), image.captions.texts
-            names = [where, *(f"{where}, caption {k}" for k in range(2, len(texts) + 1))]
-            found |= zip(names, texts, strict=True)
-    return found
+    images = [(name, image) for name, photos in data.images.photos.items() for image in photos]
+    images += [(known.prompt, image) for known in data.given_classes for image in data.images.of_class(known)]
+    own = ((name, image.captions) for name, image in images if image.captions.is_own)
+    return found | by_place(
+        (place, name, text)
+        for name, captions in own
+        for place, text in zip(captions.places, captions.texts, strict=True)
+    )
+
+
+def by_place(prompts: Iterable[tuple[str, str, str]]) -> dict[str, str]:
+    """(place, name of a concept, prompt) -> prompts by their place; one that each concept fills in another
+    way has the concept's name there too."""
+    found: dict[str, dict[str, str]] = {}
+    for place, name, prompt in prompts:
+        found.setdefault(place, {})[name] = prompt
+    placed = {}
+    for place, of_concepts in found.items():
+        same = len(set(of_concepts.values())) == 1
+        placed |= {place if same else f"{place}, for {name}": text for name, text in of_concepts.items()}
+    return placed

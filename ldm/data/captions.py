@@ -7,7 +7,7 @@ the folder's `metadata.jsonl` (Hugging Face's imagefolder); or one text file has
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,12 +32,14 @@ Draws = Callable[[str], torch.Generator]  # purpose -> the random numbers of an 
 class Captions(NamedTuple):
     """The captions of a photo, one of which an item has.
 
-    file: that they are from, if any. is_own: they are the photo's, not the prompt.
+    file: that they are from, if any. is_own: they are the photo's, not the prompt. places: of its own ones,
+    where each stands: a file, with the line or the number of the caption where it has several.
     """
 
     texts: tuple[str, ...]
     file: Path | None = None
     is_own: bool = False
+    places: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,47 @@ def draw_caption(captions: Captions, shuffle: CaptionShuffle | None, draws: Draw
     return chosen if shuffle is None else shuffle(chosen, draws)
 
 
+class WrittenCaption(NamedTuple):
+    """A caption with placeholders, and where it stands."""
+
+    text: str
+    place: str
+
+
+class FolderCaptions:
+    """The captions that are written for images of one folder: in their own files, or in its list."""
+
+    def __init__(self, folder: str | Path):
+        self.list_file = Path(folder) / LIST
+
+    def __call__(self, image: Path) -> tuple[list[WrittenCaption], Path] | None:
+        """The captions of an image, with placeholders, and their file; None if it has none.
+
+        Raises UserError for what cannot be read.
+        """
+        if (path := sidecar_of(image)) is not None:
+            return _placed(read_sidecar(path), str(path)), path
+        listed = self._listed.get(image.name)
+        return (listed, self.list_file) if listed else None
+
+    @cached_property
+    def _listed(self) -> Mapping[str, list[WrittenCaption]]:
+        """Name of an image -> its captions in the folder's metadata.jsonl."""
+        path, found = self.list_file, defaultdict(list)
+        lines = read_text(path).splitlines() if path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            entry = _parsed(line, where=where)
+            name = entry.get("file_name") if isinstance(entry, dict) else None
+            if not isinstance(name, str):
+                remedy = 'Write {"file_name": "1.jpg", "text": "..."} on each line.'
+                raise UserError("The line names no image", where=where, remedy=remedy)
+            found[name] += _placed(_texts_of(entry, where=where), f"{where}, {name}")
+        return found
+
+
 class CaptionReader:
     """Reads the captions of the images of one folder, and fills {identifier} and {class_word} in.
 
@@ -93,7 +136,7 @@ class CaptionReader:
 
     def __init__(self, source: bool | str, folder: str | Path, words: Words):
         self.source = source
-        self.folder = Path(folder)
+        self.written = FolderCaptions(folder)
         self.words = words
 
     def __call__(self, image: Path) -> Captions | None:
@@ -101,43 +144,32 @@ class CaptionReader:
         if self.source is False:
             return None
         if self.source == FILE_NAMES:
-            return self._filled([name_as_caption(image)], None, where=image)
+            return self._filled([WrittenCaption(name_as_caption(image), str(image))], None)
         if self.source is not True:
-            return self._filled(self._of_all, Path(self.source), where=self.source)
-        if (path := sidecar_of(image)) is not None:
-            return self._filled(read_sidecar(path), path, where=path)
-        listed = self._listed.get(image.name)
-        return self._filled(listed, self.folder / LIST, where=self.folder / LIST) if listed else None
+            return self._filled(self._of_all, Path(self.source))
+        found = self.written(image)
+        return None if found is None else self._filled(*found)
 
-    def _filled(self, texts: list[str], file: Path | None, *, where: object) -> Captions:
-        if not texts or not all(texts):
-            raise UserError("The caption is empty", where=where, remedy=REMEDY)
-        return Captions(tuple(fill(text, **self.words) for text in texts), file, is_own=True)
+    def _filled(self, captions: Sequence[WrittenCaption], file: Path | None) -> Captions:
+        empty = [caption.place for caption in captions if not caption.text]
+        if empty or not captions:
+            raise UserError("The caption is empty", where=empty[0] if empty else file, remedy=REMEDY)
+        texts = tuple(fill(caption.text, **self.words) for caption in captions)
+        return Captions(texts, file, is_own=True, places=tuple(caption.place for caption in captions))
 
     @cached_property
-    def _of_all(self) -> list[str]:
+    def _of_all(self) -> list[WrittenCaption]:
         """The lines of the text file for all images, without empty ones and comments (#)."""
         path = Path(self.source)
         if not path.is_file():
             remedy = f'Name a text file, or take true or "{FILE_NAMES}".'
             raise UserError("There is no such file of captions", where=path, remedy=remedy)
-        lines = [" ".join(line.split()) for line in read_text(path).splitlines()]
-        return [line for line in lines if line and not line.startswith("#")]
-
-    @cached_property
-    def _listed(self) -> Mapping[str, list[str]]:
-        """Name of an image -> its captions in the folder's metadata.jsonl."""
-        path, found = self.folder / LIST, defaultdict(list)
-        lines = read_text(path).splitlines() if path.exists() else []
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            entry = _parsed(line, where=f"{path}:{number}")
-            if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-                remedy = 'Write {"file_name": "1.jpg", "text": "..."} on each line.'
-                raise UserError("The line names no image", where=f"{path}:{number}", remedy=remedy)
-            found[entry["file_name"]] += _texts_of(entry, where=f"{path}:{number}")
-        return found
+        lines = (" ".join(line.split()) for line in read_text(path).splitlines())
+        return [
+            WrittenCaption(line, f"{path}:{number}")
+            for number, line in enumerate(lines, start=1)
+            if line and not line.startswith("#")
+        ]
 
 
 def sidecar_of(image: Path) -> Path | None:
@@ -174,13 +206,19 @@ def subject_captions(
         found = reader(image)
         if found is None:
             return Captions((prompt,))
-        for text in found.texts:
-            require_identifier(text, identifier=identifier, where=found.file or image)
+        for text, place in zip(found.texts, found.places, strict=True):
+            require_identifier(text, identifier=identifier, where=place)
             if shuffle is not None:
-                shuffle.check(text, identifier=identifier, where=found.file or image)
+                shuffle.check(text, identifier=identifier, where=place)
         return found
 
     return captions
+
+
+def _placed(texts: Sequence[str], place: str) -> list[WrittenCaption]:
+    """Captions of one place, of which those after the first are numbered."""
+    names = [place, *(f"{place}, caption {k}" for k in range(2, len(texts) + 1))]
+    return [WrittenCaption(*pair) for pair in zip(texts, names, strict=False)]
 
 
 def _parsed(text: str, *, where: object) -> Any:

@@ -194,13 +194,28 @@ def filled_for(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]
 
     A style has those without {class_word}; if these are none with its identifier, its own prompt.
     """
-    found = []
-    for prompt in prompts:
-        found += [fill(prompt, **c.words) for c in concepts if _has_words(prompt, c)]
+    found = [text for _, _, text in filled_templates(prompts, concepts)]
     for concept in concepts:
         if concept.is_style and not any(contains(prompt, concept.words["identifier"]) for prompt in found):
             found.append(concept.subject_prompt)
     return list(dict.fromkeys(found)) if len(concepts) > 1 else found
+
+
+def filled_templates(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[tuple[int, Concept, str]]:
+    """Number of a template, concept and text, for each concept whose words a template can have."""
+    return [
+        (k, concept, fill(prompt, **concept.words))
+        for k, prompt in enumerate(prompts)
+        for concept in concepts
+        if _has_words(prompt, concept)
+    ]
+
+
+def rows_of_template(template: str, prompts: Sequence[str], concepts: Sequence[Concept]) -> dict[str, int]:
+    """The texts of one of the templates in `filled_for` -> their places there: the numbers of their rows."""
+    rows = filled_for(prompts, concepts)
+    texts = (text for k, _, text in filled_templates(prompts, concepts) if prompts[k] == template)
+    return {text: rows.index(text) for text in texts}
 
 
 def _has_words(prompt: str, concept: Concept) -> bool:

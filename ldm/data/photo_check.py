@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from ldm.data.buckets import Shape
-from ldm.data.captions import read_sidecar, sidecar_of
+from ldm.data.captions import FolderCaptions
 from ldm.data.images import ORIENTATION, alpha_channel, crop_to, formats, is_enlarged, load_image
 from ldm.data.masks import masks_by_name, masks_of, read_mask
 from ldm.errors import UserError
@@ -66,8 +66,8 @@ class PhotoFacts:
 
     height, width: pixels, upright. turned: EXIF says that the camera was turned, so it is shown rotated.
     profile: name of its colour profile; None without one. sharpness: see `sharpness`. bits: see
-    `difference_hash`. subject: None where no mask and no transparency shows it. caption: of the file beside
-    it. mask_fault: why its mask file is not read, if it is not.
+    `difference_hash`. subject: None where no mask and no transparency shows it. caption: the first that is
+    written for it (`FolderCaptions`). mask_fault: why its mask file is not read, if it is not.
     """
 
     path: Path
@@ -82,8 +82,15 @@ class PhotoFacts:
     mask_fault: str | None = None
 
     @classmethod
-    def of(cls, path: Path, masks: Sequence[Path] = (), *, shape: Shape = SQUARE) -> "PhotoFacts":
-        """Decodes a photo. masks: its mask files. shape: that training crops it to.
+    def of(
+        cls,
+        path: Path,
+        masks: Sequence[Path] = (),
+        *,
+        shape: Shape = SQUARE,
+        captions: FolderCaptions | None = None,
+    ) -> "PhotoFacts":
+        """Decodes a photo. masks: its mask files. shape: that training crops it to. captions: of its folder.
 
         Raises UserError if the photo cannot be decoded.
         """
@@ -101,7 +108,7 @@ class PhotoFacts:
             sharpness(image),
             difference_hash(image),
             subject,
-            _caption(path),
+            _caption(path, FolderCaptions(path.parent) if captions is None else captions),
             fault,
         )
 
@@ -136,7 +143,10 @@ def photo_facts(
     """
     folder = paths[0].parent if mask_root is None else Path(mask_root)
     named = masks_by_name(folder, of_masks_alone=mask_root is not None)
-    return [PhotoFacts.of(path, masks_of(path, named), shape=shape_of(path)) for path in paths]
+    captions = FolderCaptions(paths[0].parent)
+    return [
+        PhotoFacts.of(path, masks_of(path, named), shape=shape_of(path), captions=captions) for path in paths
+    ]
 
 
 def sharpness(image: Image.Image) -> float:
@@ -213,11 +223,11 @@ def _profile_name(profile: bytes | None) -> str | None:
         return "a profile that cannot be read"
 
 
-def _caption(path: Path) -> str | None:
-    """The first caption in the file beside a photo; None if there is none that can be read."""
-    file = sidecar_of(path)
+def _caption(path: Path, captions: FolderCaptions) -> str | None:
+    """The first caption that is written for a photo; None if there is none that can be read."""
     try:
-        return next(iter(read_sidecar(file)), None) if file is not None else None
+        found, _ = captions(path) or ((), None)
+        return next((caption.text for caption in found), None)
     except UserError:  # which a run that reads captions says
         return None
 

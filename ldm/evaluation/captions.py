@@ -10,8 +10,10 @@ from typing import Literal
 
 from PIL import Image
 
+from ldm.data.captions import FolderCaptions
 from ldm.data.images import load_image
 from ldm.data.prompts import contains
+from ldm.errors import UserError
 from ldm.evaluation.vision_language import VisionLanguageModel
 from ldm.files import atomic_write
 
@@ -49,6 +51,20 @@ def caption_of(answer: str, subject: str, *, style: Style) -> str:
     return f"{subject}, {text}" if text else subject
 
 
+def without_caption(paths: Sequence[Path]) -> list[Path]:
+    """The photos of one folder for which training would find no caption.
+
+    Raises UserError for captions that cannot be read, and for a photo that lies where its caption would.
+    """
+    written = FolderCaptions(paths[0].parent)
+    todo = [path for path in paths if written(path) is None]
+    for path in todo:
+        if path.with_suffix(".txt") == path:
+            remedy = "Name it after its format, such as photo.jpg."
+            raise UserError("This photo has the name of a file of captions", where=path, remedy=remedy)
+    return todo
+
+
 def write_captions(
     paths: Sequence[Path],
     model: VisionLanguageModel,
@@ -58,18 +74,21 @@ def write_captions(
     style: Style,
     batch_size: int,
 ) -> Iterator[tuple[Path, str]]:
-    """Captions of photos that have none -> (photo, caption), each when its file is written.
+    """Captions of photos -> (photo, its caption), each when its file is written.
 
-    batch_size: photos at a time. A .txt file that is there is never changed.
+    paths: of photos that have none, see `without_caption`. batch_size: photos at a time. A caption that was
+    written meanwhile stays.
     """
-    todo = [path for path in paths if not path.with_suffix(".txt").exists()]
-    for first in range(0, len(todo), batch_size):
-        batch = todo[first : first + batch_size]
+    for first in range(0, len(paths), batch_size):
+        batch = paths[first : first + batch_size]
         images: list[list[Image.Image]] = [[load_image(path)] for path in batch]
         answers = model.answer([asked] * len(batch), images, max_tokens=MOST_TOKENS)
         for path, answer in zip(batch, answers, strict=True):
-            caption, text = caption_of(answer, subject, style=style), path.with_suffix(".txt")
-            if not text.exists():  # nobody has written one meanwhile
-                with atomic_write(text) as temporary:
-                    temporary.write_text(caption + "\n", encoding="utf-8")
-            yield path, text.read_text(encoding="utf-8-sig").strip()
+            written = FolderCaptions(path.parent)(path)
+            if written is not None:  # meanwhile, or for a photo of the same stem
+                yield path, " | ".join(caption.text for caption in written[0])
+                continue
+            caption = caption_of(answer, subject, style=style)
+            with atomic_write(path.with_suffix(".txt")) as temporary:
+                temporary.write_text(caption + "\n", encoding="utf-8")
+            yield path, caption

@@ -29,7 +29,7 @@ from ldm.runs.limits import limits_of
 from ldm.runs.model_card import write_card
 from ldm.runs.online_eval import OnlineEvalCallback, Watch, best_of
 from ldm.runs.prompts import all_prompts
-from ldm.runs.run_facts import run_facts
+from ldm.runs.run_facts import TrainingFacts, run_facts
 from ldm.runs.sampling import (
     base_denoiser,
     frozen,
@@ -204,6 +204,7 @@ class DreamBoothRun:
         best = history[best_of(history)]["step"] if history else None
         if best is not None and self.config.export.weights == "best":
             run.load_best_weights(self.module, self.folder, best)
+        training = TrainingFacts.of(self.config, self.data, self.folder, best_step=best)
         trigger = ", ".join(concept.trigger for concept in self.data.concepts)
         about = {"size": self.data.size, "trigger_phrase": trigger, "base_hash": self.base_hash}
         model = run.export(self.module, self.config, self.folder, **about)
@@ -225,14 +226,21 @@ class DreamBoothRun:
             "seconds": self.timer.seconds,
             "peak_memory_mib": max(self.timer.peak_mib.values(), default=round(peak_memory_mib(), 1)),
             "phase_peak_memory_mib": self.timer.peak_mib,
-            "prior_images": self.data.num_priors * len(self.data.generated_classes),
+            "prior_images": training.generated,
             **({"notes": self.notes} if self.notes else {}),
         }
         run.write_json(self.folder / "metrics.json", metrics)
-        write_card(self.folder, self.config, metrics)
-        return [grid, model, self._report(before, after, metrics)]
+        write_card(self.folder, self.config, metrics, training)
+        facts = run_facts(training, self.config, self.data, base_hash=self.base_hash)
+        return [grid, model, self._report(before, after, metrics, facts)]
 
-    def _report(self, before: run.SampleGrid, after: run.SampleGrid, metrics: Mapping[str, Any]) -> Path:
+    def _report(
+        self,
+        before: run.SampleGrid,
+        after: run.SampleGrid,
+        metrics: Mapping[str, Any],
+        facts: Mapping[str, str],
+    ) -> Path:
         """Writes the report -> report.html."""
         pairs = zip(before, after, strict=True)
         classes = self.data.classes if self.data.prior_batch_size else ()
@@ -244,7 +252,7 @@ class DreamBoothRun:
         previews = sorted(self.folder.glob("samples/step-*.png"))
         report = Report(
             title=f"{self.folder.name}: {', '.join(c.subject_prompt for c in self.data.concepts)}",
-            facts=run_facts(self.config, self.data, self.folder, base_hash=self.base_hash),
+            facts=facts,
             photos={
                 name: ImageFiles(photo.path for photo in photos)
                 for name, photos in self.data.images.photos.items()

@@ -12,7 +12,7 @@ from ldm.errors import UserError
 from ldm.files import atomic_write
 from ldm.reports.metric_rows import BESIDE, metric_rows
 from ldm.reports.render import render
-from ldm.runs.run_facts import rates
+from ldm.runs.run_facts import TrainingFacts
 from ldm.schema import RunConfig
 from ldm.shipped import PACKAGE, find_file
 
@@ -55,7 +55,7 @@ FILES = {  # kind of file -> how it is used
 }
 
 
-def write_card(folder: Path, config: RunConfig, metrics: Mapping[str, Any]) -> Path:
+def write_card(folder: Path, config: RunConfig, metrics: Mapping[str, Any], training: TrainingFacts) -> Path:
     """Writes the card of a finished run from its config, metrics and files -> its path."""
     with safe_open(folder / "model.safetensors", "pt") as file:
         metadata = file.metadata() or {}
@@ -84,7 +84,7 @@ def write_card(folder: Path, config: RunConfig, metrics: Mapping[str, Any]) -> P
             sampling=f"{samples.sampler}, {samples.steps} steps, guidance {samples.guidance_scale:g}",
             metrics=cells_of(metrics),
             notes=metrics.get("notes", []),
-            facts=facts_of(config),
+            facts=facts_of(config, training),
             licence=licence.text,
         )
     )
@@ -128,15 +128,16 @@ def cells_of(metrics: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def facts_of(config: RunConfig) -> dict[str, str]:
+def facts_of(config: RunConfig, training: TrainingFacts) -> dict[str, str]:
     """What the card says of the training: nothing of paths, which may be private."""
-    data, trainer = config.data["params"], config.trainer
-    return {
-        "steps": str(trainer.max_steps),
-        "photos a step": str(data.get("batch_size", 1) * trainer.accumulate_grad_batches),
-        "pixels": str(data["size"]),
-        "learning rates": ", ".join(f"{name} {value:g}" for name, value in rates(config.model["params"])),
-        "prior images": str(data.get("num_priors", 0)),
-        "precision": trainer.precision,
+    facts = {
+        "steps": training.step_text,
+        "weights": training.weights_text,
+        "photos a step": str(training.photos_a_step),
+        "pixels": str(config.data["params"]["size"]),
+        "learning rates": training.rate_text,
+        "prior images": training.prior_text,
+        "precision": config.trainer.precision,
         "seed": str(config.seed),
     }
+    return {name: value for name, value in facts.items() if value}

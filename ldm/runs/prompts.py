@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from ldm.data.caption_length import check_lengths, prompts_of
-from ldm.data.concepts import filled_for
+from ldm.config import instantiate
+from ldm.data.caption_length import by_place, check_lengths, prompts_of
+from ldm.data.concepts import filled_templates, rows_of_template
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.models.vocabulary import local_vocabulary
 from ldm.runs import run
@@ -13,8 +14,13 @@ from ldm.training.latent_diffusion import LatentDiffusion
 
 def all_prompts(config: RunConfig, data: DreamBoothDataModule) -> dict[str, str]:
     """The prompts and captions of a run, by where they stand: a key of the config, or a file."""
-    samples = filled_for(config.samples.prompts, data.concepts)
-    return prompts_of(data) | {f"samples.prompts.{k}": prompt for k, prompt in enumerate(samples)}
+    samples = filled_templates(config.samples.prompts, data.concepts)
+    return prompts_of(data) | by_place((f"samples.prompts.{k}", c.name, text) for k, c, text in samples)
+
+
+def sample_rows(config: RunConfig, template: str) -> dict[str, int]:
+    """The prompts that one template of a config's samples becomes -> the numbers of their rows of samples."""
+    return rows_of_template(template, config.samples.prompts, instantiate(config.data).concepts)
 
 
 def check_prompts(

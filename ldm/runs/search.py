@@ -17,6 +17,7 @@ from ldm.annotations import NonNegativeInt, PositiveInt, Seed
 from ldm.config import get_class
 from ldm.errors import UserError
 from ldm.runs.grid import Grid, Job, better_of
+from ldm.runs.prompts import sample_rows
 from ldm.runs.validate import validate
 from ldm.schema import RunConfig
 
@@ -160,6 +161,13 @@ class Search(Grid):
     def config(self) -> RunConfig:
         """The config that the search starts from, on its first subject."""
         return self.first_job("base", ()).config
+
+    @cached_property
+    def picture_rows(self) -> dict[str, dict[str, int]]:
+        """Subject -> its prompts of `pictures`, several for a run of several -> their rows of samples."""
+        configs = {subject: self.job("base", subject, self.seeds[0], ()).config for subject in self.subjects}
+        template = self.pictures or next(iter(self.config.samples.prompts), "")
+        return {subject: sample_rows(config, template) for subject, config in configs.items()}
 
     def first_job(self, variant: str, overrides: Sequence[str]) -> Job:
         return self.job(variant, next(iter(self.subjects)), self.seeds[0], overrides)

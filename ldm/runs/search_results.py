@@ -62,16 +62,18 @@ def config_of(search: Search, result: search_page.Result) -> str:
 
 def sheet_of(search: Search, result: search_page.Result) -> Image.Image | None:
     """Samples of one prompt, a row for each run of a trial; of a run that ended early its last preview."""
-    prompts = list(search.config.samples.prompts)
-    files = f"{prompts.index(search.pictures) if search.pictures else 0:02d}-*.png"
     rows = []
-    for subject in search.subjects:
+    for subject, numbers in search.picture_rows.items():
         for seed in search.seeds:
             run = f"{slug(search_page.trial_name(result.number))}--{slug(subject)}--{seed}"
-            folder = search.folder / run / "samples"
-            paths = sorted(folder.glob(files))[:SHOWN] or sorted(folder.glob("step-*.png"))[-1:]
-            if paths:
-                rows.append((f"{subject}, seed {seed}", [load_image(path) for path in paths]))
+            folder, title = search.folder / run / "samples", f"{subject}, seed {seed}"
+            found = {}
+            for prompt, number in numbers.items():
+                name = title if len(numbers) == 1 else f"{title}, {prompt}"
+                found[name] = sorted(folder.glob(f"{number:02d}-*.png"))[:SHOWN]
+            if not any(found.values()):
+                found = {title: sorted(folder.glob("step-*.png"))[-1:]}
+            rows += [(name, [load_image(path) for path in paths]) for name, paths in found.items() if paths]
     return contact_sheet(rows, cell=64) if rows else None
 
 

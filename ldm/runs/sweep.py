@@ -102,6 +102,10 @@ def jobs_of(sweep: Sweep) -> list[Job]:
                 remedy = f"It has {', '.join(known) or 'none'}."
                 what = f"The evaluation of `{job.variant}` has no metric `{name}`"
                 raise UserError(what, where=sweep.name, remedy=remedy)
+        if sweep.pictures and sweep.pictures not in job.config.samples.prompts:
+            remedy = f"Choose one of {', '.join(job.config.samples.prompts)}."
+            what = f"`{sweep.pictures}` is not sampled by `{job.variant}`"
+            raise UserError(what, where=f"{sweep.name}: pictures", remedy=remedy)
         if sweep.at and not job.config.online_eval.every_steps:
             what, remedy = f"`{job.variant}` keeps no curve to read", "Set online_eval.every_steps."
             raise UserError(what, where=f"{sweep.name}: at", remedy=remedy)

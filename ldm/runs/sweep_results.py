@@ -11,6 +11,7 @@ from ldm.data.images import load_image
 from ldm.evaluation.statistics import Row
 from ldm.reports import sweep_page
 from ldm.runs.grid import Job, metrics_of, run_in_processes, time_left, work, write_text
+from ldm.runs.prompts import sample_rows
 from ldm.runs.sweep import Sweep, baselines_of, jobs_of, read_sweep
 from ldm.runs.sweep_rows import rows_of
 from ldm.targets import allow
@@ -62,15 +63,20 @@ def texts_of(
 
 
 def save_pictures(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:
-    """A contact sheet of the samples of one prompt: for each subject the base's, then each variant's."""
+    """A contact sheet of the samples of one prompt: for each subject the base's, then each variant's.
+
+    Of several subjects in one run, each one's prompt has rows of its own.
+    """
     if not sweep.pictures:
         return []
     rows: dict[str, list[Path]] = {}
     for job in sorted(jobs, key=lambda job: list(sweep.subjects).index(job.subject)):
         if job.seed == sweep.seeds[0]:
-            files = f"{list(job.config.samples.prompts).index(sweep.pictures):02d}-*.png"
-            rows[f"{job.subject}: base"] = sorted((job.folder / "samples/before").glob(files))
-            rows[f"{job.subject}: {job.variant}"] = sorted((job.folder / "samples").glob(files))
+            numbers = sample_rows(job.config, sweep.pictures)
+            for prompt, number in numbers.items():
+                name = job.subject if len(numbers) == 1 else f"{job.subject}, {prompt}"
+                for made, place in (("base", "samples/before"), (job.variant, "samples")):
+                    rows[f"{name}: {made}"] = sorted((job.folder / place).glob(f"{number:02d}-*.png"))
     shown = [(title, [load_image(path) for path in paths[:SHOWN]]) for title, paths in rows.items()]
     path = folder / f"{sweep.name}-samples.png"
     return [save_image(path, contact_sheet(shown, cell=64), {"prompt": sweep.pictures})]

@@ -132,7 +132,7 @@ def _look_at(data: DreamBoothDataModule) -> None:
     for concept in data.concepts:
         shapes = {photo.path: shape_of(photo) for photo in data.images.photos[concept.name]}
         photos = photo_facts(list(shapes), mask_root=data.mask_root, shape_of=shapes.__getitem__)
-        for trouble in troubles(photos, captions=bool(data.images.options.captions)):
+        for trouble in troubles(photos, captions=data.images.options.captions is True):
             log.warning("%s: %s", concept.root, trouble)
 
 

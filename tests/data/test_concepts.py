@@ -10,7 +10,7 @@ import torch
 
 from ldm.annotations import Node
 from ldm.config import check, instantiate
-from ldm.data.concepts import ConceptConfig, filled_for
+from ldm.data.concepts import ConceptConfig, filled_for, rows_of_template
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.items import VALIDATION_START
 from ldm.data.priors import PriorSet, PriorSpec
@@ -316,6 +316,36 @@ def test_prompts_are_filled_for_each_concept(folders: Path):
     assert filled_for(["a {class_word}"] * 2, concepts[:1]) == ["a dog", "a dog"]  # as it is written
     with pytest.raises(UserError, match="Unknown placeholder"):
         filled_for(["a {thing}"], concepts)
+
+
+def test_the_rows_of_a_template_are_those_of_its_prompts(folders: Path):
+    concepts = DreamBoothDataModule(
+        concepts=[
+            dog(),
+            dog("rex", identifier="qpv"),
+            ConceptConfig(root="style", identifier="vtx", class_word=None),
+        ],
+        size=SIZE,
+    ).concepts
+    prompts = ["a {identifier} {class_word}", "a {class_word}", "{identifier} at night", "a tree", "a dog"]
+    for some in (concepts, concepts[:2], concepts[:1], concepts[2:], concepts[::-1]):
+        rows = filled_for(prompts, some)
+        for template in prompts:
+            filled = {
+                template.format(**c.words): c
+                for c in some
+                if c.words["class_word"] or "class" not in template
+            }
+            found = rows_of_template(template, prompts, some)
+            assert found.keys() == filled.keys() and all(rows[row] == text for text, row in found.items())
+    assert rows_of_template(prompts[2], prompts, concepts) == {
+        "sks at night": 3,
+        "qpv at night": 4,
+        "vtx at night": 5,
+    }
+    assert rows_of_template("a {class_word}", prompts, concepts[2:]) == {}
+    assert rows_of_template("a dog", ["a {class_word}", "a dog"], concepts[:2]) == {"a dog": 0}
+    assert rows_of_template("no template", prompts, concepts) == {}
 
 
 def test_captions_of_each_concept_have_its_words(folders: Path, caplog):

@@ -192,6 +192,9 @@ def test_captions_are_counted(tmp_path):
         ("a.json", b'{"caption": ["sks dog", "a sks dog"]}', "sks dog"),
         ("a.json", b'{"camera": "x"}', None),
         ("a.txt", b"\xff\xfe\x00 no text", None),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "a sks dog"}', "a sks dog"),
+        ("metadata.jsonl", b'{"file_name": "b.png", "text": "a sks dog"}', None),
+        ("metadata.jsonl", b"{", None),
     ],
 )
 def test_a_caption_is_that_of_a_run_or_none(tmp_path, name, content, found):
@@ -252,6 +255,20 @@ def test_a_run_says_each_trouble_in_a_line_before_it_begins(words, subject_folde
     assert main([*words, "--dry_run"]) == 0
     lines = [record.getMessage() for record in caplog.records]
     assert f"{subject_folder}: nearly the same, so that they count twice: 8.png, 9.png" in lines
+
+
+@pytest.mark.parametrize("form", ["true", "false", "file_names", "all.txt"])
+def test_a_run_speaks_of_missing_captions_only_if_it_reads_them(words, subject_folder, workdir, caplog, form):
+    for path in list_images(subject_folder):
+        path.rename(path.with_stem(f"sks disc {path.stem}"))
+    (subject_folder / "sks disc 0.txt").write_text("a sks disc")
+    (workdir / "all.txt").write_text("a sks disc\na photo of sks disc\n")
+    assert main([*words, "--dry_run", f"data.params.captions={form}"]) == 0
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert ("without a caption, though others have one" in said) == (form == "true")
+    assert ("captions that are not read, unless data.params.captions=true: sks disc 0" in said) == (
+        form != "true"
+    )
 
 
 def test_a_run_reads_its_photos_once(words, subject_folder, caplog, monkeypatch):

@@ -162,6 +162,8 @@ def test_figures_on_the_way_choose_the_weights(job: list[str]):
     assert {"measure/score", "measure/subject_fidelity"} <= scalars(folder)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert f"The score was best after step {best}" in page
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| steps | 3 |" in card and (f"| weights | of step {best}, the best" in card) == (best < 3)
     assert "With other sampling" in page and "no guidance" in page
     assert set(metrics["measures_noise_floor"]) == set(metrics["noise_floor"])
     assert page.count("(noise floor ") >= len(rows)

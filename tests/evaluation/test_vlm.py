@@ -1,5 +1,6 @@
 """A vision-language model as judge and as writer of captions: Gemma 3 in small, and a scripted one."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from ldm.commands import caption, evaluate
+from ldm.data.captions import CaptionReader
 from ldm.errors import UserError
 from ldm.evaluation import vision_language, vlm
 from ldm.evaluation.captions import caption_of, question
@@ -226,6 +228,91 @@ def test_captions_are_written_once_and_shown(workdir, folder, monkeypatch, capsy
     with pytest.raises(UserError, match="among the photos"):
         caption.main(caption.parse([*words, "--out", str(photos_of / "sheet.png")]))
     assert len(asked) == 2 and not (photos_of / "2.txt").exists()  # before any work
+
+
+def by_the_sea(monkeypatch: pytest.MonkeyPatch, answered: list[int]) -> None:
+    """A model that needs no weights; `answered` gets how many photos it was asked of at a time."""
+
+    class Sea:
+        def __init__(self, name: str | None, *, device: str | None):
+            pass
+
+        def answer(self, questions: Sequence[str], images: Sequence, *, max_tokens: int) -> list[str]:
+            answered.append(len(questions))
+            return ["by the sea" for _ in questions]
+
+    monkeypatch.setattr("ldm.runs.caption_photos.VisionLanguageModel", Sea)
+
+
+@pytest.mark.parametrize(
+    "name, content, shown",
+    [
+        ("1.txt", "my own {identifier} {class_word}\n", "my own sks disc"),
+        ("1.caption", "my own  sks disc", "my own sks disc"),
+        ("1.json", '{"captions": ["my sks disc", "sks asleep"]}', "my sks disc | sks asleep"),
+        ("metadata.jsonl", '{"file_name": "1.jpg", "text": "my sks disc"}', "my sks disc"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "1.jpg", "text": "my sks disc"}\n{"file_name": "1.jpg", "text": "sks asleep"}',
+            "my sks disc | sks asleep",
+        ),
+    ],
+)
+def test_a_caption_that_training_reads_is_kept(workdir, monkeypatch, capsys, name, content, shown):
+    photos_of, answered = photos(workdir / "subject"), []
+    (photos_of / name).write_text(content)
+    by_the_sea(monkeypatch, answered)
+    words = [str(photos_of), "--class_word", "disc"]
+    sheet = caption.main(caption.parse(words))
+    written = {"0.txt", "2.txt", "3.txt"} | ({name} if name == "1.txt" else set())
+    assert {path.name for path in photos_of.glob("*.txt")} == written and sum(answered) == 3
+    assert (photos_of / name).read_text() == content
+    assert "1 of 4 photos have a caption, which stays" in capsys.readouterr().out
+    read = CaptionReader(True, photos_of, {"identifier": "sks", "class_word": "disc"})
+    assert " | ".join(read(photos_of / "1.jpg").texts) == shown
+    with Image.open(sheet) as image:
+        prompts = json.loads(image.info["dreambooth"])["prompts"]
+    rest = [f"{k}: a photo of sks disc, by the sea" for k in ("0.png", "2.png", "3.webp")]
+    assert prompts == [rest[0], f"1.jpg: {shown}", *rest[1:]]
+    caption.main(caption.parse(words))
+    assert sum(answered) == 3  # none is left to do
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("1.txt", b" \n", "caption is empty.*1.txt"),
+        ("1.caption", b"a {thing}", "Unknown placeholder"),
+        ("1.json", b'{"width": 3}', "holds no caption.*1.json"),
+        ("metadata.jsonl", b"{", "JSON cannot be read.*metadata.jsonl:1"),
+        ("photo.txt", None, "name of a file of captions.*photo.txt"),
+    ],
+)
+def test_captions_that_training_refuses_are_refused_before_the_model(
+    workdir, monkeypatch, name, content, message
+):
+    photos_of = photos(workdir / "subject")
+    (photos_of / name).write_bytes((photos_of / "0.png").read_bytes() if content is None else content)
+    before = {path.name: path.read_bytes() for path in photos_of.iterdir()}
+    monkeypatch.setattr("ldm.runs.caption_photos.VisionLanguageModel", None)
+    with pytest.raises(UserError, match=message):
+        caption.main(caption.parse([str(photos_of), "--class_word", "disc"]))
+    assert {path.name: path.read_bytes() for path in photos_of.iterdir()} == before
+
+
+def test_photos_of_one_stem_share_their_file_and_what_is_written_meanwhile_stays(workdir, monkeypatch):
+    photos_of = photos(workdir / "subject")
+    RED.save(photos_of / "0.bmp")
+    by_the_sea(monkeypatch, [])
+
+    def meanwhile(*args, **options):
+        (photos_of / "3.caption").write_text("mine: sks disc")
+        return "a photo of sks disc, by the sea"
+
+    monkeypatch.setattr("ldm.evaluation.captions.caption_of", meanwhile)
+    caption.main(caption.parse([str(photos_of), "--class_word", "disc", "--batch_size", "5"]))
+    assert {path.name for path in photos_of.glob("*.txt")} == {"0.txt", "1.txt", "2.txt"}
+    assert (photos_of / "3.caption").read_text() == "mine: sks disc"
 
 
 def test_gemma_in_small_writes_captions(workdir, folder, model):

@@ -8,6 +8,9 @@ from ldm.commands import convert
 from ldm.errors import UserError
 from ldm.runs.job import plan, run_job
 from ldm.runs.options import parse
+from ldm.runs.prompts import all_prompts
+from ldm.runs.validate import validate
+from tests.factories import photos, with_concepts
 
 LONG = "a photo of a little round disc that lies on the grass"  # 42 letters for 30 places
 
@@ -32,6 +35,38 @@ def test_a_caption_of_a_job_too(words: list[str], subject_folder: Path):
     with pytest.raises(UserError, match=r"comes after them.*3\.txt"):
         run_job(parse([*words, "data.params.captions=true"]))
     assert not Path("logs").exists()
+
+
+def test_samples_are_named_by_their_template(words: list[str], workdir: Path):
+    """Each of several concepts fills it in; its number is the one that it has in the config."""
+    concepts = with_concepts("tiny.yaml", photos(workdir / "rings"))
+    prompts = ["{identifier} {class_word} here", "a {class_word}", "a tree", "{identifier} at night"]
+    config = parse([*words, concepts, f"samples.prompts={prompts}"])
+    found = all_prompts(config, validate(config, download=False))
+    samples = {key: text for key, text in found.items() if key.startswith("samples")}
+    assert samples == {
+        "samples.prompts.0, for sks disc": "sks disc here",
+        "samples.prompts.0, for zwx ring": "zwx ring here",
+        "samples.prompts.1, for sks disc": "a disc",
+        "samples.prompts.1, for zwx ring": "a ring",
+        "samples.prompts.2": "a tree",
+        "samples.prompts.3, for sks disc": "sks at night",
+        "samples.prompts.3, for zwx ring": "zwx at night",
+        "samples.prompts.3, for style": "qpv at night",
+    }
+    assert found["concepts.1.subject_prompt"] == "a photo of zwx ring"
+    asked = [*words, concepts, f"samples.prompts=['a {{class_word}}','{LONG} {{identifier}}']"]
+    with pytest.raises(UserError, match=r'"sks" comes after them.*\(samples\.prompts\.1, for sks disc\)'):
+        plan(parse(asked))
+
+
+def test_of_one_concept_a_sample_has_its_key_alone(words: list[str]):
+    prompts = ["{identifier} {class_word}", "a {class_word}", "{identifier} {class_word}"]
+    config = parse([*words, f"samples.prompts={prompts}"])
+    found = all_prompts(config, validate(config, download=False))
+    samples = {key: text for key, text in found.items() if key.startswith("samples")}
+    wanted = ["sks disc", "a disc", "sks disc"]
+    assert samples == {f"samples.prompts.{k}": text for k, text in enumerate(wanted)}
 
 
 def test_they_are_read_by_the_bases_own_vocabulary(

@@ -23,10 +23,11 @@ from ldm import targets
 from ldm.commands import search as command_of_search
 from ldm.engine.non_finite import NonFiniteError
 from ldm.errors import UserError
-from ldm.reports.search_page import to_csv
+from ldm.reports.search_page import Result, to_csv, trial_name
 from ldm.runs import grid, trials
 from ldm.runs import search as searches
 from ldm.runs import search_results as script_of_search
+from ldm.runs.grid_subjects import slug
 from ldm.runs.search import Range, Search, check_search, overrides_of
 from ldm.runs.trials import Trials, Worker, is_better, mend_journal, running_mean
 from ldm.schema import RunConfig
@@ -398,6 +399,31 @@ def finished_search(workdir: Path, script: Callable, argv: list[str]) -> None:
 
     runs.before_step = picture
     script_of_search.run_search(command_of_search.parse(argv), argv)
+
+
+@pytest.mark.parametrize("pictures, alone, several", [("", [0], [0, 1]), ("a {class_word}", [1], [2, 3])])
+def test_the_sheet_of_a_trial_shows_one_prompt_of_each_subject(
+    workdir: Path, pictures: str, alone: list[int], several: list[int]
+):
+    subjects = {**CONTENT["subjects"], "both": {"together": ["rex", "tom"]}}
+    prompts = ["samples.prompts=['{identifier} {class_word}','a {class_word}','a tree']"]
+    search = read(workdir, subjects=subjects, set=prompts, pictures=pictures)
+    for s, subject in enumerate(subjects):
+        samples = search.folder / f"{slug(trial_name(0))}--{subject}--1/samples"
+        samples.mkdir(parents=True)
+        for row in range(5 if subject == "both" else 3):
+            Image.new("L", (64, 64), 100 + 20 * s + row).save(samples / f"{row:02d}-00.png")
+    result = Result(0, "finished", {}, [])
+    sheet = script_of_search.sheet_of(search, result).convert("L")
+    rows = [100 + row for row in alone] + [120 + row for row in alone] + [140 + row for row in several]
+    height = sheet.height // len(rows)
+    assert [sheet.getpixel((30, height * k + height // 2 + 10)) for k in range(len(rows))] == rows
+    for path in samples.iterdir():
+        path.unlink()
+    assert round(script_of_search.sheet_of(search, result).height / height) == 2
+    Image.new("L", (64, 64), 200).save(samples / "step-00000002.png")  # of a run that ended early
+    sheet = script_of_search.sheet_of(search, result).convert("L")
+    assert round(sheet.height / height) == 3 and sheet.getpixel((30, 2 * height + height // 2 + 10)) == 200
 
 
 @pytest.mark.parametrize("metrics", [["subject_fidelity"], ["subject_fidelity", "class_drift"]])

@@ -282,6 +282,34 @@ def test_images_stand_side_by_side(workdir: Path):
     assert shown == [level for levels in by_subject.values() for level in (255, *levels)]
 
 
+def test_of_several_subjects_in_one_run_each_has_its_own_row(workdir: Path):
+    """Rows of samples: dog and car of the first template, then of the second, which is the one shown."""
+    prompt = "a photo of a {class_word}"
+    words = ["trainer.max_steps=3", f"samples.prompts=['{{identifier}} {{class_word}}','{prompt}','a tree']"]
+    sweep = read_sweep(write(workdir, set=words, subjects=BOTH, seeds=[1], pictures=prompt))
+    jobs = jobs_of(sweep)
+    for k, job in enumerate(jobs):
+        for place, level in (("samples/before", 100), ("samples", 140 + 10 * k)):
+            (job.folder / place).mkdir(parents=True, exist_ok=True)
+            for row in range(5 if job.subject == "both" else 3):
+                Image.new("L", (64, 64), level + row).save(job.folder / place / f"{row:02d}-00.png")
+    (path,) = study.save_pictures(sweep, jobs, workdir)
+    sheet = Image.open(path).convert("L")
+    height = sheet.height // 12  # single subjects: base and two variants; both: twice as many
+    shown = [sheet.getpixel((30, height * k + height // 2 + 10)) for k in range(12)]
+    order = {(job.variant, job.subject): k for k, job in enumerate(jobs)}
+    wanted = []
+    for subject, rows in (("rex", [1]), ("car", [1]), ("both", [2, 3])):
+        levels = [100, *(140 + 10 * order[variant, subject] for variant in sweep.variants)]
+        wanted += [level + row for level in levels for row in rows]
+    assert sorted(shown) == sorted(wanted) and shown[:6] == wanted[:6]
+
+
+def test_a_picture_that_is_not_sampled_is_found_before_the_first_run(workdir: Path):
+    with pytest.raises(UserError, match="`a house` is not sampled by `Weight 0`.*pictures"):
+        jobs_of(read_sweep(write(workdir, pictures="a house")))
+
+
 @pytest.mark.parametrize(
     "plot",
     [
