@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from ldm.checkpoints.load import open_model, read_checkpoint
 from ldm.commands import convert
 from ldm.errors import UserError
 from ldm.runs.validate import validate
@@ -41,3 +43,19 @@ def test_a_base_of_zero_terminal_snr_is_trained_as_such(kind, bases, subject_fol
     process = "model.params.process."
     assert error.value.remedy == f"Set {process}parameterization=v, {process}zero_terminal_snr=true."
     check()
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_both_kinds_of_files_are_marked_by_the_config(zero, xl_file, tmp_path):
+    """Converted from eps with a config of v-prediction."""
+    section = tiny_sdxl.model_section(xl_file)
+    section["process"] |= {"parameterization": "v", "zero_terminal_snr": zero}
+    OmegaConf.save(OmegaConf.create({"model": {"params": section}}), tmp_path / "v.yaml")
+    paths = [tmp_path / "xl.safetensors", tmp_path / "shards.safetensors.index.json"]
+    for path in paths:
+        convert.main(convert.parse([str(xl_file), str(path), "--config", str(tmp_path / "v.yaml")]))
+        tensors, metadata = read_checkpoint(path)
+        assert ("v_pred" in tensors, "ztsnr" in tensors) == (True, zero)
+        assert metadata["modelspec.prediction_type"] == "v"
+        config = open_model(path).config
+        assert (config["parameterization"], config["zero_terminal_snr"]) == ("v", zero)
