@@ -37,6 +37,15 @@ KINDS = {
     "steps": (int,),
     "guidance_scale": (int, float),
 }
+BY_CONFIG = (  # keys that a model's config decides, also where it leaves one out; the others are facts
+    "modelspec.architecture",
+    "modelspec.encoder_layer",
+    "modelspec.implementation",
+    "modelspec.prediction_type",
+    "modelspec.resolution",
+    "ldm.config",
+    "ldm.size",
+)
 NETWORKS = ("unet", "vae", "text_encoder")  # keys of nodes that `ldm.config` holds
 
 
@@ -78,6 +87,23 @@ def file_metadata(
     if training is not None:
         about["ldm.training"] = json.dumps(_shareable(training))
     return about
+
+
+def with_config_of(metadata: Mapping[str, str], about: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a file that is written with another config: what that decides is as in `about`.
+
+    metadata: of the source, whose title, author, licence, hashes and training stay. about: `file_metadata`
+    by the config. Another tool's finer name of the architecture stays, and a resolution of the same width.
+    """
+    kept = {key: text for key, text in metadata.items() if key not in BY_CONFIG}
+    architecture, resolution = (
+        metadata.get(f"modelspec.{key}", "") for key in ("architecture", "resolution")
+    )
+    if architecture and architecture not in (*ARCHITECTURES.values(), OTHER_ARCHITECTURE):
+        kept["modelspec.architecture"] = architecture
+    if resolution.partition("x")[0] == about["ldm.size"]:
+        kept["modelspec.resolution"] = resolution
+    return {**about, **kept}
 
 
 def taught_words(metadata: Mapping[str, str]) -> dict[str, str | None]:

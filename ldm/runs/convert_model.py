@@ -12,7 +12,7 @@ from ldm.checkpoints.infer_config import SCHEDULE
 from ldm.checkpoints.layout import join
 from ldm.checkpoints.load import Model, open_model
 from ldm.checkpoints.lora import merge_lora, read_lora, save_lora, stored_as
-from ldm.checkpoints.modelspec import file_metadata
+from ldm.checkpoints.modelspec import file_metadata, with_config_of
 from ldm.checkpoints.save import DTYPES, cast_tensors, save_model
 from ldm.checkpoints.save_folder import check_folder, save_folder
 from ldm.checkpoints.shards import INDEX, write_shards
@@ -47,14 +47,21 @@ def extracted(options: Namespace) -> Path:
     )
     count = sum(map(len, lora.layers.values()))
     print(f"{count} layers: {lora.kept:.2%} of the squared change; {lora.elsewhere:.2%} is in other tensors")
-    metadata = {key: text for key, text in model.metadata.items() if key.startswith("modelspec.")}
+    about = described(model, title=options.source.stem)
+    said = [key for key in model.metadata if key.startswith("modelspec.") and key in about]
     return save_lora(
         options.target,
         lora.layers,
         base.state_dicts,
         dtype=DTYPES[options.dtype or "fp16"],
-        metadata=metadata,
+        metadata={key: about[key] for key in said},
     )
+
+
+def described(model: Model, *, title: str) -> dict[str, str]:
+    """The metadata of a model, by its config where that decides; the title only where it has none."""
+    size = model.size(model.config["parameterization"])
+    return with_config_of(model.metadata, file_metadata(model.config, title=title, size=size))
 
 
 def convert_model(options: Namespace) -> Path:
@@ -78,7 +85,7 @@ def convert_model(options: Namespace) -> Path:
         )
     schedule = {key: model.config[key] for key in SCHEDULE}
     alphas_cumprod = make_alphas_cumprod(**schedule, dtype=torch.float64)
-    metadata = file_metadata(model.config, title=options.source.stem, size=size) | dict(model.metadata)
+    metadata = described(model, title=options.source.stem)
     if sharded:
         parts = {name: cast_tensors(part, dtype) for name, part in model.state_dicts.items()}
         tensors = join(parts, alphas_cumprod, v_prediction=model.config["parameterization"] == "v")

@@ -35,6 +35,7 @@ from ldm.optim.optimizer_nodes import averages_weights, optimizer_of, weights_dt
 from ldm.optim.schedules import Constant
 from ldm.pipeline import Text2Image
 from ldm.runs import run
+from ldm.runs.base_agreement import check_agreement, without_scale
 from ldm.runs.before_after import evaluation_nodes
 from ldm.runs.buckets import build_data, check_unit
 from ldm.runs.folder import check_name
@@ -137,7 +138,8 @@ def _look_at(data: DreamBoothDataModule) -> None:
 
 
 def _check_bases(config: RunConfig, module: Any, bases: Mapping[str, str], *, download: bool) -> Path | None:
-    """Refuses a base of another family than the config's: by its name on the hub, then by its files.
+    """Refuses a base of another family than the config's, by its name on the hub, then by its files; and one
+    that states other networks or another schedule.
 
     -> the folder of the base's own vocabulary, where it has one on this machine.
     """
@@ -150,14 +152,18 @@ def _check_bases(config: RunConfig, module: Any, bases: Mapping[str, str], *, do
     if missing and not download:
         return None
     files = run.base_files(config)
-    if own is None:
+    if not isinstance(module, LatentDiffusion):
         return None
-    if own is SDXL and "vae" in files:  # its names and shapes are those of SD's
+    if own is not None and "vae" in files:  # its names and shapes are the same in all families
         node = {"params": {"scale_factor": module.networks["vae"].scale_factor}}
         check_same_scale(open_vae(files["vae"])[1], node, where=files["vae"])
     models = {part: open_model(path) for part, path in files.items() if part != "vae"}
-    if "all" in models:
+    if own is not None and "all" in models:
         _check_same_family(models["all"].family, own, where=models["all"].path)
+    stated = {part: (model.path, model.known) for part, model in models.items()}
+    if "vae" in files:
+        stated["vae"] = files["vae"], without_scale(open_vae(files["vae"])[1])
+    check_agreement(module, config.model["params"], stated)
     return next((model.tokenizer for model in models.values() if model.tokenizer is not None), None)
 
 

@@ -89,6 +89,8 @@ def test_marks_of_v_prediction_are_honoured(small_file):
     with pytest.raises(UserError, match="parameterization=v"):
         model.require_prediction("eps")
     assert open_model(small_file("eps.ckpt")).prediction is None
+    alone = open_model(small_file("alone.ckpt", ztsnr=torch.ones(1)))  # ComfyUI reads it beside v_pred
+    assert alone.prediction is None and "zero_terminal_snr" not in alone.known
 
 
 def test_marks_are_written_again():

@@ -51,8 +51,13 @@ def describe_relative(names: Iterable[str]) -> str | None:
 
 
 def marked(names: Iterable[str]) -> dict[str, object]:
-    """What tensors without a use but as a mark say of the training: v-prediction, zero terminal SNR."""
+    """What tensors without a use but as a mark say of the training: v-prediction, zero terminal SNR.
+
+    As in ComfyUI, the mark of a zero terminal SNR counts only beside that of v-prediction.
+    """
     names = set(names)
+    if "v_pred" not in names:
+        return {}
     return {key: value for mark, said in MARKS.items() if mark in names for key, value in said.items()}
 
 
