@@ -101,8 +101,6 @@ class CheckpointCallback(Checkpoint):
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        # The step of logs, which Lightning guesses on resuming; with one optimizer it is the global step.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         asked = self._asked_to_stop(trainer, module)
         scored_best = self.online_eval is not None and self._is_best(trainer.global_step)
         if asked or trainer.global_step % self.every == 0 or scored_best:
@@ -134,6 +132,18 @@ class CheckpointCallback(Checkpoint):
             batches, epochs = loops["epoch_loop.batch_progress"][count], loops["epoch_progress"][count]
             batches["ready"] = batches["completed"]
             epochs["processed"] = epochs["completed"]
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Counts the micro-batches of the steps done as these are split now, which is where the data begin.
+
+        Otherwise a run that goes on with another accumulation would begin within a step.
+        """
+        done = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for count in ("total", "current"):  # the same, as the epoch is endless
+            progress[count] = dict.fromkeys(("ready", "started", "processed", "completed"), done)
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Writes a checkpoint of this step, unless there is one or it is not finite; removes old ones."""

@@ -1,9 +1,21 @@
-"""When a training step logs, and what: the mean over its micro-batches."""
+"""When a training step logs, at which step, and what: the mean over its micro-batches."""
 
 from collections.abc import Mapping
 
 import pytorch_lightning as pl
 from torch import Tensor
+
+
+class StepOfLogs(pl.Callback):
+    """Sets the step of logs, which Lightning guesses on resuming: with one optimizer it is the global step.
+
+    It comes before all callbacks that log.
+    """
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: dict, batch_idx: int
+    ) -> None:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 class StepMean:

@@ -85,8 +85,8 @@ def check_online_eval(config: RunConfig) -> None:
         remedy = "Add one, or set online_eval.every_steps=0."
         raise UserError("Online evaluation needs an `evaluation`", where="online_eval", remedy=remedy)
     trainer = config.trainer
-    steps = (trainer.val_check_interval or 0) // trainer.accumulate_grad_batches
-    if steps < 1 or every % steps:
+    interval, accumulate = trainer.val_check_interval or 0, trainer.accumulate_grad_batches
+    if interval < accumulate or every * accumulate % interval:
         what = f"An evaluation every {every} steps never follows a validation"
         remedy = "Choose a multiple of trainer.val_check_interval, which counts micro-batches."
         raise UserError(what, where="online_eval.every_steps", remedy=remedy)

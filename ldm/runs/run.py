@@ -35,6 +35,7 @@ from ldm.engine.peak import reset_peak_memory
 from ldm.engine.resume import check_fit, latest_valid_checkpoint, name_of
 from ldm.engine.sharding import fsdp_replica
 from ldm.engine.signals import StopSignals
+from ldm.engine.step_log import StepOfLogs
 from ldm.errors import UserError
 from ldm.files import atomic_write, make_folder, parse_json, require_space
 from ldm.optim.optimizer_nodes import averages_weights, optimizer_of
@@ -150,7 +151,7 @@ def fit(
         pl.Trainer(
             default_root_dir=folder,
             logger=instantiate(logger) if logger else tensorboard_logger(folder, start=data.start_step),
-            callbacks=[FreeGradients(), *average, *callbacks, *core],
+            callbacks=[FreeGradients(), StepOfLogs(), *average, *callbacks, *core],
             plugins=[AtomicCheckpointIO()],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,

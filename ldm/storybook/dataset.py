@@ -72,8 +72,10 @@ class StorybookDataModule(pl.LightningDataModule):
         self.start_step = 0  # optimizer steps already done: set it before training to resume
 
     def train_dataloader(self) -> DataLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        batches = _Pages(self.batch_size, self.start_step, rank=rank, world_size=world_size)
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        first = self.start_step * (trainer.accumulate_grad_batches if trainer else 1)
+        batches = _Pages(self.batch_size, first, rank=rank, world_size=world_size)
         return DataLoader(self.train_set, batch_sampler=batches, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
@@ -82,13 +84,13 @@ class StorybookDataModule(pl.LightningDataModule):
 
 
 class _Pages(Sampler[list[int]]):
-    """Item numbers of one rank from step `start_step` on, without end; each step takes the next ones."""
+    """Item numbers of one rank from micro-batch `start` on, without end; each takes the next ones."""
 
-    def __init__(self, batch_size: int, start_step: int, *, rank: int, world_size: int):
-        self.batch_size, self.start_step = batch_size, start_step
+    def __init__(self, batch_size: int, start: int, *, rank: int, world_size: int):
+        self.batch_size, self.start = batch_size, start
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in itertools.count(self.start_step):
-            first = (step * self.world_size + self.rank) * self.batch_size
+        for number in itertools.count(self.start):
+            first = (number * self.world_size + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))

@@ -122,8 +122,10 @@ class StorybookStream(pl.LightningDataModule):
         self.validation_set.prepare = prepare
 
     def train_dataloader(self) -> DataLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return self.loader(self.train_set, _Numbers(self.start_step, rank=rank, world_size=world_size))
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        first = self.start_step * (trainer.accumulate_grad_batches if trainer else 1)
+        return self.loader(self.train_set, _Numbers(first, rank=rank, world_size=world_size))
 
     def val_dataloader(self) -> DataLoader:
         return self.loader(self.validation_set, range(self.validation_batches))
@@ -157,10 +159,10 @@ def to_float(images: Tensor) -> Tensor:
 
 
 class _Numbers(Sampler[int]):
-    """Batch numbers of one rank from optimizer step `start_step` on, without end."""
+    """Batch numbers of one rank from micro-batch `start` on, without end."""
 
-    def __init__(self, start_step: int, *, rank: int, world_size: int):
-        self.first = start_step * world_size + rank
+    def __init__(self, start: int, *, rank: int, world_size: int):
+        self.first = start * world_size + rank
         self.world_size = world_size
 
     def __iter__(self) -> Iterator[int]:

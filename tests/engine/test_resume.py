@@ -114,6 +114,7 @@ def test_more_steps_go_on_and_fewer_are_refused(job: Job, tmp_path: Path):
     assert differences(ended.state_dict(), state_of(tmp_path / "again", 2)["state_dict"]) == []
     again = job(tmp_path / "again")
     assert differences(whole.state_dict(), again.state_dict()) == []
+    assert curves_of(tmp_path / "again") == curves_of(tmp_path / "whole")
     with pytest.raises(UserError, match="The run has done 4 steps already.*4 or more"):
         replace(job, steps=3)(tmp_path / "again")
 

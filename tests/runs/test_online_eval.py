@@ -135,6 +135,9 @@ def test_ended_early_it_is_the_run_that_never_stopped_and_exports_the_same(long_
         ({"every_steps": 50}, {"val_check_interval": 40}, "never follows a validation"),
         ({"every_steps": 50}, {}, "never follows a validation"),
         ({"every_steps": 50}, {"val_check_interval": 100, "accumulate_grad_batches": 2}, None),
+        ({"every_steps": 50}, {"val_check_interval": 1, "accumulate_grad_batches": 2}, "never follows"),
+        ({"every_steps": 12}, {"val_check_interval": 25, "accumulate_grad_batches": 2}, "never follows"),
+        ({"every_steps": 25}, {"val_check_interval": 25, "accumulate_grad_batches": 2}, None),
         ({"every_steps": 0}, {}, None),
     ],
 )

@@ -1,13 +1,14 @@
 """The stream of images for the base: a function of the seed alone, whoever draws it, uint8 without loss."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ldm.data.images import to_tensor
 from ldm.errors import UserError
-from ldm.storybook.dataset import SCENES_PER_SEED
+from ldm.storybook.dataset import SCENES_PER_SEED, StorybookDataModule
 from ldm.storybook.stream import StorybookBatches, StorybookStream, to_float
 from ldm.storybook.world import CLASSES, draw, sample_scene
 
@@ -33,6 +34,19 @@ def test_batches_are_the_same_whatever_the_number_of_processes(workers: int):
 
 def test_a_resumed_stream_goes_on_where_it_was():
     assert_same(first_batches(5, num_workers=0)[3:], first_batches(2, num_workers=2, start_step=3))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("module", [StorybookStream, StorybookDataModule])
+def test_a_step_of_several_batches_is_resumed_at_its_first(module: type, accumulate: int):
+    def items(start_step: int, count: int) -> list[int]:
+        data = module(batch_size=2, seed=7, num_workers=0)
+        data.trainer = SimpleNamespace(global_rank=0, world_size=1, accumulate_grad_batches=accumulate)
+        data.start_step = start_step
+        batches = itertools.islice(data.train_dataloader(), count)
+        return [item for batch in batches for item in batch["item"].tolist()]
+
+    assert items(2, 2) == items(0, 2 * accumulate + 2)[-4:]
 
 
 def test_images_are_drawings_of_the_book_and_lose_nothing_as_bytes():
