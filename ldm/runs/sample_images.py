@@ -3,7 +3,8 @@
 import re
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from ldm.data.prompts import read_prompts
 from ldm.engine.device import keep_freed_memory
 from ldm.errors import UserError
 from ldm.families.sdxl.conditioning import Sizes, warn_of_small_side
+from ldm.files import make_folder
 from ldm.models.text_encoder import find_words
 from ldm.pipeline import Sample, Text2Image
 from ldm.precision import resolve_precision
+from ldm.runs.folder import new_folder
 from ldm.sampler_nodes import build_sampler
 from ldm.targets import allow
 
@@ -107,21 +110,29 @@ def sample_images(options: Namespace) -> None:
     own = clip_skip_of(pipeline.text_encoder)
     settings["clip_skip"] = own if options.clip_skip is None else options.clip_skip
     about |= {"clip_skip": settings["clip_skip"]} if settings["clip_skip"] != 1 else {}
-    rows, out = drawn(pipeline, prompts, options, settings), folder_of(options, path)
-    images = write_images(rows, out, prompts=prompts, about=about)
+    rows = drawn(pipeline, prompts, options, settings)
+    first = next(rows)  # a call that the pipeline refuses leaves no folder
+    out = folder_of(options, path)
+    images = write_images(chain([first], rows), out, prompts=prompts, about=about)
     grid = contact_sheet(list(zip(prompts, images, strict=True)))
     print(save_image(out / "contact_sheet.png", grid, {"prompts": prompts, "seed": options.seed} | about))
 
 
 def folder_of(options: Namespace, path: Path) -> Path:
-    """The folder of the images: as the options say, or a new one beside the model (the hub's: in logs/)."""
+    """Makes the folder of the images: the one of the options, there or not, or one that no other command has.
+
+    The latter is beside the model, of the hub's in logs/. Raises UserError where it cannot be made.
+    """
+    if options.out is not None:
+        return make_folder(options.out)
     of_hub = options.model is not None and HubModel.of(options.model) is not None
     beside = Path("logs", name_of(path)) if of_hub else path.parent
-    return options.out or beside / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
+    wanted = beside / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
+    return new_folder(wanted, remedy="Name a folder that can be written, --out FOLDER.")
 
 
 def write_images(
-    rows: Iterator[tuple[int, Sample]], out: Path, *, prompts: Sequence[str], about: dict[str, Any]
+    rows: Iterable[tuple[int, Sample]], out: Path, *, prompts: Sequence[str], about: dict[str, Any]
 ) -> list[list[Image.Image]]:
     """Writes each image as it comes, with its settings, and prints its path -> the images of each prompt.
 
@@ -129,7 +140,6 @@ def write_images(
     """
     images: list[list[Image.Image]] = [[] for _ in prompts]
     for row, sample in rows:
-        out.mkdir(parents=True, exist_ok=True)
         slug = re.sub(r"\W+", "-", sample.prompt.lower())[:40].strip("-")
         file = out / f"{row:03d}-{slug}-{sample.seed}.png"
         written = save_image(file, sample.image, {"prompt": sample.prompt, "seed": sample.seed} | about)
