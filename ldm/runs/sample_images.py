@@ -1,5 +1,7 @@
 """Images of prompts by a trained model, as files: what `sample.py` does."""
 
+import hashlib
+import json
 import re
 import time
 from argparse import Namespace
@@ -103,13 +105,14 @@ def sample_images(options: Namespace) -> None:
     sizes = sizes_of(options, pipeline, height=settings["height"], width=settings["width"])
     if sizes is not None:
         warn_of_small_side(min(settings["height"], settings["width"]), where="--height, --width")
+    own = clip_skip_of(pipeline.text_encoder)
+    settings["clip_skip"] = own if options.clip_skip is None else options.clip_skip
     about |= _added(options, pipeline, base=base, sizes=sizes, negative_prompt=settings["negative_prompt"])
+    about |= {"clip_skip": settings["clip_skip"]} if (own, settings["clip_skip"]) != (1, 1) else {}
+    about |= {"config": Path(options.config).name, "config_hash": _content_hash(config)} if config else {}
     if init_image:
         settings["strength"] = options.strength
     settings |= {"init_image": init_image, "long_prompts": options.long_prompts, "sizes": sizes}
-    own = clip_skip_of(pipeline.text_encoder)
-    settings["clip_skip"] = own if options.clip_skip is None else options.clip_skip
-    about |= {"clip_skip": settings["clip_skip"]} if settings["clip_skip"] != 1 else {}
     rows = drawn(pipeline, prompts, options, settings)
     first = next(rows)  # a call that the pipeline refuses leaves no folder
     out = folder_of(options, path)
@@ -176,13 +179,25 @@ def _added(
     about: dict[str, Any] = {}
     if options.init_image:
         about |= {"strength": options.strength, "init_image": options.init_image.name}
+        about["init_image_hash"] = file_hash(options.init_image)
     if sizes is not None:
         about |= sizes._asdict() | {"unconditional": "zeros" if negative_prompt is None else "prompt"}
-    about |= {"lora": options.lora} if options.lora else {}
+    about |= {"long_prompts": True} if options.long_prompts else {}
+    if options.lora:
+        files = [file for file, _ in map(weighted, options.lora)]
+        about |= {"lora": options.lora, "lora_hash": list(map(file_hash, files))}
+    if options.embedding:
+        about["embedding"] = [file.name for file in options.embedding]
+        about["embedding_hash"] = list(map(file_hash, options.embedding))
     about |= {"vae": options.vae.name, "vae_hash": file_hash(options.vae)} if options.vae else {}
     if base:
         about |= {"guidance_base": name_of(base), "guidance_base_hash": pipeline.guidance_base.model_hash}
-    return about | ({"embedding": [file.name for file in options.embedding]} if options.embedding else {})
+    return about
+
+
+def _content_hash(config: dict[str, Any]) -> str:
+    """sha256 of what a config says, with the files that it includes."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def drawn(
