@@ -105,13 +105,11 @@ def sample_images(options: Namespace) -> None:
     sizes = sizes_of(options, pipeline, height=settings["height"], width=settings["width"])
     if sizes is not None:
         warn_of_small_side(min(settings["height"], settings["width"]), where="--height, --width")
+    about |= _added(options, pipeline, base=base, sizes=sizes, negative_prompt=settings["negative_prompt"])
+    settings |= {"strength": options.strength} if init_image else {}
     own = clip_skip_of(pipeline.text_encoder)
     settings["clip_skip"] = own if options.clip_skip is None else options.clip_skip
-    about |= _added(options, pipeline, base=base, sizes=sizes, negative_prompt=settings["negative_prompt"])
     about |= {"clip_skip": settings["clip_skip"]} if (own, settings["clip_skip"]) != (1, 1) else {}
-    about |= {"config": Path(options.config).name, "config_hash": _content_hash(config)} if config else {}
-    if init_image:
-        settings["strength"] = options.strength
     settings |= {"init_image": init_image, "long_prompts": options.long_prompts, "sizes": sizes}
     rows = drawn(pipeline, prompts, options, settings)
     first = next(rows)  # a call that the pipeline refuses leaves no folder
@@ -189,6 +187,9 @@ def _added(
     if options.embedding:
         about["embedding"] = [file.name for file in options.embedding]
         about["embedding_hash"] = list(map(file_hash, options.embedding))
+    if options.config:
+        config = to_container(load_config([options.config]))
+        about |= {"config": Path(options.config).name, "config_hash": _content_hash(config)}
     about |= {"vae": options.vae.name, "vae_hash": file_hash(options.vae)} if options.vae else {}
     if base:
         about |= {"guidance_base": name_of(base), "guidance_base_hash": pipeline.guidance_base.model_hash}
