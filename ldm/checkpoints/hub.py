@@ -150,7 +150,11 @@ class HubModel:
         return sum(self.listing.sizes[name] for name in missing)
 
     def _in_cache(self) -> tuple[Path, list[str]] | None:
-        """The cache's folder and the files that are read of it, if another tool has downloaded them all."""
+        """The cache's folder and the files that are read of it, if another tool has downloaded them all.
+
+        Without a variant in the id, weights of one do not do: what the hub has in full precision may not be
+        in the cache, and the base would depend on what else was downloaded.
+        """
         from huggingface_hub import try_to_load_from_cache
 
         for sign in (self.file, MODEL_INDEX, "config.json"):
@@ -162,9 +166,11 @@ class HubModel:
                 snapshot = snapshot.parent
             names = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()]
             try:
-                return snapshot, choose(names, file=self.file, variant=self.variant)
+                chosen = choose(names, file=self.file, variant=self.variant)
             except UserError:  # not all is there
                 return None
+            unasked = self.file is None and self.variant is None and any(map(_has_variant, chosen))
+            return None if unasked else (snapshot, chosen)
         return None
 
     def __str__(self) -> str:
@@ -242,6 +248,12 @@ def _weights(prefix: str, names: Sequence[str], variant: str | None) -> list[str
         return []
     best = ranked[0][1]
     return [prefix + name for name in (_shards_of(best, here) if best.endswith(".json") else [best])]
+
+
+def _has_variant(name: str) -> bool:
+    """Whether this is the file of a network's weights, or their index, in fp16 or another variant."""
+    rank = weights_rank(Path(name))
+    return rank is not None and rank[1] > 0
 
 
 def _shards_of(index: str, names: Sequence[str]) -> list[str]:

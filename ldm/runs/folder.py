@@ -48,8 +48,11 @@ def check_name(name: str) -> None:
         raise UserError(f"{name!r} is no name of a folder", where="name", remedy="Give another one.")
 
 
-def new_folder(wanted: Path) -> Path:
-    """Creates `wanted`, or the first of `wanted-2`, `wanted-3`, ... that does not exist."""
+def new_folder(wanted: Path, *, remedy: str = "Choose another `name`.") -> Path:
+    """Creates `wanted`, or the first of `wanted-2`, `wanted-3`, ... that does not exist.
+
+    Raises UserError, with the remedy, where it cannot be created.
+    """
     for number in range(1, 10_000):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         try:
@@ -57,10 +60,10 @@ def new_folder(wanted: Path) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            what = f"The run's folder cannot be created: {error.strerror or error}"
-            raise UserError(what, where=folder, remedy="Choose another `name`.") from error
+            what = f"The folder cannot be created: {error.strerror or error}"
+            raise UserError(what, where=folder, remedy=remedy) from error
         return folder
-    raise UserError("There are too many runs with this name", where=wanted, remedy="Choose another `name`.")
+    raise UserError("There are too many folders of this name", where=wanted, remedy=remedy)
 
 
 @contextmanager

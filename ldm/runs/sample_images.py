@@ -1,9 +1,12 @@
 """Images of prompts by a trained model, as files: what `sample.py` does."""
 
+import hashlib
+import json
 import re
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,11 @@ from ldm.data.prompts import read_prompts
 from ldm.engine.device import keep_freed_memory
 from ldm.errors import UserError
 from ldm.families.sdxl.conditioning import Sizes, warn_of_small_side
+from ldm.files import make_folder
 from ldm.models.text_encoder import find_words
 from ldm.pipeline import Sample, Text2Image
 from ldm.precision import resolve_precision
+from ldm.runs.folder import new_folder
 from ldm.sampler_nodes import build_sampler
 from ldm.targets import allow
 
@@ -101,27 +106,34 @@ def sample_images(options: Namespace) -> None:
     if sizes is not None:
         warn_of_small_side(min(settings["height"], settings["width"]), where="--height, --width")
     about |= _added(options, pipeline, base=base, sizes=sizes, negative_prompt=settings["negative_prompt"])
-    if init_image:
-        settings["strength"] = options.strength
-    settings |= {"init_image": init_image, "long_prompts": options.long_prompts, "sizes": sizes}
+    settings |= {"strength": options.strength} if init_image else {}
     own = clip_skip_of(pipeline.text_encoder)
     settings["clip_skip"] = own if options.clip_skip is None else options.clip_skip
-    about |= {"clip_skip": settings["clip_skip"]} if settings["clip_skip"] != 1 else {}
-    rows, out = drawn(pipeline, prompts, options, settings), folder_of(options, path)
-    images = write_images(rows, out, prompts=prompts, about=about)
+    about |= {"clip_skip": settings["clip_skip"]} if (own, settings["clip_skip"]) != (1, 1) else {}
+    settings |= {"init_image": init_image, "long_prompts": options.long_prompts, "sizes": sizes}
+    rows = drawn(pipeline, prompts, options, settings)
+    first = next(rows)  # a call that the pipeline refuses leaves no folder
+    out = folder_of(options, path)
+    images = write_images(chain([first], rows), out, prompts=prompts, about=about)
     grid = contact_sheet(list(zip(prompts, images, strict=True)))
     print(save_image(out / "contact_sheet.png", grid, {"prompts": prompts, "seed": options.seed} | about))
 
 
 def folder_of(options: Namespace, path: Path) -> Path:
-    """The folder of the images: as the options say, or a new one beside the model (the hub's: in logs/)."""
+    """Makes the folder of the images: the one of the options, there or not, or one that no other command has.
+
+    The latter is beside the model, of the hub's in logs/. Raises UserError where it cannot be made.
+    """
+    if options.out is not None:
+        return make_folder(options.out)
     of_hub = options.model is not None and HubModel.of(options.model) is not None
     beside = Path("logs", name_of(path)) if of_hub else path.parent
-    return options.out or beside / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
+    wanted = beside / "samples" / time.strftime("%Y-%m-%dT%H-%M-%S")
+    return new_folder(wanted, remedy="Name a folder that can be written, --out FOLDER.")
 
 
 def write_images(
-    rows: Iterator[tuple[int, Sample]], out: Path, *, prompts: Sequence[str], about: dict[str, Any]
+    rows: Iterable[tuple[int, Sample]], out: Path, *, prompts: Sequence[str], about: dict[str, Any]
 ) -> list[list[Image.Image]]:
     """Writes each image as it comes, with its settings, and prints its path -> the images of each prompt.
 
@@ -129,7 +141,6 @@ def write_images(
     """
     images: list[list[Image.Image]] = [[] for _ in prompts]
     for row, sample in rows:
-        out.mkdir(parents=True, exist_ok=True)
         slug = re.sub(r"\W+", "-", sample.prompt.lower())[:40].strip("-")
         file = out / f"{row:03d}-{slug}-{sample.seed}.png"
         written = save_image(file, sample.image, {"prompt": sample.prompt, "seed": sample.seed} | about)
@@ -166,13 +177,28 @@ def _added(
     about: dict[str, Any] = {}
     if options.init_image:
         about |= {"strength": options.strength, "init_image": options.init_image.name}
+        about["init_image_hash"] = file_hash(options.init_image)
     if sizes is not None:
         about |= sizes._asdict() | {"unconditional": "zeros" if negative_prompt is None else "prompt"}
-    about |= {"lora": options.lora} if options.lora else {}
+    about |= {"long_prompts": True} if options.long_prompts else {}
+    if options.lora:
+        files = [file for file, _ in map(weighted, options.lora)]
+        about |= {"lora": options.lora, "lora_hash": list(map(file_hash, files))}
+    if options.embedding:
+        about["embedding"] = [file.name for file in options.embedding]
+        about["embedding_hash"] = list(map(file_hash, options.embedding))
+    if options.config:
+        config = to_container(load_config([options.config]))
+        about |= {"config": Path(options.config).name, "config_hash": _content_hash(config)}
     about |= {"vae": options.vae.name, "vae_hash": file_hash(options.vae)} if options.vae else {}
     if base:
         about |= {"guidance_base": name_of(base), "guidance_base_hash": pipeline.guidance_base.model_hash}
-    return about | ({"embedding": [file.name for file in options.embedding]} if options.embedding else {})
+    return about
+
+
+def _content_hash(config: dict[str, Any]) -> str:
+    """sha256 of what a config says, with the files that it includes."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def drawn(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 
 from ldm.checkpoints.find_model import find_model
 from ldm.checkpoints.hub import HubModel, choose, local_path
@@ -225,6 +225,59 @@ def test_what_is_here_needs_no_network(hub, pipeline, monkeypatch):
     assert file_hash(local_path("owner/tiny")) == before
     shutil.rmtree(folder)
     assert file_hash(local_path("owner/tiny")) == before and hub.asked == []
+
+
+def as_variant(stem: str, variant: str, *, sharded: bool) -> list[str]:
+    """Weights of a variant as diffusers names them."""
+    if not sharded:
+        return [f"{stem}.{variant}.safetensors"]
+    shards = [f"{stem}.{variant}-{k:05d}-of-00002.safetensors" for k in (1, 2)]
+    return [f"{stem}.safetensors.index.{variant}.json", *shards]
+
+
+@pytest.mark.parametrize(
+    ("part", "variant", "sharded"),
+    [(None, "fp16", False), ("unet", "fp16", True), ("unet", "non_ema", False)],
+    ids=["pipeline", "shards of a network", "another variant"],
+)
+def test_a_variant_in_the_cache_is_not_full_precision(hub, pipeline, monkeypatch, part, variant, sharded):
+    """Another tool has cached a variant: without one in the id, the base is what it is on a fresh machine."""
+    root = (
+        pipeline
+        if part is None
+        else shutil.copytree(pipeline / part, hub.repo("owner/net"), dirs_exist_ok=True)
+    )
+    name = "owner/tiny" if part is None else "owner/net"
+    stems = SAFE if part is None else ["diffusion_pytorch_model"]
+    cached = [n for stem in stems for n in as_variant(stem, variant, sharded=sharded)]
+    for file in cached:
+        (root / file).write_bytes(b"{}" if file.endswith(".json") else b"rounded")
+    fresh = file_hash(local_path(name))
+    shutil.rmtree(hub.root / "../home")
+    rest = small(pipeline) if part is None else ["config.json"]
+    snapshot_download(name, allow_patterns=[*rest, *cached])
+    hub.asked.clear()
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(UserError, match="not on this machine.*HF_HUB_OFFLINE is set") as caught:
+            local_path(name)
+        assert str(caught.value).count("\n") == 0 and HubModel.of(name).local() is None
+        assert local_path(f"{name}:{variant}").is_dir() and hub.asked == []
+    assert file_hash(local_path(name)) == fresh
+    assert sorted(hub.asked) == sorted(f"{stem}.safetensors" for stem in stems)
+
+
+def test_a_repository_of_one_variant_alone_is_read(hub, pipeline, monkeypatch):
+    for stem in SAFE:
+        (pipeline / f"{stem}.safetensors").unlink()
+        (pipeline / f"{stem}.bin").unlink()
+    (pipeline / "unet/diffusion_pytorch_model.non_ema.safetensors").unlink()
+    variant = local_path("owner/tiny:fp16")
+    hub.asked.clear()
+    folder = local_path("owner/tiny")
+    assert folder != variant and file_hash(folder) == file_hash(variant) and hub.asked == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert local_path("owner/tiny") == folder
 
 
 def test_a_download_goes_on_with_what_is_missing(hub, pipeline):
