@@ -66,12 +66,12 @@ PARAMS: dict[str, dict[str, Check]] = {  # params of networks that shapes do not
     },
 }
 SCHEDULE: dict[str, Check] = {
-    "parameterization": one_of("eps", "v", "x0"),
     "beta_schedule": one_of("scaled_linear", "linear"),
     "linear_start": number(1e-8, 0.5),
     "linear_end": number(1e-8, 0.999),
     "timesteps": whole(2, 100_000),
     "zero_terminal_snr": (lambda value: isinstance(value, bool), "true or false"),
+    "parameterization": one_of("eps", "v", "x0"),
 }
 
 

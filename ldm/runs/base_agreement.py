@@ -81,7 +81,7 @@ def without_scale(vae: Mapping[str, Any] | None) -> dict[str, Any]:
 def _compared(known: Mapping[str, Any], own: Mapping[str, Any], names: Collection[str]) -> Iterator[Setting]:
     """Of the networks `names`, and of the schedule where the UNet is among them."""
     if "unet" in names:
-        for key in (key for key in SCHEDULE if key in known):
+        for key in (key for key in reversed(SCHEDULE) if key in known):  # what is predicted comes first
             yield Setting(f"model.params.process.{key}", known[key], own[key])
         yield from _heads(_params(known, "unet"), own["unet"]["params"])
     for name in names:

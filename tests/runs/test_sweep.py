@@ -178,7 +178,8 @@ def test_shipped_studies_are_sound(path: Path, monkeypatch: pytest.MonkeyPatch, 
     for job in jobs:
         several = job.subject in sweep.groups
         name = f"{job.variant}, {job.subject}" if several else job.variant
-        read = [f"{name}, at {value:g}" for values in sweep.at.values() for value in values] or [name]
+        values = [value for values in sweep.at.values() for value in values]
+        read = [f"{name}, at {value:g}" for value in values] if len(values) > 1 else [name]
         for row in (*read, *(f"{name}, {also}" for also in job.config.evaluate_also or ())):
             for subject in sweep.subjects[job.subject]["together"] if several else [job.subject]:
                 wanted.setdefault(row, []).append((subject, str(job.seed)))
