@@ -65,7 +65,8 @@ CONTENT = {
 
 
 def read(folder: Path, config: Path | str = "lean.yaml", **changes: Any) -> Search:
-    (folder / "lean.yaml").write_text(LEAN)
+    if not (folder / "lean.yaml").exists():  # others of several processes read it
+        (folder / "lean.yaml").write_text(LEAN)
     path = folder / "rates.yaml"
     path.write_text(yaml.safe_dump(CONTENT | changes, sort_keys=False))
     return Search.read(path, base=[str(config)])
