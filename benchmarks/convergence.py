@@ -12,13 +12,14 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.engine.device import keep_freed_memory
+from ldm.evaluation.storybook import accuracy
 from ldm.evaluation.storybook_limits import pixels_of
 from ldm.pipeline import Text2Image
 from ldm.storybook.judge import SHIPPED, Judge
@@ -51,9 +52,7 @@ def settings() -> dict[str, list[dict[str, Any]]]:
 
 def right(reading: Mapping[str, Tensor], scenes: Sequence[Scene]) -> float:
     """Share of the attributes of the scenes that are read. reading: attribute -> [N]."""
-    labels = [scene.labels() for scene in scenes]
-    seen = [reading[name] == torch.tensor([label[name] for label in labels]) for name in reading]
-    return float(torch.stack(seen).float().mean())
+    return mean(accuracy(reading, scenes).values())
 
 
 def rms(one: Tensor, other: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def files_sha256(files: Iterable[Path], *, within: Path) -> str:
 
     A file is read once in a process, as long as its size and time stay the same.
     """
-    lines = [f"{_sha256_once(*_stamp(path))}  {path.relative_to(within).as_posix()}\n" for path in files]
+    lines = [f"{_sha256_once(*stamp(path))}  {path.relative_to(within).as_posix()}\n" for path in files]
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -129,7 +129,7 @@ def folder_sha256(folder: Path) -> str:
     return files_sha256([path for path in paths if path.is_file()], within=folder)
 
 
-def _stamp(path: Path) -> tuple[Path, int, int]:
+def stamp(path: Path) -> tuple[Path, int, int]:
     """A file with its size and time, which change with its content."""
     stat = path.stat()
     return path.absolute(), stat.st_size, stat.st_mtime_ns

@@ -29,13 +29,15 @@ def find_masks(photos: Sequence[SourceImage], root: str | Path | None = None) ->
     photos of one name that would share a mask there.
     """
     paths = list(dict.fromkeys(photo.path for photo in photos))
-    folders = list(dict.fromkeys(path.parent for path in paths))
     if root is not None:
         _check_names_apart(paths, Path(root))
-    masks = {f: masks_by_name(Path(root or f), of_masks_alone=root is not None) for f in folders}
+    folders: dict[Path, set[Path]] = {}  # of masks -> those of the photos that they are for
+    for path in paths:
+        folders.setdefault(Path(root or path.parent), set()).add(path.parent)
+    named = {folder: masks_by_name(folder, of_masks_alone=root is not None) for folder in folders}
     found, missing = {}, {}
     for path in paths:
-        files = masks_of(path, masks[path.parent])
+        files = masks_of(path, named[Path(root or path.parent)])
         if len(files) > 1:
             what = f"{path.name} has {len(files)} masks: {', '.join(file.name for file in files)}"
             raise UserError(what, where=files[0].parent, remedy="Remove all but one.")
@@ -48,7 +50,8 @@ def find_masks(photos: Sequence[SourceImage], root: str | Path | None = None) ->
         what = f"{len(names)} of {count} photos have no mask: {', '.join(names)}"
         remedy = "Put NAME.mask.png there, by hand or by scripts/make_masks.py, or take objective.masks off."
         raise UserError(what, where=root or folder, remedy=remedy)
-    _check_no_strays(masks, shared=root is not None)
+    for folder, of_photos in folders.items():
+        _check_no_strays(named[folder], of_photos)
     return found
 
 
@@ -62,15 +65,13 @@ def _check_names_apart(photos: Sequence[Path], root: Path) -> None:
             raise UserError(what, where=root, remedy=remedy)
 
 
-def _check_no_strays(masks: Mapping[Path, Mapping[str, Sequence[Path]]], *, shared: bool) -> None:
-    """Raises UserError for a mask of no photo. masks: of each folder of photos; shared: those of all."""
-    names = {folder: {n for path in folder.iterdir() for n in (path.stem, path.name)} for folder in masks}
-    everyone = set().union(*names.values())  # photos that were skipped too
-    for folder, named in masks.items():
-        own = everyone if shared else names[folder]
-        for alone in (file for name, files in named.items() if name not in own for file in files):
-            remedy = "Name it after its photo, or remove it."
-            raise UserError("The photo of this mask is not there", where=alone, remedy=remedy)
+def _check_no_strays(named: Mapping[str, Sequence[Path]], folders: Iterable[Path]) -> None:
+    """Raises UserError for a mask of no photo. named: of `masks_by_name`. folders: of the photos."""
+    there = (path for folder in folders for path in folder.iterdir())  # those that were skipped too
+    names = {name for path in there for name in (path.stem, path.name)}
+    for alone in (file for name, files in named.items() if name not in names for file in files):
+        remedy = "Name it after its photo, or remove it."
+        raise UserError("The photo of this mask is not there", where=alone, remedy=remedy)
 
 
 def masks_by_name(folder: Path, *, of_masks_alone: bool = False) -> dict[str, list[Path]]:

@@ -307,7 +307,7 @@ class StorybookEvaluation:
         scenes = [sample_scene(HELD_OUT_SEED * SCENES_PER_SEED + k) for k in range(samples)]
         seeds = [self.seed + k for k in range(samples)]
         reading = self.read(self._generate(pipeline, [full_caption(scene) for scene in scenes], seeds))
-        return _right(reading, scenes)
+        return accuracy(reading, scenes)
 
     def _generate(
         self, pipeline: Text2Image, prompts: Sequence[str], seeds: Sequence[int], **how: float
@@ -329,7 +329,8 @@ def context_of(prompt: str | None) -> str | None:
     return next((name for name, phrase in CONTEXTS.items() if phrase in (prompt or "")), None)
 
 
-def _right(reading: Reading, scenes: Sequence[Scene]) -> dict[str, float]:
+def accuracy(reading: Reading, scenes: Sequence[Scene]) -> dict[str, float]:
+    """Attribute -> share of the scenes' images in which it is read. reading: attribute -> [N]."""
     labels = [scene.labels() for scene in scenes]
     shares = {
         name: (seen == torch.tensor([label[name] for label in labels])).float().mean()

@@ -15,9 +15,14 @@ from ldm.schema import RunConfig
 def build_data(config: RunConfig, module: Any) -> Any:
     """The data module of a config, with the unit of the networks where its buckets name none."""
     data = instantiate(config.data)
-    if isinstance(data, DreamBoothDataModule) and data.buckets is not None and data.unit is None:
+    if lacks_unit(data):
         data.unit = bucket_unit(module.networks)
     return data
+
+
+def lacks_unit(data: Any) -> bool:
+    """Whether photos are in buckets whose unit is that of the networks."""
+    return isinstance(data, DreamBoothDataModule) and data.buckets is not None and data.unit is None
 
 
 def bucket_unit(networks: Mapping[str, nn.Module]) -> int:

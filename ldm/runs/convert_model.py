@@ -76,10 +76,10 @@ def convert_model(options: Namespace) -> Path:
     dtype = DTYPES[options.dtype] if options.dtype else None
     for word, vectors in model.learned_tokens.items():
         print(save_embedding(embeddings_beside(options.target), word, vectors, metadata={}))
-    size = model.size(model.config["parameterization"])
     if to_folder:
         own = encoder_params(model.config["text_encoder"]["params"])[0]["tokenizer"]
         folder = load_tokenizer(str(options.tokenizer or model.tokenizer or own)).name_or_path
+        size = model.size(model.config["parameterization"])
         return save_folder(
             options.target, model.state_dicts, config=model.config, tokenizer=folder, size=size, dtype=dtype
         )

@@ -23,7 +23,7 @@ from ldm.files import atomic_write, make_folder
 from ldm.pipeline import Text2Image
 from ldm.reports.metric_rows import BESIDE, metric_rows
 from ldm.reports.metrics_plot import metrics_plot
-from ldm.runs.buckets import bucket_unit
+from ldm.runs.buckets import bucket_unit, lacks_unit
 from ldm.runs.run import write_json
 from ldm.runs.sampling import in_shapes
 from ldm.schema import RunConfig
@@ -112,7 +112,7 @@ def photos_of(options: Namespace, config: RunConfig | None) -> DreamBoothDataMod
         raise UserError(f"The {lacking[0]} is missing", where="evaluate.py", remedy=remedy)
     node = {"target": "ldm.data.dreambooth.DreamBoothDataModule", "params": {"size": 64} | params}
     data: DreamBoothDataModule = instantiate(node)
-    if config is not None and data.buckets is not None and data.unit is None:
+    if config is not None and lacks_unit(data):
         with torch.device("meta"):
             data.unit = bucket_unit(instantiate(config.model).networks)
     data.check()

@@ -170,9 +170,10 @@ def metrics_of(job: Job) -> dict | None:
     path = job.folder / "metrics.json"
     if not path.exists():
         return None
-    changes = _changes_since(job.folder, job.config)
     if to_container(load_config([job.folder / "config.yaml"])) != job.config.container:
         changes = ["The settings have changed since this run"]
+    else:
+        changes = _changes_since(job.folder, job.config)
     if changes:
         remedy = "Remove the run's folder, or name the study or search anew."
         raise UserError(". ".join(changes), where=job.folder, remedy=remedy)

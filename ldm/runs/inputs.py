@@ -13,7 +13,7 @@ from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.items import SourceImage
 from ldm.engine import distributed
 from ldm.errors import UserError
-from ldm.files import atomic_write, file_sha256, parse_json
+from ldm.files import atomic_write, file_sha256, parse_json, stamp
 
 log = logging.getLogger(__name__)
 
@@ -129,11 +129,11 @@ def base_hash(path: Path) -> str:
     """`file_hash` of a base model, which is read once in a process as long as its files are untouched."""
     files = [path] if path.suffix != ".json" else sorted(path.parent.iterdir())
     files = sorted(path.rglob("*")) if path.is_dir() else files
-    return _hash_of(path, tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    return _hash_of(path, tuple(map(stamp, files)))
 
 
 @lru_cache(maxsize=8)
-def _hash_of(path: Path, stamp: tuple) -> str:
+def _hash_of(path: Path, stamps: tuple) -> str:
     return file_hash(path)
 
 

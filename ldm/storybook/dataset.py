@@ -72,10 +72,7 @@ class StorybookDataModule(pl.LightningDataModule):
         self.start_step = 0  # optimizer steps already done: set it before training to resume
 
     def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        first = self.start_step * (trainer.accumulate_grad_batches if trainer else 1)
-        batches = _Pages(self.batch_size, first, rank=rank, world_size=world_size)
+        batches = _Pages(BatchNumbers(self.trainer, self.start_step), self.batch_size)
         return DataLoader(self.train_set, batch_sampler=batches, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
@@ -83,14 +80,28 @@ class StorybookDataModule(pl.LightningDataModule):
         return DataLoader(self.validation_set, batch_size=self.batch_size, sampler=items)
 
 
-class _Pages(Sampler[list[int]]):
-    """Item numbers of one rank from micro-batch `start` on, without end; each takes the next ones."""
+class BatchNumbers(Sampler[int]):
+    """Numbers of the micro-batches of a Trainer's process from an optimizer step on, without end.
 
-    def __init__(self, batch_size: int, start: int, *, rank: int, world_size: int):
-        self.batch_size, self.start = batch_size, start
-        self.rank, self.world_size = rank, world_size
+    trainer: None is one process without accumulation.
+    """
+
+    def __init__(self, trainer: pl.Trainer | None, start_step: int):
+        self.world_size = trainer.world_size if trainer else 1
+        micro_batches = start_step * (trainer.accumulate_grad_batches if trainer else 1)
+        self.first = micro_batches * self.world_size + (trainer.global_rank if trainer else 0)
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.first, self.world_size)
+
+
+class _Pages(Sampler[list[int]]):
+    """The item numbers of these batches."""
+
+    def __init__(self, numbers: BatchNumbers, batch_size: int):
+        self.numbers = numbers
+        self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        for number in itertools.count(self.start):
-            first = (number * self.world_size + self.rank) * self.batch_size
-            yield list(range(first, first + self.batch_size))
+        for number in self.numbers:
+            yield list(range(number * self.batch_size, (number + 1) * self.batch_size))

@@ -4,9 +4,8 @@ Batch n is a function of (seed, n), whichever worker makes it. Images are transf
 converted and encoded by the VAE on the device, once for all their captions.
 """
 
-import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytorch_lightning as pl
@@ -18,7 +17,7 @@ from ldm.annotations import NonNegativeInt, PositiveInt, Probability, Seed
 from ldm.data.latents import Encode
 from ldm.errors import UserError
 from ldm.randomness import generator
-from ldm.storybook.dataset import SCENES_PER_SEED
+from ldm.storybook.dataset import SCENES_PER_SEED, BatchNumbers
 from ldm.storybook.judge import SIZE
 from ldm.storybook.world import caption, draw, sample_scene
 
@@ -122,10 +121,7 @@ class StorybookStream(pl.LightningDataModule):
         self.validation_set.prepare = prepare
 
     def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        first = self.start_step * (trainer.accumulate_grad_batches if trainer else 1)
-        return self.loader(self.train_set, _Numbers(first, rank=rank, world_size=world_size))
+        return self.loader(self.train_set, BatchNumbers(self.trainer, self.start_step))
 
     def val_dataloader(self) -> DataLoader:
         return self.loader(self.validation_set, range(self.validation_batches))
@@ -156,17 +152,6 @@ class StorybookStream(pl.LightningDataModule):
 def to_float(images: Tensor) -> Tensor:
     """[..., H, W] uint8 -> float32 in [-1, 1], as by `ldm.data.images.to_tensor`."""
     return images.float() / 127.5 - 1
-
-
-class _Numbers(Sampler[int]):
-    """Batch numbers of one rank from micro-batch `start` on, without end."""
-
-    def __init__(self, start: int, *, rank: int, world_size: int):
-        self.first = start * world_size + rank
-        self.world_size = world_size
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.first, self.world_size)
 
 
 def _cores() -> int:

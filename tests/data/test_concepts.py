@@ -10,7 +10,7 @@ import torch
 
 from ldm.annotations import Node
 from ldm.config import check, instantiate
-from ldm.data.concepts import ConceptConfig, filled_for, rows_of_template
+from ldm.data.concepts import Concept, ConceptConfig, filled_for, rows_of_template
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.items import VALIDATION_START
 from ldm.data.priors import PriorSet, PriorSpec
@@ -293,15 +293,14 @@ def test_online_priors_are_new_images_of_each_class(folders: Path):
 # --- words ---------------------------------------------------------------------------------------------
 
 
-def test_prompts_are_filled_for_each_concept(folders: Path):
-    concepts = DreamBoothDataModule(
-        concepts=[
-            dog(),
-            dog("rex", identifier="qpv"),
-            ConceptConfig(root="style", identifier="vtx", class_word=None),
-        ],
-        size=SIZE,
-    ).concepts
+@pytest.fixture
+def two_dogs_and_a_style(folders: Path) -> tuple[Concept, ...]:
+    style = ConceptConfig(root="style", identifier="vtx", class_word=None)
+    return DreamBoothDataModule(concepts=[dog(), dog("rex", identifier="qpv"), style], size=SIZE).concepts
+
+
+def test_prompts_are_filled_for_each_concept(two_dogs_and_a_style: tuple[Concept, ...]):
+    concepts = two_dogs_and_a_style
     prompts = ["a {identifier} {class_word}", "a {class_word}", "{identifier} at night", "a tree"]
     assert filled_for(prompts, concepts) == [
         "a sks dog",
@@ -318,15 +317,8 @@ def test_prompts_are_filled_for_each_concept(folders: Path):
         filled_for(["a {thing}"], concepts)
 
 
-def test_the_rows_of_a_template_are_those_of_its_prompts(folders: Path):
-    concepts = DreamBoothDataModule(
-        concepts=[
-            dog(),
-            dog("rex", identifier="qpv"),
-            ConceptConfig(root="style", identifier="vtx", class_word=None),
-        ],
-        size=SIZE,
-    ).concepts
+def test_the_rows_of_a_template_are_those_of_its_prompts(two_dogs_and_a_style: tuple[Concept, ...]):
+    concepts = two_dogs_and_a_style
     prompts = ["a {identifier} {class_word}", "a {class_word}", "{identifier} at night", "a tree", "a dog"]
     for some in (concepts, concepts[:2], concepts[:1], concepts[2:], concepts[::-1]):
         rows = filled_for(prompts, some)

@@ -112,7 +112,8 @@ def test_the_schedule_moves_with_the_model_and_is_in_no_state_dict():
 def test_the_schedule_stays_in_float32_when_a_model_is_cast(dtype: torch.dtype, pair):
     """In bfloat16 its first values are 1: no noise is added there, and an exported schedule has NaN."""
     module, (x0, noise) = nn.Module(), pair
-    module.process, own = DiscreteDiffusion(ALPHAS), DiscreteDiffusion(ALPHAS)
+    own = DiscreteDiffusion(ALPHAS)
+    module.process = DiscreteDiffusion(ALPHAS)
     module.to(dtype)
     assert torch.equal(module.process.alphas_cumprod, own.alphas_cumprod)
     assert module.process.alphas_cumprod.dtype == torch.float32
