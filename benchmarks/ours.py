@@ -29,6 +29,7 @@ def case_params(case: Case, *, compiled: bool | str = False) -> dict[str, Any]:
         "trainable": {"text_encoder": case.text, "learning_rate": 1e-6},
         "compile": "default" if compiled is True else compiled or None,
         "optimizer": {"target": FUSED_BACKWARD} if case.lean else "adamw",
+        "lr_schedule": "constant",  # which needs no end
     }
     objective = params.get("objective", {})
     params["objective"] = objective | {"prior_target": "noise"}  # the paper's, and the peer's

@@ -110,7 +110,7 @@ def test_configs_of_runs_hold_only_what_differs():
 @pytest.mark.parametrize(
     ("path", "digest"),
     [
-        ("dreambooth.yaml", "00ad34df7b994cc8"),
+        ("dreambooth.yaml", "29e0f432292e628a"),
         ("dreambooth-sd1.yaml", "5f41db5830c64a10"),
         ("dreambooth-sd2.yaml", "0579b3576be84555"),
         ("dreambooth-sdxl.yaml", "e6ad15e904104e12"),
