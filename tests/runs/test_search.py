@@ -157,7 +157,7 @@ def test_a_sound_search_passes_and_yaml_numbers_without_a_point_are_numbers(work
     own = {"keys": {RATE: {"log": ["1e-5", "1e-3"]}}, "metrics": ["score", "class_drift"]}
     search = read(workdir, BASE, **own | {"subjects": {"rex": CONTENT["subjects"]["rex"]}})
     check_search(search)
-    assert search.signs() == [1, -1] and search.base_values() == {RATE: 1.5e-4}
+    assert search.signs() == [1, -1] and search.base_values() == {RATE: 3.0e-4}
     own["keys"] = {RATE: {"log": [1e-3, 1e-2]}}
     assert read(workdir, BASE, **CONTENT | own).base_values() is None
 
