@@ -29,7 +29,6 @@ def case_params(case: Case, *, compiled: bool | str = False) -> dict[str, Any]:
         "trainable": {"text_encoder": case.text, "learning_rate": 1e-6},
         "compile": "default" if compiled is True else compiled or None,
         "optimizer": {"target": FUSED_BACKWARD} if case.lean else "adamw",
-        "lr_schedule": "constant",  # which needs no end
     }
     objective = params.get("objective", {})
     params["objective"] = objective | {"prior_target": "noise"}  # the paper's, and the peer's
@@ -107,7 +106,8 @@ class Training:
         clip: float | None = 1.0,
         prepare: Callable[[LatentDiffusion], object] | None = None,
     ):
-        self.module = build(params, device=device)
+        endless = {"lr_schedule": "constant"}  # any other needs the length of the run
+        self.module = build({**params, **endless}, device=device)
         if prepare:
             prepare(self.module)
         self.batches = Batches(self.module, size=size, batch=batch)
