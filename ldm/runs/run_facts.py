@@ -19,7 +19,7 @@ class TrainingFacts(NamedTuple):
     steps: optimizer steps that were done. asked: `trainer.max_steps`. exported: step of the weights in the
     model file. photos_a_step: subject items of all micro-batches and processes. generated: prior images that
     the base generated before training, of all classes; given: those in folders of one's own. online: each
-    prior item had a new one. rates: learning rates by their keys.
+    prior item had a new one. rates: learning rates by their keys. schedule: what they follow, by name.
     """
 
     steps: int
@@ -30,6 +30,7 @@ class TrainingFacts(NamedTuple):
     given: int
     online: bool
     rates: tuple[tuple[str, float], ...]
+    schedule: str = "constant"
 
     @classmethod
     def of(
@@ -50,6 +51,7 @@ class TrainingFacts(NamedTuple):
             given=sum(len(data.images.of_class(known)) for known in data.given_classes),
             online=data.online_priors and bool(data.generated_classes),
             rates=tuple(rates(config.model["params"])),
+            schedule=schedule_name(config.model["params"].get("lr_schedule", "constant")),
         )
 
     @property
@@ -72,7 +74,8 @@ class TrainingFacts(NamedTuple):
 
     @property
     def rate_text(self) -> str:
-        return ", ".join(f"{name} {value:g}" for name, value in self.rates)
+        said = ", ".join(f"{name} {value:g}" for name, value in self.rates)
+        return said if self.schedule == "constant" else f"{said}; lr_schedule {self.schedule}"
 
 
 def run_facts(
@@ -106,6 +109,11 @@ def program() -> list[str]:
     """How this process was called: `python main.py`, or the name of a console command."""
     called = sys.argv[0]
     return ["python", called] if called.endswith(".py") else [Path(called).name]
+
+
+def schedule_name(schedule: str | Mapping[str, Any]) -> str:
+    """The name of a schedule, or of the class of its node: "linear" or "Linear"."""
+    return schedule if isinstance(schedule, str) else schedule["target"].rpartition(".")[2]
 
 
 def rates(params: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, float]]:

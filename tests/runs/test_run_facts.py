@@ -46,6 +46,16 @@ def test_a_run_to_its_end(said):
     assert report["Learning rate"] == card["learning rates"] == "trainable.learning_rate 0.001"
 
 
+@pytest.mark.parametrize(
+    "schedule, name", [("linear", "linear"), ({"target": "ldm.optim.schedules.Cosine"}, "Cosine")]
+)
+def test_rates_that_fall_are_said_to(said, tiny_config: dict, schedule: str | dict, name: str):
+    tiny_config["lr_schedule"] = schedule
+    report, card = said()
+    assert report["Learning rate"] == card["learning rates"]
+    assert report["Learning rate"] == f"trainable.learning_rate 0.001; lr_schedule {name}"
+
+
 @pytest.mark.parametrize("weights", ["last", "best"])
 @pytest.mark.parametrize(
     "kept, best, steps, of_best",
