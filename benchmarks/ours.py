@@ -106,8 +106,7 @@ class Training:
         clip: float | None = 1.0,
         prepare: Callable[[LatentDiffusion], object] | None = None,
     ):
-        endless = {"lr_schedule": "constant"}  # any other needs the length of the run
-        self.module = build({**params, **endless}, device=device)
+        self.module = build({**params, "lr_schedule": "constant"}, device=device)  # for a run without end
         if prepare:
             prepare(self.module)
         self.batches = Batches(self.module, size=size, batch=batch)

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ldm.errors import UserError
@@ -35,6 +35,11 @@ RENAMED = {  # keys of latent-diffusion's configs and of earlier versions -> wha
     "measures": "online_eval",
     "widen": "net2wider",
 }
+
+
+def spoken_name(named: str | Mapping[str, Any]) -> str:
+    """A short name, which stays, or the name of a node's class or function: "linear", "Linear"."""
+    return named if isinstance(named, str) else str(named["target"]).rpartition(".")[2]
 
 
 def allow(*packages: str) -> None:

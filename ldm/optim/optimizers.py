@@ -23,7 +23,7 @@ from ldm.optim.optimizer_nodes import (
 )
 from ldm.optim.schedules import Constant, LRSchedule
 from ldm.schema import TrainerOptions
-from ldm.targets import OPTIONAL, parameters_of
+from ldm.targets import OPTIONAL, parameters_of, spoken_name
 
 ParamGroups = Mapping[str, tuple[nn.Module, float]]  # name -> (module, learning rate)
 WHERE = "model.params.optimizer"
@@ -70,8 +70,8 @@ def check_optimizer(
     package = package_of(node["target"])
     if package in OPTIONAL and importlib.util.find_spec(package) is None:
         remedy = f'Install it with `pip install -e ".[{OPTIONAL[package]}]"`, or set {WHERE}=adamw.'
-        name = node["target"].rpartition(".")[2]
-        raise UserError(f"{name} needs {package}, which is not installed", where=WHERE, remedy=remedy)
+        what = f"{spoken_name(node)} needs {package}, which is not installed"
+        raise UserError(what, where=WHERE, remedy=remedy)
     if "lr" in (node.get("params") or {}):
         remedy = "Take it off, and set model.params.trainable.learning_rate."
         raise UserError("The learning rates are the model's", where=f"{WHERE}.params.lr", remedy=remedy)

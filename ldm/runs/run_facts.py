@@ -11,6 +11,7 @@ from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.engine import distributed
 from ldm.runs.buckets import bucket_facts, photo_count
 from ldm.schema import RunConfig
+from ldm.targets import spoken_name
 
 
 class TrainingFacts(NamedTuple):
@@ -51,7 +52,7 @@ class TrainingFacts(NamedTuple):
             given=sum(len(data.images.of_class(known)) for known in data.given_classes),
             online=data.online_priors and bool(data.generated_classes),
             rates=tuple(rates(config.model["params"])),
-            schedule=schedule_name(config.model["params"].get("lr_schedule", "constant")),
+            schedule=spoken_name(config.model["params"].get("lr_schedule", "constant")),
         )
 
     @property
@@ -109,11 +110,6 @@ def program() -> list[str]:
     """How this process was called: `python main.py`, or the name of a console command."""
     called = sys.argv[0]
     return ["python", called] if called.endswith(".py") else [Path(called).name]
-
-
-def schedule_name(schedule: str | Mapping[str, Any]) -> str:
-    """The name of a schedule, or of the class of its node: "linear" or "Linear"."""
-    return schedule if isinstance(schedule, str) else schedule["target"].rpartition(".")[2]
 
 
 def rates(params: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, float]]:
