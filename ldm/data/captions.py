@@ -19,6 +19,7 @@ from ldm.annotations import NonNegativeInt, Probability
 from ldm.data.prompts import Words, contains, fill, read_text, require_identifier
 from ldm.errors import UserError
 from ldm.files import parse_json
+from ldm.shipped import find_file
 
 FILE_NAMES = "file_names"  # the value of `captions` for which names are captions
 SIDECARS = (".txt", ".caption", ".json")  # of one photo; the first that exists is read
@@ -97,7 +98,7 @@ class FolderCaptions:
     """The captions that are written for images of one folder: in their own files, or in its list."""
 
     def __init__(self, folder: str | Path):
-        self.list_file = Path(folder) / LIST
+        self.list_file = find_file(folder) / LIST
 
     def __call__(self, image: Path) -> tuple[list[WrittenCaption], Path] | None:
         """The captions of an image, with placeholders, and their file; None if it has none.

@@ -160,14 +160,7 @@ class DreamBoothRun:
 
     def _evaluate_base(self) -> run.SampleGrid:
         """Samples and metrics of the untouched base; a resumed run has the samples already."""
-        kept, settings = self.folder / "samples" / "before", asdict(self.samples)
-        for other in ("prompts", "n", "every_steps", "preview_n", "batch_size"):
-            del settings[other]
-        sides = {side: settings.pop(side) for side in ("height", "width")}
-        if self.shapes and not any(sides.values()):
-            settings["shapes"] = list(map(str, self.shapes))
-        else:
-            settings |= {side: given or self.data.size for side, given in sides.items()}
+        kept, settings = self.folder / "samples" / "before", self._sampling()
         with self.timer("samples_before"):
             rows = run.load_image_grid(kept, self.prompts, self.samples.n, settings)
             if rows is None:
@@ -194,6 +187,16 @@ class DreamBoothRun:
             callbacks.append(Previews(*about, shapes=self.shapes))
         return callbacks
 
+    def _sampling(self) -> dict[str, Any]:
+        """How the samples are drawn, as their files say it."""
+        settings = asdict(self.samples)
+        for other in ("prompts", "n", "every_steps", "preview_n", "batch_size"):
+            del settings[other]
+        sides = {side: settings.pop(side) for side in ("height", "width")}
+        if self.shapes and not any(sides.values()):
+            return settings | {"shapes": list(map(str, self.shapes))}
+        return settings | {side: given or self.data.size for side, given in sides.items()}
+
     def _generate_samples(self) -> run.SampleGrid:
         about = (self.sample_pipeline, self.samples, self.prompts)
         return generate_samples(*about, shapes=self.shapes, progress=True)
@@ -214,7 +217,7 @@ class DreamBoothRun:
             memo = ImageMemo()
             final = self.before_after.after(memo)
             also = {name: evaluation.after(memo) for name, evaluation in self.also.items()}
-        grid = run.save_samples(self.folder / "samples", before, after)
+        grid = run.save_samples(self.folder / "samples", before, after, self._sampling())
         online = {"measures": history, "best_step": best} if history else {}
         if self.online_eval is not None:
             online["measures_seconds"] = round(self.online_eval.seconds, 2)  # of "training"

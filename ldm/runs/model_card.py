@@ -61,10 +61,10 @@ def write_card(folder: Path, config: RunConfig, metrics: Mapping[str, Any], trai
         metadata = file.metadata() or {}
     licence = licence_of(config, metadata)
     trigger = metadata.get("modelspec.trigger_phrase", "")
-    files = files_of(folder)
+    files, base = files_of(folder), base_of(config)
     data = ModelCardData(
         license=licence.key,
-        base_model=hub_id_of(config.base_checkpoint),
+        base_model=hub_id_of(base),
         pipeline_tag="text-to-image",
         tags=["dreambooth", "text-to-image", *(["lora"] if any("loras/" in name for name in files) else [])],
         instance_prompt=trigger,
@@ -76,7 +76,7 @@ def write_card(folder: Path, config: RunConfig, metrics: Mapping[str, Any], trai
             card_data=data.to_yaml(),
             title=folder.name,
             kind="A LoRA" if "lora" in data.tags else "A fine-tune",
-            base=hub_id_of(config.base_checkpoint) or Path(config.base_checkpoint or "").name,
+            base=hub_id_of(base) or Path(base or "").name,
             base_sha=metadata.get("ldm.base_sha256", "")[:12],
             trigger=trigger,
             pictures=PICTURES if (folder / PICTURES).exists() else "",
@@ -95,10 +95,15 @@ def write_card(folder: Path, config: RunConfig, metrics: Mapping[str, Any], trai
 
 def licence_of(config: RunConfig, metadata: Mapping[str, str]) -> Licence:
     """The licence of the base, by where it lies or what it is."""
-    base = find_file(config.base_checkpoint or "").resolve()
+    base = find_file(base_of(config) or "").resolve()
     if PACKAGE in base.parents:
         return STORYBOOK
     return LICENCES.get(metadata.get("modelspec.architecture", "").partition("/")[0], UNKNOWN)
+
+
+def base_of(config: RunConfig) -> str | None:
+    """The base whose UNet was trained, a file or a hub id; None for a network from nothing."""
+    return (config.base_parts or {}).get("unet") or config.base_checkpoint
 
 
 def hub_id_of(base: str | None) -> str | None:

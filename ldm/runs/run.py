@@ -244,11 +244,14 @@ SampleGrid = Sequence[tuple[str, Sequence[Image.Image]]]
 
 
 def save_image_grid(folder: Path, rows: SampleGrid, settings: Mapping[str, Any]) -> None:
-    """Writes every image as a PNG, with the settings in its metadata: 00-00.png is row 0, image 0."""
+    """Writes every image as a PNG, with the settings in its metadata: 00-00.png is row 0, image 0.
+
+    The seed of the settings is that of image 0; each has its own, one more than the last.
+    """
     make_folder(folder)
     for k, (prompt, images) in enumerate(rows):
         for i, image in enumerate(images):
-            save_image(folder / f"{k:02d}-{i:02d}.png", image, _settings_of(image, prompt, settings))
+            save_image(folder / f"{k:02d}-{i:02d}.png", image, _settings_of(image, prompt, settings, i))
 
 
 def load_image_grid(
@@ -257,33 +260,34 @@ def load_image_grid(
     """`n` images of each prompt that `save_image_grid` left; None unless all are there, with `settings`."""
     rows = []
     for k, prompt in enumerate(prompts):
-        images = [_read_image(folder / f"{k:02d}-{i:02d}.png", prompt, settings) for i in range(n)]
+        images = [_read_image(folder, k, i, prompt, settings) for i in range(n)]
         rows.append((prompt, [image for image in images if image is not None]))
     return rows if all(len(images) == n for _, images in rows) else None
 
 
-def _read_image(path: Path, prompt: str, settings: Mapping[str, Any]) -> Image.Image | None:
+def _read_image(
+    folder: Path, row: int, i: int, prompt: str, settings: Mapping[str, Any]
+) -> Image.Image | None:
     try:
-        with Image.open(path) as file:
-            same = parse_json(file.text["dreambooth"]) == _settings_of(file, prompt, settings)
+        with Image.open(folder / f"{row:02d}-{i:02d}.png") as file:
+            same = parse_json(file.text["dreambooth"]) == _settings_of(file, prompt, settings, i)
             return file.convert("RGB") if same else None
     except (OSError, KeyError, ValueError):
         return None
 
 
-def _settings_of(image: Image.Image, prompt: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a PNG says of its sampling; its sides where the settings have none."""
-    return {"prompt": prompt, "height": image.height, "width": image.width, **settings}
+def _settings_of(image: Image.Image, prompt: str, settings: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """What the PNG of image i says of its sampling; its sides where the settings have none."""
+    sides = {"height": image.height, "width": image.width}
+    return {"prompt": prompt, **sides, **settings, "seed": settings["seed"] + i}
 
 
-def save_samples(folder: Path, before: SampleGrid, after: SampleGrid) -> Path:
-    """Writes every sample as a PNG, and a contact sheet of before and after training -> its path."""
-    make_folder(folder)
+def save_samples(folder: Path, before: SampleGrid, after: SampleGrid, settings: Mapping[str, Any]) -> Path:
+    """Writes every sample, as `save_image_grid` does, and a contact sheet of before and after -> its path."""
+    save_image_grid(folder, after, settings)
     rows = []
-    for k, ((prompt, old), (_, new)) in enumerate(zip(before, after, strict=True)):
+    for (prompt, old), (_, new) in zip(before, after, strict=True):
         rows += [(f"before: {prompt}", old), (f"after: {prompt}", new)]
-        for i, image in enumerate(new):
-            save_image(folder / f"{k:02d}-{i:02d}.png", image, {"prompt": prompt})
     return save_image(folder / "contact_sheet.png", contact_sheet(rows), {"prompts": [p for p, _ in after]})
 
 

@@ -91,13 +91,19 @@ def run_facts(
             for concept in data.concepts
         ),
         "Buckets": bucket_facts(data),
-        "Base": f"{config.base_checkpoint}, sha256 {base_hash[:12]}",
+        "Base": f"{base_text(config)}, sha256 {base_hash[:12]}",
         "Steps": f"{training.step_text}, each of {photo_count(training.photos_a_step)}",
         "Weights": training.weights_text,
         "Prior images": training.prior_text,
         "Learning rate": training.rate_text,
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def base_text(config: RunConfig) -> str:
+    """The base, and the networks that come from elsewhere."""
+    parts = [f"{part} of {name}" for part, name in (config.base_parts or {}).items() if name]
+    return ", ".join(filter(None, [config.base_checkpoint, *parts]))
 
 
 def command_line() -> str:

@@ -78,6 +78,15 @@ def test_the_photo_s_own_file_comes_before_the_list(folder: Path):
         assert CaptionReader(True, folder, WORDS)(folder / "a.jpg").texts == (text,)
 
 
+def test_the_list_of_a_folder_that_ships_is_read_from_any_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "listed"}')
+    monkeypatch.setattr("ldm.shipped.CONFIGS", folder.parent / "configs")
+    (folder.parent / "configs").symlink_to(folder.parent, target_is_directory=True)
+    assert CaptionReader(True, f"configs/{folder.name}", WORDS)(folder / "a.jpg").texts == ("listed",)
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

@@ -71,8 +71,11 @@ def test_samples_have_the_shapes_of_the_photos_in_turn(words: list[str], workdir
         for row in range(len(parse(words).samples.prompts)):
             files = [Path("logs/one", folder, f"{row:02d}-{i:02d}.png") for i in range(4)]
             assert [Image.open(file).size for file in files] == [(20, 12), (16, 16), (12, 20), (20, 12)]
-    settings = json.loads(Image.open("logs/one/samples/before/00-02.png").text["dreambooth"])
-    assert (settings["height"], settings["width"], settings["seed"]) == (20, 12, 6)
+        text = Image.open(Path("logs/one", folder, "00-02.png")).text
+        settings = json.loads(text["dreambooth"])
+        assert (settings["height"], settings["width"], settings["seed"]) == (20, 12, 6 + 2)
+        assert settings["sampler"] == parse(words).samples.sampler
+        assert "Seed: 8, Size: 12x20" in text["parameters"]
 
 
 class Recorder:

@@ -14,7 +14,7 @@ from ldm.commands import publish as command
 from ldm.errors import UserError
 from ldm.runs import publish
 from ldm.runs.model_card import LICENCES, STORYBOOK, UNKNOWN, hub_id_of, licence_of, write_card
-from ldm.runs.run_facts import TrainingFacts
+from ldm.runs.run_facts import TrainingFacts, base_text
 from ldm.schema import RunConfig
 from tests.factories import run_config
 
@@ -98,6 +98,21 @@ def test_every_base_has_a_licence_or_the_card_says_that_it_is_not_known(config: 
     )
     shipped = replace(config, base_checkpoint="ldm/storybook/assets/base.safetensors")
     assert licence_of(shipped, {}) == STORYBOOK
+    parts = {"unet": "ldm/storybook/assets/base.safetensors", "vae": None}
+    assert licence_of(replace(config, base_checkpoint=None, base_parts=parts), {}) == STORYBOOK
+
+
+def test_the_base_is_that_of_the_unet_where_networks_come_from_several(tmp_path: Path, config: RunConfig):
+    parts = {"vae": "stabilityai/sd-vae-ft-mse", "unet": "me/my-sd", "text_encoder": None}
+    alone = replace(config, base_checkpoint=None, base_parts=parts)
+    card = write_card(leave(tmp_path / "rex"), alone, METRICS, TRAINING).read_text(encoding="utf-8")
+    assert "base_model: me/my-sd\n" in card and "A fine-tune of `me/my-sd`" in card
+    assert base_text(alone) == "vae of stabilityai/sd-vae-ft-mse, unet of me/my-sd"
+    finer = replace(config, base_checkpoint="a/b", base_parts={"vae": "stabilityai/sd-vae-ft-mse"})
+    card = write_card(leave(tmp_path / "rey"), finer, METRICS, TRAINING).read_text(encoding="utf-8")
+    assert "base_model: a/b\n" in card
+    assert base_text(finer) == "a/b, vae of stabilityai/sd-vae-ft-mse"
+    assert base_text(replace(config, base_checkpoint="a/b", base_parts=None)) == "a/b"
 
 
 @pytest.mark.parametrize(
