@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.load import Model
 from ldm.checkpoints.lora import LoRAWeights, StateDicts
 from ldm.errors import UserError
+from ldm.models.lora import KINDS, layer_names
 
 OTHER_BASE = "Name the model that it was trained from as BASE."
 
@@ -54,6 +56,12 @@ def extract_lora(
         what = "No layer of a LoRA differs between the two models"
         raise UserError(what, where=where, remedy=OTHER_BASE)
     return Extracted(layers, kept / total, 1 - inside / total)
+
+
+def lora_between(model: Model, base: Model, rank: int) -> Extracted:
+    """`extract_lora` of two models, in all layers that a LoRA may have."""
+    adaptable = {network: layer_names(kinds, kinds) for network, kinds in KINDS.items()}
+    return extract_lora(model.state_dicts, base.state_dicts, rank=rank, adaptable=adaptable, where=base.path)
 
 
 def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoints.embedding import embeddings_beside, save_embedding
-from ldm.checkpoints.extract_lora import extract_lora
+from ldm.checkpoints.extract_lora import lora_between
 from ldm.checkpoints.infer_config import SCHEDULE
 from ldm.checkpoints.layout import join
 from ldm.checkpoints.load import Model, open_model
@@ -20,7 +20,6 @@ from ldm.config import load_config, to_container
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.families.sdxl.family import encoder_params
 from ldm.model_file import check_model
-from ldm.models.lora import KINDS, layer_names
 from ldm.models.vocabulary import load_tokenizer
 
 
@@ -41,10 +40,7 @@ def opened(options: Namespace) -> Model:
 def extracted(options: Namespace) -> Path:
     """Writes the LoRA between two models, and says how much of the change it holds."""
     model, base = opened(options), open_model(options.extract_lora)
-    adaptable = {network: layer_names(kinds, kinds) for network, kinds in KINDS.items()}
-    lora = extract_lora(
-        model.state_dicts, base.state_dicts, rank=options.rank or 16, adaptable=adaptable, where=base.path
-    )
+    lora = lora_between(model, base, options.rank or 16)
     count = sum(map(len, lora.layers.values()))
     print(f"{count} layers: {lora.kept:.2%} of the squared change; {lora.elsewhere:.2%} is in other tensors")
     about = described(model, title=options.source.stem)

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from ldm.annotations import PositiveInt
 from ldm.errors import UserError
 from ldm.runs.grid import Grid, Job, better_of, check_slugs
+from ldm.schema import RunConfig
 
 METRICS = ("subject_fidelity", "prompt_fidelity", "class_drift", "diversity_ratio")
 OF_CURVES = ("step",)  # columns of a study that is read `at` a value, besides the evaluation's metrics
@@ -20,7 +22,8 @@ class Sweep(Grid):
     commit and machine of its runs; metrics: columns of the table; frontier: two of them, plotted against each
     other; baseline: the variant that the others are compared with, by default the first; pictures: one of the
     samples' prompts, whose images are shown side by side; only: the subjects of a variant that is not for
-    all; at: a metric and the values at which a run's curve is read, in place of its end.
+    all; at: a metric and the values at which a run's curve is read, in place of its end; extracted: the ranks
+    of the LoRAs that are extracted from the models of a variant, and measured too.
     """
 
     KIND: ClassVar[str] = "study"
@@ -35,6 +38,7 @@ class Sweep(Grid):
     pictures: str = ""
     only: Mapping[str, Sequence[str]] = field(default_factory=dict)
     at: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    extracted: Mapping[str, Sequence[PositiveInt]] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[str]:
@@ -46,7 +50,8 @@ class Sweep(Grid):
         super().check(path)
         check_slugs("variants", self.variants, path)
         named = [("baseline", self.baseline)] if self.baseline else []
-        for key, name in [*named, *(("only", name) for name in self.only)]:
+        named += [(key, name) for key in ("only", "extracted") for name in getattr(self, key)]
+        for key, name in named:
             if name not in self.variants:
                 remedy = f"Choose one of {', '.join(self.variants)}."
                 raise UserError(f"`{name}` of `{key}` is not a variant", where=path, remedy=remedy)
@@ -60,6 +65,9 @@ class Sweep(Grid):
         if self.at and (wrong or self.groups):
             what = "A curve is read at values of one of `metrics`, and of single subjects"
             raise UserError(what, where=f"{path}: at", remedy="Write e.g. {subject_fidelity: [0.8]}.")
+        if self.extracted and (self.at or self.groups):
+            what = "LoRAs are extracted from models of single subjects, and read at the end of a run"
+            raise UserError(what, where=f"{path}: extracted", remedy="Take `at` or the groups off.")
 
     def jobs(self, variant: str, overrides: Sequence[str]) -> list[Job]:
         """The runs of a variant with their checked configs; writes the photos of storybook subjects."""
@@ -67,12 +75,21 @@ class Sweep(Grid):
         return [self.job(variant, subject, seed, overrides) for subject in subjects for seed in self.seeds]
 
 
+def name_of_lora(variant: str, rank: int) -> str:
+    """The row of the LoRAs that are extracted from a variant's models."""
+    return f"{variant} as LoRA {rank}"
+
+
 def baselines_of(sweep: Sweep, rows: Sequence[str]) -> dict[str, str]:
     """Row of the table -> the baseline's row under the same sampling, for the rows of all other variants."""
     baseline = sweep.baseline or next(iter(sweep.variants))
     longest_first = sorted(sweep.variants, key=len, reverse=True)
+    loras = {name_of_lora(variant, rank) for variant, ranks in sweep.extracted.items() for rank in ranks}
     found = {}
     for row in rows:
+        if row in loras:
+            found[row] = baseline
+            continue
         variant = next(name for name in longest_first if row == name or row.startswith(f"{name}, "))
         if variant != baseline:
             how = row.removeprefix(variant)
@@ -109,4 +126,13 @@ def jobs_of(sweep: Sweep) -> list[Job]:
         if sweep.at and not job.config.online_eval.every_steps:
             what, remedy = f"`{job.variant}` keeps no curve to read", "Set online_eval.every_steps."
             raise UserError(what, where=f"{sweep.name}: at", remedy=remedy)
+        if sweep.extracted.get(job.variant) and not is_full(job.config):
+            what, remedy = f"`{job.variant}` is no full training from one base", "Name variants that are."
+            raise UserError(what, where=f"{sweep.name}: extracted", remedy=remedy)
     return found
+
+
+def is_full(config: RunConfig) -> bool:
+    """Whether a run trains the networks of one base, and no LoRA beside them."""
+    trainable = config.model["params"].get("trainable") or {}
+    return bool(config.base_checkpoint) and not config.base_parts and not trainable.get("lora")

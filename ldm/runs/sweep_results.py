@@ -10,6 +10,7 @@ from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.images import load_image
 from ldm.evaluation.statistics import Row
 from ldm.reports import sweep_page
+from ldm.runs.extracted import extract_all, metrics_of_loras, missing_ranks
 from ldm.runs.grid import Job, metrics_of, run_in_processes, time_left, work, write_text
 from ldm.runs.prompts import sample_rows
 from ldm.runs.sweep import Sweep, baselines_of, jobs_of, read_sweep
@@ -23,7 +24,7 @@ def publish(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:
     """Writes the CSV, the plots and the page of a study whose runs are all finished."""
     grouped: dict[str, list[tuple[Row, float]]] = {}
     for job, metrics in zip(jobs, map(metrics_of, jobs), strict=True):
-        for row in rows_of(sweep, job, metrics):
+        for row in rows_of(sweep, job, {**metrics, "extracted": metrics_of_loras(sweep, job)}):
             grouped.setdefault(row["variant"], []).append((row, metrics["seconds"]["training"]))
     rows = [row for group in grouped.values() for row, _ in group]
     seconds = {name: mean(spent for _, spent in group) for name, group in grouped.items()}
@@ -93,8 +94,9 @@ def run_study(options: Namespace) -> None:
     else:
         for sweep in sweeps:
             work(sweep, jobs[sweep.name], left=lambda: time_left(every, processes=options.processes))
+            extract_all(sweep, jobs[sweep.name])
     for sweep in () if options.worker else sweeps:
-        missing = sum(metrics_of(job) is None for job in jobs[sweep.name])
+        missing = sum(metrics_of(job) is None or bool(missing_ranks(sweep, job)) for job in jobs[sweep.name])
         if missing:
             print(f"{sweep.name}: {missing} of {len(jobs[sweep.name])} runs are still to be done")
         else:

@@ -8,15 +8,16 @@ from ldm.errors import UserError
 from ldm.evaluation.statistics import Row
 from ldm.reports.sweep_page import place_of
 from ldm.runs.grid import Job, metric_of
-from ldm.runs.sweep import Sweep
+from ldm.runs.sweep import Sweep, name_of_lora
 
 
 def rows_of(sweep: Sweep, job: Job, metrics: Mapping[str, Any]) -> list[Row]:
     """The rows of one run, from its metrics.json: one for each subject in it, and again of each sampling.
 
     One of several subjects is named "variant, group", one of another sampling "variant, sampling", one of
-    several places on the curve "variant, at 0.8". What only runs of several subjects have, such as bleeding,
-    is None of the others. Raises UserError for metrics that the run does not have.
+    several places on the curve "variant, at 0.8", one of a LoRA of its model "variant as LoRA 4". What only
+    runs of several subjects have, such as bleeding, is None of the others. Raises UserError for metrics that
+    the run does not have.
     """
     rows = []
     for name, subject, found in _measured(sweep, job, metrics):
@@ -48,6 +49,8 @@ def _measured(
         else:
             for subject, own in found["concepts"].items():
                 yield full, subject, own
+    for rank in sweep.extracted.get(job.variant, ()):
+        yield name_of_lora(job.variant, rank), job.subject, metrics["extracted"][rank]
 
 
 def curve_of(metrics: Mapping[str, Any]) -> list[Mapping[str, float]]:

@@ -16,7 +16,7 @@ from ldm.errors import UserError
 from ldm.reports import sweep_page
 from ldm.runs import sweep_results as study
 from ldm.runs.grid import better_of, identity
-from ldm.runs.sweep import baselines_of, jobs_of, read_sweep
+from ldm.runs.sweep import baselines_of, jobs_of, name_of_lora, read_sweep
 from ldm.storybook.world import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,6 +180,7 @@ def test_shipped_studies_are_sound(path: Path, monkeypatch: pytest.MonkeyPatch, 
         name = f"{job.variant}, {job.subject}" if several else job.variant
         values = [value for values in sweep.at.values() for value in values]
         read = [f"{name}, at {value:g}" for value in values] if len(values) > 1 else [name]
+        read += [name_of_lora(job.variant, rank) for rank in sweep.extracted.get(job.variant, ())]
         for row in (*read, *(f"{name}, {also}" for also in job.config.evaluate_also or ())):
             for subject in sweep.subjects[job.subject]["together"] if several else [job.subject]:
                 wanted.setdefault(row, []).append((subject, str(job.seed)))
