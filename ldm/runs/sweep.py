@@ -133,6 +133,8 @@ def jobs_of(sweep: Sweep) -> list[Job]:
 
 
 def is_full(config: RunConfig) -> bool:
-    """Whether a run trains the networks of one base, and no LoRA beside them."""
+    """Whether a run trains the networks of one base, and no LoRA or adapter beside them."""
     trainable = config.model["params"].get("trainable") or {}
-    return bool(config.base_checkpoint) and not config.base_parts and not trainable.get("lora")
+    return bool(config.base_checkpoint) and not (
+        config.base_parts or trainable.get("lora") or trainable.get("adapter")
+    )

@@ -1,4 +1,4 @@
-"""LoRAs extracted from a study's runs: measured as these, each once, the nearer to them the higher the rank."""
+"""LoRAs extracted from a study's runs: measured as these, each once, nearer the higher the rank."""
 
 import csv
 import json
@@ -21,6 +21,7 @@ SHORT = [  # four steps, of which something is learnt
     *("samples.n=1", "samples.steps=2", "samples.every_steps=0", "online_eval.every_steps=0"),
     "evaluation.params={seeds: 1, class_samples: 4, sampler: ddim, steps: 2, guidance_scale: 1.0}",
 ]
+LOKR = "{kind: lokr}"
 DOG = {"dog": {"class_word": "dog", "photos": str(ROOT / "ldm/storybook/assets/subjects/dog")}}
 ASKED = {
     "variants": {"full": [], "without text": ["model.params.trainable.text_encoder=false"]},
@@ -83,6 +84,7 @@ def test_rows_of_loras_are_compared_with_the_baseline(workdir: Path):
             {"set": [*SHORT, "model.params.trainable.lora={target: ldm.models.lora.LoRA}"]},
             "`full` is no full training from one base.*weights: extracted",
         ),
+        ({"set": [*SHORT, f"model.params.trainable.adapter={LOKR}"]}, "`full` is no full training"),
         ({"set": [*SHORT, "base_parts={vae: a.safetensors}"]}, "`full` is no full training"),
     ],
 )
