@@ -26,6 +26,11 @@ class ReadingOptions:
     skip_unreadable: bool
     hold_out: bool
 
+    @property
+    def has_own_captions(self) -> bool:
+        """Whether photos of one concept may have different captions."""
+        return bool(self.captions) or self.shuffle is not None
+
 
 class ConceptImages:
     """Photos of concepts, images of classes; generated: the images of a class that the base has generated."""

@@ -166,8 +166,7 @@ def _activations(module: LatentDiffusion, data: DreamBoothDataModule, *, precisi
         lora_weights = dict(module.lora.named_parameters()) | dict(module.lora.named_buffers())
     with mixed:
         weights = _without_data(text)
-        captions = 1 + (priors > 0) + (data.prior_caption_dropout > 0)
-        prompts = torch.zeros(captions, *text.token_shape, dtype=torch.int64)
+        prompts = torch.zeros(_captions_at_once(data), *text.token_shape, dtype=torch.int64)
         with _saving(text, weights | lora_weights, {}) as saved:
             encoded = functional_call(text, weights, prompts)
         found["text_encoder"] = sum(saved)
@@ -186,6 +185,15 @@ def _activations(module: LatentDiffusion, data: DreamBoothDataModule, *, precisi
             functional_call(unet, weights, (x.to(dtype), timesteps, told))
         found["unet"] = sum(saved)
     return found
+
+
+def _captions_at_once(data: DreamBoothDataModule) -> int:
+    """The most different captions that a micro-batch may have; those that are equal are encoded once."""
+    subject, priors = data.batch_size, data.prior_batch_size
+    if not data.images.options.has_own_captions:
+        subject, priors = min(subject, len(data.concepts)), min(priors, len(data.classes or data.concepts))
+    dropped = data.caption_dropout > 0 or (priors > 0 and data.prior_caption_dropout > 0)
+    return min(subject + priors + dropped, data.batch_size + data.prior_batch_size)
 
 
 def _without_data(network: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The estimate against what a real step holds."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, chain
 from pathlib import Path
@@ -55,7 +56,14 @@ def gradient_bytes(module: LatentDiffusion) -> int:
     return sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
 
 
-def saved_bytes(module: LatentDiffusion, *, mixed: bool) -> int:
+CONCEPTS = [
+    {"root": "photos", "identifier": "sks", "class_word": "disc"},
+    {"root": "rings", "identifier": "zwx", "class_word": "ring"},
+]
+ALIKE = ("sks disc", "sks disc", "a disc", "a disc")
+
+
+def saved_bytes(module: LatentDiffusion, *, mixed: bool, captions: Sequence[str] = ALIKE) -> int:
     """What the graph of the networks' forward pass keeps beside their weights, on real tensors."""
     own = {p.untyped_storage().data_ptr() for p in chain(module.parameters(), module.buffers())}
     kept: dict[int, int] = {}
@@ -65,7 +73,7 @@ def saved_bytes(module: LatentDiffusion, *, mixed: bool) -> int:
         return tensor
 
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed), saved_tensors_hooks(keep, lambda t: t):
-        told = module.condition(["sks disc", "sks disc", "a disc", "a disc"])
+        told = module.condition(list(captions))
         x, t = torch.zeros(2 * BATCH, 4, SIZE // 2, SIZE // 2), torch.zeros(2 * BATCH, dtype=torch.int64)
         output = module.apply_model(x, t, told)
     assert output.requires_grad
@@ -120,6 +128,28 @@ def test_activations_are_what_the_graph_saves(tiny_config: dict, mixed: bool, lo
     needs, _ = estimate(config_of(tiny_config, trainer=trainer, trainable={"lora": lora}))
     counted = saved_bytes(build_module(tiny_config, trainable={"lora": lora}), mixed=mixed)
     assert sum(need.activations for need in needs.values()) == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("data", "captions"),
+    [
+        ({"captions": True}, ("sks disc", "sks disc on grass", "a disc", "a disc on grass")),
+        ({"concepts": CONCEPTS}, ("sks disc", "zwx ring", "a disc", "a ring")),
+        ({"prior_caption_dropout": 0.5}, ("sks disc", "sks disc", "a disc", "")),
+        ({"caption_dropout": 0.5}, ("sks disc", "", "a disc", "a disc")),
+        ({"captions": True, "prior_caption_dropout": 0.5}, ("sks disc", "disc sks", "a disc", "")),
+        ({"num_priors": 0, "prior_caption_dropout": 1.0}, ("sks disc", "sks disc", "", "")),
+        ({"num_priors": 0, "diff_output_preservation": True}, ALIKE),
+    ],
+)
+def test_every_caption_that_a_step_may_have_is_counted(tiny_config: dict, data: dict, captions: tuple):
+    tiny_config["objective"] = {"prior_target": "teacher"}
+    if "concepts" in data:
+        data = {**data, "subject_root": None, "class_word": None}
+    needs, _ = estimate(config_of(tiny_config, data=data))
+    counted = saved_bytes(build_module(tiny_config), mixed=False, captions=captions)
+    found = sum(needs[name].activations for name in ("unet", "text_encoder"))
+    assert found == pytest.approx(counted, rel=0.02)
 
 
 def test_fsdp_leaves_each_process_its_share(tiny_config: dict):
