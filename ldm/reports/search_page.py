@@ -11,7 +11,7 @@ from PIL import Image
 from ldm.evaluation.statistics import Row, mean_of
 from ldm.reports.charts import chart
 from ldm.reports.render import render
-from ldm.reports.sweep_page import frontier, spoken
+from ldm.reports.sweep_plots import frontier, spoken
 from ldm.reports.thumbnails import Group, embed
 
 WIDTH, HEIGHT = 1100, 1400  # pixels: of a trial's sheet, at most

@@ -1,16 +1,12 @@
-"""Results of a study: a CSV with a row per run, plots with intervals, and a page with paired differences."""
+"""Results of a study: a CSV with a row per run, and a page with means, intervals and paired differences."""
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
 
 from ldm.evaluation.statistics import MIN_SUBJECTS, Estimate, Row, mean_of, paired_difference
-from ldm.reports import svg
 from ldm.reports.render import render
-
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 270, 56, 14, 34, 74
-COLORS = ("#3b7dd8", "#d8663b", "#3ba56b", "#9b59b6", "#c9a227", "#5d6d7e", "#c0392b", "#16a085")
-RUN, GRID = "#9ab", "#dde"
+from ldm.reports.sweep_plots import spoken, variants_of
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -101,57 +97,6 @@ def _unreached(rows: Sequence[Row], read_at: Mapping[str, Sequence[float]]) -> i
     return found
 
 
-def panels(rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    """An SVG with a panel per metric: a faint dot per run, the variants' means with their intervals."""
-    drawn = [
-        svg.element("g", *_panel(rows, metric), transform=f"translate({WIDTH * (k % 2)} {HEIGHT * (k // 2)})")
-        for k, metric in enumerate(metrics)
-    ]
-    width, height = WIDTH * min(2, len(metrics)), HEIGHT * -(-len(metrics) // 2)
-    return svg.document(drawn, width, height, label=panels_label(rows, metrics))
-
-
-def frontier(rows: Sequence[Row], across: str, up: str) -> str:
-    """An SVG of one metric against another: the variants' means, with crosses of intervals."""
-    rows = [row for row in rows if None not in (row[across], row[up])]
-    x = svg.Axis([row[across] for row in rows], LEFT, WIDTH - RIGHT)
-    y = svg.Axis([row[up] for row in rows], HEIGHT - BOTTOM, TOP)
-    parts = [_middle((WIDTH / 2, 18), frontier_label(across, up), font_weight="bold"), *_y_ticks(y)]
-    parts += [_middle((x(v), HEIGHT - BOTTOM + 18), f"{v:g}") for v in x.ticks]
-    parts.append(_middle((WIDTH / 2, HEIGHT - BOTTOM + 40), spoken(across)))
-    for k, variant in enumerate(variants_of(rows)):
-        color, height = COLORS[k % len(COLORS)], TOP + 16 * k + 10
-        a, b = mean_of(rows, variant, across), mean_of(rows, variant, up)
-        center = x(a.mean), y(b.mean)
-        if a.interval and b.interval:
-            cross = {"stroke": color, "stroke_width": 2}
-            parts.append(svg.line((x(a.interval.low), center[1]), (x(a.interval.high), center[1]), **cross))
-            parts.append(svg.line((center[0], y(b.interval.low)), (center[0], y(b.interval.high)), **cross))
-        parts.append(svg.circle(center, 4.5, fill=color))
-        parts.append(svg.circle((WIDTH + 12, height - 4), 4.5, fill=color))
-        parts.append(svg.text((WIDTH + 22, height), variant))
-    height = max(HEIGHT, TOP + 16 * len(variants_of(rows)) + 10)
-    return svg.document(parts, WIDTH + 220, height, label=frontier_label(across, up))
-
-
-def panels_label(rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    """What `panels` shows, for those who do not see it."""
-    shown = ", ".join(map(spoken, metrics))
-    return f"{shown[:1].upper()}{shown[1:]}, of each variant: {'; '.join(variants_of(rows))}"
-
-
-def frontier_label(across: str, up: str) -> str:
-    return f"{spoken(up)} against {spoken(across)}"
-
-
-def variants_of(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["variant"] for row in rows))
-
-
-def spoken(metric: str) -> str:
-    return metric.replace("_", " ")
-
-
 def _head(first: str, columns: Sequence[str]) -> list[str]:
     return [f"| {first} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
 
@@ -166,32 +111,3 @@ def _cell(estimate: Estimate, digits: str) -> str:
     else:
         inside = ", ".join(f"{name} {value:{short}}" for name, value in estimate.by_subject.items())
     return f"{round(estimate.mean, 3) + 0.0:{digits}} ({inside})"  # no -0.000
-
-
-def _panel(rows: Sequence[Row], metric: str) -> list[str]:
-    rows = [row for row in rows if row[metric] is not None]
-    variants = variants_of(rows)
-    y = svg.Axis([row[metric] for row in rows], HEIGHT - BOTTOM, TOP)
-    room = (WIDTH - LEFT - RIGHT) / len(variants)
-    parts = [_middle((WIDTH / 2, 18), spoken(metric), font_weight="bold"), *_y_ticks(y)]
-    for k, variant in enumerate(variants):
-        x, found = LEFT + room * (k + 0.5), mean_of(rows, variant, metric)
-        for n, row in enumerate(row for row in rows if row["variant"] == variant):
-            parts.append(svg.circle((x - 9 + 2.5 * (n % 8), y(row[metric])), 2, fill=RUN))
-        if found.interval:
-            low, high = y(found.interval.low), y(found.interval.high)
-            parts.append(svg.line((x, low), (x, high), stroke=COLORS[0], stroke_width=2))
-        parts.append(svg.circle((x, y(found.mean)), 4.5, fill=COLORS[0]))
-        place = x, HEIGHT - BOTTOM + 16
-        turned = f"rotate(-24 {place[0]:.1f} {place[1]})"
-        parts.append(svg.text(place, variant, text_anchor="end", transform=turned))
-    return parts
-
-
-def _y_ticks(y: svg.Axis) -> list[str]:
-    lines = [svg.line((LEFT, y(v)), (WIDTH - RIGHT, y(v)), stroke=GRID) for v in y.ticks]
-    return lines + [svg.text((LEFT - 6, y(v) + 4), f"{v:g}", text_anchor="end") for v in y.ticks]
-
-
-def _middle(place: svg.Point, words: str, **attributes: str) -> str:
-    return svg.text(place, words, text_anchor="middle", **attributes)

@@ -9,7 +9,7 @@ from statistics import mean
 from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.images import load_image
 from ldm.evaluation.statistics import Row
-from ldm.reports import sweep_page
+from ldm.reports import sweep_page, sweep_plots
 from ldm.runs.extracted import extract_all, metrics_of_loras, missing_ranks
 from ldm.runs.grid import Job, metrics_of, run_in_processes, time_left, work, write_text
 from ldm.runs.prompts import sample_rows
@@ -41,11 +41,11 @@ def texts_of(
 
     rows: as in the CSV. seconds: variant -> mean of its trainings. pictures: files of contact sheets.
     """
-    plots = {f"{sweep.name}.svg": sweep_page.panels(rows, sweep.metrics)}
-    shown = {f"{sweep.name}.svg": sweep_page.panels_label(rows, sweep.metrics)}
+    plots = {f"{sweep.name}.svg": sweep_plots.panels(rows, sweep.metrics)}
+    shown = {f"{sweep.name}.svg": sweep_plots.panels_label(rows, sweep.metrics)}
     if sweep.frontier:
-        plots[f"{sweep.name}-frontier.svg"] = sweep_page.frontier(rows, *sweep.frontier)
-        shown[f"{sweep.name}-frontier.svg"] = sweep_page.frontier_label(*sweep.frontier)
+        plots[f"{sweep.name}-frontier.svg"] = sweep_plots.frontier(rows, *sweep.frontier)
+        shown[f"{sweep.name}-frontier.svg"] = sweep_plots.frontier_label(*sweep.frontier)
     page = sweep_page.page(
         sweep.name,
         title=sweep.title,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.config import save_config
 from ldm.errors import UserError
-from ldm.reports import sweep_page
+from ldm.reports import sweep_page, sweep_plots
 from ldm.runs import sweep_results as study
 from ldm.runs.grid import better_of, identity
 from ldm.runs.sweep import baselines_of, jobs_of, name_of_lora, read_sweep
@@ -315,8 +315,8 @@ def test_a_picture_that_is_not_sampled_is_found_before_the_first_run(workdir: Pa
 @pytest.mark.parametrize(
     "plot",
     [
-        sweep_page.panels(ROWS, ("subject_fidelity", "class_drift")),
-        sweep_page.frontier(ROWS, "class_drift", "subject_fidelity"),
+        sweep_plots.panels(ROWS, ("subject_fidelity", "class_drift")),
+        sweep_plots.frontier(ROWS, "class_drift", "subject_fidelity"),
     ],
 )
 def test_plots_are_well_formed_and_inside_their_frame(plot: str):

@@ -1,12 +1,13 @@
 """Rows of a study: subjects of a variant's own, several subjects in one run, and curves read at a value."""
 
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from ldm.errors import UserError
-from ldm.reports import sweep_page
+from ldm.reports import sweep_page, sweep_plots
 from ldm.runs import sweep_results as study
 from ldm.runs.sweep import baselines_of, jobs_of, read_sweep
 from ldm.runs.sweep_rows import read_at, rows_of
@@ -117,4 +118,27 @@ def test_what_only_runs_of_several_have_is_left_out_of_the_others():
     lines = sweep_page.table(rows, ("bleeding",), {"off": 10, "on <1>": 20}).splitlines()
     assert lines[2] == "| off |  | 10 |" and lines[3] == "| on <1> | 0.250 (a 0.25, b 0.25) | 20 |"
     assert sweep_page.differences(rows, ("bleeding",), {"on <1>": "off"}).endswith("| on <1> - off |  |")
-    assert "," in sweep_page.to_csv(rows) and ElementTree.fromstring(sweep_page.panels(rows, ("bleeding",)))
+    assert "," in sweep_page.to_csv(rows) and ElementTree.fromstring(sweep_plots.panels(rows, ("bleeding",)))
+
+
+def test_every_variant_has_a_line_and_a_mark_of_its_own():
+    rows = [
+        {
+            "variant": f"variant <{v}>",
+            "subject": f"s{s}",
+            "seed": 1,
+            "a": (v + s) / 40,
+            "b": s / 5 if v else None,
+        }
+        for v in range(20)
+        for s in range(5)
+    ]
+    tree = ElementTree.fromstring(sweep_plots.panels(rows, ("a", "b")))
+    names = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]
+    assert [name for name in names if "variant" in name] == [f"variant <{v}>" for v in range(20)]
+    circles = [dict(c.attrib) for c in tree.iter("{http://www.w3.org/2000/svg}circle")]
+    assert len(circles) == 20 * 6 + 19 * 6, "five runs and their mean, none of what was not measured"
+    tree = ElementTree.fromstring(sweep_plots.frontier(rows, "a", "b"))
+    marks = [e for e in tree.iter() if e.get("fill") in sweep_plots.COLORS]
+    looks = Counter((e.tag, e.get("fill"), "rotate(45" in e.get("transform", "")) for e in marks)
+    assert len(looks) == 19 and set(looks.values()) == {2}, "in the plot and in the legend"
