@@ -40,6 +40,12 @@ def evaluation_nodes(config: RunConfig) -> dict[str, Node]:
     return nodes
 
 
+def judged_subjects(evaluation: Evaluation, data: DreamBoothDataModule) -> JudgedSubjects:
+    """The subjects of a run's photos under an evaluation; their files are read when they are judged."""
+    photos = {name: ImageFiles(p.path for p in found) for name, found in data.images.photos.items()}
+    return JudgedSubjects(evaluation, data.concepts, photos)
+
+
 class BeforeAfterEvaluation:
     """Evaluates the images of a run by the config's `evaluation`; there are no metrics without one, and none
     of a subject that it cannot judge, or of a style.
@@ -62,8 +68,7 @@ class BeforeAfterEvaluation:
         self.evaluation: Evaluation | None = instantiate(evaluation) if evaluation else None
         if self.evaluation is None:
             return
-        photos = {name: ImageFiles(p.path for p in found) for name, found in data.images.photos.items()}
-        self.judged = JudgedSubjects(self.evaluation, data.concepts, photos)
+        self.judged = judged_subjects(self.evaluation, data)
         if not self.judged.subjects:
             self.evaluation = None
             return

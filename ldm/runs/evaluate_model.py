@@ -12,17 +12,16 @@ from ldm.checkpoints import run_checkpoint
 from ldm.checkpoints.find_model import find_model
 from ldm.config import check, instantiate
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.data.images import ImageFiles
 from ldm.engine.device import keep_freed_memory
 from ldm.errors import UserError
 from ldm.evaluation.image_folder import read_image_folder
 from ldm.evaluation.protocol import Evaluation
 from ldm.evaluation.storybook import StorybookEvaluation
-from ldm.evaluation.subjects import JudgedSubjects
 from ldm.files import atomic_write, make_folder
 from ldm.pipeline import Text2Image
 from ldm.reports.metric_rows import BESIDE, metric_rows
 from ldm.reports.metrics_plot import metrics_plot
+from ldm.runs.before_after import judged_subjects
 from ldm.runs.buckets import bucket_unit, lacks_unit
 from ldm.runs.run import write_json
 from ldm.runs.sampling import in_shapes
@@ -126,8 +125,7 @@ def evaluate(options: Namespace, model: Path | None) -> Mapping[str, Any]:
     samples = read_image_folder(options.pictures) if options.pictures else []
     of_class = read_image_folder(options.class_pictures, at_least=2) if options.class_pictures else []
     evaluation = evaluation_of(options, config)
-    photos = {name: ImageFiles(p.path for p in found) for name, found in data.images.photos.items()}
-    judged = JudgedSubjects(evaluation, data.concepts, photos)
+    judged = judged_subjects(evaluation, data)
     for name, against in judged.unfit.items():
         raise UserError(". ".join(against), where=name, remedy="Take --metrics photos.")
     if not judged.subjects:

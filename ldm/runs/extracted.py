@@ -11,13 +11,11 @@ from ldm.checkpoints.extract_lora import lora_between
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.lora import save_lora
 from ldm.config import instantiate
-from ldm.data.images import ImageFiles
 from ldm.engine.device import device_of
 from ldm.engine.locks import share
-from ldm.evaluation.memo import ImageMemo, MemoPipeline
-from ldm.evaluation.subjects import JudgedSubjects
 from ldm.files import make_folder
 from ldm.pipeline import Text2Image
+from ldm.runs.before_after import judged_subjects
 from ldm.runs.buckets import build_data
 from ldm.runs.grid import Job, metrics_of, write_text
 from ldm.runs.memory import module_on_meta
@@ -69,13 +67,12 @@ def measure(job: Job, ranks: Sequence[int]) -> None:
     tuned, base = open_model(job.folder / "model.safetensors"), open_model(base_file)
     data = build_data(config, module_on_meta(config))
     data.check()
-    photos = {name: ImageFiles(p.path for p in found) for name, found in data.images.photos.items()}
-    judged = JudgedSubjects(instantiate(config.evaluation), data.concepts, photos)
+    judged = judged_subjects(instantiate(config.evaluation), data)
 
     def measured(loras: Sequence[tuple[Path, float]], **how: bool) -> dict[str, Any]:
         guidance_base = base_file if judged.evaluation.guidance_base and loras else None
         pipeline = Text2Image.from_file(base_file, device=device, loras=loras, guidance_base=guidance_base)
-        return judged.measure(in_shapes(MemoPipeline(pipeline, ImageMemo()), data.sample_shapes), **how)
+        return judged.measure(in_shapes(pipeline, data.sample_shapes), **how)
 
     before = measured([], is_base=True)
     for rank in ranks:
