@@ -89,7 +89,7 @@ class Text2Image:
         dtype: torch.dtype = torch.float32,
         loras: Sequence[tuple[Path, float]] = (),
         embeddings: Sequence[Path] = (),
-        guidance_base: str | Path | None = None,
+        guidance_base: str | Path | Denoiser | None = None,
         vae: str | Path | None = None,
     ) -> "Text2Image":
         """From a Stable Diffusion file, a folder as diffusers saves it, or the folder of a run.
@@ -97,12 +97,12 @@ class Text2Image:
         config: with a `model` section, or the params of one; None takes what its metadata or layout says.
         loras: files, each with the weight at which it is merged. embeddings: textual-inversion files, whose
         tokens prompts may contain; a run's own is read too. vae: a file or folder in place of the model's.
-        guidance_base: file or folder of the model that predicts for the negative prompt. If it is the same
-        file, it is not loaded twice: the LoRAs are attached instead of merged, and off in that prediction.
+        guidance_base: file or folder of the model that predicts for the negative prompt, or itself. The same
+        file is not loaded twice: the LoRAs are attached instead of merged, and off in that prediction.
         """
         how = {"config": config, "device": device, "dtype": dtype}
         file, base, beside = ModelFile(find_model(Path(path)), vae=vae, **how), None, []
-        if guidance_base is not None:
+        if isinstance(guidance_base, str | Path):
             base = ModelFile(guidance_base, names=("unet", "text_encoder"), **how)
             base.model.require_prediction(base.process.parameterization)
             require_same_kind(file.denoiser(), base.denoiser())
@@ -117,7 +117,7 @@ class Text2Image:
             process=file.process,
             default_size=file.model.size(file.process.parameterization),
             model_hash=file.hash,
-            guidance_base=base and base.denoiser(model_hash=base.hash, without=beside),
+            guidance_base=base.denoiser(model_hash=base.hash, without=beside) if base else guidance_base,
             cuda_graph=True,
         )
 

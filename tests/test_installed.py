@@ -100,13 +100,12 @@ torch.backends.mps.is_available = lambda: True
 for name in {MODULES!r}:
     importlib.import_module(name)
 from ldm.engine import device, locks
-from ldm.runs.sample_images import DEVICE
 from ldm.schema import TrainerOptions
 assert not locks.CAN_LOCK and locks.try_lock(None)
 device.Path = lambda path: importlib.import_module("pathlib").Path("/nowhere")
 assert device.peak_resident_mib() == 0.0
 if not torch.cuda.is_available():
-    assert device.device_of(TrainerOptions(max_steps=1)).type == DEVICE == "mps"
+    assert device.device_of(TrainerOptions(max_steps=1)).type == device.DEVICE == "mps"
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 

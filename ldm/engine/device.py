@@ -18,6 +18,8 @@ try:
 except ImportError:  # Windows
     resource = None
 
+# Where a command computes unless it is told otherwise
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 

@@ -27,7 +27,7 @@ from ldm.pipeline import Text2Image
 from ldm.precision import resolve_precision
 from ldm.runs.grid import Grid, Job, finish, metrics_of, write_text
 from ldm.runs.inputs import FILE as INPUTS
-from ldm.runs.run import base_files
+from ldm.runs.untrained import base_pipeline
 from ldm.runs.validate import validate
 
 MEASURED = "measured"  # the variant of its rows
@@ -208,11 +208,11 @@ def _is_drawn(file: Path, about: Mapping[str, Any]) -> bool:
 
 def _pipeline(job: Job) -> Text2Image:
     device = device_of(job.config.trainer)
-    base = base_files(job.config).get("all") if job.config.samples.guidance_base else None
-    dtype = DTYPES[resolve_precision(job.config.samples.precision, device)]
-    return Text2Image.from_file(
-        job.folder / "model.safetensors", device=device, dtype=dtype, guidance_base=base
-    )
+    how = {"device": device, "dtype": DTYPES[resolve_precision(job.config.samples.precision, device)]}
+    base = None
+    if job.config.samples.guidance_base:
+        base = base_pipeline(job.config, **how).denoiser
+    return Text2Image.from_file(job.folder / "model.safetensors", guidance_base=base, **how)
 
 
 def given_images(folder: Path, prompts: Sequence[str]) -> dict[str, Sequence[Image.Image]]:

@@ -1,7 +1,7 @@
 """The metrics of a model beside its base's, or of folders of images: what `evaluate.py` does."""
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +10,26 @@ import torch
 from ldm.annotations import Node
 from ldm.checkpoints import run_checkpoint
 from ldm.checkpoints.find_model import find_model
+from ldm.checkpoints.save import DTYPES
 from ldm.config import check, instantiate
+from ldm.data.buckets import Shape
 from ldm.data.dreambooth import DreamBoothDataModule
-from ldm.engine.device import keep_freed_memory
+from ldm.engine.device import DEVICE, keep_freed_memory
 from ldm.errors import UserError
 from ldm.evaluation.image_folder import read_image_folder
 from ldm.evaluation.protocol import Evaluation
 from ldm.evaluation.storybook import StorybookEvaluation
+from ldm.evaluation.subjects import JudgedSubjects
 from ldm.files import atomic_write, make_folder
 from ldm.pipeline import Text2Image
+from ldm.precision import resolve_precision
 from ldm.reports.metric_rows import BESIDE, metric_rows
 from ldm.reports.metrics_plot import metrics_plot
 from ldm.runs.before_after import judged_subjects
 from ldm.runs.buckets import bucket_unit, lacks_unit
 from ldm.runs.run import write_json
 from ldm.runs.sampling import in_shapes
+from ldm.runs.untrained import base_pipeline
 from ldm.schema import RunConfig
 from ldm.shipped import find_file
 from ldm.targets import allow
@@ -136,12 +141,36 @@ def evaluate(options: Namespace, model: Path | None) -> Mapping[str, Any]:
     if model is None:
         (subject,), (prompts,) = judged.subjects.values(), judged.prompts.values()
         return evaluation.measure_images(samples, subject=subject, prompts=prompts, of_class=of_class)
-    base = find_file(options.base or (config and config.base_checkpoint) or BASE)
-    shapes = data.sample_shapes
-    before = judged.measure(in_shapes(Text2Image.from_file(base), shapes), is_base=True)
-    guidance_base = base if evaluation.guidance_base else None
-    trained = Text2Image.from_file(model, guidance_base=guidance_base)
+    return beside_base(options, config, model=model, judged=judged, shapes=data.sample_shapes)
+
+
+def beside_base(
+    options: Namespace,
+    config: RunConfig | None,
+    *,
+    model: Path,
+    judged: JudgedSubjects,
+    shapes: Sequence[Shape],
+) -> Mapping[str, Any]:
+    """The metrics of a model with its base's: that of the options, else of its run, else the storybook's."""
+    where = placement_of(options, judged.evaluation)
+    if options.base is None and config is not None and config.is_dreambooth:
+        base = base_pipeline(config, **where)
+    else:
+        named = options.base or (config and config.base_checkpoint) or BASE
+        base = Text2Image.from_file(find_file(named), **where)
+    before = judged.measure(in_shapes(base, shapes), is_base=True)
+    guidance_base = base.denoiser if judged.evaluation.guidance_base else None
+    del base  # of which a guidance by the trained model needs nothing
+    trained = Text2Image.from_file(model, guidance_base=guidance_base, **where)
     return judged.summary(judged.measure(in_shapes(trained, shapes)), before)
+
+
+def placement_of(options: Namespace, evaluation: Evaluation) -> dict[str, Any]:
+    """Device and dtype of the networks: of the options, else the first GPU, in the evaluation's precision."""
+    device = options.device or DEVICE
+    precision = resolve_precision(evaluation.sampling.get("precision", "auto"), device)
+    return {"device": device, "dtype": DTYPES[precision]}
 
 
 def table(metrics: Mapping[str, Any]) -> str:
@@ -167,7 +196,8 @@ def evaluate_model(options: Namespace) -> None:
         evaluation = StorybookEvaluation(
             steps=options.steps or 25, guidance_scale=options.guidance_scale or BASE_GUIDANCE
         )
-        metrics = evaluation.examine(Text2Image.from_file(model), samples=options.captions)
+        pipeline = Text2Image.from_file(model, **placement_of(options, evaluation))
+        metrics = evaluation.examine(pipeline, samples=options.captions)
     else:
         metrics = evaluate(options, model)
     print(table(metrics))

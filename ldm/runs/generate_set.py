@@ -3,12 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.config import instantiate
 from ldm.engine import distributed
 from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.errors import UserError
-from ldm.runs.run import base_files, load_base
 from ldm.runs.sampling import generate_priors, prior_sets, text2image
+from ldm.runs.untrained import untrained
 from ldm.runs.validate import validate
 from ldm.schema import RunConfig
 
@@ -20,11 +19,7 @@ def generate_set(config: RunConfig) -> list[Path]:
     data = validate(replace(config, trainer=trainer))
     if not config.is_dreambooth or not data.generated_classes:
         raise UserError("This config has no prior images to generate", where="data.params.num_priors")
-    module = instantiate(config.model)
-    base_hash = load_base(
-        module.networks, base_files(config), parameterization=module.process.parameterization
-    )
-    module.add_learned_token()  # and what an adapter takes from the base's weights
+    module, base_hash = untrained(config)
     set_matmul_precision(config.matmul_precision)
     module.to(device_of(trainer))
     sampling = config.priors

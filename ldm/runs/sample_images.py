@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,7 +24,7 @@ from ldm.config import load_config, to_container
 from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.images import load_image
 from ldm.data.prompts import read_prompts
-from ldm.engine.device import keep_freed_memory
+from ldm.engine.device import DEVICE, keep_freed_memory
 from ldm.errors import UserError
 from ldm.families.sdxl.conditioning import Sizes, warn_of_small_side
 from ldm.files import make_folder
@@ -36,7 +35,6 @@ from ldm.runs.folder import new_folder
 from ldm.sampler_nodes import build_sampler
 from ldm.targets import allow
 
-DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 SIZES = ("original_size", "crop", "target_size")  # of Sizes: what SDXL is told
 SETTINGS = ("negative_prompt", "steps", "guidance_scale", "sampler", "spacing", "eta", "height", "width")
 

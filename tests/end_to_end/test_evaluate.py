@@ -7,8 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ldm.commands import evaluate
 from ldm.config import load_config
@@ -116,6 +119,40 @@ def test_a_run_without_an_evaluation_is_measured_as_it_samples(a_run, monkeypatc
     printed = capsys.readouterr().out
     assert "sampler dpm++2m" in printed and "guidance_scale 2.0" in printed
     assert f"steps {wanted['steps']}" in printed and "guidance_base True" in printed
+
+
+def test_a_run_is_measured_against_the_parts_of_its_base(a_run, monkeypatch):
+    """A run that learnt nothing is its base, also where another file has that one's UNet."""
+    path, finer = find_file(evaluate_model.BASE), a_run / "finer.safetensors"
+    with safe_open(path, "pt") as file:
+        weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    weights |= {name: w * 1.1 for name, w in weights.items() if name.startswith("model.diffusion_model.")}
+    save_file(weights, finer, metadata)
+    (a_run / "model.safetensors").unlink()
+    (a_run / "model.safetensors").symlink_to(finer)
+    shifts = []
+    for parts in ({"unet": str(finer)}, None):
+        config = OmegaConf.load(a_run / "config.yaml")
+        OmegaConf.save(OmegaConf.merge(config, {"base_parts": parts}), a_run / "config.yaml")
+        run(monkeypatch, "--model", a_run, *FEW)
+        shifts.append(json.loads((a_run / "evaluation/metrics.json").read_text())["class_shift"])
+    assert shifts[0] == 0 < shifts[1]
+
+
+def test_networks_are_where_the_options_say(a_run, monkeypatch):
+    placed = []
+
+    def from_file(path: Path, **how: object) -> None:
+        placed.append(how)
+        raise UserError("far enough", where=path)
+
+    monkeypatch.setattr(evaluate_model.Text2Image, "from_file", from_file)
+    for words in (["--device", "cuda"], ["--device", "cpu"], ["--captions", 2, "--device", "cuda:1"]):
+        with pytest.raises(UserError, match="far enough"):
+            run(monkeypatch, "--model", a_run, *FEW, "--base", "b.safetensors", *words)
+    low, full = torch.bfloat16, torch.float32
+    wanted = [("cuda", low), ("cpu", full), ("cuda:1", low)]
+    assert [(how["device"], how["dtype"]) for how in placed] == wanted
 
 
 def test_a_runs_own_evaluation_comes_before_its_samples(a_run):
