@@ -46,6 +46,7 @@ OPTIMIZERS = {
     "lean": [LEAN],
     "lean_bf16": [LEAN.replace("adamw", "adamw_bf16"), "trainer.precision=bf16-true"],
     "schedule_free": ["model.params.optimizer=schedule_free"],
+    "lion": ["model.params.optimizer=lion"],
 }
 GUARD, AVERAGE = "engine/non_finite.py: __init__", "engine/averaging.py: _update_apart"
 IN_STEPS = {  # copies that nothing waits for: whether losses and gradient are finite, weights to be averaged
