@@ -46,6 +46,7 @@ OPTIMIZERS = {
     "lean": [LEAN],
     "lean_bf16": [LEAN.replace("adamw", "adamw_bf16"), "trainer.precision=bf16-true"],
     "schedule_free": ["model.params.optimizer=schedule_free"],
+    "moments": ["model.params.optimizer=adamw_bf16_moments", "trainer.gradient_clip_val=1.0"],
     "lion": ["model.params.optimizer=lion"],
 }
 GUARD, AVERAGE = "engine/non_finite.py: __init__", "engine/averaging.py: _update_apart"

@@ -1,4 +1,4 @@
-"""AdamW on bfloat16 weights alone, many tensors at a time, with stochastic rounding."""
+"""AdamW whose states, or also weights, are bfloat16: many tensors at a time, with stochastic rounding."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +12,7 @@ from ldm import randomness
 from ldm.annotations import Decay, NonNegativeFloat, PositiveFloat, Seed
 
 Group = dict[str, Any]  # "params", "lr", "name"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 PIECE = 2**22  # elements of a tensor that are updated at a time at most: 16 MiB in float32
 OFFSETS = 2**20  # places at least at which a piece may begin to read the table of random numbers
 UPPER = 1 if sys.byteorder == "little" else 0  # of the two halves of a float32
@@ -53,7 +54,8 @@ class AdamWBF16(Optimizer):
     seed: of the rounding.
     """
 
-    weights_dtype = torch.bfloat16  # of the networks that it trains
+    weights_dtype: torch.dtype | None = torch.bfloat16  # of the networks that it trains; None: as they are
+    moments_dtype: torch.dtype | None = None  # None: the weight's
 
     def __init__(
         self,
@@ -80,17 +82,22 @@ class AdamWBF16(Optimizer):
         for group in self.param_groups:
             alike: dict[tuple[int, torch.dtype], list[Piece]] = {}  # same step, same dtype
             for parameter in (p for p in group["params"] if p.grad is not None):
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = 0
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state = self._state_of(parameter)
                 state["step"] += 1
                 alike.setdefault((state["step"], parameter.dtype), []).extend(self._pieces[parameter])
             for (t, _), pieces in alike.items():
                 for bucket in buckets(pieces):
                     self._update(bucket, group, t)
         return loss
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        state, dtype = self.state[parameter], self.moments_dtype or parameter.dtype
+        if not state:
+            state["step"] = 0
+            state |= {name: torch.zeros_like(parameter, dtype=dtype) for name in MOMENTS}
+        elif state["exp_avg"].dtype != dtype:  # torch loads all states in the dtype of the weight
+            state |= {name: state[name].to(dtype) for name in MOMENTS}
+        return state
 
     def _update(self, bucket: Sequence[Piece], group: Group, t: int) -> None:
         """Loshchilov and Hutter 2019, algorithm 2, of pieces of one dtype at step t."""
@@ -116,6 +123,17 @@ class AdamWBF16(Optimizer):
             if kept[0].dtype == torch.bfloat16:
                 exact = stochastically_rounded_(exact, self._rounding.draws(purpose, t, bucket, exact.device))
             torch._foreach_copy_(kept, exact.split([len(part) for part in kept]))
+
+
+class AdamWBF16Moments(AdamWBF16):
+    """AdamW whose moments alone are bfloat16: 8 bytes a weight and 4 for its gradient, in place of 16.
+
+    Weights keep their dtype, float32 as a rule, and so lose no update. The moments are rounded
+    stochastically: to the nearest, the second would stand still at beta2 of 0.999.
+    """
+
+    weights_dtype = None
+    moments_dtype = torch.bfloat16
 
 
 class Rounding:

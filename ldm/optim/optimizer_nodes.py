@@ -11,12 +11,15 @@ from ldm.annotations import Builds, Node
 from ldm.config import instantiate, takes
 from ldm.targets import OPTIONAL, get_class
 
-OptimizerName = Literal["adamw", "adamw_8bit", "adamw_bf16", "adafactor", "lion", "prodigy", "schedule_free"]
+OptimizerName = Literal[
+    "adamw", "adamw_8bit", "adamw_bf16", "adamw_bf16_moments", "adafactor", "lion", "prodigy", "schedule_free"
+]
 OptimizerNode = OptimizerName | Annotated[Node, Builds(Optimizer)]
 SHORT = {  # name -> class
     "adamw": "ldm.optim.fused_adamw.FusedAdamW",
     "adamw_8bit": "bitsandbytes.optim.AdamW8bit",
     "adamw_bf16": "ldm.optim.adamw_bf16.AdamWBF16",
+    "adamw_bf16_moments": "ldm.optim.adamw_bf16.AdamWBF16Moments",
     "adafactor": "torch.optim.Adafactor",
     "lion": "ldm.optim.lion.Lion",
     "prodigy": "prodigyopt.Prodigy",

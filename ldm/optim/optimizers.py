@@ -38,10 +38,11 @@ def build_optimizer(
 
     optimizer: a node, or a name. AdamW (Loshchilov & Hutter 2019): "adamw" has float32 states, 8 bytes a
     weight, `fused` in one kernel; "adamw_8bit" (bitsandbytes) 2 bytes; "adamw_bf16" 4 bytes, for bfloat16
-    weights. "adafactor" (Shazeer & Stern 2018) keeps a row and a column of second moments, and its learning
-    rate is relative to the root mean square of each weight tensor; "lion" (Chen et al. 2023) keeps one
-    moment. "prodigy" (Mishchenko & Defazio 2023) finds the rate, of which the learning rate is a factor;
-    "schedule_free" (Defazio et al. 2024) averages in place of a schedule. seed: of stochastic rounding.
+    weights; "adamw_bf16_moments" 4 bytes, for all weights. "adafactor" (Shazeer & Stern 2018) keeps a
+    row and a column of second moments, and its learning rate is relative to the root mean square of each
+    weight tensor; "lion" (Chen et al. 2023) keeps one moment. "prodigy" (Mishchenko & Defazio 2023) finds the
+    rate, of which the learning rate is a factor; "schedule_free" (Defazio et al. 2024) averages in place of a
+    schedule. seed: of stochastic rounding.
     """
     groups = [
         {"name": group_name, "lr": lr, "params": [p for p in module.parameters() if p.requires_grad]}

@@ -27,9 +27,10 @@ def state_bytes(parameter: Tensor, optimizer: OptimizerNode) -> int:
     count, node = parameter.numel(), stepping(optimizer)
     if node["target"].startswith("bitsandbytes."):
         return 2 * (count + 4 * -(-count // BLOCK)) if count >= SMALL else 2 * 4 * count
-    if issubclass(kind_of(optimizer), AdamWBF16):
-        return 2 * parameter.nbytes
-    if issubclass(kind_of(optimizer), torch.optim.AdamW) and not node.get("params", {}).get("amsgrad"):
+    kind = kind_of(optimizer)
+    if issubclass(kind, AdamWBF16):
+        return 2 * count * (kind.moments_dtype or parameter.dtype).itemsize
+    if issubclass(kind, torch.optim.AdamW) and not node.get("params", {}).get("amsgrad"):
         return 2 * 4 * count + 4
     return _asked(json.dumps(node), tuple(parameter.shape), parameter.dtype)
 

@@ -31,7 +31,8 @@ from ldm.families.known import family_of
 from ldm.families.sdxl.conditioning import vector_width, warn_of_small_side
 from ldm.families.sdxl.family import SDXL
 from ldm.files import require_space
-from ldm.optim.optimizer_nodes import averages_weights, optimizer_of, weights_dtype
+from ldm.optim.adamw_bf16 import AdamWBF16
+from ldm.optim.optimizer_nodes import averages_weights, optimizer_of, stepping
 from ldm.optim.schedules import Constant
 from ldm.pipeline import Text2Image
 from ldm.runs import run
@@ -273,7 +274,8 @@ def _check_learning(module: LatentDiffusion, trainer: TrainerOptions, *, process
 
 def _warn_of_lost_updates(module: LatentDiffusion, trainer: TrainerOptions) -> None:
     """Says that most updates of weights in bfloat16 are lost by an optimizer that rounds to the nearest."""
-    if trainer.precision == "bf16-true" and weights_dtype(module.optimizer) is None:
+    rounds = stepping(module.optimizer)["target"].startswith(AdamWBF16.__module__)
+    if trainer.precision == "bf16-true" and not rounds:
         log.warning(
             "trainer.precision=bf16-true: updates smaller than 1/512 of a bfloat16 weight are lost; "
             "take model.params.optimizer=adamw_bf16, which rounds them right on average, with bf16-mixed"

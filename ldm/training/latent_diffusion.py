@@ -37,7 +37,8 @@ class LatentDiffusion(LearningNetworks):
         objective: what predictions are compared with, and how errors become one loss.
         trainable: which parameters learn, and at which rates.
         optimizer: a name, or a node of any optimizer, as of torch.optim. "adamw_bf16" keeps UNet and text
-            encoder in bfloat16 and rounds their updates stochastically; "prodigy" finds the rate, of which
+            encoder in bfloat16 and rounds their updates stochastically, "adamw_bf16_moments" only what it
+            remembers of the gradients; "prodigy" finds the rate, of which
             `learning_rate` is a factor, 1; "schedule_free" averages the weights, in place of `ema_decay` and
             of a schedule (docs/optimizers.md). `FusedBackward` has one step each weight as soon as its
             gradient is there, which is then freed.

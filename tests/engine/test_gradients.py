@@ -49,7 +49,7 @@ def test_weights_are_those_of_lightnings_clipping(
         assert not all(torch.equal(one, other) for one, other in pairs)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16", "adamw_bf16_moments"])
 def test_the_optimizer_divides_the_gradients(job: Job, tmp_path: Path, optimizer: str):
     """No pass over them in between; the divisor is 1 where the norm is small enough."""
     divisors: list[float] = []

@@ -123,7 +123,7 @@ def test_it_is_the_authors_average():
 def test_which_optimizers_average():
     for node in ("schedule_free", NODE, {"target": "schedulefree.SGDScheduleFree"}):
         assert averages_weights(node)
-    for node in ("adamw", "adamw_8bit", "adamw_bf16", "adafactor", "lion", "prodigy"):
+    for node in ("adamw", "adamw_8bit", "adamw_bf16", "adamw_bf16_moments", "adafactor", "lion", "prodigy"):
         assert not averages_weights(node)
 
 

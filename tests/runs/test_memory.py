@@ -86,6 +86,7 @@ def saved_bytes(module: LatentDiffusion, *, mixed: bool, captions: Sequence[str]
         {},
         {"trainable": {"text_encoder": False}},
         {"optimizer": "adamw_bf16"},
+        {"optimizer": "adamw_bf16_moments"},
         {"optimizer": LEAN_BF16},
     ],
 )
