@@ -18,6 +18,7 @@ class Case:
 
     lean: ours steps the weights in the backward pass, keeps no gradients and computes the two finest levels
     again; diffusers, which has no flag for the former, runs with gradient checkpointing.
+    moments: ours keeps AdamW's moments in bfloat16, for which diffusers has no flag.
     """
 
     size: Literal["storybook", "quarter", "sd1"]
@@ -26,6 +27,7 @@ class Case:
     text: bool = False  # the text encoder learns too
     lora: bool = False
     lean: bool = False
+    moments: bool = False
     steps: int = 0
 
     @property
@@ -34,7 +36,8 @@ class Case:
             return f"{self.size}: {self.steps} DDIM steps with CFG, batch {self.batch}"
         parts = "UNet and text encoder" if self.text else "UNet"
         kind = "LoRA" if self.lora else "lean" if self.lean else "full"
-        return f"{self.size}: {kind} training of {parts}, batch {self.batch}"
+        with_moments = ", bf16 moments" if self.moments else ""
+        return f"{self.size}: {kind} training of {parts}{with_moments}, batch {self.batch}"
 
 
 def cases(device: str, *, quick: bool) -> list[Case]:
@@ -45,6 +48,7 @@ def cases(device: str, *, quick: bool) -> list[Case]:
     if device == "cuda":
         train = [Case("sd1", "train", 2, **kind) for kind in trained]
         return train + [Case("sd1", "sample", batch, steps=50) for batch in (1, 8)]
+    trained.insert(1, {"text": True, "moments": True})
     found = [Case("storybook", "train", 8, **kind) for kind in trained]
     found += [Case("quarter", "train", 2, **kind) for kind in trained]
     found += [Case("storybook", "sample", batch, steps=25) for batch in (1, 8, 16)]

@@ -13,7 +13,7 @@ from ldm.checkpoints.infer_config import model_config
 from ldm.checkpoints.save_folder import save_folder
 from ldm.config import instantiate
 from ldm.models.text_encoder import load_tokenizer
-from ldm.optim.optimizer_nodes import FUSED_BACKWARD, steps_in_backward
+from ldm.optim.optimizer_nodes import FUSED_BACKWARD, OptimizerNode, steps_in_backward
 from ldm.pipeline import Text2Image
 from ldm.runs.callbacks import OffloadVAE
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -28,7 +28,7 @@ def case_params(case: Case, *, compiled: bool | str = False) -> dict[str, Any]:
     params = model_params(case.size) | {
         "trainable": {"text_encoder": case.text, "learning_rate": 1e-6},
         "compile": "default" if compiled is True else compiled or None,
-        "optimizer": {"target": FUSED_BACKWARD} if case.lean else "adamw",
+        "optimizer": optimizer_of(case),
     }
     objective = params.get("objective", {})
     params["objective"] = objective | {"prior_target": "noise"}  # the paper's, and the peer's
@@ -39,6 +39,12 @@ def case_params(case: Case, *, compiled: bool | str = False) -> dict[str, Any]:
         unet = params["unet"]
         params["unet"] = unet | {"params": unet["params"] | {"use_checkpoint": RECOMPUTED}}
     return params
+
+
+def optimizer_of(case: Case) -> OptimizerNode:
+    """Of a case; a lean one steps in the backward pass."""
+    name = "adamw_bf16_moments" if case.moments else "adamw"
+    return {"target": FUSED_BACKWARD, "params": {"optimizer": name}} if case.lean else name
 
 
 def build(params: Mapping[str, Any], *, device: str = "cpu") -> LatentDiffusion:

@@ -34,11 +34,16 @@ from ldm.schema import RunConfig
 
 FULL = Case(SIZE, "train", 2, text=True)
 CONFIG = "dreambooth-sd1.yaml" if SIZE == "sd1" else "dreambooth.yaml"
-PRESETS = ("24gb", "12gb", "8gb-lora")
+PRESETS = ("24gb", "16gb", "12gb", "8gb-lora")
 ASSETS = ROOT / "ldm/storybook/assets"
 NAMED = [f"--data_root={ASSETS / 'subjects/dog'}", "--class_word=dog"]  # any photos will do
 NAMED += [f"--actual_resume={ASSETS / 'base.safetensors'}"]
-CARDS = {"24gb": 22.5, "12gb": 10.5, "8gb-lora": 6.7}  # GiB, less the CUDA context and a display
+CARDS = {
+    "24gb": 22.5,
+    "16gb": 14.5,
+    "12gb": 10.5,
+    "8gb-lora": 6.7,
+}  # GiB, less the CUDA context and a display
 
 
 def preset(*names: str, **changed: object) -> Training:
@@ -104,7 +109,7 @@ def train(*words: str) -> None:
             continue
         with attempt(name):
             torch.backends.cudnn.benchmark = "benchmark" in name
-            steps = max(STEPS // 4, 1) if "12gb" in name else STEPS
+            steps = max(STEPS // 4, 1) if "12gb" in name or "16gb" in name else STEPS
             measure(name, make(), steps=steps, profile=name.endswith("full"))
 
 
