@@ -43,7 +43,7 @@ CARDS = {
     "16gb": 14.5,
     "12gb": 10.5,
     "8gb-lora": 6.7,
-}  # GiB, less the CUDA context and a display
+}  # GiB, less CUDA and a display
 
 
 def preset(*names: str, **changed: object) -> Training:
