@@ -42,7 +42,7 @@ class ModelFile:
         names: Collection[str] = tuple(PREFIXES),
         vae: str | Path | None = None,
     ):
-        _check_device(device)
+        check_device(device)
         self.path = local_path(path)
         self.device = device
         self.model = open_model(self.path, vae=vae, config=config)
@@ -149,7 +149,8 @@ def _model_params(config: Mapping[str, Any], *, where: object) -> Mapping[str, A
     return params
 
 
-def _check_device(device: str | torch.device) -> None:
+def check_device(device: str | torch.device) -> None:
+    """Raises UserError for a device that is not here."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # unknown, not compiled in, or absent

@@ -4,6 +4,8 @@ Importing it registers the device with torch for the whole process, so tests do 
 Autocast does nothing on it.
 """
 
+import sys
+import threading
 import traceback
 from collections import Counter
 from typing import Any
@@ -16,6 +18,12 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 aten = torch.ops.aten
 COPIES = (aten.copy_.default, aten._foreach_copy_.default, aten._to_copy.default)
 TO_PYTHON = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
+BY_VALUES = (  # whose shape the values decide, which the host has to know
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+)
 PUTS = (aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
@@ -27,7 +35,7 @@ class Backend(backend_registration._DummyBackendModule):
 backend_registration._setup_privateuseone_for_python_backend("elsewhere", backend_module=Backend())
 DEVICE = torch.device("elsewhere", 0)
 
-in_steps: Counter[str] = Counter()  # place in ldm that brought something to the host in a step -> how often
+in_steps: Counter[str] = Counter()  # place in ldm where the host met the device in a step -> how often
 
 
 class Elsewhere(Tensor):
@@ -81,9 +89,9 @@ def computed(op: Any, *args: Any, **kwargs: Any) -> Any:
     k.pop("pin_memory", None)
     with torch.inference_mode(False), torch.no_grad():
         found = op(*a, **k)
+        if _meets(op, args, kwargs, flat, stays=stays):
+            _count()
         if not stays:
-            if any(isinstance(x, Elsewhere) for x in flat):
-                _count()
             return found
         same = {id(h): x for h, x in zip(here, flat, strict=True) if isinstance(x, Elsewhere)}
         return tree_map_only(Tensor, lambda t: same[id(t)] if id(t) in same else Elsewhere(t), found)
@@ -95,6 +103,23 @@ def _stays(op: Any, args: tuple, kwargs: dict) -> bool:
         return torch.device(kwargs["device"]).type == DEVICE.type
     decides = args[:1] if op in (*COPIES, *PUTS, aten.index.Tensor) else (args, kwargs)
     return op not in TO_PYTHON and any(isinstance(x, Elsewhere) for x in tree_flatten(decides)[0])
+
+
+def _meets(op: Any, args: tuple, kwargs: dict, flat: list, *, stays: bool) -> bool:
+    """Whether the host waits for the device, or copies to it so that it might."""
+    there = any(isinstance(x, Elsewhere) for x in flat)
+    if not stays:
+        return there
+    if op in (aten.copy_.default, aten._to_copy.default):
+        source = args[1] if op is aten.copy_.default else args[0]
+        blocks = not kwargs.get("non_blocking") and not (
+            op is aten.copy_.default and len(args) > 2 and args[2]
+        )
+        return blocks and not isinstance(source, Elsewhere)
+    if op in (*PUTS, aten.index.Tensor):
+        indices = [x for x in tree_flatten(args[1])[0] if isinstance(x, Tensor)]
+        return any(not isinstance(x, Elsewhere) or x.dtype == torch.bool for x in indices)
+    return op in BY_VALUES and there
 
 
 def _placed(op: Any, args: tuple, flat: list) -> list:
@@ -114,10 +139,21 @@ def _require_one_device(op: Any, values: list, kwargs: dict, *, stays: bool) -> 
 
 
 def _count() -> None:
-    frames = traceback.extract_stack()
-    if any(f.name == "advance" and f.filename.endswith("training_epoch_loop.py") for f in frames):
-        ours = [f"{f.filename.rpartition('/ldm/')[2]}: {f.name}" for f in frames if "/ldm/" in f.filename]
-        in_steps[ours[-1]] += 1
+    if _in_step():
+        ours = [frame for frame in traceback.extract_stack() if "/ldm/" in frame.filename]
+        place = f"{ours[-1].filename.rpartition('/ldm/')[2]}: {ours[-1].name}" if ours else "backward pass"
+        in_steps[place] += 1
+
+
+def _in_step() -> bool:
+    """Whether the main thread is in a training step; a backward pass and others have threads of their own."""
+    frame = sys._current_frames()[threading.main_thread().ident]
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "advance" and code.co_filename.endswith("training_epoch_loop.py"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _empty(size: Any, dtype: Any = None, memory_format: Any = None, **placement: Any) -> Elsewhere:
@@ -129,6 +165,8 @@ def _empty_strided(size: Any, stride: Any, dtype: Any = None, **placement: Any) 
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    if not non_blocking:
+        _count()
     host(target).copy_(host(source))
     return target
 

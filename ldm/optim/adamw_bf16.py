@@ -95,8 +95,6 @@ class AdamWBF16(Optimizer):
         if not state:
             state["step"] = 0
             state |= {name: torch.zeros_like(parameter, dtype=dtype) for name in MOMENTS}
-        elif state["exp_avg"].dtype != dtype:  # torch loads all states in the dtype of the weight
-            state |= {name: state[name].to(dtype) for name in MOMENTS}
         return state
 
     def _update(self, bucket: Sequence[Piece], group: Group, t: int) -> None:

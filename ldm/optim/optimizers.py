@@ -2,10 +2,11 @@
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -17,6 +18,7 @@ from ldm.optim.optimizer_nodes import (
     OptimizerNode,
     averages_weights,
     build,
+    kind_of,
     package_of,
     stepping,
     steps_in_backward,
@@ -51,7 +53,9 @@ def build_optimizer(
     groups = [group for group in groups if group["params"]]
     built = build(optimizer, groups, fused=fused, seed=seed)
     if not stepping(optimizer)["target"].startswith("bitsandbytes."):
-        built.register_load_state_dict_post_hook(match_state_strides)
+        if getattr(kind_of(optimizer), "moments_dtype", None) is not None:
+            built.register_load_state_dict_pre_hook(keep_state_dtypes)
+        built.register_load_state_dict_post_hook(match_states)
     return built
 
 
@@ -141,16 +145,41 @@ def _check_fused_backward(trainer: TrainerOptions, *, compiled: bool, processes:
         raise UserError("A fused backward pass never has all gradients at once", where=key, remedy=remedy)
 
 
-def match_state_strides(optimizer: torch.optim.Optimizer) -> None:
-    """Gives loaded optimizer states the strides of their parameters.
+@dataclass(frozen=True)
+class Saved:
+    """A state as a checkpoint has it, which `load_state_dict` leaves alone: it casts tensors."""
+
+    tensor: Tensor
+
+
+def keep_state_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Hides loaded states from torch, which would cast them to the dtype of their weight."""
+
+    def hidden(name: str, value: Any) -> Any:
+        return Saved(value) if name != "step" and torch.is_tensor(value) and value.dim() else value
+
+    states = {
+        key: {name: hidden(name, value) for name, value in state.items()}
+        if isinstance(state, dict)
+        else state
+        for key, state in state_dict["state"].items()
+    }
+    return state_dict | {"state": states}
+
+
+def match_states(optimizer: torch.optim.Optimizer) -> None:
+    """Gives loaded states the device and the strides of their parameters, and the dtype that they had.
 
     Fused kernels ignore strides: with states from a checkpoint in another memory format they would pair each
     weight with the moments of another one.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            tensor = value.tensor if isinstance(value, Saved) else value
+            if torch.is_tensor(tensor) and tensor.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+            elif isinstance(value, Saved):
+                state[name] = tensor.to(parameter.device)
 
 
 def lr_factor(schedule: LRSchedule, *, max_steps: int) -> Callable[[int], float]:

@@ -11,7 +11,7 @@ from ldm.annotations import Node
 from ldm.checkpoints import run_checkpoint
 from ldm.checkpoints.find_model import find_model
 from ldm.checkpoints.save import DTYPES
-from ldm.config import check, instantiate
+from ldm.config import check, instantiate, takes
 from ldm.data.buckets import Shape
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.engine.device import DEVICE, keep_freed_memory
@@ -21,6 +21,7 @@ from ldm.evaluation.protocol import Evaluation
 from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.evaluation.subjects import JudgedSubjects
 from ldm.files import atomic_write, make_folder
+from ldm.model_file import check_device
 from ldm.pipeline import Text2Image
 from ldm.precision import resolve_precision
 from ldm.reports.metric_rows import BESIDE, metric_rows
@@ -88,6 +89,8 @@ def evaluation_of(options: Namespace, config: RunConfig | None) -> Evaluation:
     if options.guidance_base:
         params["guidance_base"] = True
     node = {"target": target, "params": params}
+    if options.device and "device" not in params and takes(node, "device"):
+        params["device"] = options.device  # of the judge's networks
     check({"evaluation": node}, {"evaluation": Node})
     return instantiate(node)
 
@@ -141,10 +144,10 @@ def evaluate(options: Namespace, model: Path | None) -> Mapping[str, Any]:
     if model is None:
         (subject,), (prompts,) = judged.subjects.values(), judged.prompts.values()
         return evaluation.measure_images(samples, subject=subject, prompts=prompts, of_class=of_class)
-    return beside_base(options, config, model=model, judged=judged, shapes=data.sample_shapes)
+    return metrics_beside_base(options, config, model=model, judged=judged, shapes=data.sample_shapes)
 
 
-def beside_base(
+def metrics_beside_base(
     options: Namespace,
     config: RunConfig | None,
     *,
@@ -153,22 +156,35 @@ def beside_base(
     shapes: Sequence[Shape],
 ) -> Mapping[str, Any]:
     """The metrics of a model with its base's: that of the options, else of its run, else the storybook's."""
-    where = placement_of(options, judged.evaluation)
-    if options.base is None and config is not None and config.is_dreambooth:
-        base = base_pipeline(config, **where)
-    else:
-        named = options.base or (config and config.base_checkpoint) or BASE
-        base = Text2Image.from_file(find_file(named), **where)
+    placed = placement(options, judged.evaluation)
+    base = base_of(options, config, **placed)
     before = judged.measure(in_shapes(base, shapes), is_base=True)
     guidance_base = base.denoiser if judged.evaluation.guidance_base else None
-    del base  # of which a guidance by the trained model needs nothing
-    trained = Text2Image.from_file(model, guidance_base=guidance_base, **where)
+    del base  # its VAE, and all of it without `guidance_base`: the next model takes as much memory
+    trained = Text2Image.from_file(model, guidance_base=guidance_base, **placed)
     return judged.summary(judged.measure(in_shapes(trained, shapes)), before)
 
 
-def placement_of(options: Namespace, evaluation: Evaluation) -> dict[str, Any]:
+def base_of(options: Namespace, config: RunConfig | None, **placed: Any) -> Text2Image:
+    """The untouched base, for images of the run's size. Raises UserError with its own remedy."""
+    if config is None or not config.is_dreambooth:
+        named = options.base or (config and config.base_checkpoint) or BASE
+        return Text2Image.from_file(find_file(named), **placed)
+    if options.base is not None:
+        base = Text2Image.from_file(find_file(options.base), **placed)
+        base.default_size = config.data["params"]["size"]
+        return base
+    try:
+        return base_pipeline(config, **placed)
+    except UserError as error:
+        remedy = "Name the base with --base FILE."
+        raise UserError(error.what, where=error.where, remedy=remedy) from error
+
+
+def placement(options: Namespace, evaluation: Evaluation) -> dict[str, Any]:
     """Device and dtype of the networks: of the options, else the first GPU, in the evaluation's precision."""
     device = options.device or DEVICE
+    check_device(device)
     precision = resolve_precision(evaluation.sampling.get("precision", "auto"), device)
     return {"device": device, "dtype": DTYPES[precision]}
 
@@ -196,7 +212,7 @@ def evaluate_model(options: Namespace) -> None:
         evaluation = StorybookEvaluation(
             steps=options.steps or 25, guidance_scale=options.guidance_scale or BASE_GUIDANCE
         )
-        pipeline = Text2Image.from_file(model, **placement_of(options, evaluation))
+        pipeline = Text2Image.from_file(model, **placement(options, evaluation))
         metrics = evaluation.examine(pipeline, samples=options.captions)
     else:
         metrics = evaluate(options, model)

@@ -7,7 +7,7 @@ from ldm.engine import distributed
 from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.errors import UserError
 from ldm.runs.sampling import generate_priors, prior_sets, text2image
-from ldm.runs.untrained import untrained
+from ldm.runs.untrained import load_untrained
 from ldm.runs.validate import validate
 from ldm.schema import RunConfig
 
@@ -19,7 +19,7 @@ def generate_set(config: RunConfig) -> list[Path]:
     data = validate(replace(config, trainer=trainer))
     if not config.is_dreambooth or not data.generated_classes:
         raise UserError("This config has no prior images to generate", where="data.params.num_priors")
-    module, base_hash = untrained(config)
+    module, base_hash = load_untrained(config)
     set_matmul_precision(config.matmul_precision)
     module.to(device_of(trainer))
     sampling = config.priors

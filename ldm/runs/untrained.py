@@ -1,16 +1,20 @@
 """The networks of a DreamBooth run as its training begins: what it is measured against."""
 
+from dataclasses import replace
+
 import torch
 
 from ldm.config import instantiate
 from ldm.pipeline import Text2Image
+from ldm.precision import vae_dtype
 from ldm.runs.run import base_files, load_base
-from ldm.runs.sampling import text2image
 from ldm.schema import RunConfig
 from ldm.training.latent_diffusion import LatentDiffusion
 
+NO_ADAPTER = {"lora": None, "adapter": None}
 
-def untrained(config: RunConfig) -> tuple[LatentDiffusion, str]:
+
+def load_untrained(config: RunConfig) -> tuple[LatentDiffusion, str]:
     """The module with the weights of its base, or bases (`base_parts`), and their sha256.
 
     Raises UserError for a base that is missing or does not fit.
@@ -23,8 +27,12 @@ def untrained(config: RunConfig) -> tuple[LatentDiffusion, str]:
 
 
 def base_pipeline(config: RunConfig, *, device: str | torch.device, dtype: torch.dtype) -> Text2Image:
-    """The sampling pipeline of `untrained` networks, for images of the run's size."""
-    module, _ = untrained(config)
-    for network in module.networks.values():
-        network.to(device=device, dtype=dtype)
-    return text2image(module, size=config.data["params"]["size"])
+    """The sampling pipeline of a run's base alone, without its adapter, for images of the run's size."""
+    params = config.model["params"]
+    params = params | {"trainable": (params.get("trainable") or {}) | NO_ADAPTER}
+    module, _ = load_untrained(replace(config, model=config.model | {"params": params}))
+    for name, network in module.networks.items():
+        as_dtype = vae_dtype(module.networks["unet"], dtype) if name == "vae" else dtype
+        network.eval().requires_grad_(False).to(device=device, dtype=as_dtype)
+    size = config.data["params"]["size"]
+    return Text2Image(**module.networks, process=module.process, default_size=size, cuda_graph=True)

@@ -4,7 +4,6 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +146,7 @@ def test_networks_are_where_the_options_say(a_run, monkeypatch):
         raise UserError("far enough", where=path)
 
     monkeypatch.setattr(evaluate_model.Text2Image, "from_file", from_file)
+    monkeypatch.setattr(evaluate_model, "check_device", lambda device: None)  # as if they were here
     for words in (["--device", "cuda"], ["--device", "cpu"], ["--captions", 2, "--device", "cuda:1"]):
         with pytest.raises(UserError, match="far enough"):
             run(monkeypatch, "--model", a_run, *FEW, "--base", "b.safetensors", *words)
@@ -158,11 +158,7 @@ def test_networks_are_where_the_options_say(a_run, monkeypatch):
 def test_a_runs_own_evaluation_comes_before_its_samples(a_run):
     config = evaluate_model.run_config(a_run / "model.safetensors")
     own = {"target": evaluate_model.METRICS["storybook"], "params": {"guidance_scale": 3.0}}
-    options = SimpleNamespace(
-        **dict.fromkeys(("metrics", "no_diversity", "guidance_base", "prompts", "seeds"))
-    )
-    for name in ("class_samples", "steps", "guidance_scale", "dino", "clip", "vlm"):
-        setattr(options, name, None)
+    options = evaluate.parse([])
     assert (
         evaluate_model.evaluation_of(options, replace(config, evaluation=own)).sampling["guidance_scale"]
         == 3.0
