@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.annotations import Node
 from ldm.errors import UserError
+from ldm.optim.adamw_bf16 import AdamWBF16
 from ldm.optim.fused_backward import FusedBackward
 from ldm.optim.optimizer_nodes import (
     SHORT,
@@ -57,6 +58,12 @@ def build_optimizer(
             built.register_load_state_dict_pre_hook(keep_state_dtypes)
         built.register_load_state_dict_post_hook(match_states)
     return built
+
+
+def rounds_stochastically(optimizer: OptimizerNode) -> bool:
+    """Whether an optimizer writes bfloat16 weights so that no update is lost, on average."""
+    may_be_absent = stepping(optimizer)["target"].startswith("bitsandbytes.")
+    return not may_be_absent and issubclass(kind_of(optimizer), AdamWBF16)
 
 
 def check_optimizer(

@@ -31,8 +31,8 @@ from ldm.families.known import family_of
 from ldm.families.sdxl.conditioning import vector_width, warn_of_small_side
 from ldm.families.sdxl.family import SDXL
 from ldm.files import require_space
-from ldm.optim.adamw_bf16 import AdamWBF16
-from ldm.optim.optimizer_nodes import averages_weights, kind_of, optimizer_of, package_of, stepping
+from ldm.optim.optimizer_nodes import averages_weights, optimizer_of
+from ldm.optim.optimizers import rounds_stochastically
 from ldm.optim.schedules import Constant
 from ldm.pipeline import Text2Image
 from ldm.runs import run
@@ -47,7 +47,6 @@ from ldm.runs.sampling import text2image
 from ldm.sampler_nodes import SamplerNode, sampling_levels
 from ldm.schema import RunConfig, TrainerOptions
 from ldm.storybook.training.base import StorybookBase
-from ldm.targets import OPTIONAL
 from ldm.training.latent_diffusion import LatentDiffusion
 
 log = logging.getLogger(__name__)
@@ -275,8 +274,7 @@ def _check_learning(module: LatentDiffusion, trainer: TrainerOptions, *, process
 
 def _warn_of_lost_updates(module: LatentDiffusion, trainer: TrainerOptions) -> None:
     """Says that most updates of weights in bfloat16 are lost by an optimizer that rounds to the nearest."""
-    other = package_of(stepping(module.optimizer)["target"]) in OPTIONAL  # may not be here
-    if trainer.precision == "bf16-true" and (other or not issubclass(kind_of(module.optimizer), AdamWBF16)):
+    if trainer.precision == "bf16-true" and not rounds_stochastically(module.optimizer):
         log.warning(
             "trainer.precision=bf16-true: updates smaller than 1/512 of a bfloat16 weight are lost; "
             "take model.params.optimizer=adamw_bf16, which rounds them right on average, with bf16-mixed"
