@@ -11,7 +11,7 @@ from ldm.runs.sweep import read_sweep
 from ldm.runs.validate import check_prior_target
 
 ROOT = Path(__file__).resolve().parents[2]
-STUDIES = [ROOT / f"configs/studies/{name}.yaml" for name in ("ways_to_keep", "planned/ways_to_keep_lora")]
+STUDIES = [ROOT / f"configs/studies/{name}.yaml" for name in ("ways_to_keep", "ways_to_keep_lora")]
 ARMS = [(path, variant) for path in STUDIES for variant in read_sweep(path).variants]
 
 
