@@ -13,7 +13,8 @@ from ldm.annotations import Decay, NonNegativeFloat, PositiveFloat, Seed
 
 Group = dict[str, Any]  # "params", "lr", "name"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PIECE = 2**22  # elements of a tensor that are updated at a time at most: 16 MiB in float32
+PIECE = 2**22  # elements of a tensor at most that share a random place in the table of rounding
+ROOM = {"cpu": 2**18}  # elements that are updated at a time, 1 MiB in float32 on a CPU; elsewhere `PIECE`
 OFFSETS = 2**20  # places at least at which a piece may begin to read the table of random numbers
 UPPER = 1 if sys.byteorder == "little" else 0  # of the two halves of a float32
 
@@ -44,8 +45,8 @@ class AdamWBF16(Optimizer):
     Each update is computed in float32 and written with stochastic rounding (Gupta et al. 2015). Rounding to
     the nearest would lose every update below 1/512 of a weight: at learning rates of fine-tuning, nearly all.
 
-    Tensors are updated in buckets of `PIECE` elements, so that small ones cost no kernel launches of their
-    own. A weight is rounded in the same way on every device and whichever tensors it shares a bucket with.
+    Tensors are updated in buckets, so that small ones cost no kernel launches of their own; those of a CPU
+    stay in its cache. A weight is rounded in the same way on every device and in every bucket.
 
     `grad_scale`, where it is set, divides the gradients, as in torch's fused optimizers.
 
@@ -86,7 +87,8 @@ class AdamWBF16(Optimizer):
                 state["step"] += 1
                 alike.setdefault((state["step"], parameter.dtype), []).extend(self._pieces[parameter])
             for (t, _), pieces in alike.items():
-                for bucket in buckets(pieces):
+                room = ROOM.get(pieces[0].parameter.device.type, PIECE)
+                for bucket in buckets(pieces, room=room):
                     self._update(bucket, group, t)
         return loss
 
@@ -153,7 +155,8 @@ class Rounding:
         """Uniform integers in [0, 2^16) -> [elements of the bucket] int32."""
         table = self._table(device)
         offsets, mask = self._of_step(purpose, t)
-        parts = [table.narrow(0, offsets[piece.number], piece.stop - piece.start) for piece in bucket]
+        places = [(offsets[p.number] + p.start % PIECE, p.stop - p.start) for p in bucket]
+        parts = [table.narrow(0, start, length) for start, length in places]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)) ^ mask
 
     def _table(self, device: torch.device) -> Tensor:
@@ -173,18 +176,24 @@ class Rounding:
         return self._places[purpose, t]
 
 
-def buckets(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in their order, as many together as have `PIECE` elements at most."""
+def buckets(pieces: Iterable[Piece], *, room: int) -> Iterator[list[Piece]]:
+    """Pieces in their order, as many together as have `room` elements at most; larger ones are divided."""
     bucket, size = [], 0
-    for piece in pieces:
+    for piece in (part for whole in pieces for part in divided(whole, room)):
         length = piece.stop - piece.start
-        if bucket and size + length > PIECE:
+        if bucket and size + length > room:
             yield bucket
             bucket, size = [], 0
         bucket.append(piece)
         size += length
     if bucket:
         yield bucket
+
+
+def divided(piece: Piece, room: int) -> Iterator[Piece]:
+    """Parts of `room` elements at most."""
+    for start in range(piece.start, piece.stop, room):
+        yield piece._replace(start=start, stop=min(start + room, piece.stop))
 
 
 def stochastically_rounded_(exact: Tensor, draws: Tensor) -> Tensor:
