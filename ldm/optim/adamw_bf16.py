@@ -93,6 +93,7 @@ class AdamWBF16(Optimizer):
         return loss
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """Of a parameter, made at its first step."""
         state, dtype = self.state[parameter], self.moments_dtype or parameter.dtype
         if not state:
             state["step"] = 0

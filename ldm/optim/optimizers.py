@@ -167,8 +167,6 @@ def keep_state_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, An
 
     states = {
         key: {name: hidden(name, value) for name, value in state.items()}
-        if isinstance(state, dict)
-        else state
         for key, state in state_dict["state"].items()
     }
     return state_dict | {"state": states}
