@@ -28,7 +28,7 @@ def case_params(case: Case, *, compiled: bool | str = False) -> dict[str, Any]:
     params = model_params(case.size) | {
         "trainable": {"text_encoder": case.text, "learning_rate": 1e-6},
         "compile": "default" if compiled is True else compiled or None,
-        "optimizer": optimizer_of(case),
+        "optimizer": case_optimizer(case),
     }
     objective = params.get("objective", {})
     params["objective"] = objective | {"prior_target": "noise"}  # the paper's, and the peer's
@@ -41,7 +41,7 @@ def case_params(case: Case, *, compiled: bool | str = False) -> dict[str, Any]:
     return params
 
 
-def optimizer_of(case: Case) -> OptimizerNode:
+def case_optimizer(case: Case) -> OptimizerNode:
     """Of a case; a lean one steps in the backward pass."""
     name = "adamw_bf16_moments" if case.moments else "adamw"
     return {"target": FUSED_BACKWARD, "params": {"optimizer": name}} if case.lean else name

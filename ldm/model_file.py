@@ -20,7 +20,7 @@ from ldm.denoiser import Denoiser
 from ldm.diffusion.process import DiscreteDiffusion, NoiseProcess
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
-from ldm.families.sdxl.family import SDXL
+from ldm.families.sdxl.family import SDXL, vae_dtype
 from ldm.models.lora import LoRA
 
 
@@ -55,8 +55,8 @@ class ModelFile:
         )
         with init_on_meta():
             self.networks = {name: instantiate(params[name]).to(dtype) for name in names}
-        if self.model.family is SDXL and dtype == torch.float16 and "vae" in self.networks:
-            self.networks["vae"].float()  # float16 overflows in it
+        if "vae" in self.networks:
+            self.networks["vae"].to(vae_dtype(dtype, is_sdxl=self.model.family is SDXL))
         if self.model.tokenizer is not None and config is None:
             self.networks["text_encoder"].tokenizer_name = str(self.model.tokenizer)
 

@@ -33,11 +33,6 @@ def autocast_for(precision: Precision, *networks: nn.Module) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=lowers)
 
 
-def vae_dtype(unet: UNetModel, dtype: torch.dtype) -> torch.dtype:
-    """Of a VAE beside a UNet of this dtype: float32 in place of float16, in which SDXL's overflows."""
-    return torch.float32 if dtype == torch.float16 and unet.adm_in_channels is not None else dtype
-
-
 @contextmanager
 def vae_precision(unet: UNetModel, device: torch.device) -> Iterator[None]:
     """Around a VAE's work: without float16 autocast, if it is SDXL's, by its UNet.

@@ -24,6 +24,8 @@ SCHEDULE = {"beta_schedule": "scaled_linear", "linear_start": 0.00085, "linear_e
 MIN_SNR = {"target": "ldm.training.objective.MinSNR", "params": {"gamma": 5.0}}
 LEAN = lean("adamw")
 LEAN_BF16 = lean("adamw_bf16")
+LORA = "model.params.trainable.lora={target: ldm.models.lora.LoRA, params: {rank: 2}}"  # of a command line
+DORA = "model.params.trainable.adapter={kind: dora, rank: 2}"
 TAUGHT = {"objective": {"prior_target": "teacher"}}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library, fallthrough_kernel
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -111,11 +112,8 @@ def _meets(op: Any, args: tuple, kwargs: dict, flat: list, *, stays: bool) -> bo
     if not stays:
         return there
     if op in (aten.copy_.default, aten._to_copy.default):
-        source = args[1] if op is aten.copy_.default else args[0]
-        blocks = not kwargs.get("non_blocking") and not (
-            op is aten.copy_.default and len(args) > 2 and args[2]
-        )
-        return blocks and not isinstance(source, Elsewhere)
+        source, *rest = args[1:] if op is aten.copy_.default else args
+        return not isinstance(source, Elsewhere) and not any(rest) and not kwargs.get("non_blocking")
     if op in (*PUTS, aten.index.Tensor):
         indices = [x for x in tree_flatten(args[1])[0] if isinstance(x, Tensor)]
         return any(not isinstance(x, Elsewhere) or x.dtype == torch.bool for x in indices)
@@ -171,9 +169,9 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
     return target
 
 
-_aten = torch.library.Library("aten", "IMPL")
+_aten = Library("aten", "IMPL")
 _aten.impl("empty.memory_format", _empty, "PrivateUse1")
 _aten.impl("empty_strided", _empty_strided, "PrivateUse1")
 _aten.impl("_copy_from", _copy_from, "PrivateUse1")
-_autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-_autocast.fallback(torch.library.fallthrough_kernel)
+_autocast = Library("_", "IMPL", "AutocastPrivateUse1")
+_autocast.fallback(fallthrough_kernel)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.end_to_end.test_sdxl import LORA as XL_LORA
 from tests.end_to_end.test_sdxl import base, job  # noqa: F401
-from tests.factories import masks
+from tests.factories import DORA, LORA, masks
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.log_every_n_steps=100"]
@@ -17,8 +17,6 @@ SGD = "model.params.optimizer={target: torch.optim.SGD, params: {momentum: 0.9}}
 TEACHER = "model.params.objective.prior_target=teacher"
 EMPTY = "data.params.prior_caption_dropout=0.5"
 NO_PRIORS = "data.params.num_priors=0"
-LORA = "model.params.trainable.lora={target: ldm.models.lora.LoRA, params: {rank: 2}}"
-DORA = "model.params.trainable.adapter={kind: dora, rank: 2}"
 DCO = "model.params.objective.subject_loss={target: ldm.training.dco.DCO, params: {beta: 1000}}"
 MASKS = "model.params.objective.masks={outside: 1.0, outside_target: teacher}"
 UNCACHED = "data.params.cache_latents=false"
@@ -29,12 +27,7 @@ EQUAL = {
     "plain": ["ema_decay=0.9", TEACHER, EMPTY],
     "split": ["trainer.accumulate_grad_batches=2", "samples.guidance_base=true", "samples.every_steps=1"],
     "masks": [NO_PRIORS, MASKS, CHECKPOINTED],
-    "buckets": [
-        "data.params.buckets={}",
-        "ema_decay=0.9",
-        "ema_device=cpu",
-        "data.params.cache_latents=false",
-    ],
+    "buckets": ["data.params.buckets={}", "ema_decay=0.9", "ema_device=cpu", UNCACHED],
     "dco": [NO_PRIORS, DCO],
     "lora": [LORA, TEACHER, EMPTY, "samples.guidance_base=true", "ema_decay=0.9"],
     "dora": [DORA, NO_PRIORS, TEACHER, "data.params.diff_output_preservation=true"],

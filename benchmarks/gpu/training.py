@@ -38,12 +38,8 @@ PRESETS = ("24gb", "16gb", "12gb", "8gb-lora")
 ASSETS = ROOT / "ldm/storybook/assets"
 NAMED = [f"--data_root={ASSETS / 'subjects/dog'}", "--class_word=dog"]  # any photos will do
 NAMED += [f"--actual_resume={ASSETS / 'base.safetensors'}"]
-CARDS = {
-    "24gb": 22.5,
-    "16gb": 14.5,
-    "12gb": 10.5,
-    "8gb-lora": 6.7,
-}  # GiB, less CUDA and a display
+# GiB, less the CUDA context and a display
+CARDS = {"24gb": 22.5, "16gb": 14.5, "12gb": 10.5, "8gb-lora": 6.7}
 
 
 def preset(*names: str, **changed: object) -> Training:

@@ -162,11 +162,8 @@ class Saved:
 def keep_state_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Hides loaded states from torch, which would cast them to the dtype of their weight."""
 
-    def hidden(name: str, value: Any) -> Any:
-        return Saved(value) if name != "step" and torch.is_tensor(value) and value.dim() else value
-
     states = {
-        key: {name: hidden(name, value) for name, value in state.items()}
+        key: {name: Saved(value) if torch.is_tensor(value) else value for name, value in state.items()}
         for key, state in state_dict["state"].items()
     }
     return state_dict | {"state": states}
@@ -183,8 +180,6 @@ def match_states(optimizer: torch.optim.Optimizer) -> None:
             tensor = value.tensor if isinstance(value, Saved) else value
             if torch.is_tensor(tensor) and tensor.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-            elif isinstance(value, Saved):
-                state[name] = tensor.to(parameter.device)
 
 
 def lr_factor(schedule: LRSchedule, *, max_steps: int) -> Callable[[int], float]:

@@ -16,9 +16,8 @@ from ldm.runs.evaluate_model import base_of, placement
 from ldm.runs.options import parse
 from ldm.runs.untrained import base_pipeline, load_untrained
 from tests.end_to_end.test_sdxl import base, job  # noqa: F401
+from tests.factories import DORA, LORA
 
-LORA = "model.params.trainable.lora={target: ldm.models.lora.LoRA, params: {rank: 2}}"
-DORA = "model.params.trainable.adapter={kind: dora, rank: 2}"
 CPU = {"device": "cpu", "dtype": torch.float32}
 
 

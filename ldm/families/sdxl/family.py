@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ldm.families.family import Family, Part
 from ldm.families.sd.family import CLIP, HEADS, SCALE, TEXT_ENCODER, UNET, VAE
 from ldm.families.shapes import autoencoder_shape, text_encoder_shape, unet_shape
@@ -37,6 +39,11 @@ SDXL = Family(
     guidance_scale=5.0,
     bucket_unit=64,  # of the training; the networks take 32
 )
+
+
+def vae_dtype(dtype: torch.dtype, *, is_sdxl: bool) -> torch.dtype:
+    """Of a VAE beside networks of this dtype: float32 in place of float16, in which SDXL's overflows."""
+    return torch.float32 if is_sdxl and dtype == torch.float16 else dtype
 
 
 def encoder_params(text_encoder: Mapping[str, Any]) -> list[Mapping[str, Any]]:
