@@ -177,8 +177,8 @@ def base_of(options: Namespace, config: RunConfig | None, **placed: Any) -> Text
     try:
         return base_pipeline(config, **placed)
     except UserError as error:
-        remedy = "Name the base with --base FILE."
-        raise UserError(error.what, where=error.where, remedy=remedy) from error
+        what = f"The base of the run cannot be had: {error.what}"
+        raise UserError(what, where=error.where, remedy="Name it with --base FILE.") from error
 
 
 def placement(options: Namespace, evaluation: Evaluation) -> dict[str, Any]:

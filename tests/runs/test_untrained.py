@@ -54,7 +54,8 @@ def test_the_vae_of_sdxl_stays_in_float32_beside_float16(job: list[str]):  # noq
 
 def test_what_is_missing_is_named_with_what_evaluate_takes(words: list[str], workdir: Path):
     config = replace(parse(words), base_checkpoint="gone.safetensors")
-    with pytest.raises(UserError, match="gone.safetensors.*--base FILE"):
+    told = "The base of the run.*no base checkpoint.*gone.safetensors.*--base FILE"
+    with pytest.raises(UserError, match=told):
         base_of(evaluate.parse([]), config, **CPU)
 
 
