@@ -48,7 +48,7 @@ def cases(device: str, *, quick: bool) -> list[Case]:
     if device == "cuda":
         train = [Case("sd1", "train", 2, **kind) for kind in trained]
         return train + [Case("sd1", "sample", batch, steps=50) for batch in (1, 8)]
-    trained.insert(1, {"text": True, "moments": True})
+    trained[1:1] = [{"text": True, "moments": True}, {"text": True, "moments": True, "lean": True}]
     found = [Case("storybook", "train", 8, **kind) for kind in trained]
     found += [Case("quarter", "train", 2, **kind) for kind in trained]
     found += [Case("storybook", "sample", batch, steps=25) for batch in (1, 8, 16)]

@@ -1,53 +1,85 @@
-"""Where a training step goes: the share of its time in the kernels that any implementation has to run.
+"""Where a training step goes: the share of its time in kernels that diffusers' step runs too.
 
     python -m benchmarks.kernels [--size storybook quarter]
 
-Self CPU time by torch's profiler, of ours and of diffusers' networks at their best, each in its own process.
-What is not listed (copies, additions, dispatch, Python) is what an implementation may save.
+Of ours and of diffusers' networks at their best, each in its own process: milliseconds of a step in each kind
+of kernel (self CPU time of torch's profiler) and of a step as a whole (without the profiler, which lengthens
+all that is no kernel: dispatch, autograd, Python). "Shared" adds up, kind by kind, the lesser of both.
 """
 
 import argparse
+import json
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import Case
 from benchmarks.ours import export
-from benchmarks.side import open_side
+from benchmarks.side import FIRST_STEPS, open_side
 from ldm.engine.device import keep_freed_memory
 
-STEPS = 6
-KERNELS = {  # what is listed -> parts of the names of its operators
-    "convolution": ("convolution",),
-    "matrix product": ("addmm", "aten::mm", "aten::bmm", "baddbmm"),
-    "attention": ("_attention",),
-    "norm": ("native_group_norm", "native_layer_norm"),
-    "activation": ("aten::silu", "aten::gelu"),
-    "AdamW": ("_fused_adam",),
+ROUNDS, STEPS = 3, 6  # of each: a window without the profiler, a window with it
+STEP = "step"
+KERNELS = {  # what is listed -> the operators
+    "convolution": ("aten::mkldnn_convolution", "aten::convolution_backward"),
+    "matrix product": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "attention": (
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
+    "norm": (
+        "aten::native_group_norm",
+        "aten::native_group_norm_backward",
+        "aten::native_layer_norm",
+        "aten::native_layer_norm_backward",
+    ),
+    "activation": ("aten::silu", "aten::silu_backward", "aten::gelu", "aten::gelu_backward"),
+    "AdamW": ("aten::_fused_adamw_",),
+    "gradient norm": ("aten::linalg_vector_norm",),
+    "sums and products of tensors": ("aten::add", "aten::add_", "aten::mul", "aten::mul_", "aten::sum"),
+    "copies": ("aten::copy_", "aten::cat", "aten::fill_"),
 }
+NECESSARY = tuple(KERNELS)[:6]  # of any implementation
 
 
-def shares(name: str, case: Case, folder: Path) -> dict[str, float]:
-    """Share of a step's self CPU time in each kind of kernel."""
-    profiler = profile(activities=[ProfilerActivity.CPU])
+def milliseconds(name: str, case: Case, folder: Path) -> dict[str, float]:
+    """Of a step: in each kind of kernel and as a whole; medians over the rounds."""
+    profiled: list[dict[str, float]] = []
+    windows: list[float] = []
 
     def counts() -> Iterator[int]:
-        yield 3
-        profiler.start()
-        yield STEPS
-        profiler.stop()
+        yield FIRST_STEPS
+        for _ in range(ROUNDS):
+            yield STEPS
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                yield STEPS
+            profiled.append({event.key: event.self_cpu_time_total for event in profiler.key_averages()})
 
-    open_side(name, case, folder, device="cpu", compiled=False).serve(counts(), lambda seconds: None)
-    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    total = sum(times.values())
-    return {
-        kind: sum(time for key, time in times.items() if any(part in key for part in parts)) / total
-        for kind, parts in KERNELS.items()
+    open_side(name, case, folder, device="cpu", compiled=False).serve(counts(), windows.append)
+    found = {
+        kind: statistics.median(sum(times.get(key, 0) for key in keys) for times in profiled) / STEPS / 1e3
+        for kind, keys in KERNELS.items()
     }
+    return found | {STEP: statistics.median(windows[1::2]) / STEPS * 1e3}
+
+
+def report(case: Case, ours: Mapping[str, float], best: Mapping[str, float]) -> str:
+    """A Markdown table of both sides, and what its sums are of a step."""
+    lines = [f"{case.name}, ms of a step:", "", "| kernels | ours | diffusers' best |", "|---|---|---|"]
+    lines += [f"| {kind} | {ours[kind]:.1f} | {best[kind]:.1f} |" for kind in (*KERNELS, STEP)]
+    necessary = [sum(side[kind] for kind in NECESSARY) / side[STEP] for side in (ours, best)]
+    shared = sum(min(ours[kind], best[kind]) for kind in KERNELS) / ours[STEP]
+    lines += [
+        "",
+        f"Any implementation's: {necessary[0]:.0%} of ours, {necessary[1]:.0%} of diffusers' best.",
+        f"Shared: {shared:.0%} of ours.",
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -61,15 +93,20 @@ def main() -> None:
     for size in options.size:
         case = Case(size, "train", 8 if size == "storybook" else 2, text=True)
         if options.side:
-            found = shares(options.side[0], case, Path(options.side[1]))
-            listed = ", ".join(f"{kind} {share:.1%}" for kind, share in found.items())
-            print(f"{case.name}, {options.side[0]}: {sum(found.values()):.1%} ({listed})", flush=True)
+            print(json.dumps(milliseconds(options.side[0], case, Path(options.side[1]))), flush=True)
             continue
         with tempfile.TemporaryDirectory() as folder:
             export(case, Path(folder))
-            for name in ("ours", "best"):
-                command = [sys.executable, "-m", "benchmarks.kernels", "--size", size, "--side", name, folder]
-                subprocess.run(command, check=True)
+            sides = [_process(name, size, folder) for name in ("ours", "best")]
+        print(report(case, *sides), flush=True)
+
+
+def _process(name: str, size: str, folder: str) -> dict[str, float]:
+    """`milliseconds` in a process of its own, whose last line they are."""
+    command = [sys.executable, "-m", "benchmarks.kernels", "--size", size, "--side", name, folder]
+    return json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import convergence, ours, peer
+from benchmarks import convergence, kernels, ours, peer
 from benchmarks.cases import Case, cases
 from benchmarks.measure import (
     ADAMW_BYTES,
@@ -173,3 +173,20 @@ def test_the_table_of_convergence():
     lines = convergence.table({"ddim": [row] * 5, "euler": [row] * 4}).splitlines()
     assert lines[0] == "| predictions: | 6 | 8 | 12 | 20 | 50 |"
     assert {line.count("|") for line in lines} == {7} and lines[2].count("0.250, 97.5%") == 5
+
+
+def test_the_time_of_a_step_is_told_by_kind_of_kernel(folder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "ROUNDS", 1)
+    monkeypatch.setattr(kernels, "STEPS", 1)
+    for name in ("ours", "best"):
+        found = kernels.milliseconds(name, TRAIN, folder)
+        assert min(found.values()) > 0  # an operator that torch renames would be missing
+        assert found["convolution"] == max(found[kind] for kind in kernels.KERNELS)
+
+
+def test_shared_is_the_lesser_of_both_sides():
+    ours_, best = ({kind: 10.0 for kind in kernels.KERNELS} | {"step": 100.0} for _ in range(2))
+    ours_["copies"], best["copies"] = 30.0, 2.0
+    told = kernels.report(TRAIN, ours_, best)
+    assert "| copies | 30.0 | 2.0 |" in told and "Shared: 82% of ours." in told
+    assert "60% of ours, 60% of diffusers' best" in told
