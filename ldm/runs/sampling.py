@@ -134,8 +134,8 @@ def frozen(pipeline: Text2Image) -> Text2Image:
 
 def generate_priors(pipeline: Text2Image, priors: PriorSet, count: int, *, batch_size: int) -> int:
     """Generates the missing prior images, divided among the processes -> how many were missing."""
-    missing = len(priors.missing(count))
-    distributed.barrier()  # until all have counted
+    counts = distributed.all_gather_object(len(priors.missing(count)))  # other runs may write meanwhile
+    missing = max(counts)
     if missing == 0:
         if distributed.rank() == 0 and not priors.is_listed(count):
             priors.write_manifest(count)

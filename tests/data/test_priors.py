@@ -16,6 +16,7 @@ from ldm.data.priors import PriorSet, PriorSpec
 from ldm.diffusion.process import ProcessConfig
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import SPACINGS
+from ldm.engine import distributed
 from ldm.errors import UserError
 from ldm.files import file_sha256
 from ldm.runs.sampling import generate_priors, prior_set
@@ -356,3 +357,16 @@ def test_a_place_without_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written.*Choose a folder"):
         PriorSet(tmp_path / "file", SPEC).generate_missing(1, Painter(), batch_size=1)
+
+
+@pytest.mark.parametrize("counts", [[0, 1], [1, 0]])
+def test_processes_agree_on_what_is_missing(tmp_path, monkeypatch, counts):
+    """Another run writes the last image between their counts: they still meet equally often."""
+    met = []
+    monkeypatch.setattr(distributed, "all_gather_object", lambda own: met.append(own) or counts)
+    monkeypatch.setattr(distributed, "barrier", lambda: met.append("barrier"))
+    priors = PriorSet(tmp_path, SPEC)
+    priors.generate_missing(3, Painter(), batch_size=3)  # the count of this process is 0
+    assert generate_priors(None, priors, 3, batch_size=2) == 1
+    assert met == [0, "barrier"]
+    assert_complete(priors, 3)
