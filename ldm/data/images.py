@@ -2,13 +2,15 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH
 from torch import Tensor
 
 from ldm.data.buckets import Shape
@@ -42,6 +44,22 @@ def formats() -> tuple[str, ...]:
         return FORMATS
     register_heif_opener()
     return *FORMATS, "HEIF"
+
+
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, of which only the header is read.
+
+    Raises OSError, and what Pillow raises for files that it does not know.
+    """
+    # By its path Pillow maps a raw TIFF of mode L or RGBA into memory, a turned one by a wrong width.
+    with open(path, "rb") as stream:
+        try:
+            file = Image.open(stream, formats=formats())
+        except UnidentifiedImageError as error:  # which names the stream
+            raise UnidentifiedImageError(f"cannot identify image file {str(path)!r}") from error
+        with file:
+            yield file
 
 
 def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Path]:
@@ -120,7 +138,7 @@ def load_image(path: str | Path) -> Image.Image:
     too large.
     """
     try:
-        with Image.open(path, formats=formats()) as file:
+        with open_image(path) as file:
             file.load()  # decodes to the end, so that truncation shows here
             return _to_rgb(ImageOps.exif_transpose(file), where=path)
     except Image.DecompressionBombError as error:
@@ -138,23 +156,20 @@ def load_image(path: str | Path) -> Image.Image:
 
 def alpha_channel(path: str | Path) -> Image.Image | None:
     """The alpha channel of an image file, upright, of mode L; None if it has none."""
-    with Image.open(path, formats=formats()) as file:
+    with open_image(path) as file:
         if not file.has_transparency_data:
             return None
-        return ImageOps.exif_transpose(file).convert("RGBA").getchannel("A")
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) in pixels as stored, before any rotation; only the header is read."""
-    with Image.open(path, formats=formats()) as file:
-        return file.size
+        return _of_8_bits(ImageOps.exif_transpose(file)).convert("RGBA").getchannel("A")
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:
     """(height, width) in pixels as `load_image` gives it, rotated by EXIF; only the header is read."""
-    with Image.open(path, formats=formats()) as file:
+    with open_image(path) as file:
+        width, height = file.size
+        if file.format == "TIFF":  # Pillow's size is the upright one already, in some versions
+            width, height = file.tag_v2[IMAGEWIDTH], file.tag_v2[IMAGELENGTH]
         turned = file.getexif().get(ORIENTATION, 1) in TURNED
-        return file.size if turned else (file.height, file.width)
+        return (width, height) if turned else (height, width)
 
 
 class ImageFiles(Sequence[Image.Image]):
@@ -239,18 +254,27 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, *, where: str | Path) -> Image.Image:
-    """Any mode -> sRGB. 16-bit grey is scaled, where Pillow would clip it; transparency becomes white."""
-    if image.mode.startswith("I"):
-        grey = np.asarray(image, dtype=np.float64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("32-bit grey values have no known range")
-        about = image.info
-        image = Image.fromarray((grey / 257).round().astype(np.uint8))
-        image.info |= about
-    if image.mode == "F":
-        raise ValueError("floating-point values have no known range")
-    image = to_srgb(image, where=where)
+    """Any mode -> sRGB; transparency becomes white."""
+    image = to_srgb(_of_8_bits(image), where=where)
     if image.has_transparency_data:
         over = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
     return image.convert("RGB")
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey is scaled, where Pillow would clip it; its transparent level becomes an alpha channel."""
+    if image.mode == "F":
+        raise ValueError("floating-point values have no known range")
+    if not image.mode.startswith("I"):
+        return image
+    grey = np.asarray(image, dtype=np.float64)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise ValueError("32-bit grey values have no known range")
+    scaled = Image.fromarray((grey / 257).round().astype(np.uint8))
+    about = dict(image.info)
+    level = about.pop("transparency", None)
+    if level is not None:
+        scaled.putalpha(Image.fromarray(np.where(grey == level, 0, 255).astype(np.uint8)))
+    scaled.info |= about
+    return scaled

@@ -16,7 +16,7 @@ from PIL import Image, ImageCms
 
 from ldm.data.buckets import Shape
 from ldm.data.captions import FolderCaptions
-from ldm.data.images import ORIENTATION, alpha_channel, crop_to, formats, is_enlarged, load_image
+from ldm.data.images import ORIENTATION, alpha_channel, crop_to, is_enlarged, load_image, open_image
 from ldm.data.masks import masks_by_name, masks_of, read_mask
 from ldm.errors import UserError
 
@@ -95,7 +95,7 @@ class PhotoFacts:
         Raises UserError if the photo cannot be decoded.
         """
         image = load_image(path)
-        with Image.open(path, formats=formats()) as file:
+        with open_image(path) as file:
             turned = file.getexif().get(ORIENTATION, 1) != 1
             profile = _profile_name(file.info.get("icc_profile"))
         subject, fault = _subject(path, masks, shape)

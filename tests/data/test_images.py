@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.data import images
-from ldm.data.images import fit_image, list_images, load_image, to_image, to_tensor, upright_size
+from ldm.data.images import (
+    alpha_channel,
+    fit_image,
+    list_images,
+    load_image,
+    to_image,
+    to_tensor,
+    upright_size,
+)
 from ldm.errors import UserError
 from ldm.randomness import generator
 from tests.data.test_color import rgb_profile
@@ -52,6 +60,43 @@ def test_exif_orientation_of_a_jpeg(tmp_path):
     upright = loaded(tmp_path / "a.jpg")
     assert upright.shape == (32, 16, 3)
     assert upright[:16].min() > 190 and upright[16:].max() < 10
+
+
+def encoded(kind: str) -> np.ndarray:
+    """The corners as pixels of a mode: of RGBA one is transparent."""
+    if kind == "RGBA":
+        return np.dstack([CORNERS, np.where(np.arange(6).reshape(2, 3) == 1, 0, 255)]).astype(np.uint8)
+    return CORNERS if kind == "RGB" else CORNERS[..., 0]
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_a_tiff_is_upright_whatever_its_orientation(tmp_path, orientation, mode, compression):
+    """Its pixels, its size from the header alone and its alpha channel."""
+    path, stored = tmp_path / "a.tif", encoded(mode)
+    Image.fromarray(stored).save(path, tiffinfo={0x0112: orientation}, compression=compression)
+    seen = np.where(stored[..., 3:] == 0, 255, stored[..., :3]) if mode == "RGBA" else stored
+    seen = UPRIGHT[orientation](np.broadcast_to(seen.reshape(2, 3, -1), CORNERS.shape))
+    np.testing.assert_array_equal(loaded(path), seen)
+    assert upright_size(path) == seen.shape[:2]
+    if mode == "RGBA":
+        alpha = UPRIGHT[orientation](stored[..., 3:])[..., 0]
+        np.testing.assert_array_equal(np.asarray(alpha_channel(path)), alpha)
+
+
+def test_a_transparent_level_of_16_bits(tmp_path):
+    """That level alone is transparent, not the one that it would be in 8 bits."""
+    levels = np.array([[16, 16 * 257, 65535, 0]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a.png", transparency=16)
+    assert loaded(tmp_path / "a.png")[0, :, 0].tolist() == [255, 16, 255, 0]
+    assert np.asarray(alpha_channel(tmp_path / "a.png")).tolist() == [[0, 255, 255, 255]]
+
+
+def test_what_is_no_image_is_called_by_its_name(tmp_path):
+    (tmp_path / "0.txt").write_text("a dog")
+    with pytest.raises(UserError, match="cannot identify image file '[^<>]*0.txt'"):
+        load_image(tmp_path / "0.txt")
 
 
 def saved(folder, image: Image.Image, suffix: str, **options) -> Image.Image:
