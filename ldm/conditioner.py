@@ -21,6 +21,17 @@ def clip_skip_of(text_encoder: CLIPTextEncoder) -> int:
     return text_encoder.encoders[0].clip_skip
 
 
+def padding_of(text_encoder: CLIPTextEncoder) -> list[int] | None:
+    """The token that pads prompts, of SDXL's two encoders each; None where they are their family's own."""
+    found = [encoder.pad_token_id for encoder in text_encoder.encoders]
+    usual = [
+        # OpenCLIP's, of SD 2.x and of SDXL's second, pad with 0
+        0 if encoder.layer == "penultimate" or encoder.pooled_dim else encoder.eos_token_id
+        for encoder in text_encoder.encoders
+    ]
+    return None if found == usual else found
+
+
 class Conditioner:
     """The text encoder, with a cache of token ids and, while it is frozen, of encodings.
 

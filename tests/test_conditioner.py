@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioner import Conditioner
+from ldm.conditioner import Conditioner, padding_of
+from ldm.config import instantiate, load_config
 from ldm.models.conditioning import Conditioning, TextEncoding, distinct
 from ldm.models.unet import timestep_embedding
 
@@ -90,3 +91,15 @@ def test_no_prompt_is_zeros_where_the_encoder_says_so(tiny_networks: dict[str, n
         assert told.context[:-1].abs().sum((1, 2)).all()
     found = conditioner.encode([None, "", "a dog"], 2, chunked=False)
     assert not found[None].context.any() and not found[None].pooled.any() and found[""].context.any()
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "storybook"])
+def test_the_padding_of_a_family_is_not_said(family: str):
+    """That of its released models, as the shipped configs have it, also where one sets it."""
+    node = load_config([f"configs/networks/{family}.yaml"]).model.params.text_encoder
+    with torch.device("meta"):
+        text_encoder = instantiate(node)
+    assert padding_of(text_encoder) is None
+    usual = [encoder.pad_token_id for encoder in text_encoder.encoders]
+    text_encoder.encoders[0].pad_token_id = 3
+    assert padding_of(text_encoder) == [3, *usual[1:]] != usual

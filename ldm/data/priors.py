@@ -29,8 +29,15 @@ from ldm.files import atomic_write, file_sha256, make_folder, parse_json
 GenerateImages = Callable[[list[int]], Sequence[tuple[Image.Image, Tensor]]]
 
 
-# Of a name, so that older sets keep theirs:
-LEFT_OUT = {"precision": "fp32", "spacing": None, "clip_skip": 1, "width": None, "levels": None}
+LEFT_OUT = {  # of a name, so that older sets keep theirs
+    "precision": "fp32",
+    "spacing": None,
+    "clip_skip": 1,
+    "width": None,
+    "levels": None,
+    "weights": "float32",
+    "padding": None,
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class PriorSpec:
     clip_skip: int = 1  # of the text encoder
     width: int | None = None  # pixels; None: a square
     levels: str | None = None  # of the noise process at these steps: see `levels_hash`
+    weights: str = "float32"  # dtype of UNet and text encoder
+    padding: Sequence[int] | None = None  # of prompts: see `padding_of`; None: the family's own
 
     @property
     def shape(self) -> Shape:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.conditioner import clip_skip_of
+from ldm.conditioner import clip_skip_of, padding_of
 from ldm.data.buckets import Shape
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.priors import GenerateImages, PriorSet, PriorSpec
@@ -58,12 +58,12 @@ def prior_set(
     process: NoiseProcess,
     device: torch.device,
     unconditional: str | None = "",
-    clip_skip: int = 1,
+    **networks: Any,
 ) -> PriorSet:
     """The set that is named by these settings, this base, its noise process and the precision on the device.
 
     prompt: of the class. unconditional: what no negative prompt is, see `CLIPTextEncoder.unconditional`.
-    clip_skip: of the text encoder.
+    networks: what else `PriorSpec` says of them, where it is not usual.
     """
     spec = PriorSpec(
         prompt=prompt,
@@ -76,9 +76,9 @@ def prior_set(
         size=shape.height,
         seed=config.seed,
         precision=resolve_precision(config.precision, device),
-        clip_skip=clip_skip,
         width=None if shape.is_square else shape.width,
         levels=levels_hash(process, config.sampler, steps=config.steps, spacing=config.spacing),
+        **networks,
     )
     return PriorSet(Path(config.folder), spec)
 
@@ -87,9 +87,10 @@ def prior_sets(
     module: LatentDiffusion, data: DreamBoothDataModule, config: PriorsConfig, *, base_sha256: str
 ) -> list[PriorSet]:
     """The sets of a run, of each class whose images the base generates one for each bucket."""
-    text = module.cond_stage_model
+    text, weight = module.cond_stage_model, next(module.networks["unet"].parameters())
     about = {"base_sha256": base_sha256, "process": module.process, "device": module.device}
     about |= {"unconditional": text.unconditional, "clip_skip": clip_skip_of(text)}
+    about |= {"padding": padding_of(text), "weights": str(weight.dtype).removeprefix("torch.")}
     return [
         prior_set(known.prompt, config, shape=shape, **about)
         for known in data.generated_classes

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from ldm.diffusion.schedule import SPACINGS
 from ldm.engine import distributed
 from ldm.errors import UserError
 from ldm.files import file_sha256
-from ldm.runs.sampling import generate_priors, prior_set
+from ldm.runs.sampling import generate_priors, prior_set, prior_sets
 from ldm.sampler_nodes import usual_spacing
 from ldm.schema import PriorsConfig
+from tests.factories import build_module
 
 SPEC = PriorSpec(
     prompt="a photo of a dog",
@@ -110,6 +112,8 @@ CHANGES = {
     "clip_skip": 2,
     "width": 16,
     "levels": "0123456789ab",
+    "weights": "bfloat16",
+    "padding": [3],
 }
 
 
@@ -370,3 +374,21 @@ def test_processes_agree_on_what_is_missing(tmp_path, monkeypatch, counts):
     assert generate_priors(None, priors, 3, batch_size=2) == 1
     assert met == [0, "barrier"]
     assert_complete(priors, 3)
+
+
+def test_sets_of_a_run_are_named_by_its_weights_and_padding(tiny_config):
+    """bfloat16 networks draw other images than float32 ones, and so do prompts that end otherwise."""
+
+    def spec(padding: int | None, **more: str) -> PriorSpec:
+        text = tiny_config["text_encoder"]
+        text = text | {"params": text["params"] | {"pad_token_id": padding}}
+        module = build_module(tiny_config, text_encoder=text, **more)
+        shapes = SimpleNamespace(shapes=[Shape.square(8)])
+        data = SimpleNamespace(generated_classes=[SimpleNamespace(prompt="a dog")], buckets_in_use=shapes)
+        (found,) = prior_sets(module, data, PriorsConfig(), base_sha256="ab")
+        return found.spec
+
+    usual, padded, lean = spec(None), spec(3), spec(None, optimizer="adamw_bf16")
+    assert (usual.weights, usual.padding) == ("float32", None)
+    assert (padded.padding, lean.weights) == ([3], "bfloat16")
+    assert len({usual.hash, padded.hash, lean.hash}) == 3
