@@ -54,7 +54,7 @@ def parse(words: Sequence[str] | None = None) -> Namespace:
         help="let a config name your own code",
     )
     add("--device", help="where to compute (cuda, mps or cpu, the first that there is)")
-    add("--out", type=Path, help="folder of metrics.json (`evaluation` in the run's folder)")
+    add("--out", type=Path, help="folder of metrics.json (the run's `evaluation`, else a new one in logs)")
     return parser.parse_args(words)
 
 

@@ -28,6 +28,7 @@ from ldm.reports.metric_rows import BESIDE, metric_rows
 from ldm.reports.metrics_plot import metrics_plot
 from ldm.runs.before_after import judged_subjects
 from ldm.runs.buckets import bucket_unit, lacks_unit
+from ldm.runs.folder import new_folder
 from ldm.runs.run import write_json
 from ldm.runs.sampling import in_shapes
 from ldm.runs.untrained import base_pipeline
@@ -201,6 +202,22 @@ def table(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def results_folder(options: Namespace, model: Path | None) -> Path:
+    """The folder of the results, made: `--out`, or `evaluation` in the model's run, or a new one in logs/.
+
+    In a run a checkpoint has its own, and so has what `--metrics` or `--captions` ask for.
+    """
+    if options.out is not None:
+        return make_folder(options.out)
+    asked = "captions" if options.captions else options.metrics or ""
+    if model is not None and model.with_name("config.yaml").is_file():
+        return make_folder(model.parent / "evaluation" / asked)
+    if model is not None and (config := run_checkpoint.config_of(model)) is not None:
+        return make_folder(config.parent / "evaluation" / model.stem / asked)
+    wanted = Path("logs") / f"evaluation-{(model or options.pictures).stem}"
+    return new_folder(wanted, remedy="Name another with --out FOLDER.")
+
+
 def evaluate_model(options: Namespace) -> None:
     """Measures what the options of `evaluate.py` name; prints a table and writes its files."""
     allow(*options.allow)
@@ -217,10 +234,7 @@ def evaluate_model(options: Namespace) -> None:
     else:
         metrics = evaluate(options, model)
     print(table(metrics))
-    is_run = model is not None and model.with_name("config.yaml").exists()
-    name = (model or options.pictures).stem
-    folder = options.out or (model.parent / "evaluation" if is_run else Path("logs") / f"evaluation-{name}")
-    make_folder(folder)
+    folder = results_folder(options, model)
     print(write_json(folder / "metrics.json", metrics))
     with atomic_write(folder / "figures.svg") as temporary:
         temporary.write_text(metrics_plot(metrics), encoding="utf-8")

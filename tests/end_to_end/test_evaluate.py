@@ -53,6 +53,30 @@ def test_folders_of_pictures_are_measured(folders, monkeypatch, capsys):
     assert "subject_fidelity" in capsys.readouterr().out
 
 
+def place(*words: str, model: str | None = None) -> str:
+    return str(evaluate_model.results_folder(evaluate.parse(words), None if model is None else Path(model)))
+
+
+def test_results_lie_where_no_others_do(workdir):
+    """Of runs, of their checkpoints, of other metrics, and of what only has the same name."""
+    for name in ("rex", "tom"):
+        Path("logs", name, "checkpoints").mkdir(parents=True)
+        Path("logs", name, "config.yaml").touch()
+        assert place(model=f"logs/{name}/model.safetensors") == f"logs/{name}/evaluation"
+        checkpoint = f"logs/{name}/checkpoints/step-00000400.ckpt"
+        of_checkpoint = f"logs/{name}/evaluation/step-00000400"
+        assert place(model=checkpoint) == of_checkpoint
+        assert place("--metrics", "vlm", model=checkpoint) == f"{of_checkpoint}/vlm"
+    run_model = "logs/rex/model.safetensors"
+    asked = [("--metrics", "photos"), ("--metrics", "vlm"), ("--captions", "8"), ()]
+    folders = [place(*words, model=run_model) for words in asked]
+    assert folders == [f"logs/rex/evaluation{name}" for name in ("/photos", "/vlm", "/captions", "")]
+    assert place("--out", "here", "--metrics", "vlm", model=run_model) == "here"
+    assert place("--pictures", "one/samples") == "logs/evaluation-samples"
+    assert place("--pictures", "two/samples") == "logs/evaluation-samples-2"
+    assert place(model="other/samples.safetensors") == "logs/evaluation-samples-3"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
