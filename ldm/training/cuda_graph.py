@@ -61,6 +61,7 @@ class GraphedLoss:
         if shapes not in self._passes:
             self._passes[shapes] = _Passes(self.function, self.learning, inputs, self.recorded)
         passes = self._passes[shapes]
+        passes.keep_gradients()
         passes.fill(inputs)
         passes.run_forward()
         anchor = torch.ones((), requires_grad=True)
@@ -69,18 +70,31 @@ class GraphedLoss:
 
 def uses_cuda_graph(module: pl.LightningModule, trainer: pl.Trainer | None) -> bool:
     """Whether a run captures its step: as `module.cuda_graph` says, or where it can."""
-    if isinstance(module.lora, Adapter) and module.lora.needs_host:
-        if module.cuda_graph:
-            where, remedy = "model.params.cuda_graph", "Set it to false."
-            raise UserError("An OFT's blocks are not inverted in a CUDA graph", where=where, remedy=remedy)
-        return False
     if module.cuda_graph is not None:
         return module.cuda_graph
     processes = 1 if trainer is None else trainer.world_size
     buckets = getattr(getattr(trainer, "datamodule", None), "buckets_in_use", None)
     if buckets is not None and len(buckets.shapes) > 1:  # each would keep the memory of its own graphs
         return False
-    return module.device.type == "cuda" and processes == 1 and not steps_in_backward(module.optimizer)
+    return module.device.type == "cuda" and hindrance(module, processes=processes) is None
+
+
+def hindrance(module: pl.LightningModule, *, processes: int = 1) -> str | None:
+    """Why a module's step cannot be captured; None if it can."""
+    if isinstance(module.lora, Adapter) and module.lora.needs_host:
+        return "An OFT's blocks are not inverted in a CUDA graph"
+    if steps_in_backward(module.optimizer):
+        return "A CUDA graph hands no gradients to a fused backward pass"
+    if processes > 1:
+        return "A CUDA graph hands no gradients to other processes"
+    return None
+
+
+def check_cuda_graph(module: pl.LightningModule, *, processes: int = 1) -> None:
+    """Raises UserError if `module.cuda_graph` asks for graphs that cannot be."""
+    what = hindrance(module, processes=processes)
+    if module.cuda_graph and what is not None:
+        raise UserError(what, where="model.params.cuda_graph", remedy="Set it to false.")
 
 
 def graphed_loss(
@@ -185,11 +199,17 @@ class _Passes:
             for p, g in zip(self.learning, gradients, strict=True)
         ]
 
+    def keep_gradients(self) -> None:
+        """Copies what weights have of an earlier micro-batch: both passes write to that memory.
+
+        The graphs share a pool, and gradients lie where the backward pass has freed activations.
+        """
+        for p, g in zip(self.learning, self.gradients, strict=True):
+            if g is not None and p.grad is g:
+                p.grad = g.clone()
+
     def accumulate(self, output_gradient: Tensor) -> None:
         """Runs the backward pass and adds its gradients to those of the weights."""
-        for p, g in zip(self.learning, self.gradients, strict=True):
-            if g is not None and p.grad is g:  # of an earlier micro-batch, whose memory is used again
-                p.grad = g.clone()
         self.output_gradient.copy_(output_gradient)
         self.run_backward()
         sums, terms = [], []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -13,8 +14,9 @@ from ldm.models.conditioning import Conditioning
 from ldm.models.lora_layer import SideLayer
 from ldm.optim.optimizer_nodes import OptimizerNode
 from ldm.optim.schedules import ScheduleNode, build_schedule
+from ldm.schema import TrainerOptions
 from ldm.training.compiling import CompileMode
-from ldm.training.cuda_graph import GraphedStep, uses_cuda_graph
+from ldm.training.cuda_graph import GraphedStep, check_cuda_graph, uses_cuda_graph
 from ldm.training.learning_networks import LearningNetworks
 from ldm.training.moved_keys import MOVED
 from ldm.training.objective import BasePrediction, Loss, Objective
@@ -97,6 +99,10 @@ class LatentDiffusion(LearningNetworks):
         if self.objective.needs_reference and stage == "fit":
             how = {"lora": self.lora, "precision": getattr(self._trainer, "precision", "32-true")}
             self._reference = Reference(self.model["diffusion_model"], self.cond_stage_model, **how)
+
+    def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
+        super().check(trainer, processes=processes)
+        check_cuda_graph(self, processes=processes)
 
     def on_train_start(self) -> None:
         """Contexts of other weights, and ids on another device, are forgotten."""

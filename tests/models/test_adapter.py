@@ -13,7 +13,7 @@ from ldm.models.adapter import Adapter
 from ldm.models.lora import lora_off
 from ldm.runs.memory import estimate
 from ldm.schema import RunConfig
-from ldm.training.cuda_graph import uses_cuda_graph
+from ldm.training.cuda_graph import check_cuda_graph
 from ldm.training.latent_diffusion import LatentDiffusion
 from tests.factories import TAUGHT, build_module, run_config
 from tests.short_runs import At, Job, Killed, differences, kill, state_of
@@ -106,7 +106,7 @@ def test_what_cannot_be_is_refused(tiny_config: dict, monkeypatch: pytest.Monkey
         Adapter(kind="loha", factor=2)
     module = build_module(tiny_config, trainable={"adapter": {"kind": "oft"}}, cuda_graph=True)
     with pytest.raises(UserError, match="OFT.*CUDA graph"):
-        uses_cuda_graph(module, None)
+        check_cuda_graph(module)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="lycoris-lora, which is not installed.*pip install"):
         Adapter(kind="loha")

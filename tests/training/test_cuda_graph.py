@@ -1,5 +1,6 @@
 """A step as two graphs has the losses and gradients of the plain step."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 from ldm.cuda_graph import capture
+from ldm.errors import UserError
+from ldm.optim.optimizer_nodes import FUSED_BACKWARD
+from ldm.schema import TrainerOptions
 from ldm.training import cuda_graph
 from ldm.training.cuda_graph import GraphedLoss, uses_cuda_graph
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -32,9 +36,20 @@ CASES = {
 
 
 def again(work: Callable[[], None], pool: None) -> tuple[Callable[[], None], None]:
-    """In the place of `capture`, where there is no GPU: the work is simply done anew."""
+    """In the place of `capture`, where there is no GPU: the work is simply done anew.
+
+    Before it what the last backward pass left is overwritten, as that memory is in the graphs' pool.
+    """
+    passes = work.__self__
+
+    def replay() -> None:
+        for gradient in passes.gradients:
+            if gradient is not None:
+                gradient.fill_(math.nan)
+        work()
+
     work()
-    return work, pool
+    return replay, pool
 
 
 @pytest.fixture
@@ -142,6 +157,26 @@ def test_without_being_asked_several_buckets_have_no_graphs(
     found = uses_cuda_graph(module, SimpleNamespace(world_size=1, datamodule=data))
     assert found == (graphed if asked is None else asked)
     assert uses_cuda_graph(module, SimpleNamespace(world_size=1, datamodule=None)) == (asked is not False)
+
+
+@pytest.mark.parametrize(
+    "optimizer, processes, told",
+    [
+        ({"target": FUSED_BACKWARD}, 1, "to a fused backward pass"),
+        ("adamw", 2, "to other processes"),
+    ],
+)
+def test_graphs_that_would_train_nothing_are_refused(
+    tiny_config: dict, optimizer: object, processes: int, told: str
+):
+    """Their gradients reach no hook; without being asked there are none."""
+    trainer = TrainerOptions(max_steps=1, gradient_clip_val=None)
+    for asked in (None, False):
+        module = build_module(tiny_config, cuda_graph=asked, optimizer=optimizer)
+        module.check(trainer, processes=processes)
+    module.cuda_graph = True
+    with pytest.raises(UserError, match=rf"{told} \(model.params.cuda_graph\). Set it to false."):
+        module.check(trainer, processes=processes)
 
 
 def test_values_of_a_step_outlive_the_next(
