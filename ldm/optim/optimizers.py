@@ -99,9 +99,14 @@ def check_optimizer(
                 f"A step of {node['target']} depends on all gradients, which a fused backward pass never has"
             )
             raise UserError(what, where=WHERE, remedy=f"Set {WHERE} to it alone.")
-    elif optimizer != "adamw" and node["target"] == SHORT["adamw"] and trainer.precision == "16-mixed":
-        what = "16-mixed scales gradients, and FusedAdamW would not see them as they are clipped"
+    elif optimizer != "adamw" and trainer.precision == "16-mixed" and _unscales(node):
+        what = f"16-mixed scales gradients, and {spoken_name(node)} would not see them as they are clipped"
         raise UserError(what, where=WHERE, remedy=f"Set {WHERE}=adamw, which is torch's own there.")
+
+
+def _unscales(node: Node) -> bool:
+    """Whether an optimizer divides the gradients by the loss scale itself, after they are clipped."""
+    return node["target"] == SHORT["adamw"] or bool((node.get("params") or {}).get("fused"))
 
 
 def _try(node: Node, rates: Sequence[float]) -> bool:

@@ -30,7 +30,7 @@ def state_bytes(parameter: Tensor, optimizer: OptimizerNode) -> int:
     kind = kind_of(optimizer)
     if issubclass(kind, AdamWBF16):
         return 2 * count * (kind.moments_dtype or parameter.dtype).itemsize
-    if issubclass(kind, torch.optim.AdamW) and not node.get("params", {}).get("amsgrad"):
+    if issubclass(kind, torch.optim.AdamW) and not (node.get("params") or {}).get("amsgrad"):
         return 2 * 4 * count + 4
     return _asked(json.dumps(node), tuple(parameter.shape), parameter.dtype)
 

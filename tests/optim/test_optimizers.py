@@ -502,3 +502,9 @@ def test_a_fused_kernel_that_would_not_see_scaled_gradients_is_refused():
     check_optimizer("adamw", scaled)
     with pytest.raises(UserError, match="16-mixed.*optimizer=adamw"):
         check_optimizer({"target": SHORT["adamw"]}, scaled)
+    fused = {"target": "torch.optim.AdamW", "params": {"fused": True}}
+    with pytest.raises(UserError, match="16-mixed scales gradients, and AdamW would"):
+        check_optimizer(fused, scaled)
+    check_optimizer(fused, TrainerOptions(max_steps=3, precision="bf16-mixed"))
+    check_optimizer({"target": "torch.optim.AdamW", "params": None}, scaled)
+    assert state_bytes(torch.empty(10), {"target": "torch.optim.AdamW", "params": None}) == 2 * 4 * 10 + 4
