@@ -114,9 +114,10 @@ class NonFiniteGuard(pl.Callback):
             finite = [flag for losses in step.losses for flag in losses.read()]
             fine = step.gradient is None or all(step.gradient.read())
             if not all(finite):
-                each = len(finite) == len(step.items)
-                culprits = [item for item, good in zip(step.items, finite, strict=True) if not good]
-                raise _error("loss", step, culprits if each else step.items, module)
+                culprits = step.items
+                if len(finite) == len(step.items):  # losses are per item
+                    culprits = [item for item, good in zip(step.items, finite, strict=True) if not good]
+                raise _error("loss", step, culprits, module)
             self._in_a_row = 0 if fine else self._in_a_row + 1
             if not fine and (not scaled or self._in_a_row > MOST_SKIPS):
                 raise _error("gradient", step, step.items, module)

@@ -44,6 +44,15 @@ def test_a_loss_names_its_item_and_timestep(job: Job, tmp_path: Path):
         assert all(x.isfinite().all() for x in torch.load(path)["state_dict"].values())
 
 
+def test_a_loss_of_a_whole_batch_names_all_its_items():
+    """As that of a judge's or an autoencoder's training, whose items have no loss of their own."""
+    guard, bad = NonFiniteGuard(), AsyncHostCopy(torch.tensor([False]))
+    guard._done.append(Step(4, [(8, "picture"), (9, "picture")], [bad]))
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=None))
+    with pytest.raises(UserError, match="loss of step 4 is not finite .*picture item 8, picture item 9"):
+        guard.check_steps(trainer, pl.LightningModule())
+
+
 def test_a_gradient_names_all_items_of_its_step(job: Job, tmp_path: Path):
     with pytest.raises(UserError, match="gradient of step 3 .*subject item 6 at .*subject item 7 at"):
         job(tmp_path, callbacks=[Spoil(3, gradient=True)])
