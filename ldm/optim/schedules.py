@@ -99,7 +99,7 @@ class WSD(Constant):
 
     It is about as good as a cosine, and a run can be made longer.
 
-    decay: share of the steps in which the rate decays.
+    decay: share of the steps in which the rate decays; at most those after the warmup.
     """
 
     def __init__(self, *, warmup_steps: NonNegativeInt = 0, decay: Probability = 0.2):
@@ -107,7 +107,8 @@ class WSD(Constant):
         self.decay = decay
 
     def after_warmup(self, step: int, max_steps: int) -> float:
-        return min(1.0, max(0.0, (max_steps - step) / max(1, round(self.decay * max_steps))))
+        decaying = max(1, min(round(self.decay * max_steps), max_steps - self.warmup_steps))
+        return min(1.0, max(0.0, (max_steps - step) / decaying))
 
 
 ScheduleName = Literal["constant", "linear", "polynomial", "cosine", "cosine_restarts", "wsd", "rex"]

@@ -37,6 +37,8 @@ def test_wsd_is_constant_and_then_linear_to_zero_over_the_last_fifth():
     assert [wsd(step, 1000) for step in (850, 900, 1000)] == [0.75, 0.5, 0.0]
     assert all(wsd(step, 2000) == wsd(step, 1000) for step in range(801))
     assert WSD(decay=0.5)(750, 1000) == 0.5
+    late = WSD(warmup_steps=90)  # the decay begins after it, and does not jump
+    assert [late(step, 100) for step in (89, 90, 95, 100)] == [1.0, 1.0, 0.5, 0.0]
 
 
 def test_straight_lines_and_powers_in_closed_form():
