@@ -149,13 +149,17 @@ class OrthogonalLoRALayer(LoRALayer):
             self.register_buffer(f"start_{name}", getattr(self, name).detach().clone())
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Those of the update, of twice the rank: the present ones, and the first ones, taken off."""
+        """Those of the update, of twice the rank: see `joined_factors`."""
         return joined_factors(dict(self.named_parameters()) | dict(self.named_buffers()))
 
 
 def joined_factors(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Down [2 r, in, ...] and up [out, 2 r, ...] of an `OrthogonalLoRALayer`, from its tensors by name."""
+    """Down [2 r, in, ...] and up [out, 2 r, ...] of an `OrthogonalLoRALayer`, from its tensors by name.
+
+    B S A - B0 S0 A0 = (B S - B0 S0) A + B0 S0 (A - A0): so no large terms cancel when they are multiplied.
+    """
     kernel = [1] * (own["up"].ndim - 2)
     scale, start = (own[name].view(1, -1, *kernel) for name in ("scale", "start_scale"))
-    down = torch.cat([own["down"], own["start_down"]])
-    return down, torch.cat([own["up"] * scale, -own["start_up"] * start], dim=1)
+    first = own["start_up"] * start
+    down = torch.cat([own["down"], own["down"] - own["start_down"]])
+    return down, torch.cat([own["up"] * scale - first, first], dim=1)

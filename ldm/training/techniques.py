@@ -41,6 +41,8 @@ class L2SP:
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, beside: Iterable[SideLayer] = ()):
         self.beside = list(beside)
+        parameters = list(parameters)
+        self.learning = parameters[0]  # whose device is that of all
         own = {id(p) for layer in self.beside for p in layer.parameters()}
         self.pairs = [(p, p.detach().clone()) for p in parameters if p.requires_grad and id(p) not in own]
 
@@ -48,9 +50,10 @@ class L2SP:
         self.pairs = [(p, there.to(device)) for p, there in self.pairs]
 
     def distance(self) -> Tensor:
-        """Squared distance, summed over all trainable weights -> scalar."""
-        distances = [(p - there).square().sum() for p, there in self.pairs]
-        return torch.stack(distances + [layer.squared_norm() for layer in self.beside]).sum()
+        """Squared distance, summed over all trainable weights -> scalar; in float32 under autocast too."""
+        with torch.autocast(self.learning.device.type, enabled=False):
+            distances = [(p - there).square().sum() for p, there in self.pairs]
+            return torch.stack(distances + [layer.squared_norm() for layer in self.beside]).sum()
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
