@@ -28,10 +28,11 @@ def rates_of_encoders(text_encoder: nn.Module, rate: float | Mapping[str, float]
 
 
 def freeze_unrated(text_encoder: nn.Module, rates: Mapping[str, float]) -> None:
-    """Freezes the encoders whose own rate is 0."""
+    """Freezes what has a rate of 0: all of the text encoder, or the encoders whose own rate it is."""
     for key, rate in rates.items():
-        if key in ENCODERS and rate == 0:
-            getattr(text_encoder, key).requires_grad_(False)
+        if rate == 0:
+            unrated = getattr(text_encoder, key) if key in ENCODERS else text_encoder
+            unrated.requires_grad_(False)
 
 
 def each_encoder(learner: nn.Module) -> dict[str, nn.Module]:

@@ -39,8 +39,8 @@ class Trainable:
         learned_token: node of a `LearnedToken`: textual inversion, with the networks or, where both are
             switched off, alone. Its vectors are kept in `embeddings/WORD.safetensors`.
         learning_rate: of the UNet, and of the text encoder where it has none of its own.
-        text_encoder_learning_rate: None is the same; of SDXL's two also {clip_l: 5e-6, clip_g: 0}, where one
-            of rate 0 stays as it is.
+        text_encoder_learning_rate: None is the same, 0 leaves its weights frozen; of SDXL's two also
+            {clip_l: 5e-6, clip_g: 0}, where one of rate 0 is frozen.
     """
 
     def __init__(

@@ -7,8 +7,10 @@ from ldm.errors import UserError
 from ldm.families.sdxl.conditioning import Sizes, size_vector, vector_width
 from ldm.families.sdxl.text_encoder import SDXLTextEncoders
 from ldm.models.unet import UNetModel, timestep_embedding
+from ldm.optim.optimizers import build_optimizer
 from ldm.training.text_rates import each_encoder, freeze_unrated, rates_of_encoders
 from ldm.training.trainable import Trainable
+from tests.factories import build_module
 
 SMALL = {
     "vocab_size": 99,
@@ -90,6 +92,17 @@ def test_each_encoder_has_its_rate_or_stays():
         rates_of_encoders(encoders, {"clip_l": 0.0})
     with pytest.raises(UserError, match="Give one number"):
         rates_of_encoders(encoders.clip_l, {"clip_l": 0.0, "clip_g": 0.0})
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-6])
+def test_a_rate_of_zero_freezes_the_text_encoder(tiny_config: dict, rate: float):
+    """As `text_encoder=false`: no gradients that move nothing, and count in the norm."""
+    module = build_module(tiny_config, trainable={"text_encoder_learning_rate": rate})
+    frozen = build_module(tiny_config, trainable={"text_encoder": False})
+    learning = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert (learning == {name for name, p in frozen.named_parameters() if p.requires_grad}) == (rate == 0)
+    assert module.trainable.text_learns(module.networks) == (rate > 0)
+    assert build_optimizer(module.trainable.param_groups(module.networks), module.optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
