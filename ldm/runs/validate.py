@@ -41,6 +41,7 @@ from ldm.runs.before_after import evaluation_nodes
 from ldm.runs.buckets import build_data, check_unit
 from ldm.runs.folder import check_name
 from ldm.runs.memory import checkpoint_bytes
+from ldm.runs.objective_check import check_objective
 from ldm.runs.online_eval import check_online_eval
 from ldm.runs.prompts import check_prompts
 from ldm.runs.sampling import text2image
@@ -114,10 +115,7 @@ def _check_dreambooth(config: RunConfig, module: Any, bases: Collection[str]) ->
     data.check()
     if _family(module) is SDXL:
         warn_of_small_side(min(map(min, data.buckets_in_use.shapes)), where="data.params.size")
-    check_prior_target(module, data)
-    check_masks(module, data)
-    _check_learned_token(module, data)
-    _check_styles(module, data)
+    check_objective(module, data)
     _look_at(data)
     nodes = evaluation_nodes(config)
     _check_sampling(config, nodes, module.process, concepts=data.concepts)
@@ -178,15 +176,6 @@ def _family(module: LatentDiffusion) -> Family:
     return family_of({"unet": module.networks["unet"].state_dict()})
 
 
-def check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
-    """Refuses other captions on the subject's photos without a teacher: they would train the subject."""
-    if data.priors_show_subject and module.objective.streams["prior"].target != "teacher":
-        where = "diff_output_preservation" if data.diff_output_preservation else "prior_caption_dropout"
-        what = "Without prior images, prior items need the teacher's prediction as their target"
-        remedy = "Set model.params.objective.prior_target=teacher, or raise data.params.num_priors."
-        raise UserError(what, where=where, remedy=remedy)
-
-
 def _check_average(config: RunConfig, module: Any) -> None:
     """Refuses an average or a decay of the rates beside an optimizer that averages the weights itself."""
     if not averages_weights(optimizer_of(module)):
@@ -199,37 +188,6 @@ def _check_average(config: RunConfig, module: Any) -> None:
         what = "A schedule-free optimizer's average takes the place of a decay of the rates"
         where, remedy = "model.params.lr_schedule", "Set it to constant, or model.params.optimizer=adamw."
         raise UserError(what, where=where, remedy=remedy)
-
-
-def check_masks(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
-    """Refuses masks that no loss uses, and a teacher of a word that it learns together with its pupil."""
-    masks = module.objective.masks
-    if masks is None and (data.masks or data.mask_root is not None):
-        where = "data.params.masks" if data.masks else "data.params.mask_root"
-        remedy = "Set model.params.objective.masks={outside: 0.1}, or take it off."
-        raise UserError("There are masks, but no loss that uses them", where=where, remedy=remedy)
-    shared = module.lora is not None and module.trainable.learned_token is not None
-    if masks is not None and masks.outside_target == "teacher" and shared:
-        what = "With a LoRA the teacher would read the learned token as it is trained"
-        remedy = "Set model.params.objective.masks.outside_target=noise, or take one of the two off."
-        raise UserError(what, where="model.params.trainable.learned_token", remedy=remedy)
-
-
-def _check_learned_token(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
-    """Refuses textual inversion of several concepts: there is one new word."""
-    if module.trainable.learned_token is not None and len(data.concepts) > 1:
-        what = f"One new word cannot name the {len(data.concepts)} concepts of this run"
-        remedy = "Take it off, or train them one at a time."
-        raise UserError(what, where="model.params.trainable.learned_token", remedy=remedy)
-
-
-def _check_styles(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
-    """Refuses a loss against the base, which is told the class, for what has none."""
-    for concept in data.concepts if module.objective.subject_loss is not None else ():
-        if concept.is_style:
-            what = f"{concept.name} is a style, and the base would be told its class"
-            remedy = "Leave the concept out, or take the loss off."
-            raise UserError(what, where="model.params.objective.subject_loss", remedy=remedy)
 
 
 def _check_networks(module: LatentDiffusion) -> None:

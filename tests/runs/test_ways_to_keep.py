@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ldm.config import instantiate
+from ldm.runs.objective_check import check_objective
 from ldm.runs.options import parse
 from ldm.runs.sweep import read_sweep
-from ldm.runs.validate import check_prior_target
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = [ROOT / f"configs/studies/{name}.yaml" for name in ("ways_to_keep", "ways_to_keep_lora")]
@@ -29,8 +29,23 @@ def test_each_arm_can_be_trained(path: Path, variant: str):
     with torch.device("meta"):
         module = instantiate(config.model)
     data.check()
-    check_prior_target(module, data)
+    check_objective(module, data)
     assert (module.lora is not None) == path.stem.endswith("lora")
     kept = [data.prior_batch_size > 0, module.objective.l2_sp_weight > 0, module.objective.subject_loss]
     by_timestep = module.lora is not None and module.lora.masks is not None
     assert sum(map(bool, [*kept, by_timestep])) == (variant != "nothing")
+
+
+@pytest.mark.parametrize("num_priors", [0, 8])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_prior_images_without_a_weight_are_spoken_of(
+    caplog: pytest.LogCaptureFixture, num_priors: int, weight: float
+):
+    """They are drawn and fill half of each batch, and nothing is learnt from them."""
+    words = ["--base", str(ROOT / "configs/dreambooth.yaml"), f"data.params.num_priors={num_priors}"]
+    words += ["data.params.prior_caption_dropout=0", f"model.params.objective.prior_loss_weight={weight}"]
+    config = parse(words)
+    with torch.device("meta"):
+        module = instantiate(config.model)
+    check_objective(module, instantiate(config.data))
+    assert ("data.params.num_priors=0 saves that" in caplog.text) == (num_priors > 0 and weight == 0)
