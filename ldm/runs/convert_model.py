@@ -1,12 +1,20 @@
 """A model file or folder as another format: what `convert.py` does."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ldm.checkpoints.embedding import embeddings_beside, save_embedding
+from ldm.checkpoints.embedding import (
+    Embeddings,
+    embeddings_beside,
+    file_stem,
+    read_embedding,
+    save_embedding,
+)
 from ldm.checkpoints.extract_lora import lora_between
 from ldm.checkpoints.infer_config import SCHEDULE
 from ldm.checkpoints.layout import join
@@ -18,6 +26,7 @@ from ldm.checkpoints.save_folder import check_folder, save_folder
 from ldm.checkpoints.shards import INDEX, write_shards
 from ldm.config import load_config, to_container
 from ldm.diffusion.schedule import make_alphas_cumprod
+from ldm.errors import UserError
 from ldm.families.sdxl.family import encoder_params
 from ldm.model_file import check_model
 from ldm.models.vocabulary import load_tokenizer
@@ -60,6 +69,25 @@ def described(model: Model, *, title: str) -> dict[str, str]:
     return with_config_of(model.metadata, file_metadata(model.config, title=title, size=size))
 
 
+def write_tokens(folder: Path, tokens: Mapping[str, Embeddings]) -> None:
+    """Writes learned tokens. Raises UserError for a file of that name with another embedding."""
+    for word, vectors in tokens.items():
+        path = folder / f"{file_stem(word)}.safetensors"
+        if path.exists() and not is_same(read_embedding(path).get(word), vectors):
+            remedy = "Choose a target in another folder."
+            raise UserError(f"Another embedding of `{word}` is there already", where=path, remedy=remedy)
+        print(save_embedding(folder, word, vectors, metadata={}))
+
+
+def is_same(stored: Embeddings | None, vectors: Embeddings) -> bool:
+    """Whether a file holds these vectors; None: it is of another word."""
+    if isinstance(stored, Tensor) and isinstance(vectors, Tensor):
+        return torch.equal(stored, vectors.float())
+    if not isinstance(stored, Mapping) or not isinstance(vectors, Mapping):
+        return False
+    return all(torch.equal(stored[key], vectors[key].float()) for key in stored)
+
+
 def convert_model(options: Namespace) -> Path:
     """Writes the model of `convert.py`'s options -> its path."""
     if options.extract_lora is not None:
@@ -70,8 +98,7 @@ def convert_model(options: Namespace) -> Path:
         check_folder(options.target)
     model = opened(options)
     dtype = DTYPES[options.dtype] if options.dtype else None
-    for word, vectors in model.learned_tokens.items():
-        print(save_embedding(embeddings_beside(options.target), word, vectors, metadata={}))
+    write_tokens(embeddings_beside(options.target), model.learned_tokens)
     if to_folder:
         own = encoder_params(model.config["text_encoder"]["params"])[0]["tokenizer"]
         folder = load_tokenizer(str(options.tokenizer or model.tokenizer or own)).name_or_path

@@ -99,6 +99,25 @@ def test_it_is_converted(params: dict, tmp_path: Path):
         assert torch.equal(file.networks["text_encoder"].learned_tokens[word], vectors)
 
 
+def test_a_token_of_another_run_is_not_written_over(tiny_config: dict, tmp_path: Path):
+    """Of the same word; the same token again is no other."""
+    targets = tmp_path / "models"
+    for name in ("rex", "tom"):
+        trained(tiny_config | {"trainable": {"learned_token": TOKEN, "unet": False}}, tmp_path / name)
+    checkpoint = tmp_path / "tom" / "checkpoints" / "step-3.ckpt"
+    content = torch.load(checkpoint)
+    (key,) = (key for key in content["state_dict"] if "learned_tokens" in key)
+    content["state_dict"][key] += 1
+    torch.save(content, checkpoint)
+    for name in ("a", "again"):
+        convert.main(convert.parse([str(tmp_path / "rex/checkpoints/step-3.ckpt"), f"{targets}/{name}.ckpt"]))
+    before = (targets / "embeddings" / "my-v1.5-disc.safetensors").read_bytes()
+    with pytest.raises(UserError, match="Another embedding of `<my-v1.5-disc>` is there.*another folder"):
+        convert.main(convert.parse([str(checkpoint), f"{targets}/b.ckpt"]))
+    assert (targets / "embeddings" / "my-v1.5-disc.safetensors").read_bytes() == before
+    assert not (targets / "b.ckpt").exists()
+
+
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_what_an_adapter_trained_is_read(tiny_config: dict, tmp_path: Path, kind: str):
     pytest.importorskip("lycoris", reason="needs lycoris-lora, whose adapter it is")
