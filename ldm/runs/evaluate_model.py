@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +168,13 @@ def metrics_beside_base(
 
 
 def base_of(options: Namespace, config: RunConfig | None, **placed: Any) -> Text2Image:
-    """The untouched base, for images of the run's size. Raises UserError with its own remedy."""
+    """The untouched base, read as the run reads its own. Raises UserError with its own remedy."""
     if config is None or not config.is_dreambooth:
         named = options.base or (config and config.base_checkpoint) or BASE
         return Text2Image.from_file(find_file(named), **placed)
     if options.base is not None:
-        base = Text2Image.from_file(find_file(options.base), **placed)
-        base.default_size = config.data["params"]["size"]
-        return base
+        named = str(find_model(find_file(options.base)))
+        return base_pipeline(replace(config, base_checkpoint=named, base_parts=None), **placed)
     try:
         return base_pipeline(config, **placed)
     except UserError as error:

@@ -19,7 +19,7 @@ from ldm.runs.before_after import judged_subjects
 from ldm.runs.buckets import build_data
 from ldm.runs.grid import Job, metrics_of, write_text
 from ldm.runs.memory import module_on_meta
-from ldm.runs.run import base_files
+from ldm.runs.run import base_files, use_vocabulary
 from ldm.runs.sampling import in_shapes
 from ldm.runs.sweep import Sweep
 
@@ -70,8 +70,10 @@ def measure(job: Job, ranks: Sequence[int]) -> None:
     judged = judged_subjects(instantiate(config.evaluation), data)
 
     def measured(loras: Sequence[tuple[Path, float]], **how: bool) -> dict[str, Any]:
-        guidance_base = base_file if judged.evaluation.guidance_base and loras else None
-        pipeline = Text2Image.from_file(base_file, device=device, loras=loras, guidance_base=guidance_base)
+        how_read = {"config": config.container, "device": device}  # with the run's size and schedule
+        how_read["guidance_base"] = base_file if judged.evaluation.guidance_base and loras else None
+        pipeline = Text2Image.from_file(base_file, loras=loras, **how_read)
+        use_vocabulary(pipeline.text_encoder, base.tokenizer)
         return judged.measure(in_shapes(pipeline, data.sample_shapes), **how)
 
     before = measured([], is_base=True)

@@ -68,6 +68,17 @@ def test_a_study_measures_the_loras_of_its_runs(workdir: Path):
     assert change > 0 and (merged["unet"][name] - tuned["unet"][name]).norm() < 2e-3 * change
 
 
+def test_they_are_measured_as_their_run_and_not_as_the_base_file_says(workdir: Path):
+    """At the run's size and with its clip skip, whatever the base states."""
+    own = ["data.params.size=48", "model.params.text_encoder.params.clip_skip=2"]
+    more = {"variants": {"full": own}, "extracted": {"full": [1]}}
+    path = write(workdir, **ASKED | more)
+    run_study(options(path))
+    run = jobs_of(read_sweep(path))[0].folder
+    of_lora = json.loads((run / "extracted/lora-1.json").read_text())
+    assert of_lora["base"] == json.loads((run / "metrics.json").read_text())["base"]
+
+
 def test_rows_of_loras_are_compared_with_the_baseline(workdir: Path):
     sweep = read_sweep(write(workdir, **ASKED))
     rows = ["full", "full as LoRA 1", "full as LoRA 999", "without text"]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm.checkpoints.load import file_hash
 from ldm.commands import evaluate
+from ldm.conditioner import clip_skip_of
 from ldm.errors import UserError
 from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.pipeline import Text2Image
@@ -59,10 +60,15 @@ def test_what_is_missing_is_named_with_what_evaluate_takes(words: list[str], wor
         base_of(evaluate.parse([]), config, **CPU)
 
 
-def test_a_base_of_the_options_is_drawn_at_the_runs_size(words: list[str], tiny_model_file: Path):
-    config = parse([*words, "data.params.size=24"])
+def test_a_base_of_the_options_is_read_as_the_run_reads_its_own(words: list[str], tiny_model_file: Path):
+    """At its size, with its clip skip and its noise schedule, in place of those that the file states."""
+    model = ["text_encoder.params.clip_skip=2", "process.linear_end=0.02"]
+    config = parse([*words, "data.params.size=24", *(f"model.params.{key}" for key in model)])
     found = base_of(evaluate.parse(["--base", str(tiny_model_file)]), config, **CPU)
-    assert found.default_size == 24
+    expected = base_pipeline(config, **CPU)
+    assert found.default_size == 24 and clip_skip_of(found.text_encoder) == 2
+    assert torch.equal(latents(found), latents(expected))
+    assert not torch.equal(latents(found), latents(Text2Image.from_file(tiny_model_file)))
 
 
 def test_a_device_that_is_not_here_is_refused():
