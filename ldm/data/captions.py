@@ -216,6 +216,25 @@ def subject_captions(
     return captions
 
 
+def class_captions(
+    reader: CaptionReader, prompt: str, identifiers: Sequence[str]
+) -> Callable[[Path], Captions]:
+    """-> the function that gives an image of the class its captions, or the prompt.
+
+    It raises UserError for a caption with one of the identifiers, which would be learned as the class.
+    """
+
+    def captions(image: Path) -> Captions:
+        found = reader(image) or Captions((prompt,))
+        for text, place in zip(found.texts, found.places, strict=False):  # the prompt has no place
+            for word in (word for word in identifiers if contains(text, word)):
+                what = f'The identifier "{word}" is in a caption of the class, "{text}"'
+                raise UserError(what, where=place, remedy="Remove it.")
+        return found
+
+    return captions
+
+
 def _placed(texts: Sequence[str], place: str) -> list[WrittenCaption]:
     """Captions of one place, of which those after the first are numbered."""
     names = [place, *(f"{place}, caption {k}" for k in range(2, len(texts) + 1))]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from ldm.data.captions import CaptionReader, Captions, CaptionShuffle, subject_captions
+from ldm.data.captions import CaptionReader, Captions, CaptionShuffle, class_captions, subject_captions
 from ldm.data.concepts import Concept, PriorClass
 from ldm.data.items import SourceImage, read_source_images
 from ldm.data.prompts import class_caption
@@ -71,11 +71,9 @@ class ConceptImages:
         if known.root is None:
             return self.generated(known)
         reader = CaptionReader(self.options.captions is True, known.root, known.words)
-        return read_source_images(
-            known.root,
-            captions=lambda path: reader(path) or Captions((known.prompt,)),
-            skip_unreadable=self.options.skip_unreadable,
-        )
+        captions = class_captions(reader, known.prompt, [c.words["identifier"] for c in self.concepts])
+        skip = self.options.skip_unreadable
+        return read_source_images(known.root, captions=captions, skip_unreadable=skip)
 
     def held_out(self, concept: str) -> tuple[SourceImage, ...]:
         """The photos of a concept that are never trained on."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -144,6 +145,25 @@ def test_one_file_for_all_photos(folder: Path, tmp_path: Path):
     file.write_text("# none\n")
     with pytest.raises(UserError, match="caption is empty"):
         module(folder, captions=str(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.txt", "A photo of {identifier} dog", "a.txt"),
+        ("a.json", '["a dog", "SKS dog"]', "a.json, caption 2"),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "text": "sks"}', "metadata.jsonl:1, a.jpg"),
+    ],
+)
+def test_a_caption_of_the_class_has_no_identifier(folder: Path, tmp_path: Path, name, content, place):
+    of_class = tmp_path / "class"
+    shutil.copytree(folder, of_class)
+    (folder / "a.txt").write_text("a sks dog")
+    (of_class / "b.txt").write_text("a photo of a {class_word}")
+    module(folder, captions=True, prior_root=str(of_class))
+    (of_class / name).write_text(content)
+    with pytest.raises(UserError, match=f'identifier "sks" is in a caption of the class.*{place}.*Remove it'):
+        module(folder, captions=True, prior_root=str(of_class))
 
 
 def test_the_log_says_how_many_photos_have_captions(folder: Path, caplog):

@@ -194,6 +194,13 @@ def test_a_given_folder_serves_all_concepts_of_the_class(folders: Path):
     assert len(places) == 3  # a generated image is never mirrored
 
 
+def test_a_caption_of_the_class_has_no_concepts_identifier(folders: Path):
+    next(Path("class").glob("*.png")).with_suffix(".txt").write_text("a qpv dog")
+    concepts = [dog(prior_root="class"), dog("rex", identifier="qpv")]
+    with pytest.raises(UserError, match='"qpv" is in a caption of the class, "a qpv dog".*Remove it'):
+        ready(concepts, num_priors=4, captions=True)
+
+
 def test_the_empty_prompt_is_held_by_the_same_share_of_every_step(folders: Path):
     data = ready(
         [dog(), cat()],
