@@ -16,10 +16,10 @@ HOST_BOUND = 4 * 64 * 64  # items times cells of latents: above, a GPU takes lon
 def capture(work: Work, pool: tuple[int, int] | None = None) -> tuple[Work, tuple[int, int]]:
     """Captures the kernels that `work` launches -> what launches them again, and the graph's memory pool.
 
-    What they read has to be kept by the caller.
+    What they read has to be kept by the caller. Other threads may go on: they pin batches, average weights.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         work()
     return graph.replay, graph.pool()
 

@@ -151,7 +151,8 @@ class WeightAverage(pl.Callback):
         if side is not None:
             side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side) if side is not None else nullcontext():
-            torch._foreach_copy_(self._host_copy, weights, non_blocking=True)
+            awaited = weights[0].device.type != "mps"  # see `AsyncHostCopy`
+            torch._foreach_copy_(self._host_copy, weights, non_blocking=awaited)
             if side is not None:
                 copied = side.record_event()
         self._copied = copied

@@ -66,7 +66,9 @@ def free_memory(device: torch.device) -> int:
     if meminfo.exists():
         (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
         free.append(1024 * int(line.split()[1]))
-    else:  # not Linux: all that the machine has
+    elif not hasattr(os, "sysconf"):  # Windows, which is not asked
+        return sys.maxsize
+    else:  # macOS: all that the machine has
         free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     limit = group / "memory.max"
     if limit.exists() and limit.read_text().strip() != "max":

@@ -42,7 +42,8 @@ class AsyncHostCopy:
     """Asynchronous device-to-host copy; `read` waits for the copy, not for later work of the device."""
 
     def __init__(self, values: Tensor):
-        self._host = values.detach().to("cpu", non_blocking=True)
+        awaited = values.device.type != "mps"  # which has no event here, so that `read` would come too early
+        self._host = values.detach().to("cpu", non_blocking=awaited)
         self._copied = torch.cuda.Event() if values.is_cuda else None
         if self._copied is not None:
             self._copied.record()

@@ -32,7 +32,7 @@ class LoRA(nn.Module):
     Args:
         rank: rank of every update. alpha: the update is scaled by alpha / rank; None is alpha = rank.
         unet, text_encoder: kinds of layers to adapt; an empty list leaves the network as it is.
-        base_dtype: dtype of the frozen weights; LoRA weights are always float32.
+        base_dtype: dtype of the frozen weights; LoRA weights are float32, but with `bf16-true`.
         rank_by_timestep: T-LoRA, where given: fewer ranks at noisier timesteps.
     """
 

@@ -34,8 +34,8 @@ def _warn_of_no_weight(module: LatentDiffusion, data: DreamBoothDataModule) -> N
     """Says that prior images are drawn, and fill half of each batch, for a loss times 0."""
     if data.num_priors and module.objective.streams["prior"].weight == 0:
         log.warning(
-            "model.params.objective.prior_loss_weight=0: nothing is learnt from prior images, which are drawn "
-            "and fill half of each batch all the same; data.params.num_priors=0 saves that"
+            "model.params.objective.prior_loss_weight=0: nothing is learnt from prior images, which are "
+            "drawn and fill half of each batch all the same; data.params.num_priors=0 saves that"
         )
 
 

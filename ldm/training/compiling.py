@@ -13,6 +13,7 @@ from ldm.models.conditioning import Conditioning
 from ldm.models.unet import UNetModel
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that capture CUDA graphs themselves
 
 
 class TrainingGraph:
@@ -28,6 +29,7 @@ class TrainingGraph:
         self, unet: UNetModel, *, mode: CompileMode | None = None, backend: str | Callable = "inductor"
     ):
         self.unet = unet
+        self.has_cuda_graphs = mode in WITH_GRAPHS
         self.compiled = torch.compile(unet, mode=mode, backend=backend, dynamic=False)
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

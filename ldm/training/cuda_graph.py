@@ -87,6 +87,8 @@ def hindrance(module: pl.LightningModule, *, processes: int = 1) -> str | None:
         return "A CUDA graph hands no gradients to a fused backward pass"
     if processes > 1:
         return "A CUDA graph hands no gradients to other processes"
+    if module.training_graph is not None and module.training_graph.has_cuda_graphs:
+        return "This mode of torch.compile has CUDA graphs of its own, which cannot be captured in another"
     return None
 
 

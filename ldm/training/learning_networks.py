@@ -64,7 +64,7 @@ class LearningNetworks(pl.LightningModule):
         if (dtype := weights_dtype(optimizer)) is not None:
             networks["unet"].to(dtype)
             networks["text_encoder"].to(dtype)
-        self._graph = None if compile is None else TrainingGraph(networks["unet"], mode=compile)
+        self.training_graph = None if compile is None else TrainingGraph(networks["unet"], mode=compile)
         self.conditioner = Conditioner(self.cond_stage_model)
 
     @property
@@ -99,8 +99,8 @@ class LearningNetworks(pl.LightningModule):
 
     def apply_model(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """x: [B, C, h, w], t: [B], conditioning of B items -> the UNet's prediction [B, C, h, w]."""
-        compiled = self._graph is not None and torch.is_grad_enabled()
-        return (self._graph if compiled else self.networks["unet"]).predict(x, t, conditioning)
+        compiled = self.training_graph is not None and torch.is_grad_enabled()
+        return (self.training_graph if compiled else self.networks["unet"]).predict(x, t, conditioning)
 
     def configure_model(self) -> None:
         """Splits the networks over the processes, where the Trainer asks for that."""
@@ -114,7 +114,7 @@ class LearningNetworks(pl.LightningModule):
 
     def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
         """Refuses a Trainer, or its options, with which this module cannot learn."""
-        how = {"compiled": self._graph is not None, "processes": processes}
+        how = {"compiled": self.training_graph is not None, "processes": processes}
         check_optimizer(self.optimizer, trainer, rates=self.trainable.rates(self.networks), **how)
 
     def configure_optimizers(self) -> dict:

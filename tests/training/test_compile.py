@@ -79,7 +79,7 @@ def test_a_compiler_that_fails_is_a_sentence(tiny_config: dict, tmp_path: Path):
         raise ImportError(f"{tmp_path}/x.so: file too short")
 
     module = build_module(tiny_config)
-    module._graph = TrainingGraph(module.networks["unet"], backend=inductor)
+    module.training_graph = TrainingGraph(module.networks["unet"], backend=inductor)
     with pytest.raises(UserError, match=r"x\.so: file too short \(model\.params\.compile.*remove the file"):
         outcome(module)
 
@@ -104,6 +104,6 @@ def test_the_compiled_network_is_the_plain_one(tiny_config: dict, tiny_networks:
     plain = build_module(tiny_config)
     plain.networks["unet"].load_state_dict(tiny_networks["unet"].state_dict())
     compiled = copy.deepcopy(plain)
-    compiled._graph = TrainingGraph(compiled.networks["unet"], backend=backend)
+    compiled.training_graph = TrainingGraph(compiled.networks["unet"], backend=backend)
     for a, b in zip(outcome(compiled), outcome(plain), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

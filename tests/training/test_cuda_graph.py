@@ -160,20 +160,23 @@ def test_without_being_asked_several_buckets_have_no_graphs(
 
 
 @pytest.mark.parametrize(
-    "optimizer, processes, told",
+    "params, processes, told",
     [
-        ({"target": FUSED_BACKWARD}, 1, "to a fused backward pass"),
-        ("adamw", 2, "to other processes"),
+        ({"optimizer": {"target": FUSED_BACKWARD}}, 1, "to a fused backward pass"),
+        ({}, 2, "to other processes"),
+        ({"compile": "reduce-overhead"}, 1, "CUDA graphs of its own, which cannot be captured in another"),
     ],
 )
 def test_graphs_that_would_train_nothing_are_refused(
-    tiny_config: dict, optimizer: object, processes: int, told: str
+    tiny_config: dict, params: dict, processes: int, told: str
 ):
-    """Their gradients reach no hook; without being asked there are none."""
+    """Their gradients reach no hook, or they hold other graphs; without being asked there are none."""
     trainer = TrainerOptions(max_steps=1, gradient_clip_val=None)
-    for asked in (None, False):
-        module = build_module(tiny_config, cuda_graph=asked, optimizer=optimizer)
-        module.check(trainer, processes=processes)
+    module = build_module(tiny_config, **params)
+    module.check(trainer, processes=processes)
+    module.__class__ = type("OnGPU", (module.__class__,), {"device": torch.device("cuda")})
+    on_gpu = SimpleNamespace(world_size=processes, datamodule=None)
+    assert not uses_cuda_graph(module, on_gpu)
     module.cuda_graph = True
     with pytest.raises(UserError, match=rf"{told} \(model.params.cuda_graph\). Set it to false."):
         module.check(trainer, processes=processes)
