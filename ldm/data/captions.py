@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ldm.annotations import NonNegativeInt, Probability
-from ldm.data.prompts import Words, contains, fill, read_text, require_identifier
+from ldm.data.prompts import Words, contains, fill, read_lines, read_text, require_identifier
 from ldm.errors import UserError
 from ldm.files import parse_json
 from ldm.shipped import find_file
@@ -114,7 +114,7 @@ class FolderCaptions:
     def _listed(self) -> Mapping[str, list[WrittenCaption]]:
         """Name of an image -> its captions in the folder's metadata.jsonl."""
         path, found = self.list_file, defaultdict(list)
-        lines = read_text(path).splitlines() if path.exists() else []
+        lines = read_lines(path) if path.exists() else []
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -165,7 +165,7 @@ class CaptionReader:
         if not path.is_file():
             remedy = f'Name a text file, or take true or "{FILE_NAMES}".'
             raise UserError("There is no such file of captions", where=path, remedy=remedy)
-        lines = (" ".join(line.split()) for line in read_text(path).splitlines())
+        lines = (" ".join(line.split()) for line in read_lines(path))
         return [
             WrittenCaption(line, f"{path}:{number}")
             for number, line in enumerate(lines, start=1)

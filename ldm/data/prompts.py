@@ -1,6 +1,7 @@
 """Prompts: templates with identifier and class word, lists of them, and checks of what users write."""
 
 import logging
+import os.path
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ Words = Mapping[str, str | None]  # {identifier} and {class_word}
 
 log = logging.getLogger(__name__)
 
+PROMPTS = CONFIGS / "prompts"
 SUBJECT_TEMPLATE = "a photo of {identifier} {class_word}"  # Ruiz et al. 2023, section 3.2: "a [V] [class]"
 STYLE_TEMPLATE = "a picture in the style of {identifier}"  # of what has no class
 PRIOR_TEMPLATE = "a photo of a {class_word}"
@@ -113,25 +115,34 @@ def class_caption(caption: str, *, identifier: str, class_word: str) -> str:
     return re.sub(named, of_class, caption, flags=re.IGNORECASE)
 
 
+def find_prompts(file: str | Path) -> Path | None:
+    """The file of `read_prompts`, by its path or its name; None if there is none."""
+    return next((p for p in (find_file(file), PROMPTS / f"{file}.txt") if os.path.isfile(p)), None)
+
+
 def read_prompts(file: str | Path, *, identifier: str | None, class_word: str | None) -> list[str]:
     """Filled prompts of a text file, one per line; empty lines and lines that begin with # are skipped.
 
     file: a path, or a name in configs/prompts/.
     """
-    named = CONFIGS / "prompts"
-    path = next((p for p in (find_file(file), named / f"{file}.txt") if p.is_file()), None)
+    path = find_prompts(file)
     if path is None:
-        names = ", ".join(sorted(p.stem for p in named.glob("*.txt"))) or "none"
+        names = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.txt"))) or "none"
         raise UserError("There is no such prompt file", where=file, remedy=f"Known names: {names}.")
-    lines = [line.strip() for line in read_text(path).splitlines()]
+    lines = [line.strip() for line in read_lines(path)]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise UserError("The file contains no prompt", where=path, remedy="Write one per line.")
     return [fill(prompt, identifier=identifier, class_word=class_word) for prompt in prompts]
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file. Raises UserError if it cannot be read."""
+    return read_text(path).split("\n")  # `splitlines` also splits at U+0085, U+2028 and more
+
+
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises UserError if it cannot be read."""
+    """The text of a UTF-8 file, whose lines end in \\n. Raises UserError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -77,7 +77,7 @@ def _templates(text: str) -> tuple[str, ...]:
 
 def _lines(pattern: re.Pattern[str], text: str) -> list[re.Match[str]]:
     """The lines that match a pattern as a whole, but for spaces around them."""
-    matches = [pattern.fullmatch(line.strip()) for line in text.splitlines()]
+    matches = [pattern.fullmatch(line.strip()) for line in text.split("\n")]
     return [match for match in matches if match is not None]
 
 

@@ -166,6 +166,18 @@ def test_a_caption_of_the_class_has_no_identifier(folder: Path, tmp_path: Path, 
         module(folder, captions=True, prior_root=str(of_class))
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_only_ends_of_lines_end_a_caption(folder: Path, tmp_path: Path, end: str):
+    """Others of Unicode's may stand in the text of a JSON, or be pasted into a list."""
+    entries = [{"file_name": name, "text": "sks\u2028on\x85the moon"} for name in PHOTOS]
+    listed = end.join(json.dumps(entry, ensure_ascii=False) for entry in entries) + end
+    (folder / "metadata.jsonl").write_bytes(listed.encode())
+    assert {text for _, text in captions(module(folder, captions=True))} == {"sks on the moon"}
+    (tmp_path / "all.txt").write_bytes(f"sks\u2028on\x0cthe moon{end}a sks{end}".encode())
+    seen = captions(module(folder, captions=str(tmp_path / "all.txt")))
+    assert {text for _, text in seen} == {"sks on the moon", "a sks"}
+
+
 def test_the_log_says_how_many_photos_have_captions(folder: Path, caplog):
     for name in ("a.txt", "b.caption", "d.txt"):
         (folder / name).write_text("a sks dog")

@@ -109,6 +109,12 @@ def test_prompt_files(tmp_path):
         read_prompts("absent", **WORDS)
 
 
+def test_other_separators_of_unicode_are_no_ends_of_lines(tmp_path):
+    (tmp_path / "mine.txt").write_bytes("a cat\u2028on\x85a mat\r\na dog\ra bird\n".encode())
+    prompts = read_prompts(tmp_path / "mine.txt", identifier=None, class_word=None)
+    assert prompts == ["a cat\u2028on\x85a mat", "a dog", "a bird"]
+
+
 @pytest.mark.parametrize("file", sorted((CONFIGS / "prompts").glob("*.txt")), ids=lambda f: f.stem)
 def test_shipped_prompts_are_found_by_name(file):
     assert read_prompts(file.stem, **WORDS) == read_prompts(file, **WORDS)
