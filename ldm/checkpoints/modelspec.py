@@ -5,8 +5,10 @@
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import PureWindowsPath
 from typing import Any
 
 from ldm.checkpoints.known import training_of
@@ -26,6 +28,7 @@ IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"  # whose tensor n
 XL_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 CLIP_VOCABULARY = 49408
 PRIVATE = ("root", "folder", "captions", "cache", "base_checkpoint", "base_parts")  # keys with paths end so
+WORDS = ("name", "class_word", "identifier", "sampler", "spacing")  # keys without, whatever is called alike
 SAMPLING_DEFAULTS = {  # usual ones; spacing None: as suits the sampler
     "sampler": "ddim",
     "spacing": None,
@@ -138,7 +141,9 @@ def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in config.items()
-        if not key.endswith(PRIVATE) and not (key in NETWORKS and isinstance(value, dict))
+        if not key.endswith(PRIVATE)
+        and not (key in NETWORKS and isinstance(value, dict))
+        and (key in WORDS or not _is_path(value))
     }
     return {key: _without_paths(value) for key, value in kept.items()}
 
@@ -146,8 +151,15 @@ def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
 def _without_paths(value: Any) -> Any:
     """`_shareable` of a mapping, also in lists."""
     if isinstance(value, list):
-        return [_without_paths(item) for item in value]
+        return [_without_paths(item) for item in value if not _is_path(item)]
     return _shareable(value) if isinstance(value, dict) else value
+
+
+def _is_path(value: Any) -> bool:
+    """Whether a value is the path of a file or folder, of this machine or of any."""
+    if not isinstance(value, str):
+        return False
+    return value.startswith(("/", "~")) or PureWindowsPath(value).is_absolute() or os.path.exists(value)
 
 
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,9 +58,17 @@ def uploaded(folder: Path, *, lora_only: bool = False) -> list[str]:
     return [CARD, *weights, *([PICTURES] if (folder / PICTURES).exists() else [])]
 
 
+def card_of(folder: Path, files: list[str]) -> str:
+    """A run's card, of whose weights it names those that are among the files."""
+    absent = tuple(f"- `{name}`:" for name in files_of(folder) if name not in files)
+    lines = (folder / CARD).read_text(encoding="utf-8").split("\n")
+    return "\n".join(line for line in lines if not line.startswith(absent))
+
+
 def upload(folder: Path, files: list[str], to: str, *, private: bool) -> str:
     """Creates the repository if there is none, and commits the files -> the address of the commit."""
-    operations = [CommitOperationAdd(name, folder / name) for name in files]
+    card = card_of(folder, files).encode()
+    operations = [CommitOperationAdd(name, card if name == CARD else folder / name) for name in files]
     try:
         api = HfApi()
         api.create_repo(to, private=private, exist_ok=True)

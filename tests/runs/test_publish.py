@@ -1,5 +1,6 @@
 """The model card of a run, and its upload to the hub, which is not reached."""
 
+import json
 import re
 from argparse import Namespace
 from dataclasses import replace
@@ -10,6 +11,8 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
+from ldm.checkpoints.known import flat
+from ldm.checkpoints.modelspec import file_metadata
 from ldm.commands import publish as command
 from ldm.errors import UserError
 from ldm.runs import publish
@@ -64,6 +67,31 @@ def leave(folder: Path, *, architecture: str = "stable-diffusion-v1", lora: bool
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
     return folder
+
+
+def test_the_metadata_has_no_path_wherever_it_stands(
+    tmp_path: Path, tiny_config: dict, monkeypatch: pytest.MonkeyPatch
+):
+    """Absolute ones of any system, and what lies in the working folder, but for words of the same name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("dog", "ddim", "own/dino", "mine.txt"):
+        Path(name).mkdir(parents=True)
+    kept = {
+        "name": "dog",
+        "data": {"params": {"class_word": "dog", "size": 16}},
+        "samples": {"sampler": "ddim", "prompts": ["a photo of {identifier} {class_word}", "dogs/cats"]},
+        "evaluation": {"params": {"clip": "openai/clip-vit-base-patch32", "prompts": "dreambooth-object"}},
+        "evaluate_also": {"photos": {"target": "ldm.evaluation.photos.PhotoEvaluation", "params": {}}},
+        "logger": {"params": {}},
+    }
+    config = json.loads(json.dumps(kept))
+    config["evaluation"]["params"] |= {"dino": "/home/alice/dino", "vlm": r"C:\models\gemma"}
+    config["evaluate_also"]["photos"]["params"] |= {"dino": "own/dino", "prompts": "mine.txt"}
+    config["logger"]["params"] |= {"save_dir": "~/alice", "also": [r"\\server\share"]}
+    config["samples"]["prompts"].append("/home/alice/prompts.txt")
+    kept["logger"]["params"]["also"] = []
+    about = file_metadata(flat(tiny_config), title="x", size=16, training=config)
+    assert json.loads(about["ldm.training"]) == kept
 
 
 def test_the_card_says_what_was_measured_and_nothing_private(tmp_path: Path, config: RunConfig):
@@ -152,6 +180,32 @@ def test_without_yes_it_only_says_what_it_would_do(
         alone = leave(tmp_path / "alone")
         write_card(alone, config, METRICS, TRAINING)
         command.main(command.parse([str(alone), "--to", "me/rex", "--lora_only"]))
+
+
+@pytest.mark.parametrize("lora_only", [True, False])
+def test_the_uploaded_card_names_what_is_uploaded(
+    tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch, lora_only: bool
+):
+    """The rest of it is as it lies in the run's folder, where nothing changes."""
+    commits: list[list] = []
+
+    class Api:
+        def create_repo(self, to: str, **how: object) -> None:
+            pass
+
+        def create_commit(self, to: str, operations: list, **how: object) -> Namespace:
+            commits.append(operations)
+            return Namespace(commit_url="")
+
+    folder = leave(tmp_path / "rex", lora=True)
+    text = write_card(folder, config, METRICS, TRAINING).read_text(encoding="utf-8")
+    monkeypatch.setattr(publish, "HfApi", Api)
+    words = [str(folder), "--to", "me/rex", "--yes", *(["--lora_only"] if lora_only else [])]
+    command.main(command.parse(words))
+    card = next(one.path_or_fileobj for one in commits[0] if one.path_in_repo == "README.md").decode()
+    (line,) = (line for line in text.split("\n") if line.startswith("- `model.safetensors`: the whole model"))
+    assert card == (text.replace(f"{line}\n", "") if lora_only else text)
+    assert (folder / "README.md").read_text(encoding="utf-8") == text
 
 
 @pytest.mark.parametrize("name", ["rex", "me/rex/x", "me rex/x", "/rex", ""])
