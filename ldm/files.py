@@ -129,6 +129,11 @@ def folder_sha256(folder: Path) -> str:
     return files_sha256([path for path in paths if path.is_file()], within=folder)
 
 
+def path_sha256(path: Path) -> str:
+    """SHA-256 of a file, or `folder_sha256`, each file read once in a process as long as it is untouched."""
+    return folder_sha256(path) if path.is_dir() else _sha256_once(*stamp(path))
+
+
 def stamp(path: Path) -> tuple[Path, int, int]:
     """A file with its size and time, which change with its content."""
     stat = path.stat()

@@ -1,5 +1,6 @@
 """Files that ship with the code, found from any folder, in a clone and installed."""
 
+import os.path
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -16,6 +17,6 @@ def find_file(name: str | Path) -> Path:
     given = Path(name)
     roots = {"configs": CONFIGS.parent, PACKAGE.name: PACKAGE.parent}
     root = roots.get(given.parts[0]) if given.parts else None
-    if given.exists() or root is None or not (root / given).exists():
+    if os.path.exists(given) or root is None or not os.path.exists(root / given):  # also of no path at all
         return given
     return root / given

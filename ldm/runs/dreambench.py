@@ -22,7 +22,7 @@ from ldm.evaluation.dreambench import BenchMetrics, BenchSubject
 from ldm.evaluation.image_folder import embedded_settings, prompt_of
 from ldm.evaluation.masc import MaskedConsistency, masks_of_photos, require_masc
 from ldm.evaluation.statistics import Row
-from ldm.files import files_sha256, folder_sha256, make_folder
+from ldm.files import files_sha256, folder_sha256, make_folder, path_sha256
 from ldm.pipeline import Text2Image
 from ldm.precision import resolve_precision
 from ldm.runs.grid import Grid, Job, finish, metrics_of, write_text
@@ -117,7 +117,7 @@ class DreamBench(Grid):
     def key(self, subject: str) -> dict[str, Any]:
         """What decides a subject's row; of files their hash, so that folders may move."""
         networks = {
-            name: folder_sha256(Path(network)) if Path(network).is_dir() else network
+            name: path_sha256(Path(network)) if Path(network).exists() else network
             for name, network in self.networks.items()
         }
         return networks | {

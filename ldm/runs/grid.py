@@ -21,6 +21,7 @@ from ldm.engine.locks import CAN_LOCK, share
 from ldm.errors import UserError
 from ldm.evaluation.protocol import Better
 from ldm.files import atomic_write
+from ldm.runs.before_after import evaluation_nodes
 from ldm.runs.console import duration
 from ldm.runs.folder import MARKER
 from ldm.runs.grid_subjects import (
@@ -162,7 +163,10 @@ def find_identical_run(job: Job) -> Path | None:
 def _changes_since(folder: Path, config: RunConfig) -> list[str]:
     """Which files are not as a finished run read them; none, for a run that kept no hashes."""
     before = read_inputs(folder)
-    return [] if before is None else before.changes(inputs_of(instantiate(config.data), base_files(config)))
+    if before is None:
+        return []
+    evaluations = evaluation_nodes(config).values()
+    return before.changes(inputs_of(instantiate(config.data), base_files(config), evaluations))
 
 
 def metrics_of(job: Job) -> dict | None:

@@ -2,18 +2,22 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os.path
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
+from ldm.annotations import Node
 from ldm.checkpoints.load import file_hash
 from ldm.data.concept_images import file_name
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.items import SourceImage
+from ldm.data.prompts import find_prompts
 from ldm.engine import distributed
 from ldm.errors import UserError
-from ldm.files import atomic_write, file_sha256, parse_json, stamp
+from ldm.files import atomic_write, file_sha256, parse_json, path_sha256, stamp
+from ldm.shipped import find_file
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +29,7 @@ KINDS = {  # field -> how a sentence begins
     "prior_photos": "The given photos of the class",
     "prior_captions": "The captions of the class",
     "base": "The base model's files",
+    "evaluation": "The evaluation's own files",
 }
 Hashes = Mapping[str, str]  # name of a file -> its SHA-256
 
@@ -40,10 +45,12 @@ class RunInputs:
     prior_captions: Hashes = field(default_factory=dict)
     base: Hashes = field(default_factory=dict)
     held_out: Hashes = field(default_factory=dict)
+    evaluation: Hashes | None = None  # None: not known, of older runs
 
     def changes(self, now: "RunInputs") -> list[str]:
         """One sentence for each kind of file that is not as it was."""
-        differences = {kind: _difference(getattr(self, kind), getattr(now, kind)) for kind in KINDS}
+        pairs = {kind: (getattr(self, kind), getattr(now, kind)) for kind in KINDS}
+        differences = {kind: _difference(*pair) for kind, pair in pairs.items() if None not in pair}
         return [
             f"{KINDS[kind]} have changed since this run began: {found}"
             for kind, found in differences.items()
@@ -51,16 +58,27 @@ class RunInputs:
         ]
 
 
-def keep_inputs(folder: Path, data: object, base: Mapping[str, Path], *, allow_change: bool) -> None:
+def keep_inputs(
+    folder: Path,
+    data: object,
+    base: Mapping[str, Path],
+    *,
+    evaluations: Collection[Node] = (),
+    allow_change: bool,
+) -> None:
     """Compares what a run reads now with what it read when it began, and keeps it with the run.
 
-    base: network -> file. The photo that was held out then is held out now, wherever it sorts. Raises
-    UserError for changed files, unless `allow_change`. To be called by all processes.
+    base: network -> file. evaluations: nodes of those of the run. The photo that was held out then is held
+    out now, wherever it sorts. Raises UserError for changed files, unless `allow_change`. To be called by all
+    processes.
     """
     if not isinstance(data, DreamBoothDataModule):
         return
-    kept = distributed.on_rank0_broadcast(lambda: _compare(folder, data, base, allow_change=allow_change))
-    data.hold(kept.held_out)
+
+    def compare() -> RunInputs:
+        return _compare(folder, data, inputs_of(data, base, evaluations), allow_change=allow_change)
+
+    data.hold(distributed.on_rank0_broadcast(compare).held_out)
 
 
 def read_inputs(folder: Path) -> RunInputs | None:
@@ -75,11 +93,9 @@ def read_inputs(folder: Path) -> RunInputs | None:
         raise UserError("The hashes of the run's files cannot be read", where=path, remedy=remedy) from error
 
 
-def _compare(
-    folder: Path, data: DreamBoothDataModule, base: Mapping[str, Path], *, allow_change: bool
-) -> RunInputs:
+def _compare(folder: Path, data: DreamBoothDataModule, now: RunInputs, *, allow_change: bool) -> RunInputs:
     """What the run reads now, with the hold-out of when it began."""
-    before, now = read_inputs(folder), inputs_of(data, base)
+    before = read_inputs(folder)
     if before is not None:
         changes = before.changes(now)
         held = _still_held(before, now) if data.hold_out else {}
@@ -99,8 +115,10 @@ def _compare(
     return now
 
 
-def inputs_of(data: DreamBoothDataModule, base: Mapping[str, Path]) -> RunInputs:
-    """The files that a run on this data and base reads."""
+def inputs_of(
+    data: DreamBoothDataModule, base: Mapping[str, Path], evaluations: Collection[Node] = ()
+) -> RunInputs:
+    """The files that a run on this data and base, with these evaluations, reads."""
     images = data.images
     photos = {concept.name: images.photos[concept.name] for concept in data.concepts}
     held_out = {concept.name: images.held_out(concept.name) for concept in data.concepts}
@@ -113,6 +131,7 @@ def inputs_of(data: DreamBoothDataModule, base: Mapping[str, Path]) -> RunInputs
         prior_captions=_captions(given, several=len(data.classes) > 1),
         base=_bases(base),
         held_out=_photos(held_out, several=len(data.concepts) > 1),
+        evaluation=_of_evaluations(evaluations),
     )
 
 
@@ -135,6 +154,14 @@ def base_hash(path: Path) -> str:
 @lru_cache(maxsize=8)
 def _hash_of(path: Path, stamps: tuple) -> str:
     return file_hash(path)
+
+
+def _of_evaluations(nodes: Collection[Node]) -> dict[str, str]:
+    """What params name, files or folders: lists of prompts, a judge, networks -> hash, by that name."""
+    values = [value for node in nodes for value in (node.get("params") or {}).values()]
+    names = [value for value in values if isinstance(value, str) and value]
+    found = {name: find_prompts(name) or find_file(name) for name in names}
+    return {name: path_sha256(path) for name, path in found.items() if os.path.exists(path)}
 
 
 Groups = Mapping[str, Sequence[SourceImage]]  # name of a concept, or prompt of a class -> its images

@@ -14,6 +14,7 @@ from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.engine import distributed
 from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.runs import run
+from ldm.runs.before_after import evaluation_nodes
 from ldm.runs.buckets import bucket_lines
 from ldm.runs.callbacks import ThroughputLogger
 from ldm.runs.console import TrainingBar
@@ -69,7 +70,8 @@ def _train(
     """Loads the base, trains, exports -> the paths that rank 0 writes. data: of `validate`."""
     module = instantiate(config.model)
     files, base_hash = run.base_files(config), ""
-    keep_inputs(folder, data, files, allow_change=allow_change)
+    evaluations = evaluation_nodes(config).values()
+    keep_inputs(folder, data, files, evaluations=evaluations, allow_change=allow_change)
     if files:
         predicts = module.process.parameterization if isinstance(module, LatentDiffusion) else None
         base_hash = run.load_base(module.networks, files, parameterization=predicts)

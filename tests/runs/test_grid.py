@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ import yaml
 from ldm.config import instantiate, save_config
 from ldm.engine.signals import Stopped
 from ldm.errors import UserError
+from ldm.runs.before_after import evaluation_nodes
 from ldm.runs.folder import MARKER
 from ldm.runs.grid import (
     Job,
@@ -31,6 +33,7 @@ from ldm.runs.grid import (
 from ldm.runs.inputs import inputs_of
 from ldm.runs.run import base_files
 from ldm.runs.sweep import Sweep, jobs_of, read_sweep
+from ldm.storybook.judge import SHIPPED
 from tests.runs.test_sweep import CONTENT, write
 from tests.short_runs import Killed, ScriptedRuns
 
@@ -47,7 +50,8 @@ def study(workdir: Path) -> tuple[Sweep, list[Job]]:
 
 def keep_inputs(job: Job, **changed: dict[str, str]) -> None:
     """What a run keeps of the files that it reads, of which some are of another content."""
-    read = inputs_of(instantiate(job.config.data), base_files(job.config))
+    evaluations = evaluation_nodes(job.config).values()
+    read = inputs_of(instantiate(job.config.data), base_files(job.config), evaluations)
     (job.folder / "inputs.json").write_text(json.dumps(asdict(replace(read, **changed))))
 
 
@@ -153,6 +157,24 @@ def test_a_run_on_other_photos_is_another_run(study: tuple, script: Script, work
     (workdir / "weights.yaml").write_text((workdir / "other.yaml").read_text())
     (job, *_) = jobs_of(read_sweep(workdir / "weights.yaml"))  # draws the other dog
     with pytest.raises(UserError, match="The subject's photos have changed since this run"):
+        metrics_of(job)
+
+
+def test_a_run_with_another_judge_is_another_run(workdir: Path, script: Script):
+    """Its file is named in the config, and its content is not."""
+    shutil.copy(SHIPPED, "judge.safetensors")
+    own = {"set": [*CONTENT["set"], "evaluation.params.judge_file=judge.safetensors"]}
+    sweep = read_sweep(write(workdir, **own))
+    (job, *_) = jobs_of(sweep)
+    script(lambda config, share: METRICS)
+    work(sweep, [job])
+    keep_inputs(job)
+    (workdir / "other.yaml").write_text(yaml.safe_dump(CONTENT | own, sort_keys=False))
+    (other, *_) = jobs_of(read_sweep(workdir / "other.yaml"))
+    assert metrics_of(job) and find_identical_run(other) == job.folder
+    Path("judge.safetensors").write_bytes(b"another judge")
+    assert find_identical_run(other) is None
+    with pytest.raises(UserError, match="The evaluation's own files have changed since this run"):
         metrics_of(job)
 
 

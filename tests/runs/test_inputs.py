@@ -33,6 +33,9 @@ def folder(tmp_path: Path) -> Path:
         photo(tmp_path / f"dogs/{k}.png", 200 + k)
         (tmp_path / f"dogs/{k}.txt").write_text("a dog")
     (tmp_path / "base.safetensors").write_bytes(b"weights")
+    (tmp_path / "heldout.txt").write_text("a photo of {identifier} {class_word} at dawn")
+    (tmp_path / "dino").mkdir()
+    (tmp_path / "dino/model.safetensors").write_bytes(b"DINO")
     (tmp_path / "run").mkdir()
     return tmp_path
 
@@ -48,7 +51,9 @@ def begin(folder: Path, *, allow: bool = False, hold_out: bool = True, **params)
     )
     data.check()
     base = {"all": folder / "base.safetensors"}
-    keep_inputs(folder / "run", data, base, allow_change=allow)
+    params = {"prompts": str(folder / "heldout.txt"), "dino": str(folder / "dino"), "clip": "some/clip"}
+    nodes = [{"target": "ldm.evaluation.photos.PhotoEvaluation", "params": params}, {"target": "x.Y"}]
+    keep_inputs(folder / "run", data, base, evaluations=nodes, allow_change=allow)
     data.attach(encode=lambda images: images.repeat(1, 2, 1, 1), vae_hash="v")
     return data
 
@@ -89,6 +94,14 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "base.safetensors").write_bytes(b"other weights"),
         r"The base model's files have changed.*: changed .*base\.safetensors",
     ),
+    "a list of prompts": (
+        lambda f: (f / "heldout.txt").write_text("at dusk"),
+        r"The evaluation's own files have changed.*: changed .*heldout\.txt",
+    ),
+    "a network of the metrics": (
+        lambda f: (f / "dino/model.safetensors").write_bytes(b"DINOv2"),
+        r"The evaluation's own files have changed.*: changed .*dino",
+    ),
 }
 
 
@@ -115,7 +128,7 @@ def test_every_kind_has_a_sentence_and_nothing_else_does(folder: Path):
         act(folder)
     with pytest.raises(UserError) as error:
         begin(folder)
-    assert error.value.what.count("have changed since this run began") == 5
+    assert error.value.what.count("have changed since this run began") == 6
     for file in ("2.png", "7.png", "9.png", "1.png", "3.png", "0.txt", "5.txt"):
         assert file in error.value.what
 
@@ -178,6 +191,22 @@ def test_a_run_that_began_without_a_hold_out_gets_none(folder: Path, caplog):
 def test_two_photos_of_one_content_are_two_photos(folder: Path):
     shutil.copy(folder / "rex/5.png", folder / "rex/0.png")
     assert held(begin(folder)) == ["5.png"]
+
+
+def test_what_a_run_did_not_yet_keep_is_not_compared(folder: Path):
+    """One that was begun before there were hashes of the evaluation's files goes on, and keeps them now."""
+    begin(folder)
+    path = folder / "run" / FILE
+    kept = json.loads(path.read_text())
+    assert set(kept["evaluation"]) == {str(folder / "heldout.txt"), str(folder / "dino")}
+    older = {kind: hashes for kind, hashes in kept.items() if kind != "evaluation"}
+    path.write_text(json.dumps(older))
+    (folder / "heldout.txt").write_text("at dusk")
+    begin(folder)
+    assert set(json.loads(path.read_text())["evaluation"]) == set(kept["evaluation"])
+    (folder / "heldout.txt").write_text("at dawn")
+    with pytest.raises(UserError, match="The evaluation's own files have changed since this run began"):
+        begin(folder)
 
 
 def test_hashes_that_cannot_be_read(folder: Path):
