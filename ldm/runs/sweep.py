@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ldm.annotations import PositiveInt
 from ldm.errors import UserError
+from ldm.reports.sweep_page import place_of
 from ldm.runs.grid import Grid, Job, better_of, check_slugs
 from ldm.schema import RunConfig
 
@@ -98,6 +99,29 @@ def baselines_of(sweep: Sweep, rows: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def names_of_rows(sweep: Sweep, job: Job) -> list[str]:
+    """The rows of a run in the table: of its samplings, or the places on its curve, and of its LoRAs."""
+    if sweep.at:
+        return [job.variant + place_of(value, values) for values in sweep.at.values() for value in values]
+    name = f"{job.variant}, {job.subject}" if job.subject in sweep.groups else job.variant
+    samplings = [name, *(f"{name}, {sampling}" for sampling in job.config.evaluate_also or {})]
+    return samplings + [name_of_lora(job.variant, rank) for rank in sweep.extracted.get(job.variant, ())]
+
+
+def check_partners(sweep: Sweep, jobs: Sequence[Job]) -> None:
+    """Raises UserError for a row with subjects that the baseline's row, its partner, lacks."""
+    found: dict[str, dict[str, None]] = {}
+    for job in jobs:
+        for row in names_of_rows(sweep, job):
+            subjects = sweep.subjects[job.subject].get("together", [job.subject])
+            found.setdefault(row, {}).update(dict.fromkeys(subjects))
+    for row, baseline in baselines_of(sweep, list(found)).items():
+        if lacking := [subject for subject in found[row] if subject not in found.get(baseline, {})]:
+            what = f"`{row}` is compared with `{baseline}`, which has no runs of {', '.join(lacking)}"
+            remedy = "Give the baseline the same subjects and `evaluate_also`, or name another baseline."
+            raise UserError(what, where=sweep.name, remedy=remedy)
+
+
 def read_sweep(path: str | Path) -> Sweep:
     """A study's YAML file -> the study. Raises UserError for what is missing, unknown or of another type."""
     return Sweep.read(path)
@@ -129,6 +153,7 @@ def jobs_of(sweep: Sweep) -> list[Job]:
         if sweep.extracted.get(job.variant) and not is_full(job.config):
             what, remedy = f"`{job.variant}` is no full training from one base", "Name variants that are."
             raise UserError(what, where=f"{sweep.name}: extracted", remedy=remedy)
+    check_partners(sweep, found)
     return found
 
 

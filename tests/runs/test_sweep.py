@@ -38,6 +38,9 @@ CONTENT = {
 }
 
 
+ALSO = "evaluate_also={guidance 4: {guidance_scale: 4.0}}"
+
+
 def write(folder: Path, **changes: object) -> Path:
     path = folder / "weights.yaml"
     path.write_text(yaml.safe_dump(CONTENT | changes, sort_keys=False))
@@ -120,11 +123,26 @@ def test_runs_that_studies_have_in_common_are_known(workdir: Path):
         ({"variants": {"a b": [], "a-b": []}}, "would share a folder"),
         ({"subjects": {"rex": {"class_word": "dog"}}}, "`rex` is not complete"),
         ({"subjects": {"rex": {"class_word": "whale", "seed": 1}}}, "has no `whale`"),
+        (
+            {"only": {"Weight 0": ["rex"]}},
+            "`weight 1` is compared with `Weight 0`, which has no runs of car.*the same subjects",
+        ),
+        (
+            {"variants": {"off": [], "on": [ALSO]}},
+            "`on, guidance 4` is compared with `off, guidance 4`, which has no runs of rex, car",
+        ),
     ],
 )
 def test_mistakes_are_found_before_the_first_run(workdir: Path, changes: dict, message: str):
     with pytest.raises(UserError, match=message):
         jobs_of(read_sweep(write(workdir, **changes)))
+
+
+def test_a_baseline_may_have_more_than_the_others(workdir: Path):
+    """Subjects and samplings: what it has more of is compared with nothing."""
+    variants = {"on": [ALSO], "off": []}
+    jobs = jobs_of(read_sweep(write(workdir, variants=variants, only={"off": ["car"]})))
+    assert [(job.variant, job.subject) for job in jobs[::2]] == [("on", "rex"), ("on", "car"), ("off", "car")]
 
 
 def test_studies_share_groups_of_subjects(workdir: Path):
@@ -188,8 +206,7 @@ def test_shipped_studies_are_sound(path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_finished_study_is_published_with_a_row_for_each_sampling(workdir: Path):
-    also = "evaluate_also={guidance 4: {guidance_scale: 4.0}}"
-    sweep = read_sweep(write(workdir, set=[*CONTENT["set"], also]))
+    sweep = read_sweep(write(workdir, set=[*CONTENT["set"], ALSO]))
     jobs = jobs_of(sweep)
     for k, job in enumerate(jobs):
         values = {name: k / 10 for name in sweep.metrics}
