@@ -28,7 +28,7 @@ def publish(trials: Trials, command: str) -> list[Path]:
     }
     written = []
     for old in [*search.folder.glob("best-*.yaml"), *search.folder.glob("front-*.yaml")]:
-        old.unlink()
+        old.unlink(missing_ok=True)  # two processes may end at once
     for result in results:
         if result.number in best:
             path = search.folder / best[result.number]
