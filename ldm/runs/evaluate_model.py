@@ -221,6 +221,8 @@ def results_folder(options: Namespace, model: Path | None) -> Path:
 def evaluate_model(options: Namespace) -> None:
     """Measures what the options of `evaluate.py` name; prints a table and writes its files."""
     allow(*options.allow)
+    if options.out is not None:
+        make_folder(options.out)  # before the work whose results it is for
     keep_freed_memory()
     given = find_file(BASE) if options.captions and options.model is None else options.model
     model = None if options.pictures else find_model(given)

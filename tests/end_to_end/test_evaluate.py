@@ -77,6 +77,12 @@ def test_results_lie_where_no_others_do(workdir):
     assert place(model="other/samples.safetensors") == "logs/evaluation-samples-3"
 
 
+def test_where_nothing_can_be_written_nothing_is_measured(folders, monkeypatch):
+    monkeypatch.setattr(evaluate_model, "evaluate", lambda *given: pytest.fail("measured"))
+    with pytest.raises(UserError, match="drawn/0.png"):
+        run(monkeypatch, "--pictures", "drawn", *PHOTOS, "--out", "drawn/0.png/results")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
