@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 def check_objective(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
     """Raises UserError for a loss, or a new word, that these photos, masks and concepts cannot have.
 
-    Warns of prior images whose loss has no weight.
+    Warns of prior items whose loss has no weight.
     """
     _check_prior_target(module, data)
     _warn_of_no_weight(module, data)
@@ -31,11 +31,11 @@ def _check_prior_target(module: LatentDiffusion, data: DreamBoothDataModule) -> 
 
 
 def _warn_of_no_weight(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
-    """Says that prior images are drawn, and fill half of each batch, for a loss times 0."""
-    if data.num_priors and module.objective.streams["prior"].weight == 0:
+    """Says that prior items fill half of each batch for a loss times 0."""
+    if data.prior_batch_size and module.objective.streams["prior"].weight == 0:
         log.warning(
-            "model.params.objective.prior_loss_weight=0: nothing is learnt from prior images, which are "
-            "drawn and fill half of each batch all the same; data.params.num_priors=0 saves that"
+            "model.params.objective.prior_loss_weight=0: prior items fill half of each batch, and nothing is "
+            "learnt from them; data.params.num_priors=0 data.params.prior_caption_dropout=0 saves that"
         )
 
 

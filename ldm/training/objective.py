@@ -83,7 +83,8 @@ class Objective:
     """DreamBooth's loss (Ruiz et al. 2023, eq. 2): the mean of each stream's items, weighted, summed.
 
     Args:
-        prior_loss_weight: lambda of eq. 2; without prior preservation `data.params.num_priors` is 0.
+        prior_loss_weight: lambda of eq. 2; for no prior items set the data's `num_priors` and
+            `prior_caption_dropout` to 0.
         prior_target: of the prior items: "noise", as of the subject's, or "teacher": the base's prediction.
         weighting: node of a `Weighting`: how much the loss at each timestep counts, such as `MinSNR`; None
             leaves all equal.
