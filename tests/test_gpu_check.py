@@ -6,12 +6,18 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from benchmarks import ours
 from benchmarks.gpu import page
 from benchmarks.gpu.check import PARTS, main
 
@@ -70,6 +76,150 @@ def test_steps_of_training(results):
 def test_a_preset_and_its_forecast(results):
     training, encoding = results("caps", "8gb-lora")
     assert training["fits"] and encoding["fits"] and 0.001 < training["forecast_gib"] < 8
+
+
+def test_the_forecast_of_stable_diffusion_is_that_of_the_memory_page(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    from benchmarks.gpu import training
+
+    monkeypatch.setattr(training, "SIZE", "sd1")
+    found = training.forecast("8gb-lora")
+    assert {what: round(gib, 1) for what, gib in found.items()} == {"training": 2.2, "encoding 8 images": 2.8}
+
+
+def test_what_does_not_fit_is_let_go_of_before_the_next_preset(
+    results, check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from benchmarks.gpu import training
+
+    alive: list[weakref.ref] = []
+
+    class Large:
+        def __init__(self):
+            assert [ref for ref in alive if ref() is not None] == []
+            alive.append(weakref.ref(self))
+            self.cycle = self
+
+        def serve(self, *given: object) -> None:
+            raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(training, "preset", lambda name: Large())
+    monkeypatch.setattr(training, "FITTED", {"training": training.FITTED["training"]})
+    monkeypatch.setattr(training, "forecast", lambda name: {"training": 1.0})
+    training.caps()
+    assert len(alive) == len(training.CARDS)
+    rows = page.read(tmp_path / "results.jsonl")
+    assert [row["error"] for row in rows] == ["OutOfMemoryError: no"] * len(training.CARDS)
+
+
+def test_a_forecast_that_fails_is_said_and_the_preset_is_tried(
+    results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from benchmarks.gpu import training
+
+    def fails(name: str) -> dict[str, float]:
+        raise ValueError("no sum")
+
+    monkeypatch.setattr(training, "forecast", fails)
+    monkeypatch.setattr(training, "FITTED", {"training": lambda name: None})
+    training.caps("12gb")
+    said, tried = page.read(tmp_path / "results.jsonl")
+    assert said["error"] == "ValueError: no sum" and tried["fits"] and "forecast_gib" not in tried
+
+
+def test_peaks_count_from_an_empty_cache_and_times_from_a_full_one(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from benchmarks.gpu import training
+
+    done: list[object] = []
+
+    class Served:
+        batches = SimpleNamespace(latent_stats=[0, 0])
+
+        def serve(self, counts: Iterator[int], answer: Callable) -> None:
+            for count in counts:
+                done.append(count)
+                answer(0.5 if count == 7 else 99.0)
+
+    monkeypatch.setattr(check, "OUT", tmp_path)
+    monkeypatch.setattr(check, "CUDA", True)
+    monkeypatch.setattr(check, "memory", dict)
+    monkeypatch.setattr(training, "memory", dict)
+    monkeypatch.setattr(check, "reset_peak_memory", lambda: done.append("reset"))
+    training.measure("this", Served(), steps=7)
+    assert done == [training.WARM, "reset", 1, 7]
+    assert page.read(tmp_path / "results.jsonl")[0]["ms"] == pytest.approx(500 / 7)
+
+
+def test_every_tensor_of_a_batch_is_pinned_and_nothing_else(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    from benchmarks.gpu.storybook_base import pinned
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: f"pinned {int(tensor)}")
+    one, two, three = torch.arange(1, 4)
+    batch = {
+        "item": one,
+        "stream": ["subject"],
+        "stream_masks": {"subject": two},
+        "reference_items": [0, three],
+    }
+    assert pinned(batch) == {
+        "item": "pinned 1",
+        "stream": ["subject"],
+        "stream_masks": {"subject": "pinned 2"},
+        "reference_items": [0, "pinned 3"],
+    }
+
+
+class _Copies(TorchDispatchMode):
+    """Counts what is copied from the CPU to the meta device, which stands for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = [t.device.type for t in tree_leaves(args) if isinstance(t, torch.Tensor) and t.dim()]
+        is_there = isinstance(made, torch.Tensor) and made.device.type == "meta"
+        self.count += is_there and "cpu" in given
+        return made
+
+
+def test_a_captured_step_copies_nothing_from_the_host(check: ModuleType):
+    from benchmarks.gpu import agreement
+
+    module = ours.build(ours.case_params(agreement.SMALL))
+    batch = agreement._on("cpu", module, ours.Batches(module, size="storybook", batch=2)[0])
+    assert torch.equal(agreement.losses_of(module, batch)(), module.loss_per_item(batch))
+    module = module.to("meta")
+    module.conditioner.forget()
+    batch = agreement._on("meta", module, batch)
+    losses = agreement.losses_of(module, batch)
+    with _Copies() as captured:
+        losses().mean().backward()
+    with _Copies() as usual:
+        module.loss_per_item(batch)
+    assert captured.count == 0 and usual.count > 0
+
+
+def test_a_copy_is_timed_while_the_queue_is_full(check: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    from benchmarks.gpu import environment
+
+    done: list[str] = []
+
+    class Copied:
+        def to(self, device: str, *, non_blocking: bool) -> None:
+            done.append("copy")
+
+    monkeypatch.setattr(environment, "synchronize", lambda device: done.append("wait"))
+    monkeypatch.setattr(environment.time, "perf_counter", lambda: done.append("clock") or len(done))
+    ms = environment.copy_behind(lambda: done.append("work"), 3, Copied())
+    assert done == ["work", "copy", "wait", "work", "work", "work", "clock", "copy", "clock", "wait"]
+    assert ms == 2000.0
 
 
 def test_what_needs_cuda_says_so(results):

@@ -40,23 +40,27 @@ def sample(*words: str) -> None:
         if not chosen(f"batch {batch}", words):
             continue
         with attempt(f"sampling, batch {batch}"):
-            sampling = Sampling(Case(SIZE, "sample", batch, steps=SAMPLING_STEPS), device=DEVICE)
-            forget_peak()
-            ms = milliseconds(sampling.step, 2 if batch == 1 else 1, 1)[0]
-            figures = {"steps": SAMPLING_STEPS, "ms": ms, "images_per_s": 1000 * batch / ms, **memory()}
-            say(f"sampling, batch {batch}", **figures)
-            if batch == BATCHES[0]:
-                sampling.case = Case(SIZE, "sample", batch, steps=PROFILED)
-                sampling.step()
-                with profiled(f"{PROFILED} steps of sampling, batch {batch}", 1):
-                    sampling.step()
-            if batch == BATCHES[1]:
-                _decoding(sampling, batch)
-            del sampling
+            _sampling(batch)
     if not chosen("prior images", words):
         return
     with attempt("prior images"):
         _priors()
+
+
+def _sampling(batch: int) -> None:
+    """So many images; the first batch's profile, the second's decoding."""
+    sampling = Sampling(Case(SIZE, "sample", batch, steps=SAMPLING_STEPS), device=DEVICE)
+    forget_peak()
+    ms = milliseconds(sampling.step, 2 if batch == 1 else 1, 1)[0]
+    figures = {"steps": SAMPLING_STEPS, "ms": ms, "images_per_s": 1000 * batch / ms, **memory()}
+    say(f"sampling, batch {batch}", **figures)
+    if batch == BATCHES[0]:
+        sampling.case = Case(SIZE, "sample", batch, steps=PROFILED)
+        sampling.step()
+        with profiled(f"{PROFILED} steps of sampling, batch {batch}", 1):
+            sampling.step()
+    if batch == BATCHES[1]:
+        _decoding(sampling, batch)
 
 
 def _decoding(sampling: Sampling, batch: int) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import time
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 
@@ -12,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.record import CUDA, DEVICE, HALF, attempt, milliseconds, say
 from benchmarks.measure import machine
-from benchmarks.timing import timed
+from benchmarks.timing import synchronize
 
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "diffusers", "omegaconf", "peft", "triton")
 ATTENTION = ((4096, 40, 4096), (1024, 80, 1024), (256, 160, 256), (4096, 40, 77))  # cells, head width, keys
@@ -106,8 +108,18 @@ def _copies() -> None:
     """Whether the host waits for the queue when it copies a step's noise."""
     a, small = torch.randn(8192, 8192, device=DEVICE, dtype=HALF), torch.randn(2, 4, 64, 64)
     for name, tensor in (("pageable", small), ("pinned", small.pin_memory())):
-        timed(lambda: a @ a, 3, DEVICE)
-        for _ in range(30):  # 40 ms of work in the queue
-            a @ a
-        host = milliseconds(lambda there=tensor: there.to(DEVICE, non_blocking=True), 1, 0)[1]
-        say("copy behind a full queue", memory=name, host_ms=host)
+        say("copy behind a full queue", memory=name, host_ms=copy_behind(lambda: a @ a, 30, tensor))
+
+
+def copy_behind(work: Callable[[], object], times: int, tensor: torch.Tensor) -> float:
+    """ms until the host has asked for a tensor's copy, while so many calls of work are in the queue."""
+    work()
+    tensor.to(DEVICE, non_blocking=True)  # the allocator has memory for both from now on
+    synchronize(DEVICE)
+    for _ in range(times):
+        work()
+    start = time.perf_counter()
+    tensor.to(DEVICE, non_blocking=True)
+    asked = time.perf_counter() - start
+    synchronize(DEVICE)
+    return 1000 * asked

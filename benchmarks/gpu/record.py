@@ -15,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import synchronize
+from ldm.engine.peak import reset_peak_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = os.environ.get("CHECK_DEVICE", "cuda")
@@ -52,15 +53,15 @@ def chosen(name: str, words: Sequence[str]) -> bool:
 
 @contextmanager
 def attempt(what: str) -> Iterator[None]:
-    """A failure is a result too, and the next figure is still taken."""
+    """A failure is a result too, and the next figure is still taken, in memory that is free again."""
+    gc.collect()  # not at the end, where the error still holds what has failed
+    if CUDA:
+        torch.cuda.empty_cache()
     try:
         yield
     except Exception as error:
         say(what, error=f"{type(error).__name__}: {str(error)[:400]}")
         traceback.print_exc()
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
 
 
 def milliseconds(work: Callable[[], object], times: int = STEPS, warm: int = WARM) -> tuple[float, float]:
@@ -85,8 +86,10 @@ def memory() -> dict[str, float]:
 
 
 def forget_peak() -> None:
+    """Peaks count from here, without what is freed already: the allocator's cache is given back."""
+    gc.collect()
     if CUDA:
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak_memory()
 
 
 @contextmanager

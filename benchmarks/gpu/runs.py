@@ -27,6 +27,7 @@ data.params.num_priors=4 priors.steps=2 samples.n=1 samples.steps=2 samples.ever
 online_eval.every_steps=0 trainer.enable_progress_bar=false trainer.val_check_interval=1000
 data.params.subject_root={SUBJECT}
 """.split()
+TEXT_WORDS = [f"model.params.text_encoder.params.{key}={value}" for key, value in TEXT.items()]
 STORYBOOK = ["--base", str(ROOT / "configs/dreambooth.yaml"), *SHORT]
 WATCHED = range(60, 80) if CUDA else range(2, 4)  # steps whose waits are counted
 TIMED = range(20, 60) if CUDA else range(1, 2)
@@ -57,9 +58,8 @@ def job_words(folder: Path) -> list[str]:
     parts = {name: network.state_dict() for name, network in module.networks.items()}
     alphas = module.process.alphas_cumprod.cpu()
     save_model(file, parts, alphas_cumprod=alphas, dtype=torch.float16, metadata={})
-    text = [f"model.params.text_encoder.params.{key}={value}" for key, value in TEXT.items()]
     job = ["--base", str(ROOT / "configs/dreambooth-sd1.yaml"), "--data_root", str(SUBJECT)]
-    return [*job, "--class_word", "dog", "--actual_resume", str(file), *text]
+    return [*job, "--class_word", "dog", "--actual_resume", str(file), *TEXT_WORDS]
 
 
 def peer(*words: str) -> None:

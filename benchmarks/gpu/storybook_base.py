@@ -12,8 +12,10 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from benchmarks.gpu.record import CUDA, DEVICE, OUT, ROOT, attempt, memory, say
 from benchmarks.gpu.runs import run
@@ -84,7 +86,7 @@ def _train(config: RunConfig) -> float:
     data.set_prepare(module.prepare)
     batch, seconds = data.train_set[0], []
     if CUDA:
-        batch = {key: value.pin_memory() for key, value in batch.items()}
+        batch = pinned(batch)
 
     data.train_dataloader = lambda: itertools.repeat(batch)
     kept = ("accelerator", "devices", "precision", "gradient_clip_val")
@@ -103,6 +105,18 @@ def _train(config: RunConfig) -> float:
     ms = 1000 * seconds[1] / STEPS
     say("training, its images ready", items_per_s=rate, ms=ms, batch=len(batch["item"]), **memory())
     return rate
+
+
+def pinned(value: Any) -> Any:
+    """A batch whose tensors, those of dicts and lists in it too, lie in pinned memory."""
+    match value:
+        case torch.Tensor():
+            return value.pin_memory()
+        case dict():
+            return {key: pinned(inner) for key, inner in value.items()}
+        case list():
+            return [pinned(inner) for inner in value]
+    return value
 
 
 def _base(overrides: list[str], *, steps: int) -> None:

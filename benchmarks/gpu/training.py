@@ -1,14 +1,12 @@
 """Parts `train`, `compiled`, `caps` and `optimizer`: steps of training in Lightning's own loop."""
 
-import contextlib
-import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.cases import TEXT, Case, model_params, pixels
+from benchmarks.cases import Case, model_params, pixels
 from benchmarks.gpu.record import (
     CUDA,
     DEVICE,
@@ -24,38 +22,36 @@ from benchmarks.gpu.record import (
     profiled,
     say,
 )
-from benchmarks.ours import Sampling, Training, build, case_params
+from benchmarks.gpu.runs import SUBJECT, TEXT_WORDS
+from benchmarks.ours import Training, build, case_params
 from benchmarks.timing import synchronize
-from ldm.config import load_config
 from ldm.data.latents import cached_latent_stats
 from ldm.engine.device import set_matmul_precision
 from ldm.optim.optimizers import build_optimizer
+from ldm.runs.memory import encoding, estimate
+from ldm.runs.options import parse
 from ldm.schema import RunConfig
 
 FULL = Case(SIZE, "train", 2, text=True)
-CONFIG = "dreambooth-sd1.yaml" if SIZE == "sd1" else "dreambooth.yaml"
 PRESETS = ("24gb", "16gb", "12gb", "8gb-lora")
-ASSETS = ROOT / "ldm/storybook/assets"
-NAMED = [f"--data_root={ASSETS / 'subjects/dog'}", "--class_word=dog"]  # any photos will do
-NAMED += [f"--actual_resume={ASSETS / 'base.safetensors'}"]
 # GiB, less the CUDA context and a display
 CARDS = {"24gb": 22.5, "16gb": 14.5, "12gb": 10.5, "8gb-lora": 6.7}
 
 
 def preset(*names: str, **changed: object) -> Training:
     """The shipped config with presets, as main.py reads it, at a batch of 1 + 1."""
-    paths = [ROOT / "configs" / CONFIG, *(_preset_file(name) for name in names)]
-    config = RunConfig.parse(load_config(paths), paths=paths)
+    config = _config(*names)
     params: dict[str, Any] = config.model["params"] | {"compile": None} | changed
-    if SIZE == "sd1":  # with a vocabulary that is in the repository
-        node = params["text_encoder"]
-        params["text_encoder"] = node | {"params": node.get("params", {}) | TEXT}
     precision, clip = config.trainer.precision, config.trainer.gradient_clip_val
     return Training(params, size=SIZE, batch=2, device=DEVICE, precision=precision, clip=clip)
 
 
-def _preset_file(name: str) -> str:
-    return str(ROOT / f"configs/presets/{name}.yaml")
+def _config(*presets: str) -> RunConfig:
+    """Of the size that is checked, with any photos; SD 1.5 gets a vocabulary that is in the repository."""
+    shipped = "dreambooth-sd1" if SIZE == "sd1" else "dreambooth"
+    files = [f"{ROOT}/configs/{name}.yaml" for name in (shipped, *(f"presets/{name}" for name in presets))]
+    words = [f"--data_root={SUBJECT}", "--class_word=dog", *(TEXT_WORDS if SIZE == "sd1" else [])]
+    return parse(["--base", *files, *words])
 
 
 def measure(what: str, training: Training, *, steps: int = STEPS, profile: bool = False) -> None:
@@ -66,6 +62,7 @@ def measure(what: str, training: Training, *, steps: int = STEPS, profile: bool 
     def counts() -> Iterator[int]:
         yield WARM
         forget_peak()
+        yield 1  # the allocator's cache is filled again
         yield steps
         figures.update(memory())
         if profile:
@@ -73,7 +70,7 @@ def measure(what: str, training: Training, *, steps: int = STEPS, profile: bool 
                 yield WARM
 
     training.serve(counts(), seconds.append)
-    say(what, ms=1000 * seconds[1] / steps, batch=len(training.batches.latent_stats), **figures)
+    say(what, ms=1000 * seconds[2] / steps, batch=len(training.batches.latent_stats), **figures)
 
 
 def train(*words: str) -> None:
@@ -116,26 +113,25 @@ def compiled(*words: str) -> None:
         if not chosen(mode, words):
             continue
         with attempt(f"compiled {mode}"):
-            training = Training.of_case(FULL, device=DEVICE, compiled=mode)
-            module = training.module
-            batch = module.transfer_batch_to_device(
-                module.on_before_batch_transfer(training.batches[0], 0), torch.device(DEVICE), 0
-            )
+            _compiled(mode)
 
-            def loss(module: nn.Module = module, batch: dict = batch) -> float:
-                with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA, cache_enabled=False):
-                    return float(module.loss_per_item(batch).mean())
 
-            with torch.compiler.set_stance("force_eager"):
-                eager = loss()
-            first = milliseconds(lambda: loss(), 1, 0)[0] / 1000  # noqa: B023
-            say(f"compiled {mode}", first_forward_s=first, eager_loss=eager, compiled_loss=loss())
-            measure(f"compiled {mode}, 1+1, full", training, profile=True)
-    if CUDA and chosen("sampling", words):
-        with attempt("compiled sampling"):
-            sampling = Sampling(Case(SIZE, "sample", 1, steps=50), device=DEVICE, compiled="reduce-overhead")
-            first = milliseconds(sampling.step, 1, 0)[0] / 1000
-            say("compiled sampling, batch 1", first_s=first, ms=milliseconds(sampling.step, 2, 1)[0])
+def _compiled(mode: str) -> None:
+    training = Training.of_case(FULL, device=DEVICE, compiled=mode)
+    module = training.module
+    batch = module.transfer_batch_to_device(
+        module.on_before_batch_transfer(training.batches[0], 0), torch.device(DEVICE), 0
+    )
+
+    def loss() -> float:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA, cache_enabled=False):
+            return float(module.loss_per_item(batch).mean())
+
+    with torch.compiler.set_stance("force_eager"):
+        eager = loss()
+    first = milliseconds(loss, 1, 0)[0] / 1000
+    say(f"compiled {mode}", first_forward_s=first, eager_loss=eager, compiled_loss=loss())
+    measure(f"compiled {mode}, 1+1, full", training, profile=True)
 
 
 def caps(*words: str) -> None:
@@ -146,31 +142,38 @@ def caps(*words: str) -> None:
             continue
         if CUDA:
             torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
-        about = {"card_gib": gib, "forecast_gib": _forecast(name)}
-        with attempt(f"preset {name}: training"):
-            training = preset(name)
-            forget_peak()
-            training.serve(iter([WARM]), lambda seconds: synchronize(DEVICE))
-            say(f"preset {name}: training", fits=True, **memory(), **about)
-            del training
-        with attempt(f"preset {name}: encoding 8 images"):
-            module = preset(name).module
-            forget_peak()
-            views = {str(k): lambda: torch.rand(3, pixels(SIZE), pixels(SIZE)) for k in range(8)}
-            cached_latent_stats(views, module.encode_images, vae_hash="")
-            say(f"preset {name}: encoding 8 images", fits=True, **memory(), **about)
-            del module
+        forecasts: dict[str, float] = {}
+        with attempt(f"preset {name}: forecast"):
+            forecasts = forecast(name)
+        for what, work in FITTED.items():
+            about = {"card_gib": gib} | ({"forecast_gib": forecasts[what]} if forecasts else {})
+            with attempt(f"preset {name}: {what}"):
+                work(name)
+                say(f"preset {name}: {what}", fits=True, **memory(), **about)
 
 
-def _forecast(name: str) -> float | None:
-    """GiB of the device, by `main.py --dry_run`."""
-    from ldm.commands import dreambooth  # the command itself
+def _train_in(name: str) -> None:
+    training = preset(name)
+    forget_peak()
+    training.serve(iter([WARM]), lambda seconds: synchronize(DEVICE))
 
-    words = ["--base", str(ROOT / "configs" / CONFIG), _preset_file(name), *NAMED, "--dry_run"]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        dreambooth.main(words)
-    sums = [line.split()[-1] for line in said.getvalue().splitlines() if line.startswith("sum ")]
-    return float(sums[0].replace(",", "")) / 1024 if sums else None
+
+def _encode_in(name: str) -> None:
+    module = preset(name).module
+    forget_peak()
+    views = {str(k): lambda: torch.rand(3, pixels(SIZE), pixels(SIZE)) for k in range(8)}
+    cached_latent_stats(views, module.encode_images, vae_hash="")
+
+
+FITTED = {"training": _train_in, "encoding 8 images": _encode_in}
+
+
+def forecast(name: str) -> dict[str, float]:
+    """GiB of the device while a preset trains and while it encodes, as `main.py --dry_run` computes them."""
+    config = _config(name)
+    needs, _ = estimate(config)
+    found = sum(need.total for need in needs.values()), encoding(config)
+    return {what: size / 2**30 for what, size in zip(FITTED, found, strict=True)}
 
 
 def optimizer() -> None:
@@ -180,15 +183,17 @@ def optimizer() -> None:
     fp32, bf16 = torch.float32, torch.bfloat16
     for name, dtype, fused in (("adamw", fp32, True), ("adamw", fp32, False), ("adamw_bf16", bf16, True)):
         with attempt(f"{name}, fused {fused}"):
-            holder = nn.ParameterList([torch.zeros(shape, device=DEVICE, dtype=dtype) for shape in shapes])
-            stepper = build_optimizer({"all": (holder, 1e-6)}, name, fused=fused)
-            for parameter in holder:
-                parameter.grad = torch.randn_like(parameter) * 1e-3
-            ms, host = milliseconds(stepper.step, min(5, STEPS), 1)
-            weights = sum(parameter.numel() for parameter in holder)
-            say(f"{name}, fused {fused}", ms=ms, host_ms=host, weights=weights)
-            if fused and name == "adamw":
-                learning = list(holder)
-                ms, host = milliseconds(lambda p=learning: nn.utils.clip_grad_norm_(p, 1.0), min(5, STEPS), 1)
-                say("clipping by the norm, a pass of its own", ms=ms, host_ms=host)
-            del holder, stepper
+            _step(name, [torch.zeros(shape, device=DEVICE, dtype=dtype) for shape in shapes], fused=fused)
+
+
+def _step(name: str, weights: list[Tensor], *, fused: bool) -> None:
+    holder = nn.ParameterList(weights)
+    stepper = build_optimizer({"all": (holder, 1e-6)}, name, fused=fused)
+    for parameter in holder:
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    ms, host = milliseconds(stepper.step, min(5, STEPS), 1)
+    count = sum(parameter.numel() for parameter in holder)
+    say(f"{name}, fused {fused}", ms=ms, host_ms=host, weights=count)
+    if fused and name == "adamw":
+        ms, host = milliseconds(lambda: nn.utils.clip_grad_norm_(list(holder), 1.0), min(5, STEPS), 1)
+        say("clipping by the norm, a pass of its own", ms=ms, host_ms=host)
