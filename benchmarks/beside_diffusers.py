@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import cases
+from benchmarks.cases import Case, cases
 from benchmarks.measure import SIDES, compare, machine
 from benchmarks.ours import export
 from benchmarks.pages import PEERS, speed_table
@@ -31,16 +31,27 @@ def row(metrics: Mapping) -> str:
     return "".join(f"{number:>11.2f}" for number in numbers) + f"  {metrics['case']}"
 
 
+def chosen_cases(options: Namespace) -> list[Case]:
+    """Those that the options name. A compiled UNet is one that trains: ours is never compiled to sample.
+
+    Raises UserError where there are none.
+    """
+    found = cases(options.device, quick=options.quick)
+    if options.compile:
+        found = [case for case in found if case.kind == "train"]
+    if options.only:
+        found = [case for case in found if any(text in case.name for text in options.only)]
+    if not found:
+        raise UserError(f"No case holds {' or '.join(options.only)}", remedy="Try --only train.")
+    return found
+
+
 def main(options: Namespace) -> None:
     """Measures the cases that the options name; writes the JSON file, the plot and the page."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     seconds = 0.2 if options.quick else options.seconds
-    chosen = cases(options.device, quick=options.quick)
-    if options.only:
-        chosen = [case for case in chosen if any(text in case.name for text in options.only)]
-    if not chosen:
-        raise UserError(f"No case holds {' or '.join(options.only)}", remedy="Try --only train.")
+    chosen = chosen_cases(options)
     best, results = machine(options.device), []
     print(f"At best {best[0] / 1e9:,.0f} GFLOP/s and {best[1] / 1e9:,.1f} GB/s.")
     print("Ratios: diffusers' time over ours, our memory over diffusers'; its script, its networks at best.")

@@ -153,8 +153,12 @@ class Sampling:
     def __init__(self, case: Case, *, device: str, compiled: bool | str = False, cuda_graph: bool = True):
         module = build(case_params(case, compiled=compiled), device=device).requires_grad_(False)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        for network in module.networks.values():  # drawn where `export` draws them: the numbers are the same
+            network.to("cpu", dtype)
+        if device == "cuda":
+            torch.cuda.empty_cache()  # float32 weights leave no blocks behind, which the halves would split
         self.pipeline = Text2Image(
-            *(network.to(device, dtype).eval() for network in module.networks.values()),
+            *(network.to(device).eval() for network in module.networks.values()),
             process=module.process,
             default_size=pixels(case.size),
             cuda_graph=cuda_graph,

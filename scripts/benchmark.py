@@ -22,7 +22,7 @@ def parse() -> Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="one small case of each kind, short windows")
     add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-    add("--compile", action="store_true", help="compile the UNet on both sides")
+    add("--compile", action="store_true", help="compile the UNet on both sides; only the cases that train")
     add("--only", nargs="+", default=[], metavar="TEXT", help="cases whose name holds one of these")
     add("--seconds", type=float, default=3.0, help="of a window of the slower side (3)")
     add("--out", type=Path, default=Path("benchmarks"), help="folder of the JSON file and the plot")

@@ -1,12 +1,15 @@
 """The benchmark's sides do the same work, and its floor counts it right."""
 
 import re
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from benchmarks import convergence, kernels, ours, peer
+from benchmarks.beside_diffusers import chosen_cases
 from benchmarks.cases import Case, cases
 from benchmarks.measure import (
     ADAMW_BYTES,
@@ -22,6 +25,7 @@ from benchmarks.measure import (
 from benchmarks.pages import PEERS, speed_table
 from benchmarks.plot import plot
 from benchmarks.side import open_side
+from ldm.errors import UserError
 from ldm.storybook.world import ATTRIBUTES, sample_scene
 
 TRAIN = Case("storybook", "train", 2, text=True)
@@ -69,6 +73,36 @@ def test_our_steps_are_as_many_as_asked_for_and_take_a_batch_each():
     side.module.training_step = training_step
     side.serve(iter([1, 2]), lambda seconds: None)
     assert seen == [[0, 0], [1, 1], [2, 2]]
+
+
+def test_weights_for_sampling_are_cast_before_they_are_on_the_gpu(monkeypatch: pytest.MonkeyPatch):
+    moved = []
+
+    class Network:
+        def to(self, *where: object) -> "Network":
+            moved.append(where)
+            return self
+
+        def eval(self) -> "Network":
+            return self
+
+    module = SimpleNamespace(networks={"unet": Network()}, process=None)
+    module.requires_grad_ = lambda on: module
+    monkeypatch.setattr(ours, "build", lambda params, device: module)
+    monkeypatch.setattr(ours, "Text2Image", lambda *networks, **how: networks)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: moved.append("freed"))
+    ours.Sampling(Case("storybook", "sample", 1, steps=1), device="cuda")
+    assert moved == [("cpu", torch.bfloat16), "freed", ("cuda",)]
+
+
+def test_only_cases_that_train_are_compiled():
+    options = Namespace(device="cuda", quick=False, compile=True, only=[])
+    assert {case.kind for case in chosen_cases(options)} == {"train"}
+    options.compile = False
+    assert {case.kind for case in chosen_cases(options)} == {"train", "sample"}
+    options.compile, options.only = True, ["DDIM"]
+    with pytest.raises(UserError, match="No case holds DDIM"):
+        chosen_cases(options)
 
 
 @pytest.mark.parametrize("name", ["script", "best"])
