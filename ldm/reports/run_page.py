@@ -150,11 +150,14 @@ def _floor(metrics: Mapping[str, Any], key: str) -> str:
 
 
 def other_sampling(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """A table of the headline metrics, a row for each way of sampling; empty if there is one."""
+    """A table of the headline metrics, a row for each way of sampling; empty if there is one.
+
+    A way of sampling that leaves a metric out has an empty cell.
+    """
     also = metrics.get("evaluate_also", {})
     keys = [key for key in METRICS if key in metrics]
     rows = {
-        how: [f"{found[key]:.2f}{_floor(found, key)}" for key in keys]
+        how: [f"{found[key]:.2f}{_floor(found, key)}" if key in found else "" for key in keys]
         for how, found in {"as configured": metrics, **also}.items()
     }
     return {"names": [METRICS[key].name for key in keys], "rows": rows} if also else {}

@@ -297,6 +297,17 @@ def test_a_shift_stands_beside_its_noise_floor_everywhere(tmp_path: Path):
     assert 'class="floor line-0"' in page.read_text(encoding="utf-8")
 
 
+def test_a_sampling_that_leaves_metrics_out_has_empty_cells(tmp_path: Path):
+    """`{diversity: false, class_samples: 0}` of an evaluation of photographs."""
+    main = {"dino": 0.61, "pres": 0.42, "div": 0.53}
+    metrics = main | {"evaluate_also": {"quick": {"dino": 0.57}}}
+    page = write_report(tmp_path / "report.html", report(metrics=metrics)).read_text(encoding="utf-8")
+    rows = [" ".join(row.split()) for row in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)]
+    row = '<th scope="row">{}</th><td>{}</td><td>{}</td><td>{}</td>'
+    assert row.format("as configured", "0.61", "0.42", "0.53") in rows
+    assert row.format("quick", "0.57", "", "") in rows
+
+
 def test_curves_have_units_and_a_flat_one_is_told_in_words(tmp_path: Path):
     curves = {name: [(k, k % 7 + 1.0) for k in range(20)] for name in CURVES}
     curves |= {"lr/unet": [(k, 1e-4) for k in range(20)], "lr/text_encoder": [(3, 5e-5)], "odd": [(0, 1.0)]}
