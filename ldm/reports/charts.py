@@ -1,4 +1,4 @@
-"""Charts of a run page: curves over optimizer steps, and the gauge of a metric; CSS colours them."""
+"""Charts of a page: curves over optimizer steps or trials, and the gauge of a metric; CSS colours them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,22 +9,26 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 208, 56, 12, 10, 42
 NAMES = 134  # room for the names of several curves, right of them
 POINTS = 300  # of a line at most: more cannot be seen
 DOTS = 12  # points up to which each is a dot
+STEPS = "optimizer step"  # what the numbers below a chart are, unless it is told
 COLOURS = 7  # that the CSS has for several curves
 
 
-def chart(curve: Curve, *, label: str) -> str:
-    """One curve: its points faint, their running mean above. Empty if no value is a number."""
+def chart(curve: Curve, *, label: str, along: str = STEPS, smoothed: bool = True) -> str:
+    """One curve: its points faint, their running mean above. Empty if no value is a number.
+
+    along: what the numbers below are. smoothed: without it there is no mean, and each point is a dot.
+    """
     curve = finite(curve)
     if not curve:
         return ""
-    window = len(curve) // 8
+    window = len(curve) // 8 if smoothed else 1
     mean = smooth(curve, window=window) if window > 1 else curve
     axes = _Axes(mean, [*(v for _, v in mean), *_most(curve)])
     parts = [axes.line(curve, class_="raw")] if window > 1 else []
     parts.append(axes.line(mean, class_="smooth"))
-    if len(curve) <= DOTS:
+    if len(curve) <= DOTS or not smoothed:
         parts += [svg.circle(axes.at(point), 3, class_="dot") for point in curve]
-    return svg.inline([*axes.grid(), *parts], WIDTH, HEIGHT, label=f"{label}, by optimizer step")
+    return svg.inline([*axes.grid(along), *parts], WIDTH, HEIGHT, label=f"{label}, by {along}")
 
 
 def together(
@@ -93,8 +97,8 @@ class _Axes:
     def upright(self, step: int) -> str:
         return svg.line((self.x(step), TOP), (self.x(step), HEIGHT - BOTTOM), class_="mark")
 
-    def grid(self) -> list[str]:
-        """Lines with numbers along the left, numbers below, and what these are."""
+    def grid(self, along: str = STEPS) -> list[str]:
+        """Lines with numbers along the left, numbers below, and what the latter are: `along`."""
         parts, end, low = [], WIDTH - self.right, HEIGHT - BOTTOM
         for value in self.y.ticks:
             height = self.y(value)
@@ -102,7 +106,7 @@ class _Axes:
             parts.append(svg.text((LEFT - 6, height + 4), f"{value:g}", text_anchor="end"))
         for step in self.steps:
             parts.append(svg.text((self.x(step), low + 17), f"{step:g}", text_anchor="middle"))
-        parts.append(svg.text(((LEFT + end) / 2, HEIGHT - 6), "optimizer step", text_anchor="middle"))
+        parts.append(svg.text(((LEFT + end) / 2, HEIGHT - 6), along, text_anchor="middle"))
         return parts
 
 

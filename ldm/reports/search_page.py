@@ -99,7 +99,8 @@ def _plot(finished: Sequence[Result], best: Mapping[int, str], metrics: Sequence
         shown = [row for r in finished if r.number in best or r.number == 0 for row in r.rows]
         return frontier(shown, metrics[1], metrics[0])
     if finished:
-        return chart([(r.number, r.mean(metrics[0])) for r in finished], label=spoken(metrics[0]))
+        points = [(r.number, r.mean(metrics[0])) for r in finished]
+        return chart(points, label=spoken(metrics[0]), along="trial", smoothed=False)
     return ""
 
 

@@ -11,6 +11,7 @@ from ldm.reports import charts, svg
 from ldm.reports.charts import chart, together
 from ldm.reports.curves import read_curves, smooth, thin
 from ldm.reports.metrics_plot import metrics_plot
+from ldm.reports.search_page import Result, page, trial_name
 from ldm.reports.svg import ticks
 
 
@@ -97,6 +98,24 @@ def test_a_single_peak_sets_no_scale():
 def test_few_points_are_dots():
     assert chart([(0, 1.0), (9, 2.0)], label="x").count("<circle") == 2
     assert "<circle" not in chart([(k, float(k)) for k in range(100)], label="x")
+
+
+def test_trials_are_called_so_and_have_no_running_mean():
+    """Neighbours have nothing in common: each of 32 is a dot at its own height."""
+    values = [0.9 if k % 2 else 0.1 for k in range(32)]
+    results = [Result(k, "finished", {}, [row_of(k, value)]) for k, value in enumerate(values)]
+    parts = {"command": "", "best": {}, "importances": {}, "pictures": {}}
+    drawn = page("rates", metrics=["dino"], results=results, **parts)
+    heights = [float(y) for y in re.findall(r'<circle[^>]* cy="([0-9.]+)"', drawn)]
+    assert len(heights) == 32 and len(set(heights)) == 2 and max(heights) - min(heights) > 50
+    assert 'aria-label="dino, by trial"' in drawn and ">trial</text>" in drawn
+    assert "optimizer step" not in drawn and 'class="raw"' not in drawn
+    line = re.search(r'points="([^"]*)"', drawn)[1].split()
+    assert [float(point.split(",")[1]) for point in line] == heights
+
+
+def row_of(trial: int, value: float) -> dict:
+    return {"variant": trial_name(trial), "subject": "rex", "seed": 1, "dino": value}
 
 
 def test_a_thinned_curve_keeps_its_ends_and_its_extremes():
