@@ -122,7 +122,7 @@ class Lpips:
 
     @torch.inference_mode()
     def __call__(self, pairs: Sequence[tuple[Image.Image, Image.Image]]) -> Tensor:
-        """N pairs of images of one size -> distances [N] float32, on the CPU; 0 for equal ones."""
+        """N pairs, the two of each of one size -> distances [N] float32, on the CPU; 0 for equal ones."""
 
         def distance(batch: Sequence[tuple[Image.Image, Image.Image]]) -> Tensor:
             one, other = (
@@ -130,8 +130,12 @@ class Lpips:
             )
             return self.network(one.to(self.device), other.to(self.device)).flatten()
 
-        rows = [distance(batch).float().cpu() for batch in _batches(pairs, self.batch_size)]
-        return torch.cat(rows)
+        found, sizes = torch.empty(len(pairs)), [one.size for one, _ in pairs]
+        for size in dict.fromkeys(sizes):
+            own = [k for k, other in enumerate(sizes) if other == size]
+            for batch in _batches(own, self.batch_size):
+                found[batch] = distance([pairs[k] for k in batch]).float().cpu()
+        return found
 
 
 def prepare(

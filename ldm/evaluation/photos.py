@@ -198,9 +198,11 @@ class PhotoEvaluation:
     def score(self, metrics: Mapping[str, float]) -> float:
         """DINO x CLIP-T, in shares of the base's CLIP-T, minus what the class has lost.
 
-        That is the rise of PRES over the base's, or the shift of the class in any direction if that is more.
+        That is the rise of PRES over the base's, or what of the shift of the class in any direction is above
+        its noise floor if that is more: the distance of few samples is large by chance.
         """
-        base, shift = metrics["base"], metrics.get("class_shift_frechet", 0.0)
+        base, floors = metrics["base"], metrics.get("noise_floor", {})
+        shift = metrics.get("class_shift_frechet", 0.0) - floors.get("class_shift_frechet", 0.0)
         drift = metrics.get("pres", 0.0) - base.get("pres", 0.0)
         return metrics["dino"] * metrics["clip_t"] / base["clip_t"] - max(0.0, drift, shift)
 
@@ -239,7 +241,7 @@ class PhotoEvaluation:
             unique = list(dict.fromkeys(texts))
             named = dict(zip(unique, self.clip.embed_texts(unique), strict=True))
             clip_t = (clip * torch.stack([named[text] for text in texts])).sum(1).view(rows, -1)
-        if self.lpips is not None and any(len(group) > 1 for group in groups.values()):
+        if self.lpips is not None:
             div = diversity(groups, self.lpips)
         if of_class:
             pres = (self.dino.embed_images([p.image for p in of_class]) @ subject.dino.T).mean(1)
@@ -264,9 +266,12 @@ def mean_of_pairs(rows: Tensor) -> float:
     return float(((rows @ rows.T).sum() - rows.square().sum()) / (n * (n - 1)))
 
 
-def diversity(groups: Mapping[str, Sequence[Image.Image]], distance: Lpips) -> Tensor:
-    """Mean distance of two images, for each prompt that has two -> [prompts]."""
-    pairs = [list(combinations(images, 2)) for images in groups.values() if len(images) > 1]
+def diversity(groups: Mapping[str, Sequence[Image.Image]], distance: Lpips) -> Tensor | None:
+    """Mean distance of two images of one size, for each prompt that has two -> [prompts]; None: none has."""
+    two = [combinations(images, 2) for images in groups.values()]
+    alike = [[(one, other) for one, other in pairs if one.size == other.size] for pairs in two]
+    if not (pairs := [group for group in alike if group]):
+        return None
     distances = distance([pair for group in pairs for pair in group])
     return torch.stack([part.mean() for part in distances.split([len(group) for group in pairs])])
 

@@ -23,12 +23,14 @@ from transformers import (
 )
 
 from ldm.annotations import fits
+from ldm.data.buckets import Shape
 from ldm.errors import UserError
-from ldm.evaluation.features import IMAGENET, OPENAI, Clip, Dino, prepare
+from ldm.evaluation.features import IMAGENET, OPENAI, Clip, Dino, Lpips, prepare
 from ldm.evaluation.image_folder import read_image_folder
-from ldm.evaluation.photos import PhotoEvaluation, mean_of_pairs, without
+from ldm.evaluation.photos import PhotoEvaluation, diversity, mean_of_pairs, without
 from ldm.evaluation.protocol import GeneratedImage, SubjectPrompts, sides_of
 from ldm.pipeline import Sample
+from ldm.runs.sampling import in_shapes
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "ldm/storybook/assets/tokenizer"
 SIZE = inspect.signature(PhotoEvaluation).parameters["size"].annotation
@@ -176,6 +178,71 @@ def test_a_model_is_drawn_from_by_the_protocol(evaluation: PhotoEvaluation):
     assert metrics["intervals"]["clip_t"].low <= metrics["clip_t"] <= metrics["intervals"]["clip_t"].high
     assert metrics["ceiling"]["dino"] == pytest.approx(mean_of_pairs(subject.dino), abs=1e-4)
     assert evaluation.score(metrics) == pytest.approx(metrics["dino"], abs=1e-6)  # the base's own, undrifted
+
+
+def lpips(*, batch_size: int = 2) -> tuple[Lpips, list[tuple[int, ...]]]:
+    """Mean differences in place of AlexNet's, and the shapes of the batches that it is handed."""
+    stand_in, seen = Lpips.__new__(Lpips), []
+
+    def network(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(one.shape))
+        return (one - other).abs().mean((1, 2, 3)).view(-1, 1, 1, 1)
+
+    stand_in.network, stand_in.device, stand_in.batch_size = network, "cpu", batch_size
+    return stand_in, seen
+
+
+def test_distances_are_those_of_each_pair_whatever_the_sizes():
+    stand_in, seen = lpips()
+    sizes = [(8, 6), (4, 4), (8, 6), (8, 6), (4, 4)]
+    pairs = [(Image.new("L", size, 0), Image.new("L", size, 51 * k)) for k, size in enumerate(sizes)]
+    assert stand_in(pairs).tolist() == pytest.approx([0.4 * k for k in range(5)], abs=1e-6)
+    assert seen == [(2, 3, 6, 8), (1, 3, 6, 8), (2, 3, 4, 4)]
+
+
+def test_diversity_pairs_images_of_one_size():
+    """By hand: two pairs of one prompt, one of another; a prompt without any has no part in it."""
+
+    def grey(level: int, size: tuple[int, int] = (8, 6)) -> Image.Image:
+        return Image.new("L", size, 51 * level)
+
+    groups = {
+        "two pairs": [grey(0), grey(1, (6, 8)), grey(1), grey(4, (6, 8))],
+        "one pair": [grey(2), grey(4), grey(1, (6, 8))],
+        "none": [grey(0), grey(5, (6, 8))],
+    }
+    stand_in, _ = lpips()
+    assert diversity(groups, stand_in).tolist() == pytest.approx([(0.4 + 1.2) / 2, 0.8], abs=1e-6)
+    assert diversity({"none": groups["none"], "one": [grey(0)]}, stand_in) is None
+    assert diversity({}, stand_in) is None
+
+
+@pytest.mark.parametrize("shapes, has_div", [([Shape(44, 60), Shape(60, 44)], True), (4, False)])
+def test_samples_in_buckets_are_measured(networks: dict[str, str], shapes: list[Shape] | int, has_div: bool):
+    """Seeds in turn have the buckets' shapes, so that of four shapes no two samples are alike."""
+    shapes = [Shape(32, 32 + 4 * k) for k in range(shapes)] if isinstance(shapes, int) else shapes
+    evaluation = PhotoEvaluation(**networks, seeds=4, class_samples=4, steps=1, diversity=False, device="cpu")
+    evaluation.lpips, _ = lpips()
+
+    def draw(prompts: Sequence[str], *, seeds: Sequence[int], height: int, width: int, **how: object):
+        size = (width, height)
+        return [Sample(photo(s, size), torch.zeros(1), p, s) for p, s in zip(prompts, seeds, strict=True)]
+
+    subject = evaluation.subject([photo(k) for k in range(2)])
+    found = evaluation.measure(in_shapes(draw, shapes), subject=subject, prompts=PROMPTS, is_base=True)
+    metrics = evaluation.summary(found, found, subject)
+    assert ("div" in metrics, "div" in metrics["base"]) == (has_div, has_div)
+    assert found.dino.shape == (4, 25) and metrics["noise_floor"]["class_shift_frechet"] > 0
+
+
+def test_a_shift_of_the_class_counts_above_its_noise_floor(evaluation: PhotoEvaluation):
+    """Of few samples the Fréchet distance is large by chance, and would decide alone."""
+    metrics = {"dino": 0.6, "clip_t": 0.27, "pres": 0.32, "base": {"clip_t": 0.3, "pres": 0.3}}
+    floors = {"noise_floor": {"class_shift_frechet": 0.3}}
+    for shift, lost in ((0.1, 0.02), (0.31, 0.02), (0.5, 0.2)):
+        found = evaluation.score(metrics | floors | {"class_shift_frechet": shift})
+        assert found == pytest.approx(0.6 * 0.9 - lost)
+    assert evaluation.score(metrics) == pytest.approx(0.6 * 0.9 - 0.02)  # without samples of the class
 
 
 @pytest.mark.parametrize(
