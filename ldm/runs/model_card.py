@@ -13,6 +13,7 @@ from ldm.files import atomic_write
 from ldm.reports.metric_rows import BESIDE, metric_rows
 from ldm.reports.render import render
 from ldm.runs.run_facts import TrainingFacts
+from ldm.sampler_nodes import sampler_label
 from ldm.schema import RunConfig
 from ldm.shipped import PACKAGE, find_file
 
@@ -81,7 +82,8 @@ def write_card(folder: Path, config: RunConfig, metrics: Mapping[str, Any], trai
             trigger=trigger,
             pictures=PICTURES if (folder / PICTURES).exists() else "",
             files=files,
-            sampling=f"{samples.sampler}, {samples.steps} steps, guidance {samples.guidance_scale:g}",
+            sampling=f"{sampler_label(samples.sampler)}, {samples.steps} steps, "
+            f"guidance {samples.guidance_scale:g}",
             metrics=cells_of(metrics),
             notes=metrics.get("notes", []),
             facts=facts_of(config, training),

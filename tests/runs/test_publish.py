@@ -115,6 +115,13 @@ def test_the_card_says_what_was_measured_and_nothing_private(tmp_path: Path, con
     assert "Nothing. The run had no evaluation." in bare and "A fine-tune of" in bare
 
 
+def test_a_sampler_of_ones_own_is_called_by_its_name(tmp_path: Path, config: RunConfig):
+    node = {"target": "mine.heavy_ball", "params": {"beta": 0.5}}
+    own = replace(config, samples=replace(config.samples, sampler=node, steps=8, guidance_scale=4.0))
+    card = write_card(leave(tmp_path / "rex"), own, METRICS, TRAINING).read_text(encoding="utf-8")
+    assert "mine.heavy_ball, 8 steps, guidance 4" in card and "beta" not in card
+
+
 def test_every_base_has_a_licence_or_the_card_says_that_it_is_not_known(config: RunConfig):
     for architecture, licence in LICENCES.items():
         assert licence_of(config, {"modelspec.architecture": architecture}) == licence
