@@ -1,7 +1,9 @@
 """Models that read images and text, and answer: any `image-text-to-text` model of transformers."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,12 +25,15 @@ class Rater(Protocol):
 
     name: str
 
+    def placed(self) -> AbstractContextManager[None]:
+        """Within it, it is asked."""
+
     def rating_logits(self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Tensor:
         """Questions, each with its images -> [N, 5] float32: of the answers 0, 1, 2, 3 and 4."""
 
 
 class VisionLanguageModel:
-    """A model and its processor, by a folder or a name on the hub.
+    """A model and its processor, by a folder or a name on the hub; ask it within `placed`.
 
     name: None is Gemma 3 12B where there is a GPU with memory for it, else SmolVLM-500M. The weights are
     bfloat16 on a GPU, else float32. Raises UserError for a model that is gated, absent or of another kind.
@@ -43,9 +48,18 @@ class VisionLanguageModel:
         if lacking := sorted(info["missing_keys"]):
             what = f"{len(lacking)} weights of the model are missing, such as {lacking[0]}"
             raise UserError(what, where=self.name, remedy="Download the whole folder.")
-        self.network = network.to(self.device).eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False)  # on the CPU, see `placed`
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"  # the answer follows the last token
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """With the network on its device; otherwise it is on the CPU, and leaves a training the GPU."""
+        self.network.to(self.device)
+        try:
+            yield
+        finally:
+            self.network.to("cpu")
 
     @torch.inference_mode()
     def rating_logits(self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Tensor:
@@ -89,6 +103,12 @@ class VisionLanguageModel:
             what, remedy = "The model's tokenizer has no tokens of the digits", f"Take {SMOL}."
             raise UserError(what, where=self.name, remedy=remedy)
         return last
+
+
+@cache
+def shared_model(name: str | None = None, *, device: str | None = None) -> VisionLanguageModel:
+    """The model of these arguments, loaded once in a process: a run has several evaluations by one judge."""
+    return VisionLanguageModel(name, device=device)
 
 
 def default_model(device: str) -> str:

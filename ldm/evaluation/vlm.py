@@ -15,14 +15,15 @@ from tqdm import tqdm
 
 from ldm.annotations import NonNegativeFloat, PositiveInt, Seed
 from ldm.data.prompts import read_prompts
-from ldm.diffusion.samplers import SamplerName
+from ldm.diffusion.schedule import Spacing
 from ldm.errors import UserError
 from ldm.evaluation.metrics import bootstrap
 from ldm.evaluation.photos import without
 from ldm.evaluation.protocol import Better, GeneratedImage, Metrics, SubjectPrompts, settings_of, sides_of
-from ldm.evaluation.vision_language import Rater, VisionLanguageModel, expected_rating
+from ldm.evaluation.vision_language import Rater, expected_rating, shared_model
 from ldm.pipeline import Text2Image
 from ldm.precision import Precision
+from ldm.sampler_nodes import SamplerNode
 
 BEST = 4  # rating
 SCALE = "Answer with one number: 0 (not at all), 1 (slightly), 2 (partly), 3 (mostly) or 4 (entirely)."
@@ -64,6 +65,7 @@ class VlmEvaluation:
         prompts: a list in configs/prompts, or a file of one's own.
         seeds: samples of each prompt.
         sampler, steps, guidance_scale: of all samples.
+        spacing: of the steps; None: as suits the sampler.
         guidance_base: the base, not the trained model, predicts for the empty prompt.
         seed: of the first sample.
         precision: of the networks while sampling; "auto" is bf16 on a CUDA device and fp32 elsewhere.
@@ -81,7 +83,8 @@ class VlmEvaluation:
         model: str | None = None,
         prompts: str = "dreambooth-object",
         seeds: PositiveInt = 4,
-        sampler: SamplerName = "ddim",
+        sampler: SamplerNode = "ddim",
+        spacing: Spacing | None = None,
         steps: PositiveInt = 50,
         guidance_scale: NonNegativeFloat = 7.5,
         guidance_base: bool = False,
@@ -99,13 +102,14 @@ class VlmEvaluation:
         self.guidance_base = guidance_base
         self.sampling = {
             "sampler": sampler,
+            "spacing": spacing,
             "steps": steps,
             "guidance_scale": guidance_scale,
             "batch_size": batch_size,
             "precision": precision,
             **sides_of(size),
         }
-        self.rater: Rater = VisionLanguageModel(model, device=device)
+        self.rater: Rater = shared_model(model, device=device)
 
     def unfit(self, photos: Sequence[Image.Image], prompts: SubjectPrompts) -> list[str]:
         """It judges any photographs."""
@@ -170,13 +174,14 @@ class VlmEvaluation:
         """rows: independent ones among the samples, which are in the order of their rows."""
         question = SAME_SUBJECT.format(class_word=prompts.class_word)
         asked = [(question, (photos[i % len(photos)], sample.image)) for i, sample in enumerate(samples)]
-        of_prompt = None
+        told = []
         if samples and all(sample.prompt is not None for sample in samples):
             texts = [without(sample.prompt, prompts.identifier) for sample in samples]
             about = zip(texts, samples, strict=True)
             told = [(SAME_PROMPT.format(prompt=text), (sample.image,)) for text, sample in about]
-            of_prompt = self._ask(told, "is it the prompt?").view(rows, -1)
-        return Ratings(self._ask(asked, "is it the subject?").view(rows, -1), of_prompt)
+        with self.rater.placed():
+            of_prompt = self._ask(told, "is it the prompt?").view(rows, -1) if told else None
+            return Ratings(self._ask(asked, "is it the subject?").view(rows, -1), of_prompt)
 
     def _ask(self, asked: Sequence[tuple[str, Sequence[Image.Image]]], what: str) -> Tensor:
         """Questions with their images -> [N] expected ratings, in batches with a bar."""

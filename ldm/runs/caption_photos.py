@@ -39,7 +39,7 @@ def caption_photos(options: Namespace) -> Path:
         model = VisionLanguageModel(options.model, device=options.device)
         asked = question(options.class_word, style=options.style, language=options.language)
         how = {"asked": asked, "subject": subject, "style": options.style, "batch_size": options.batch_size}
-        with tqdm(total=len(todo), desc="captions", unit="photo") as bar:
+        with model.placed(), tqdm(total=len(todo), desc="captions", unit="photo") as bar:
             for path, caption in write_captions(todo, model, **how):
                 bar.write(f"{path.with_suffix('.txt')}: {caption}")
                 bar.update()

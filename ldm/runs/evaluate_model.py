@@ -33,12 +33,12 @@ from ldm.runs.folder import new_folder
 from ldm.runs.run import write_json
 from ldm.runs.sampling import in_shapes
 from ldm.runs.untrained import base_pipeline
+from ldm.sampler_nodes import sampler_label
 from ldm.schema import RunConfig
 from ldm.shipped import find_file
 from ldm.targets import allow
 
 BASE = "ldm/storybook/assets/base.safetensors"
-BASE_GUIDANCE = 4.0
 SAMPLING = (  # of a run
     "sampler",
     "spacing",
@@ -198,7 +198,8 @@ def table(metrics: Mapping[str, Any]) -> str:
         rows.append((row.name, f"{row.value:.3f}", row.interval, *beside))
     lines = ["{:30}{:>8}{:>18}{:>9}{:>9}{:>9}".format(*row).rstrip() for row in rows]
     if sampling := metrics.get("sampling"):
-        lines.append(", ".join(f"{name} {value}" for name, value in sampling.items() if value is not None))
+        told = {name: sampler_label(how) if name == "sampler" else how for name, how in sampling.items()}
+        lines.append(", ".join(f"{name} {value}" for name, value in told.items() if value is not None))
     return "\n".join(lines)
 
 
@@ -228,9 +229,8 @@ def evaluate_model(options: Namespace) -> None:
     model = None if options.pictures else find_model(given)
     print(f"images: {options.pictures}" if model is None else f"model: {model}")
     if options.captions:
-        evaluation = StorybookEvaluation(
-            steps=options.steps or 25, guidance_scale=options.guidance_scale or BASE_GUIDANCE
-        )
+        asked = {"steps": options.steps, "guidance_scale": options.guidance_scale}
+        evaluation = StorybookEvaluation(**{name: x for name, x in asked.items() if x is not None})
         pipeline = Text2Image.from_file(model, **placement(options, evaluation))
         metrics = evaluation.examine(pipeline, samples=options.captions)
     else:

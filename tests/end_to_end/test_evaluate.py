@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ldm.annotations import Node
 from ldm.commands import evaluate
-from ldm.config import load_config
+from ldm.config import check, load_config
 from ldm.errors import UserError
+from ldm.evaluation import vlm
+from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.runs import evaluate_model
 from ldm.shipped import find_file
 from ldm.storybook.subjects import new_subject, write_subject
@@ -120,6 +125,7 @@ def test_a_model_is_measured_under_the_guidance_of_its_base(folders, monkeypatch
 
 
 SAMPLES = {"sampler": "dpm++2m", "steps": 3, "guidance_scale": 2.0, "guidance_base": True}
+OWN_SAMPLER = {"sampler": {"target": "ldm.diffusion.samplers.euler", "params": {}}, "spacing": "karras"}
 
 
 @pytest.fixture
@@ -176,6 +182,7 @@ def test_networks_are_where_the_options_say(a_run, monkeypatch):
         raise UserError("far enough", where=path)
 
     monkeypatch.setattr(evaluate_model.Text2Image, "from_file", from_file)
+    monkeypatch.setattr(evaluate_model, "base_pipeline", from_file)
     monkeypatch.setattr(evaluate_model, "check_device", lambda device: None)  # as if they were here
     for words in (["--device", "cuda"], ["--device", "cpu"], ["--captions", 2, "--device", "cuda:1"]):
         with pytest.raises(UserError, match="far enough"):
@@ -197,9 +204,62 @@ def test_a_runs_own_evaluation_comes_before_its_samples(a_run):
         evaluate_model.evaluation_of(options, replace(config, evaluation=own)).sampling["sampler"] == "ddim"
     )
     assert evaluate_model.evaluation_of(options, config).sampling["guidance_scale"] == 2.0
-    assert (
-        evaluate_model.evaluation_of(options, None).sampling["guidance_scale"] == evaluate_model.BASE_GUIDANCE
-    )
+    assert evaluate_model.evaluation_of(options, None).sampling["guidance_scale"] == 4.0
+
+
+@pytest.mark.parametrize("target", evaluate_model.METRICS.values())
+def test_every_evaluation_takes_what_a_run_says_of_its_samples(a_run, target):
+    config = OmegaConf.merge(OmegaConf.load(a_run / "config.yaml"), {"samples": OWN_SAMPLER})
+    OmegaConf.save(config, a_run / "config.yaml")
+    params = evaluate_model.sampling_of(evaluate_model.run_config(a_run / "model.safetensors"))
+    assert params["sampler"] == OWN_SAMPLER["sampler"] and params["spacing"] == "karras"
+    check({"evaluation": {"target": target, "params": params}}, {"evaluation": Node})
+
+
+class Even:
+    """A judge that finds all ratings as likely."""
+
+    name = "even"
+
+    def __init__(self, *given: object, **how: object):
+        pass
+
+    def placed(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def rating_logits(self, questions: Sequence[str], images: Sequence) -> torch.Tensor:
+        return torch.zeros(len(questions), 5)
+
+
+def test_a_run_is_rated_by_a_language_model_as_it_samples(a_run, monkeypatch, capsys):
+    """Also by a sampler of one's own, which the table calls by its name."""
+    monkeypatch.setattr(vlm, "shared_model", Even)
+    Path("one.txt").write_text("a {identifier} {class_word}\n")
+    config = OmegaConf.merge(OmegaConf.load(a_run / "config.yaml"), {"samples": OWN_SAMPLER})
+    OmegaConf.save(config, a_run / "config.yaml")
+    run(monkeypatch, "--model", a_run, "--metrics", "vlm", "--prompts", "one.txt", "--seeds", "2")
+    metrics = json.loads((a_run / "evaluation/vlm/metrics.json").read_text())
+    assert metrics["vlm_subject"] == metrics["vlm_prompt"] == 2 and metrics["judge"] == "even"
+    wanted = SAMPLES | OWN_SAMPLER
+    assert {name: metrics["sampling"][name] for name in wanted} == wanted
+    assert "sampler ldm.diffusion.samplers.euler, spacing karras" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, wanted",
+    [((), (25, 4.0)), (("--guidance_scale", 0), (25, 0.0)), (("--steps", 3, "--guidance_scale", 1), (3, 1))],
+)
+def test_captions_are_drawn_as_asked(workdir, monkeypatch, words, wanted):
+    """Guidance 0 is one, and not the default."""
+    asked = []
+
+    def examine(self: StorybookEvaluation, pipeline: object, *, samples: int) -> dict[str, float]:
+        asked.append((self.sampling["steps"], self.sampling["guidance_scale"]))
+        return {"class": 1.0}
+
+    monkeypatch.setattr(StorybookEvaluation, "examine", examine)
+    run(monkeypatch, "--captions", 2, "--out", "here", *words)
+    assert asked == [wanted]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,16 @@ class Scripted:
 
     def __init__(self, name: str | None = None, *, device: str | None = None):
         self.asked: list[tuple[str, int]] = []
+        self.is_placed = False
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        self.is_placed = True
+        yield
+        self.is_placed = False
 
     def rating_logits(self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Tensor:
+        assert self.is_placed
         self.asked += [(text, len(shown)) for text, shown in zip(questions, images, strict=True)]
         return torch.stack([self.one(*pair) for pair in zip(questions, images, strict=True)])
 
@@ -62,7 +71,7 @@ class Scripted:
 
 @pytest.fixture
 def judge(monkeypatch) -> VlmEvaluation:
-    monkeypatch.setattr(vlm, "VisionLanguageModel", Scripted)
+    monkeypatch.setattr(vlm, "shared_model", Scripted)
     return VlmEvaluation(seeds=2, batch_size=3)
 
 
@@ -96,6 +105,7 @@ def test_a_model_and_its_base_are_rated(judge, workdir):
     def pipeline(colour: Image.Image):
         def draw(prompts, *, seeds, **settings):
             assert settings["steps"] == 50 and settings["progress"]
+            assert not judge.rater.is_placed  # while images are drawn
             return [
                 Sample(colour, torch.zeros(1), prompt, seed)
                 for prompt, seed in zip(prompts, seeds, strict=True)
@@ -139,6 +149,26 @@ def test_the_digits_follow_the_beginning_of_the_answer(model, folder):
     digits = [processor.tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(5)]
     found = model.rating_logits(["same?"], [[noise(1)]])
     assert torch.allclose(found[0], logits[digits], atol=1e-5)
+
+
+def test_the_judges_of_a_run_are_one_model_which_leaves_the_gpu(folder, monkeypatch):
+    """As on a GPU: the network goes there to be asked, and back, also after an error."""
+    judges = [VlmEvaluation(model=str(folder), device="cpu", steps=steps) for steps in (5, 50)]
+    model = judges[0].rater
+    assert model is judges[1].rater and model.network.device.type == "cpu"
+    assert vision_language.shared_model(str(folder), device="cpu") is model
+    places: list[str] = []
+    monkeypatch.setattr(model, "device", "cuda")
+    monkeypatch.setattr(model.network, "to", places.append)
+    monkeypatch.setattr(model, "rating_logits", lambda questions, images: torch.zeros(len(questions), 5))
+    samples = [GeneratedImage(RED, "a red dog")] * 5
+    about = {"subject": [RED], "prompts": PROMPTS, "of_class": []}
+    assert judges[0].measure_images(samples, **about)["vlm_subject"] == 2
+    assert places == ["cuda", "cpu"]
+    monkeypatch.setattr(model, "rating_logits", lambda questions, images: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        judges[1].measure_images(samples, **about)
+    assert places == ["cuda", "cpu"] * 2
 
 
 def test_a_model_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch, folder):
@@ -234,6 +264,8 @@ def by_the_sea(monkeypatch: pytest.MonkeyPatch, answered: list[int]) -> None:
     """A model that needs no weights; `answered` gets how many photos it was asked of at a time."""
 
     class Sea:
+        placed = staticmethod(nullcontext)
+
         def __init__(self, name: str | None, *, device: str | None):
             pass
 
