@@ -22,12 +22,14 @@ WINDOWS, MOST_WINDOWS = 7, 25  # after one that is dropped; beyond the least, as
 ROOM = 40  # into so many times the seconds of a window
 LEAST_STEPS = 3  # of the UNet in a window
 ADAMW_BYTES = 32  # a float32 weight: gradient written and read; weight and two moments read and written
+LESS_BY_BF16 = 8  # two moments read and written
 
 
 class Side:
     """One of SIDES, ready to step in a process that nothing else runs in.
 
-    peak_mib: most memory of its first steps, (beyond what the imports took, of the whole process).
+    peak_mib: most memory of its first steps, without that of building the networks: (beyond what the imports
+    took, of the whole process).
     """
 
     def __init__(self, name: str, case: Case, folder: Path, *, device: str, compiled: bool):
@@ -120,7 +122,8 @@ def work(case: Case) -> tuple[int, int]:
         with FlopCounterMode(display=False) as counter:
             module.networks["vae"].decode(x)
         return flops + counter.get_total_flops(), 0
-    return flops, ADAMW_BYTES * sum(p.numel() for p in module.parameters() if p.requires_grad)
+    each = ADAMW_BYTES - (LESS_BY_BF16 if case.moments else 0)
+    return flops, each * sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def compare(case: Case, folder: Path, *, device: str, compiled: bool, seconds: float, best: tuple) -> dict:

@@ -1,5 +1,6 @@
 """One side in its own process: says its peak memory, then how long as many steps as a line asks for take."""
 
+import gc
 import itertools
 import json
 import logging
@@ -16,6 +17,7 @@ from benchmarks import ours
 from benchmarks.cases import Case
 from benchmarks.timing import Answer
 from ldm.engine.device import keep_freed_memory, peak_resident_mib, set_matmul_precision
+from ldm.engine.peak import reset_peak_memory
 
 FIRST_STEPS = 3  # optimizer states are there after one, what the allocator keeps after some more
 
@@ -46,6 +48,8 @@ def main(name: str, case: dict, folder: str, device: str, compiled: bool) -> Non
         import benchmarks.peer  # noqa: F401  (its memory is no part of the step's)
     before = peak_resident_mib()
     side = open_side(name, Case(**case), Path(folder), device=device, compiled=compiled)
+    gc.collect()
+    reset_peak_memory()  # of building the networks
 
     def say(what: object) -> None:
         print(json.dumps(what), file=answers, flush=True)
