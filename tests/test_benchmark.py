@@ -2,6 +2,7 @@
 
 import re
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,8 @@ def test_the_sides_start_from_the_same_networks(folder):
     theirs = peer.Training(TRAIN, folder, device="cpu", best=False)
     counts = [sum(p.numel() for p in side.learning) for side in (mine, theirs)]
     assert counts[0] == counts[1] > 1e7
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    assert not mapped  # whose pages would count as theirs
     x, t = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
     told = mine.module.condition(["a photo of sks dog", "a photo of a dog"])
     with torch.no_grad():
@@ -169,6 +172,7 @@ def test_the_floor_counts_what_learns_and_grows_with_the_batch():
     flops, traffic = work(Case("storybook", "train", 2, text=True))
     learning = ours.Training.of_case(TRAIN, device="cpu").learning
     assert traffic == ADAMW_BYTES * sum(p.numel() for p in learning)
+    assert work(Case("storybook", "train", 2, text=True, moments=True))[1] == 0.75 * traffic
     twice, _ = work(Case("storybook", "train", 4, text=True))
     assert twice == pytest.approx(2 * flops, rel=0.1)
     lean = work(Case("storybook", "train", 2, lora=True))
