@@ -156,10 +156,12 @@ def _without_paths(value: Any) -> Any:
 
 
 def _is_path(value: Any) -> bool:
-    """Whether a value is the path of a file or folder, of this machine or of any."""
+    """Whether a value is the path of a file or folder, of this machine or of any; a bare word is none."""
     if not isinstance(value, str):
         return False
-    return value.startswith(("/", "~")) or PureWindowsPath(value).is_absolute() or os.path.exists(value)
+    if value.startswith(("/", "~")) or PureWindowsPath(value).is_absolute():
+        return True
+    return ("/" in value or "." in value) and os.path.exists(value)
 
 
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:

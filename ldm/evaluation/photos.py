@@ -198,11 +198,9 @@ class PhotoEvaluation:
     def score(self, metrics: Mapping[str, float]) -> float:
         """DINO x CLIP-T, in shares of the base's CLIP-T, minus what the class has lost.
 
-        That is the rise of PRES over the base's, or what of the shift of the class in any direction is above
-        its noise floor if that is more: the distance of few samples is large by chance.
+        That is the rise of PRES over the base's, or the shift of the class in any direction if that is more.
         """
-        base, floors = metrics["base"], metrics.get("noise_floor", {})
-        shift = metrics.get("class_shift_frechet", 0.0) - floors.get("class_shift_frechet", 0.0)
+        base, shift = metrics["base"], metrics.get("class_shift_frechet", 0.0)
         drift = metrics.get("pres", 0.0) - base.get("pres", 0.0)
         return metrics["dino"] * metrics["clip_t"] / base["clip_t"] - max(0.0, drift, shift)
 

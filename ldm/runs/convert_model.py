@@ -74,8 +74,8 @@ def write_tokens(folder: Path, tokens: Mapping[str, Embeddings]) -> None:
     for word, vectors in tokens.items():
         path = folder / f"{file_stem(word)}.safetensors"
         if path.exists() and not is_same(read_embedding(path).get(word), vectors):
-            remedy = "Choose a target in another folder."
-            raise UserError(f"Another embedding of `{word}` is there already", where=path, remedy=remedy)
+            remedy = "Remove the file, or choose a target in another folder."
+            raise UserError("Another embedding is in this file", where=path, remedy=remedy)
         print(save_embedding(folder, word, vectors, metadata={}))
 
 

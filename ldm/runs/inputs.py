@@ -31,6 +31,7 @@ KINDS = {  # field -> how a sentence begins
     "base": "The base model's files",
     "evaluation": "The evaluation's own files",
 }
+WORDS = ("sampler", "spacing", "precision", "device")  # params of an evaluation that name no file
 Hashes = Mapping[str, str]  # name of a file -> its SHA-256
 
 
@@ -158,7 +159,8 @@ def _hash_of(path: Path, stamps: tuple) -> str:
 
 def _of_evaluations(nodes: Collection[Node]) -> dict[str, str]:
     """What params name, files or folders: lists of prompts, a judge, networks -> hash, by that name."""
-    values = [value for node in nodes for value in (node.get("params") or {}).values()]
+    params = [item for node in nodes for item in (node.get("params") or {}).items()]
+    values = [value for name, value in params if name not in WORDS]
     names = [value for value in values if isinstance(value, str) and value]
     found = {name: find_prompts(name) or find_file(name) for name in names}
     return {name: path_sha256(path) for name, path in found.items() if os.path.exists(path)}

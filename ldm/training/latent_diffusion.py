@@ -48,8 +48,8 @@ class LatentDiffusion(LearningNetworks):
         compile: mode in which torch.compile translates the UNet's training graph, at the first step, and at
             the first of each bucket.
         cuda_graph: a step's forward and backward pass are launched as CUDA graphs (`GraphedStep`). None: on a
-            GPU, where one process trains without a fused backward pass, and photos in one bucket; those of
-            each bucket keep their own memory.
+            GPU, where one process trains photos of one bucket (graphs of each keep their own memory), without
+            a fused backward pass, an OFT, or a compile mode that has CUDA graphs itself.
         seed: of the run; all draws follow from it and the item's number.
     """
 

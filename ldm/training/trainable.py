@@ -38,7 +38,8 @@ class Trainable:
         adapter: in a LoRA's place: a DoRA, LoHa, LoKr or OFT, by the package lycoris-lora.
         learned_token: node of a `LearnedToken`: textual inversion, with the networks or, where both are
             switched off, alone. Its vectors are kept in `embeddings/WORD.safetensors`.
-        learning_rate: of the UNet, and of the text encoder where it has none of its own.
+        learning_rate: of the UNet, and of the text encoder where it has none of its own. A UNet of rate 0
+            still has gradients, which `unet: false` spares.
         text_encoder_learning_rate: None is the same, 0 leaves its weights frozen; of SDXL's two also
             {clip_l: 5e-6, clip_g: 0}, where one of rate 0 is frozen.
     """

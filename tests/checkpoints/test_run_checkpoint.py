@@ -112,7 +112,9 @@ def test_a_token_of_another_run_is_not_written_over(tiny_config: dict, tmp_path:
     for name in ("a", "again"):
         convert.main(convert.parse([str(tmp_path / "rex/checkpoints/step-3.ckpt"), f"{targets}/{name}.ckpt"]))
     before = (targets / "embeddings" / "my-v1.5-disc.safetensors").read_bytes()
-    with pytest.raises(UserError, match="Another embedding of `<my-v1.5-disc>` is there.*another folder"):
+    with pytest.raises(
+        UserError, match="Another embedding is in this file .*Remove the file.*another folder"
+    ):
         convert.main(convert.parse([str(checkpoint), f"{targets}/b.ckpt"]))
     assert (targets / "embeddings" / "my-v1.5-disc.safetensors").read_bytes() == before
     assert not (targets / "b.ckpt").exists()

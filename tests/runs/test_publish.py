@@ -79,7 +79,11 @@ def test_the_metadata_has_no_path_wherever_it_stands(
     kept = {
         "name": "dog",
         "data": {"params": {"class_word": "dog", "size": 16}},
-        "samples": {"sampler": "ddim", "prompts": ["a photo of {identifier} {class_word}", "dogs/cats"]},
+        "samples": {
+            "sampler": "ddim",
+            "negative_prompt": "dog",
+            "prompts": ["a photo of {identifier} {class_word}", "dogs/cats"],
+        },
         "evaluation": {"params": {"clip": "openai/clip-vit-base-patch32", "prompts": "dreambooth-object"}},
         "evaluate_also": {"photos": {"target": "ldm.evaluation.photos.PhotoEvaluation", "params": {}}},
         "logger": {"params": {}},
