@@ -18,7 +18,8 @@ class Case:
 
     lean: ours steps the weights in the backward pass, keeps no gradients and computes the two finest levels
     again; diffusers, which has no flag for the former, runs with gradient checkpointing.
-    moments: ours keeps AdamW's moments in bfloat16, for which diffusers has no flag.
+    moments: ours keeps AdamW's moments in bfloat16, for which diffusers has no flag; a lean one computes all
+    levels again, as the preset of 16 GB does.
     """
 
     size: Literal["storybook", "quarter", "sd1"]

@@ -36,8 +36,8 @@ def case_params(case: Case, *, compiled: bool | str = False) -> dict[str, Any]:
         lora = {"target": "ldm.models.lora.LoRA", "params": {"rank": LORA_RANK}}
         params["trainable"] = params["trainable"] | {"lora": lora}
     if case.lean:
-        unet = params["unet"]
-        params["unet"] = unet | {"params": unet["params"] | {"use_checkpoint": RECOMPUTED}}
+        unet, recomputed = params["unet"], True if case.moments else RECOMPUTED
+        params["unet"] = unet | {"params": unet["params"] | {"use_checkpoint": recomputed}}
     return params
 
 
