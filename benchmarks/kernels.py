@@ -25,7 +25,7 @@ from ldm.engine.device import keep_freed_memory
 
 ROUNDS, STEPS = 3, 6  # of each: a window without the profiler, a window with it
 STEP = "step"
-KERNELS = {  # what is listed -> the operators
+NECESSARY = {  # of any implementation: what is listed -> the operators
     "convolution": ("aten::mkldnn_convolution", "aten::convolution_backward"),
     "matrix product": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     "attention": (
@@ -40,11 +40,12 @@ KERNELS = {  # what is listed -> the operators
     ),
     "activation": ("aten::silu", "aten::silu_backward", "aten::gelu", "aten::gelu_backward"),
     "AdamW": ("aten::_fused_adamw_",),
+}
+KERNELS = NECESSARY | {
     "gradient norm": ("aten::linalg_vector_norm",),
     "sums and products of tensors": ("aten::add", "aten::add_", "aten::mul", "aten::mul_", "aten::sum"),
     "copies": ("aten::copy_", "aten::cat", "aten::fill_"),
 }
-NECESSARY = tuple(KERNELS)[:6]  # of any implementation
 
 
 def milliseconds(name: str, case: Case, folder: Path) -> dict[str, float]:

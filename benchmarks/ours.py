@@ -150,8 +150,8 @@ class Training:
 class Sampling:
     """`Text2Image`, from prompts to pictures."""
 
-    def __init__(self, case: Case, *, device: str, compiled: bool | str = False, cuda_graph: bool = True):
-        module = build(case_params(case, compiled=compiled), device=device).requires_grad_(False)
+    def __init__(self, case: Case, *, device: str, cuda_graph: bool = True):
+        module = build(case_params(case), device=device).requires_grad_(False)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         for network in module.networks.values():  # drawn where `export` draws them: the numbers are the same
             network.to("cpu", dtype)

@@ -116,7 +116,7 @@ class Training:
 
 
 class Sampling:
-    def __init__(self, case: Case, folder: Path, *, device: str, best: bool, compiled: bool = False):
+    def __init__(self, case: Case, folder: Path, *, device: str, best: bool):
         self.pipe = load(folder, torch.bfloat16 if device == "cuda" else torch.float32).to(device)
         self.pipe.scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
         self.case = case
@@ -124,8 +124,6 @@ class Sampling:
         if best:
             self.pipe.unet.to(memory_format=torch.channels_last)
             self.pipe.vae.to(memory_format=torch.channels_last)
-        if compiled:
-            self.pipe.unet.compile()
 
     def step(self) -> None:
         seeds = [torch.Generator(self.device).manual_seed(k) for k in range(self.case.batch)]

@@ -27,8 +27,8 @@ class Side(Protocol):
 
 
 def open_side(name: str, case: Case, folder: Path, *, device: str, compiled: bool) -> Side:
-    """ "ours", "script" or "best" (see `benchmarks.peer`), ready to step."""
-    how = {"device": device, "compiled": compiled}
+    """ "ours", "script" or "best" (see `benchmarks.peer`), ready to step; what samples is never compiled."""
+    how = {"device": device} | ({"compiled": compiled} if case.kind == "train" else {})
     if name == "ours":
         return ours.Training.of_case(case, **how) if case.kind == "train" else ours.Sampling(case, **how)
     from benchmarks import peer  # not in the process that measures our memory

@@ -17,8 +17,7 @@ def find_file(name: str | Path) -> Path:
     given = Path(name)
     roots = {"configs": CONFIGS.parent, PACKAGE.name: PACKAGE.parent}
     root = roots.get(given.parts[0]) if given.parts else None
-    if (
-        os.path.exists(given) or root is None or not os.path.exists(root / given)
-    ):  # `Path.exists` raises for names that are too long
+    exists = os.path.exists  # `Path.exists` raises for names that are too long
+    if exists(given) or root is None or not exists(root / given):
         return given
     return root / given

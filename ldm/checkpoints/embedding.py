@@ -32,7 +32,7 @@ def save_embedding(
     folder: str | Path, word: str, vectors: Embeddings, *, metadata: Mapping[str, str]
 ) -> Path:
     """Writes the embeddings of a word in float32 to a file named after it -> its path."""
-    path = Path(folder) / f"{file_stem(word)}.safetensors"
+    path = embedding_file(folder, word)
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(vectors, Tensor):
         vectors = {word if len(vectors) == 1 else SEVERAL: vectors}
@@ -41,6 +41,11 @@ def save_embedding(
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=about)
     return path
+
+
+def embedding_file(folder: str | Path, word: str) -> Path:
+    """Where `save_embedding` writes a word."""
+    return Path(folder) / f"{file_stem(word)}.safetensors"
 
 
 def embeddings_beside(model: Path) -> Path:

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from ldm.engine.device import is_awaited
 from ldm.engine.optimizer_average import OptimizerAverage
 from ldm.errors import UserError
 
@@ -151,8 +152,7 @@ class WeightAverage(pl.Callback):
         if side is not None:
             side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side) if side is not None else nullcontext():
-            awaited = weights[0].device.type != "mps"  # see `AsyncHostCopy`
-            torch._foreach_copy_(self._host_copy, weights, non_blocking=awaited)
+            torch._foreach_copy_(self._host_copy, weights, non_blocking=is_awaited(weights[0].device))
             if side is not None:
                 copied = side.record_event()
         self._copied = copied

@@ -57,6 +57,11 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, size)
 
 
+def is_awaited(device: torch.device) -> bool:
+    """Whether an asynchronous copy to the host can be waited for: MPS has no event here."""
+    return device.type != "mps"
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that a process may still take: of the GPU, or of the machine and the group that limits it."""
     if device.type == "cuda":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ldm.engine.device import is_awaited
 from ldm.engine.gradients import gradient_norm
 from ldm.errors import UserError
 from ldm.randomness import ItemRNG, stream_ids
@@ -42,8 +43,7 @@ class AsyncHostCopy:
     """Asynchronous device-to-host copy; `read` waits for the copy, not for later work of the device."""
 
     def __init__(self, values: Tensor):
-        awaited = values.device.type != "mps"  # which has no event here, so that `read` would come too early
-        self._host = values.detach().to("cpu", non_blocking=awaited)
+        self._host = values.detach().to("cpu", non_blocking=is_awaited(values.device))
         self._copied = torch.cuda.Event() if values.is_cuda else None
         if self._copied is not None:
             self._copied.record()

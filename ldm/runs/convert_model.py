@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ldm.checkpoints.embedding import (
     Embeddings,
+    embedding_file,
     embeddings_beside,
-    file_stem,
     read_embedding,
     save_embedding,
 )
@@ -72,7 +72,7 @@ def described(model: Model, *, title: str) -> dict[str, str]:
 def write_tokens(folder: Path, tokens: Mapping[str, Embeddings]) -> None:
     """Writes learned tokens. Raises UserError for a file of that name with another embedding."""
     for word, vectors in tokens.items():
-        path = folder / f"{file_stem(word)}.safetensors"
+        path = embedding_file(folder, word)
         if path.exists() and not is_same(read_embedding(path).get(word), vectors):
             remedy = "Remove the file, or choose a target in another folder."
             raise UserError("Another embedding is in this file", where=path, remedy=remedy)
