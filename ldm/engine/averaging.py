@@ -106,6 +106,7 @@ class WeightAverage(pl.Callback):
             self._worker.shutdown()
 
     def state_dict(self) -> dict[str, Any]:
+        self._settle()  # Lightning asks for it before `on_save_checkpoint`
         return {"updates": self.updates, "latest_step": self.latest_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

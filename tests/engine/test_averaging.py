@@ -1,5 +1,6 @@
 """The moving average of the weights: Lightning's own to rounding, of what learns alone, exact on resume."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +100,23 @@ def test_an_average_on_another_device_is_the_same(job: Job, tmp_path: Path, monk
             job(tmp_path / "again", callbacks=[At(micro_batch, kill)], ema_decay=DECAY, ema_device="cpu")
     again = job(tmp_path / "again", ema_decay=DECAY, ema_device="cpu")
     assert differences(here.state_dict(), again.state_dict()) == []
+
+
+def test_the_count_of_updates_is_that_of_the_averages(monkeypatch: pytest.MonkeyPatch):
+    """However late the thread is: a checkpoint asks for the count before it asks for the averages."""
+    update = WeightAverage._update
+
+    def late(self: WeightAverage, weights: list[Tensor]) -> None:
+        time.sleep(0.2)
+        update(self, weights)
+
+    apart(monkeypatch)
+    monkeypatch.setattr(WeightAverage, "_update", late)
+    layer = nn.Linear(2, 2)
+    average, trainer = on(layer, decay=DECAY, device="cpu")
+    trainer.global_step = 1
+    average.on_train_batch_end(trainer, layer, None, {}, 0)
+    assert average.state_dict() == {"updates": 1, "latest_step": 1}
 
 
 def test_an_error_in_the_thread_is_raised(monkeypatch: pytest.MonkeyPatch):
