@@ -12,6 +12,7 @@ from benchmarks.timing import Answer, serve, timed_by_callback
 from ldm.checkpoints.infer_config import model_config
 from ldm.checkpoints.save_folder import save_folder
 from ldm.config import instantiate
+from ldm.engine.gradients import FreeGradients
 from ldm.models.text_encoder import load_tokenizer
 from ldm.optim.optimizer_nodes import FUSED_BACKWARD, OptimizerNode, steps_in_backward
 from ldm.pipeline import Text2Image
@@ -138,7 +139,7 @@ class Training:
             precision=self.precision,
             gradient_clip_val=self.clip,
             max_epochs=-1,
-            callbacks=[OffloadVAE(), timed_by_callback(counts, answer, device=self.device)],
+            callbacks=[FreeGradients(), OffloadVAE(), timed_by_callback(counts, answer, device=self.device)],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

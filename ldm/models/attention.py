@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.conditioning import Conditioning
+from ldm.models.conv1x1 import Conv1x1
 from ldm.models.group_norm import GroupNorm
 
 
@@ -128,7 +129,7 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.use_linear = use_linear
         self.norm = GroupNorm(num_groups, channels, eps=1e-6)
-        projection = nn.Linear if use_linear else partial(nn.Conv2d, kernel_size=1)
+        projection = nn.Linear if use_linear else partial(Conv1x1, kernel_size=1)
         self.proj_in = projection(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(channels, num_heads=num_heads, context_dim=context_dim)

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.annotations import PositiveFloat, PositiveInt
+from ldm.models.conv1x1 import Conv1x1
 from ldm.models.group_norm import GroupNorm
 from ldm.models.widths import check_widths
 
@@ -55,7 +56,7 @@ class ResnetBlock(nn.Module):
         self.norm2 = GroupNorm(num_groups, out_channels, eps=1e-6, silu=True)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+            self.nin_shortcut = Conv1x1(in_channels, out_channels, 1)
         else:
             self.nin_shortcut = nn.Identity()
 
@@ -71,10 +72,10 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int, *, num_groups: int):
         super().__init__()
         self.norm = GroupNorm(num_groups, channels, eps=1e-6)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q = Conv1x1(channels, channels, 1)
+        self.k = Conv1x1(channels, channels, 1)
+        self.v = Conv1x1(channels, channels, 1)
+        self.proj_out = Conv1x1(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
@@ -212,8 +213,8 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(
             z_channels, in_channels, widths=widths, num_blocks=num_res_blocks + 1, num_groups=num_groups
         )
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.quant_conv = Conv1x1(2 * z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = Conv1x1(embed_dim, z_channels, 1)
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def encode(self, x: Tensor) -> DiagonalGaussian:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.models.attention import repeat_batch
+from ldm.models.conv1x1 import conv1x1
 
 
 class Product(Protocol):
@@ -104,10 +105,12 @@ class LoRALayer(SideLayer):
         """The layer's input -> the low-rank update of its output."""
         down, up = (factor.to(x.dtype) for factor in self.factors())
         if self.window is None:
-            thin = F.linear(self._masked(F.linear(x, down), -1), up)
+            wide = F.linear(self._masked(F.linear(x, down), -1), up)
         else:
-            thin = F.conv2d(self._masked(F.conv2d(x, down, **self.window), 1), up)
-        return thin * (self.alpha / self.rank)
+            is_1x1 = down[0, 0].numel() == 1
+            thin = conv1x1(x, down) if is_1x1 else F.conv2d(x, down, **self.window)
+            wide = conv1x1(self._masked(thin, 1), up)
+        return wide * (self.alpha / self.rank)
 
     def _masked(self, thin: Tensor, dim: int) -> Tensor:
         """thin: [n, ..., R, ...], ranks in `dim` -> the same without the ranks that the timesteps lack."""

@@ -19,6 +19,7 @@ from ldm.models.attention import (
     zero_init,
 )
 from ldm.models.conditioning import Conditioning, index_tensor
+from ldm.models.conv1x1 import Conv1x1
 from ldm.models.group_norm import GroupNorm, fuse
 from ldm.models.widths import check_widths, depth_of_levels
 
@@ -56,7 +57,7 @@ class ResBlock(nn.Module):
             zero_init(conv3x3(out_channels, out_channels)),
         )
         if in_channels != out_channels:
-            self.skip_connection = nn.Conv2d(in_channels, out_channels, 1)
+            self.skip_connection = Conv1x1(in_channels, out_channels, 1)
         else:
             self.skip_connection = nn.Identity()
 
