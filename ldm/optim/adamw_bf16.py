@@ -101,29 +101,35 @@ class AdamWBF16(Optimizer):
         return state
 
     def _update(self, bucket: Sequence[Piece], group: Group, t: int) -> None:
-        """Loshchilov and Hutter 2019, algorithm 2, of pieces of one dtype at step t."""
-        means = [piece.of(self.state[piece.parameter]["exp_avg"]) for piece in bucket]
-        squares = [piece.of(self.state[piece.parameter]["exp_avg_sq"]) for piece in bucket]
-        weights = [piece.of(piece.parameter) for piece in bucket]
-        gradient, mean, square, weight = (
-            _joined(parts) for parts in ([piece.gradient for piece in bucket], means, squares, weights)
+        """Loshchilov and Hutter 2019, algorithm 2, of pieces of one dtype at step t, by torch's kernel."""
+        kept = {name: [piece.of(self.state[piece.parameter][name]) for piece in bucket] for name in MOMENTS}
+        kept["weight"] = [piece.of(piece.parameter) for piece in bucket]
+        wide = {purpose: _float32(parts) for purpose, parts in kept.items()}
+        device = bucket[0].parameter.device
+        torch._fused_adamw_(
+            wide["weight"],
+            _float32([piece.gradient for piece in bucket]),
+            wide["exp_avg"],
+            wide["exp_avg_sq"],
+            [],
+            [torch.full((), float(t), device=device)] * len(bucket),
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=self.grad_scale,
         )
-        if self.grad_scale is not None:
-            gradient = gradient / self.grad_scale.float()
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        mean.lerp_(gradient, 1 - beta1)
-        square.lerp_(gradient.square(), 1 - beta2)
-        weight.mul_(1 - lr * group["weight_decay"])
-        scale = (square / (1 - beta2**t)).sqrt_().add_(group["eps"])
-        weight.addcdiv_(mean, scale, value=-lr / (1 - beta1**t))
-        for purpose, kept, exact in (
-            ("mean", means, mean),
-            ("square", squares, square),
-            ("weight", weights, weight),
-        ):
-            if kept[0].dtype == torch.bfloat16:
-                exact = stochastically_rounded_(exact, self._rounding.draws(purpose, t, bucket, exact.device))
-            torch._foreach_copy_(kept, exact.split([len(part) for part in kept]))
+        for purpose, parts in kept.items():
+            exact = wide[purpose]
+            if parts[0].dtype == torch.bfloat16:
+                draws = self._rounding.draws(purpose, t, bucket, device)
+                joined = exact[0].as_strided(draws.shape, (1,))
+                exact = stochastically_rounded_(joined, draws).split([len(part) for part in parts])
+            if exact is not parts:
+                torch._foreach_copy_(parts, exact)
 
 
 class AdamWBF16Moments(AdamWBF16):
@@ -207,6 +213,9 @@ def stochastically_rounded_(exact: Tensor, draws: Tensor) -> Tensor:
     return bits.view(torch.bfloat16)[UPPER::2]
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Parts [n_i] -> one float32 tensor [sum of n_i] that shares no memory with them."""
-    return torch.cat(parts).float() if len(parts) > 1 else parts[0].to(torch.float32, copy=True)
+def _float32(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Parts [n_i], themselves if they are float32, else copies one after the other in one piece of memory."""
+    if parts[0].dtype == torch.float32:
+        return parts
+    joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return joined.float().split([len(part) for part in parts])

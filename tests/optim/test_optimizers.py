@@ -14,7 +14,7 @@ from ldm.annotations import Node
 from ldm.config import check
 from ldm.errors import UserError
 from ldm.optim import adamw_bf16, fused_backward
-from ldm.optim.adamw_bf16 import AdamWBF16, Rounding, buckets, stochastically_rounded_
+from ldm.optim.adamw_bf16 import AdamWBF16, AdamWBF16Moments, Rounding, buckets, stochastically_rounded_
 from ldm.optim.fused_adamw import FusedAdamW
 from ldm.optim.lion import Lion
 from ldm.optim.optimizer_nodes import SHORT, OptimizerName, OptimizerNode, averages_weights
@@ -264,6 +264,14 @@ def test_bf16_is_adamw_with_its_result_rounded():
         theirs.step()
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_weights_of_any_dtype_learn_with_bf16_moments(dtype: torch.dtype):
+    weight = nn.Parameter(torch.ones(3, 40, dtype=dtype))
+    weight.grad = torch.full_like(weight, 5.0)
+    AdamWBF16Moments([{"params": [weight], "lr": 0.125}], weight_decay=0.0).step()
+    torch.testing.assert_close(weight.detach(), torch.full_like(weight, 0.875), rtol=4e-3, atol=0)
 
 
 def test_rounding_is_decided_by_seed_step_purpose_and_place():
