@@ -12,6 +12,7 @@ from ldm.errors import UserError
 from ldm.models.adapter import Adapter
 from ldm.models.conditioning import Conditioning
 from ldm.optim.optimizer_nodes import steps_in_backward
+from ldm.schema import TrainerOptions
 from ldm.training.masks import masked_inputs
 from ldm.training.techniques import Reference
 
@@ -92,11 +93,19 @@ def hindrance(module: pl.LightningModule, *, processes: int = 1) -> str | None:
     return None
 
 
-def check_cuda_graph(module: pl.LightningModule, *, processes: int = 1) -> None:
+def check_cuda_graph(
+    module: pl.LightningModule, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1
+) -> None:
     """Raises UserError if `module.cuda_graph` asks for graphs that cannot be."""
     what = hindrance(module, processes=processes)
+    if isinstance(trainer, TrainerOptions) and not _has_cuda(trainer):
+        what = "CUDA graphs need an NVIDIA GPU, and this run has none"
     if module.cuda_graph and what is not None:
         raise UserError(what, where="model.params.cuda_graph", remedy="Set it to false.")
+
+
+def _has_cuda(options: TrainerOptions) -> bool:
+    return options.accelerator not in ("cpu", "mps") and torch.cuda.is_available()
 
 
 def graphed_loss(

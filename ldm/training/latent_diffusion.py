@@ -102,7 +102,7 @@ class LatentDiffusion(LearningNetworks):
 
     def check(self, trainer: TrainerOptions | pl.Trainer, *, processes: int = 1) -> None:
         super().check(trainer, processes=processes)
-        check_cuda_graph(self, processes=processes)
+        check_cuda_graph(self, trainer, processes=processes)
 
     def on_train_start(self) -> None:
         """Contexts of other weights, and ids on another device, are forgotten."""

@@ -168,7 +168,7 @@ def test_without_being_asked_several_buckets_have_no_graphs(
     ],
 )
 def test_graphs_that_would_train_nothing_are_refused(
-    tiny_config: dict, params: dict, processes: int, told: str
+    tiny_config: dict, monkeypatch: pytest.MonkeyPatch, params: dict, processes: int, told: str
 ):
     """Their gradients reach no hook, or they hold other graphs; without being asked there are none."""
     trainer = TrainerOptions(max_steps=1, gradient_clip_val=None)
@@ -178,8 +178,21 @@ def test_graphs_that_would_train_nothing_are_refused(
     on_gpu = SimpleNamespace(world_size=processes, datamodule=None)
     assert not uses_cuda_graph(module, on_gpu)
     module.cuda_graph = True
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match=rf"{told} \(model.params.cuda_graph\). Set it to false."):
         module.check(trainer, processes=processes)
+
+
+@pytest.mark.parametrize("accelerator, cuda", [("cpu", True), ("auto", False), ("mps", False)])
+def test_graphs_without_a_gpu_are_refused(
+    tiny_config: dict, monkeypatch: pytest.MonkeyPatch, accelerator: str, cuda: bool
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    module, trainer = build_module(tiny_config), TrainerOptions(max_steps=1, accelerator=accelerator)
+    module.check(trainer)
+    module.cuda_graph = True
+    with pytest.raises(UserError, match=r"need an NVIDIA GPU.*\(model.params.cuda_graph\). Set it to false."):
+        module.check(trainer)
 
 
 def test_values_of_a_step_outlive_the_next(
