@@ -38,8 +38,6 @@ from ldm.sampler_nodes import SamplerNode, build_sampler, sampler_label, samplin
 
 log = logging.getLogger(__name__)
 
-DECODED_CELLS = 32 * 32  # at once at most, unless one image has more
-
 
 class Sample(NamedTuple):
     image: Image.Image
@@ -269,11 +267,10 @@ class Text2Image:
         return torch.cat(noise).to(placement(self.unet)[0])
 
     def _decode(self, latents: Tensor) -> list[Image.Image]:
-        """[B, C, h, w] -> B images. Large ones are decoded one by one: batches only take more memory."""
+        """[B, C, h, w] -> B images, decoded one by one: batches take more memory and hardly less time."""
         place = placement(self.vae)
-        at_once = max(DECODED_CELLS // latents[0, 0].numel(), 1)
         with vae_precision(self.unet, placement(self.vae)[0]):
-            pixels = torch.cat([self.vae.decode(z.to(*place)).float() for z in latents.split(at_once)])
+            pixels = torch.cat([self.vae.decode(one.to(*place)).float() for one in latents.split(1)])
         if not pixels.isfinite().all():
             log.warning("An image has values that are not finite: try fp32 or bf16")
         levels = ((pixels.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

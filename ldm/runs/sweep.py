@@ -21,10 +21,11 @@ class Sweep(Grid):
 
     variants: overrides of each; claim: what the paper or others say; finding: what the metrics show; made_at:
     commit and machine of its runs; metrics: columns of the table; frontier: two of them, plotted against each
-    other; baseline: the variant that the others are compared with, by default the first; pictures: one of the
-    samples' prompts, whose images are shown side by side; only: the subjects of a variant that is not for
-    all; at: a metric and the values at which a run's curve is read, in place of its end; extracted: the ranks
-    of the LoRAs that are extracted from the models of a variant, and measured too.
+    other; baseline: the variant that the others are compared with, by default the first; baseline_sampling:
+    in its place, of `evaluate_also`, that with which each variant's other samplings are compared; pictures:
+    one of the samples' prompts, whose images are shown side by side; only: the subjects of a variant that is
+    not for all; at: a metric and the values at which a run's curve is read, in place of its end; extracted:
+    the ranks of the LoRAs that are extracted from the models of a variant, and measured too.
     """
 
     KIND: ClassVar[str] = "study"
@@ -36,6 +37,7 @@ class Sweep(Grid):
     metrics: Sequence[str] = METRICS
     frontier: Sequence[str] = ()
     baseline: str = ""
+    baseline_sampling: str = ""
     pictures: str = ""
     only: Mapping[str, Sequence[str]] = field(default_factory=dict)
     at: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -56,6 +58,9 @@ class Sweep(Grid):
             if name not in self.variants:
                 remedy = f"Choose one of {', '.join(self.variants)}."
                 raise UserError(f"`{name}` of `{key}` is not a variant", where=path, remedy=remedy)
+        if self.baseline and self.baseline_sampling:
+            what = "`baseline` and `baseline_sampling` are two answers to one question"
+            raise UserError(what, where=path, remedy="Take one of them off.")
         for variant, subjects in self.only.items():
             for name in subjects or [""]:
                 if name not in self.subjects:
@@ -82,7 +87,10 @@ def name_of_lora(variant: str, rank: int) -> str:
 
 
 def baselines_of(sweep: Sweep, rows: Sequence[str]) -> dict[str, str]:
-    """Row of the table -> the baseline's row under the same sampling, for the rows of all other variants."""
+    """Row of the table -> the row that it is compared with.
+
+    That is the baseline's under the same sampling, or its own variant's under `baseline_sampling`.
+    """
     baseline = sweep.baseline or next(iter(sweep.variants))
     longest_first = sorted(sweep.variants, key=len, reverse=True)
     loras = {name_of_lora(variant, rank) for variant, ranks in sweep.extracted.items() for rank in ranks}
@@ -92,11 +100,14 @@ def baselines_of(sweep: Sweep, rows: Sequence[str]) -> dict[str, str]:
             found[row] = baseline
             continue
         variant = next(name for name in longest_first if row == name or row.startswith(f"{name}, "))
-        if variant != baseline:
-            how = row.removeprefix(variant)
-            group = next((g for g in sweep.groups if how == f", {g}" or how.startswith(f", {g}, ")), None)
-            found[row] = baseline + (how if group is None else how.removeprefix(f", {group}"))
-    return found
+        how = row.removeprefix(variant)
+        group = next((g for g in sweep.groups if how == f", {g}" or how.startswith(f", {g}, ")), None)
+        together = "" if group is None else f", {group}"
+        if sweep.baseline_sampling:
+            found[row] = f"{variant}{together}, {sweep.baseline_sampling}"
+        elif variant != baseline:
+            found[row] = baseline + how.removeprefix(together)
+    return {row: partner for row, partner in found.items() if row != partner}
 
 
 def names_of_rows(sweep: Sweep, job: Job) -> list[str]:

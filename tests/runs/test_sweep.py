@@ -16,7 +16,7 @@ from ldm.errors import UserError
 from ldm.reports import sweep_page, sweep_plots
 from ldm.runs import sweep_results as study
 from ldm.runs.grid import better_of, identity
-from ldm.runs.sweep import baselines_of, jobs_of, name_of_lora, read_sweep
+from ldm.runs.sweep import baselines_of, jobs_of, name_of_lora, names_of_rows, read_sweep
 from ldm.storybook.world import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -279,6 +279,18 @@ def test_each_sampling_is_compared_with_the_baselines_own(workdir: Path):
     assert baselines_of(sweep, rows) == {"off": "off, long", "off, guidance 4": "off, long, guidance 4"}
     with pytest.raises(UserError, match="`on` of `baseline` is not a variant"):
         read_sweep(write(workdir, variants=variants, baseline="on"))
+
+
+def test_samplings_of_a_variant_are_compared_with_one_of_them(workdir: Path):
+    also = ["evaluate_also={fine: {steps: 50}, coarse: {steps: 2}}"]
+    given = {"set": also, "variants": {"on": []}}
+    sweep = read_sweep(write(workdir, baseline_sampling="fine", **given))
+    expected = {"on": "on, fine", "on, coarse": "on, fine"}
+    assert baselines_of(sweep, names_of_rows(sweep, jobs_of(sweep)[0])) == expected
+    with pytest.raises(UserError, match="`on` is compared with `on, finest`, which has no runs of"):
+        jobs_of(read_sweep(write(workdir, baseline_sampling="finest", **given)))
+    with pytest.raises(UserError, match="Take one of them off"):
+        read_sweep(write(workdir, baseline_sampling="fine", baseline="on", **given))
 
 
 def test_images_stand_side_by_side(workdir: Path):
