@@ -78,7 +78,7 @@ def test_a_run_goes_on_with_the_masks_that_it_began_with(subject_folder: Path, t
     begin(allow=True)
 
 
-def test_the_planned_study_of_masks_is_a_study(monkeypatch: pytest.MonkeyPatch):
+def test_the_arms_of_the_study_of_masks_are_masked(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     sweep = read_sweep("configs/studies/masks.yaml")
     jobs = {name: sweep.job(name, "dog", 23, overrides) for name, overrides in sweep.variants.items()}
