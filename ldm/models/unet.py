@@ -12,12 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.annotations import PositiveInt
 from ldm.errors import UserError
-from ldm.models.attention import (
-    BasicTransformerBlock,
-    SpatialTransformer,
-    repeat_batch,
-    zero_init,
-)
+from ldm.models.attention import BasicTransformerBlock, SpatialTransformer, repeat_batch, zero_init
 from ldm.models.conditioning import Conditioning, index_tensor
 from ldm.models.conv1x1 import Conv1x1
 from ldm.models.group_norm import GroupNorm, fuse
