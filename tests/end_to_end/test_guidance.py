@@ -1,12 +1,10 @@
-"""Where nothing holds the empty prompt it moves to the subject, and under guidance the class flees."""
+"""Where a teacher holds the empty prompt, it and the guided prediction for the class move less."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from ldm.evaluation.storybook import ClassImages, StorybookEvaluation
-from ldm.evaluation.storybook_limits import pixels_of
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import Text2Image
 from ldm.runs.job import run_job
@@ -42,25 +40,15 @@ def moved(model: Text2Image, base: Text2Image, *, guidance_scale: float) -> floa
     return float((guided[0] - guided[1]).norm() / guided[1].norm())
 
 
-def dogs(draw: Text2Image, evaluation: StorybookEvaluation) -> ClassImages:
-    """What the judge sees in images of the class at guidance 4."""
-    how = {"sampler": "dpm++2m", "steps": 8, "guidance_scale": 4.0, "batch_size": 16}
-    samples = draw(["a photo of a dog"] * 16, seeds=range(16), **how)
-    images = [sample.image for sample in samples]
-    return ClassImages(evaluation.read(images), evaluation.judge.features(pixels_of(images)))
-
-
 @pytest.mark.skipif(not BASE.exists(), reason="the storybook's base is not in this checkout")
-def test_a_held_empty_prompt_keeps_the_class_under_guidance(workdir: Path):
+def test_a_held_empty_prompt_moves_less_and_so_does_the_class_under_guidance(workdir: Path):
     files = {"loose": trained("noise"), "held": trained("teacher, held")}
-    base, evaluation = Text2Image.from_file(BASE), StorybookEvaluation()
+    base = Text2Image.from_file(BASE)
     models = {name: Text2Image.from_file(file) for name, file in files.items()}
-    with torch.no_grad():
-        distance = {name: moved(model, base, guidance_scale=4.0) for name, model in models.items()}
-    assert distance["held"] < 0.9 * distance["loose"]
-    reference = dogs(base, evaluation)
-    shift = {name: dogs(model, evaluation).shift(reference) for name, model in models.items()}
-    assert shift["held"]["class_shift_frechet"] < shift["loose"]["class_shift_frechet"]
+    for scale in (0.0, 2.0):  # at 0 it is the prediction for the empty prompt
+        with torch.no_grad():
+            distance = {name: moved(model, base, guidance_scale=scale) for name, model in models.items()}
+        assert distance["held"] < 0.85 * distance["loose"], (scale, distance)
 
 
 def test_the_study_has_the_arms_that_its_page_tells_of(workdir: Path):

@@ -12,7 +12,7 @@ from ldm.errors import UserError
 from ldm.models.adapter import Adapter
 from ldm.models.lora import lora_off
 from ldm.runs.memory import estimate
-from ldm.schema import RunConfig
+from ldm.schema import RunConfig, TrainerOptions
 from ldm.training.cuda_graph import check_cuda_graph
 from ldm.training.latent_diffusion import LatentDiffusion
 from tests.factories import TAUGHT, build_module, run_config
@@ -105,8 +105,9 @@ def test_what_cannot_be_is_refused(tiny_config: dict, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="A loha has no factor"):
         Adapter(kind="loha", factor=2)
     module = build_module(tiny_config, trainable={"adapter": {"kind": "oft"}}, cuda_graph=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="OFT.*CUDA graph"):
-        check_cuda_graph(module)
+        check_cuda_graph(module, TrainerOptions(max_steps=1))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="lycoris-lora, which is not installed.*pip install"):
         Adapter(kind="loha")
