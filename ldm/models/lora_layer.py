@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.models.attention import repeat_batch
-from ldm.models.conv1x1 import conv1x1
+from ldm.models.conv1x1 import Conv1x1, conv1x1
 
 
 class Product(Protocol):
@@ -22,6 +23,17 @@ class Product(Protocol):
 
     def product(self) -> Tensor:
         """[out, in * kernel] in float32."""
+
+
+def multiplication_of(layer: nn.Linear | nn.Conv2d) -> Callable[[Tensor, Tensor], Tensor]:
+    """How a layer multiplies: its input, a weight of its kernel size -> its output without bias."""
+    match layer:
+        case nn.Linear():
+            return F.linear
+        case Conv1x1():
+            return conv1x1
+        case _:
+            return partial(F.conv2d, stride=layer.stride, padding=layer.padding)
 
 
 class SideLayer(nn.Module, ABC):
@@ -52,9 +64,7 @@ class WeightChange(SideLayer):
 
     def __init__(self, layer: nn.Linear | nn.Conv2d):
         super().__init__(layer)
-        self.window = {}
-        if isinstance(layer, nn.Conv2d):
-            self.window = {"stride": layer.stride, "padding": layer.padding}
+        self.multiply = multiplication_of(layer)
 
     @abstractmethod
     def change(self) -> Tensor:
@@ -64,8 +74,7 @@ class WeightChange(SideLayer):
         return self.change().square().sum()
 
     def forward(self, x: Tensor) -> Tensor:
-        change = self.change().to(x.dtype)
-        return F.conv2d(x, change, **self.window) if self.window else F.linear(x, change)
+        return self.multiply(x, self.change().to(x.dtype))
 
 
 class FixedChange(WeightChange):
@@ -95,7 +104,7 @@ class LoRALayer(SideLayer):
         self.down = nn.Parameter(torch.empty(rank, inside, *kernel))
         self.up = nn.Parameter(torch.zeros(outside, rank, *[1] * len(kernel)))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # the default of Linear and Conv2d
-        self.window = {"stride": layer.stride, "padding": layer.padding} if kernel else None
+        self.multiply = multiplication_of(layer)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Down [R, in, ...] and up [out, R, ...], whose product times alpha / rank is the update."""
@@ -104,13 +113,8 @@ class LoRALayer(SideLayer):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's input -> the low-rank update of its output."""
         down, up = (factor.to(x.dtype) for factor in self.factors())
-        if self.window is None:
-            wide = F.linear(self._masked(F.linear(x, down), -1), up)
-        else:
-            is_1x1 = down[0, 0].numel() == 1
-            thin = conv1x1(x, down) if is_1x1 else F.conv2d(x, down, **self.window)
-            wide = conv1x1(self._masked(thin, 1), up)
-        return wide * (self.alpha / self.rank)
+        ranks, widen = (-1, F.linear) if down.ndim == 2 else (1, conv1x1)
+        return widen(self._masked(self.multiply(x, down), ranks), up) * (self.alpha / self.rank)
 
     def _masked(self, thin: Tensor, dim: int) -> Tensor:
         """thin: [n, ..., R, ...], ranks in `dim` -> the same without the ranks that the timesteps lack."""
