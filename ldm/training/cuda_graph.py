@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ldm.cuda_graph import Recorder, capture
+from ldm.engine.device import device_of
 from ldm.errors import UserError
 from ldm.models.adapter import Adapter
 from ldm.models.conditioning import Conditioning
@@ -98,14 +99,10 @@ def check_cuda_graph(
 ) -> None:
     """Raises UserError if `module.cuda_graph` asks for graphs that cannot be."""
     what = hindrance(module, processes=processes)
-    if isinstance(trainer, TrainerOptions) and not _has_cuda(trainer):
+    if isinstance(trainer, TrainerOptions) and device_of(trainer).type != "cuda":
         what = "CUDA graphs need an NVIDIA GPU, and this run has none"
     if module.cuda_graph and what is not None:
         raise UserError(what, where="model.params.cuda_graph", remedy="Set it to false.")
-
-
-def _has_cuda(options: TrainerOptions) -> bool:
-    return options.accelerator not in ("cpu", "mps") and torch.cuda.is_available()
 
 
 def graphed_loss(
