@@ -45,10 +45,10 @@ def test_a_held_empty_prompt_moves_less_and_so_does_the_class_under_guidance(wor
     files = {"loose": trained("noise"), "held": trained("teacher, held")}
     base = Text2Image.from_file(BASE)
     models = {name: Text2Image.from_file(file) for name, file in files.items()}
-    for scale in (0.0, 2.0):  # at 0 it is the prediction for the empty prompt
+    for scale, bound in ((0.0, 0.85), (2.0, 0.85), (4.0, 0.9)):  # at 0 it is that for the empty prompt
         with torch.no_grad():
             distance = {name: moved(model, base, guidance_scale=scale) for name, model in models.items()}
-        assert distance["held"] < 0.85 * distance["loose"], (scale, distance)
+        assert distance["held"] < bound * distance["loose"], (scale, distance)
 
 
 def test_the_study_has_the_arms_that_its_page_tells_of(workdir: Path):

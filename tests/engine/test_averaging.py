@@ -102,6 +102,19 @@ def test_an_average_on_another_device_is_the_same(job: Job, tmp_path: Path, monk
     assert differences(here.state_dict(), again.state_dict()) == []
 
 
+def after_a_step(
+    monkeypatch: pytest.MonkeyPatch, update: Callable[[WeightAverage, list[Tensor]], None]
+) -> tuple[WeightAverage, Steps, nn.Module]:
+    """An average apart from the weights, which its thread begins to update so; its trainer and module."""
+    apart(monkeypatch)
+    monkeypatch.setattr(WeightAverage, "_update", update)
+    layer = nn.Linear(2, 2)
+    average, trainer = on(layer, decay=DECAY, device="cpu")
+    trainer.global_step = 1
+    average.on_train_batch_end(trainer, layer, None, {}, 0)
+    return average, trainer, layer
+
+
 def test_the_count_of_updates_is_that_of_the_averages(monkeypatch: pytest.MonkeyPatch):
     """However late the thread is: a checkpoint asks for the count before it asks for the averages."""
     update = WeightAverage._update
@@ -110,12 +123,7 @@ def test_the_count_of_updates_is_that_of_the_averages(monkeypatch: pytest.Monkey
         time.sleep(0.2)
         update(self, weights)
 
-    apart(monkeypatch)
-    monkeypatch.setattr(WeightAverage, "_update", late)
-    layer = nn.Linear(2, 2)
-    average, trainer = on(layer, decay=DECAY, device="cpu")
-    trainer.global_step = 1
-    average.on_train_batch_end(trainer, layer, None, {}, 0)
+    average, *_ = after_a_step(monkeypatch, late)
     assert average.state_dict() == {"updates": 1, "latest_step": 1}
 
 
@@ -123,12 +131,7 @@ def test_an_error_in_the_thread_is_raised(monkeypatch: pytest.MonkeyPatch):
     def fail(self: WeightAverage, weights: list[Tensor]) -> None:
         raise MemoryError("no room")
 
-    apart(monkeypatch)
-    monkeypatch.setattr(WeightAverage, "_update", fail)
-    layer = nn.Linear(2, 2)
-    average, trainer = on(layer, decay=DECAY, device="cpu")
-    trainer.global_step = 1
-    average.on_train_batch_end(trainer, layer, None, {}, 0)
+    average, trainer, layer = after_a_step(monkeypatch, fail)
     with pytest.raises(MemoryError, match="no room"):
         average.on_save_checkpoint(trainer, layer, {"state_dict": {}})
 
