@@ -154,8 +154,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def require_space(folder: Path, needed: int, *, what: str) -> None:
-    """Raises UserError if fewer than `needed` bytes are free."""
-    free = shutil.disk_usage(folder).free
+    """Raises UserError if fewer than `needed` bytes are free where a folder is, or is to be made."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
     if free < needed:
         what = f"The disk has {free / 2**30:.2f} GiB free, {what} would take {needed / 2**30:.2f} GiB"
         raise UserError(what, where=folder.resolve(), remedy="Free some space, or choose another folder.")

@@ -15,7 +15,7 @@ from ldm.config import save_config
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.reports.curves import Curve, read_curves
 from ldm.runs import grid, run
-from ldm.runs.folder import MARKER, folder_of
+from ldm.runs.folder import LOGS, MARKER, folder_to_resume, new_folder
 from ldm.schema import FitConfig, RunConfig, TrainerOptions
 from ldm.training.latent_diffusion import LatentDiffusion
 from tests.factories import build_module, run_config
@@ -156,7 +156,8 @@ class ScriptedRuns:
     length: int = 4
 
     def __call__(self, config: RunConfig, resume: str, *, watch: Callable | None = None) -> None:
-        folder = folder_of(config.container, resume, allow_config_change=False)
+        found = folder_to_resume(config.container, resume, allow_config_change=False)
+        folder = found or new_folder(LOGS / config.name)
         save_config(config.source, folder / "config.yaml")
         (folder / MARKER).touch()
         kept = folder / "checkpoints" / "rows.json"

@@ -17,25 +17,29 @@ from ldm.runs.find_run import find_run
 
 log = logging.getLogger(__name__)
 
+LOGS = Path("logs")
 LONGEST_NAME = 250  # bytes that file systems take (255), less the number of a run of the same name
 MARKER = ".unfinished"  # exists until the run is finished; locked by the process that works on it
 
 
-def folder_of(
-    container: Mapping[str, Any], resume: str | None, *, allow_config_change: bool, logs: Path = Path("logs")
-) -> Path:
-    """The folder of a new run, or of the run to `resume`, whose config must be this one.
+def folder_to_resume(
+    container: Mapping[str, Any], resume: str | None, *, allow_config_change: bool, logs: Path = LOGS
+) -> Path | None:
+    """The folder of the run to `resume`, whose config must be this one; None for a new run.
 
-    "auto" resumes the newest unfinished run of the config's name that no process works on, else begins one.
+    "auto" resumes the newest unfinished run of the config's name that no process works on, if there is one.
     """
-    wanted = logs / container["name"]
-    found = find_unfinished(wanted) if resume == "auto" else resume and find_run(resume, logs=logs)
-    if not found:
-        return new_folder(wanted)
-    kept = found / "config.yaml"
-    if kept.exists():
-        check_changes(to_container(load_config([kept])), container, allowed=allow_config_change, run=found)
+    if not resume:
+        return None
+    found = find_unfinished(container["name"], logs=logs) if resume == "auto" else find_run(resume, logs=logs)
+    if found and (kept := _config_in(found)) is not None:
+        check_changes(kept, container, allowed=allow_config_change, run=found)
     return found
+
+
+def _config_in(folder: Path) -> dict[str, Any] | None:
+    kept = folder / "config.yaml"
+    return to_container(load_config([kept])) if kept.exists() else None
 
 
 def check_name(name: str) -> None:
@@ -81,11 +85,14 @@ def claimed(folder: Path) -> Iterator[None]:
         (folder / MARKER).unlink()
 
 
-def find_unfinished(wanted: Path) -> Path | None:
-    """The most recent unfinished run `wanted` or `wanted-N` that no process works on."""
-    name = re.compile(re.escape(wanted.name) + r"(-\d+)?")
-    markers = [path for path in wanted.parent.glob(f"*/{MARKER}") if name.fullmatch(path.parent.name)]
+def find_unfinished(name: str, *, logs: Path = LOGS) -> Path | None:
+    """The most recent unfinished run of a name that no process works on, in the folder NAME or NAME-N."""
+    wanted = logs / name
+    own = re.compile(re.escape(wanted.name) + r"(-\d+)?")
+    markers = [path for path in wanted.parent.glob(f"*/{MARKER}") if own.fullmatch(path.parent.name)]
     for marker in sorted(markers, key=lambda path: path.stat().st_mtime, reverse=True):
+        if (_config_in(marker.parent) or {}).get("name", name) != name:
+            continue  # another run, whose own name ends in a number
         with marker.open("a") as file:
             if try_lock(file):
                 return marker.parent

@@ -19,7 +19,7 @@ from ldm.runs.buckets import bucket_lines
 from ldm.runs.callbacks import ThroughputLogger
 from ldm.runs.console import TrainingBar
 from ldm.runs.dreambooth import DreamBoothRun
-from ldm.runs.folder import claimed, folder_of
+from ldm.runs.folder import LOGS, claimed, folder_to_resume, new_folder
 from ldm.runs.inputs import keep_inputs
 from ldm.runs.memory import encoding, estimate, report
 from ldm.runs.online_eval import Watch
@@ -44,15 +44,16 @@ def run_job(
     online evaluation, and what it raises ends the run, unfinished.
     """
     config = replace(config, trainer=distributed.join(config.trainer))
-    data = validate(config)
+    resumed = distributed.on_rank0_broadcast(
+        lambda: folder_to_resume(config.container, resume, allow_config_change=allow_config_change)
+    )
+    data = validate(config, run_folder=resumed)
     if config.is_dreambooth:
         config = with_checkpointing_chosen(config, device_of(config.trainer))
     pl.seed_everything(config.seed, verbose=False)
     keep_freed_memory()
     set_matmul_precision(config.matmul_precision)
-    folder = distributed.on_rank0_broadcast(
-        lambda: folder_of(config.container, resume, allow_config_change=allow_config_change)
-    )
+    folder = resumed or distributed.on_rank0_broadcast(lambda: new_folder(LOGS / config.name))
     with claimed(folder) if distributed.rank() == 0 else nullcontext():
         if distributed.rank() == 0:
             save_config(config.source, folder / "config.yaml")

@@ -27,6 +27,7 @@ from ldm.optim.optimizer_nodes import averages_weights, steps_in_backward
 from ldm.optim.sizes import checkpoint_bytes, state_bytes
 from ldm.runs.before_after import evaluation_nodes
 from ldm.runs.buckets import build_data
+from ldm.runs.disk import checkpoints_to_come
 from ldm.schema import RunConfig
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.techniques import AUTOCAST, cast_by_autocast
@@ -248,11 +249,12 @@ def _saving(
 
 
 def _disk(config: RunConfig, module: LatentDiffusion, data: DreamBoothDataModule) -> dict[str, int]:
-    """Bytes of the run's files; a checkpoint that is being written stands beside those that are kept."""
-    kept, drawn = config.checkpoints_kept, data.num_priors * len(data.generated_classes)
-    checkpoint = checkpoint_bytes(module, averaged=config.ema_decay is not None)
+    """Bytes of the run's files, at most."""
+    drawn = data.num_priors * len(data.generated_classes)
+    count = checkpoints_to_come(config, evaluate_every=config.online_eval.every_steps)
     return {
-        f"checkpoints ({kept} + 1)": (kept + 1) * checkpoint,
+        f"checkpoints, at most {count}": count
+        * checkpoint_bytes(module, averaged=config.ema_decay is not None),
         "model file": WIDTHS[config.export.dtype] * sum(p.numel() for p in module.parameters()),
         "prior images, at most": drawn * 3 * data.size**2,
     }

@@ -37,9 +37,9 @@ from ldm.engine.sharding import fsdp_replica
 from ldm.engine.signals import StopSignals
 from ldm.engine.step_log import StepOfLogs
 from ldm.errors import UserError
-from ldm.files import atomic_write, make_folder, parse_json, require_space
+from ldm.files import atomic_write, make_folder, parse_json
 from ldm.optim.optimizer_nodes import averages_weights, optimizer_of
-from ldm.optim.sizes import checkpoint_bytes
+from ldm.runs.disk import require_checkpoint_space
 from ldm.runs.inputs import base_hash
 from ldm.runs.online_eval import OnlineEvalCallback
 from ldm.schema import FitConfig, RunConfig
@@ -139,9 +139,8 @@ def fit(
     data.start_step = resume_from(module, last, max_steps=config.trainer.max_steps) if last else 0
     if data.start_step == config.trainer.max_steps:
         return
-    averaged, keep = config.ema_decay is not None, config.checkpoints_kept
-    bytes_needed = (keep + 1) * checkpoint_bytes(module, averaged=averaged)
-    require_space(folder, bytes_needed, what="a run's checkpoints")
+    evaluate_every, keep = online_eval.config.every_steps if online_eval else 0, config.checkpoints_kept
+    require_checkpoint_space(config, module, run=folder, evaluate_every=evaluate_every)
     with StopSignals() as stop, fsdp_replica(module, config.trainer) as (learner, trainer):
         core = _core_callbacks(kept, stop, online_eval, every=config.checkpoint_every, keep=keep)
         by_optimizer = averages_weights(optimizer_of(module))

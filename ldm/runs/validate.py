@@ -30,7 +30,6 @@ from ldm.families.family import Family
 from ldm.families.known import family_of
 from ldm.families.sdxl.conditioning import vector_width, warn_of_small_side
 from ldm.families.sdxl.family import SDXL
-from ldm.files import require_space
 from ldm.optim.optimizer_nodes import averages_weights, optimizer_of
 from ldm.optim.optimizers import rounds_stochastically
 from ldm.optim.schedules import Constant
@@ -39,8 +38,8 @@ from ldm.runs import run
 from ldm.runs.base_agreement import check_agreement, without_scale
 from ldm.runs.before_after import evaluation_nodes
 from ldm.runs.buckets import build_data, check_unit
-from ldm.runs.folder import check_name
-from ldm.runs.memory import checkpoint_bytes
+from ldm.runs.disk import require_checkpoint_space
+from ldm.runs.folder import LOGS, check_name
 from ldm.runs.objective_check import check_objective
 from ldm.runs.online_eval import check_online_eval
 from ldm.runs.prompts import check_prompts
@@ -61,10 +60,12 @@ LOGGERS = {  # class of a logger -> the package that it needs
 }
 
 
-def validate(config: RunConfig, *, download: bool = True) -> pl.LightningDataModule:
+def validate(
+    config: RunConfig, *, download: bool = True, run_folder: Path | None = None
+) -> pl.LightningDataModule:
     """Raises UserError for a config whose run cannot end well on this machine -> its data, which is read.
 
-    A base of the hub is downloaded when all else is right; `download` false only asks for its size.
+    run_folder: of the run that goes on, whose checkpoints are there. A base of the hub is downloaded when all else is right; `download` false only asks for its size.
     """
     check_name(config.name)
     distributed.check_devices(config.trainer)
@@ -87,8 +88,8 @@ def validate(config: RunConfig, *, download: bool = True) -> pl.LightningDataMod
     else:
         data = instantiate(config.data)
         _check_other_run(config)
-    needed = (config.checkpoints_kept + 1) * checkpoint_bytes(module, averaged=config.ema_decay is not None)
-    require_space(Path(), needed, what="a run's checkpoints")
+    every = config.online_eval.every_steps
+    require_checkpoint_space(config, module, run=run_folder or LOGS / config.name, evaluate_every=every)
     vocabulary = _check_bases(config, module, bases, download=download)
     if config.is_dreambooth:
         check_prompts(config, module, data, vocabulary, download=download)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import UserError
-from ldm.runs.folder import MARKER, claimed, find_unfinished, folder_of, new_folder
+from ldm.runs.folder import MARKER, claimed, find_unfinished, folder_to_resume, new_folder
 
 HOLD = """
 import sys, pathlib
@@ -54,21 +54,21 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path: Path, caplog: 
         with pytest.raises(UserError, match="Another process is working on this run"), claimed(folder):
             raise AssertionError("two processes are in one run")
         with caplog.at_level(logging.INFO):
-            assert find_unfinished(tmp_path / "run") is None
+            assert find_unfinished("run", logs=tmp_path) is None
         assert "another process is working on it" in caplog.text
-    assert find_unfinished(tmp_path / "run") == folder
+    assert find_unfinished("run", logs=tmp_path) == folder
     (folder / ".model.safetensors.abc.tmp").write_bytes(b"half")
     with claimed(folder):
         assert not list(folder.glob("*.tmp"))
         assert (folder / MARKER).exists()
-    assert not (folder / MARKER).exists() and find_unfinished(tmp_path / "run") is None
+    assert not (folder / MARKER).exists() and find_unfinished("run", logs=tmp_path) is None
 
 
 def test_an_error_leaves_the_run_unfinished(tmp_path: Path):
     folder = new_folder(tmp_path / "run")
     with pytest.raises(ZeroDivisionError), claimed(folder):
         raise ZeroDivisionError
-    assert find_unfinished(tmp_path / "run") == folder
+    assert find_unfinished("run", logs=tmp_path) == folder
 
 
 def test_auto_takes_the_run_last_worked_on_of_just_this_name(tmp_path: Path):
@@ -77,21 +77,35 @@ def test_auto_takes_the_run_last_worked_on_of_just_this_name(tmp_path: Path):
         (tmp_path / name).mkdir()
         (tmp_path / name / MARKER).touch()
         os.utime(tmp_path / name / MARKER, (now - age, now - age))
-    assert find_unfinished(tmp_path / "run").name == "run-2"
+    assert find_unfinished("run", logs=tmp_path).name == "run-2"
     (tmp_path / "run-2" / MARKER).unlink()
-    assert find_unfinished(tmp_path / "run").name == "run"
+    assert find_unfinished("run", logs=tmp_path).name == "run"
 
 
 def test_resuming_with_another_config_says_what_changed(tmp_path: Path):
     plain = {"name": "run", "seed": 5}
-    first = folder_of(plain, None, allow_config_change=False, logs=tmp_path)
+    first = new_folder(tmp_path / "run")
     (first / "config.yaml").write_text("name: run\nseed: 5\n")
     (first / MARKER).touch()
     same = {"allow_config_change": False, "logs": tmp_path}
-    assert folder_of(plain, "auto", **same) == folder_of(plain, str(first), **same) == first
+    for resume in ("auto", str(first)):
+        assert folder_to_resume(plain, resume, **same) == first
     for resume in ("auto", str(first)):
         with pytest.raises(UserError, match="seed: 5 -> 6.*--allow_config_change"):
-            folder_of(plain | {"seed": 6}, resume, **same)
-    assert folder_of(plain | {"seed": 6}, "auto", allow_config_change=True, logs=tmp_path) == first
-    assert folder_of(plain, None, **same).name == "run-2"
-    assert folder_of({"name": "new"}, "auto", **same).name == "new"
+            folder_to_resume(plain | {"seed": 6}, resume, **same)
+    assert folder_to_resume(plain | {"seed": 6}, "auto", allow_config_change=True, logs=tmp_path) == first
+    assert folder_to_resume(plain, None, **same) is None and new_folder(tmp_path / "run").name == "run-2"
+    assert folder_to_resume({"name": "new"}, "auto", **same) is None
+
+
+def test_auto_leaves_another_run_whose_own_name_ends_in_a_number(tmp_path: Path):
+    """Numbered by this repo, or so named: the config tells."""
+    for folder, name in (("rex-2", "rex-2"), ("rex-3", "rex")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / MARKER).touch()
+        (tmp_path / folder / "config.yaml").write_text(f"name: {name}\n")
+    os.utime(tmp_path / "rex-2" / MARKER, (time.time() + 9, time.time() + 9))  # the newest
+    assert find_unfinished("rex", logs=tmp_path).name == "rex-3"
+    assert find_unfinished("rex-2", logs=tmp_path).name == "rex-2"
+    (tmp_path / "rex-3" / MARKER).unlink()
+    assert find_unfinished("rex", logs=tmp_path) is None

@@ -15,7 +15,8 @@ from ldm.engine.peak import PeakBytes
 from ldm.optim.optimizer_nodes import steps_in_backward
 from ldm.optim.optimizers import build_optimizer
 from ldm.optim.sizes import BLOCK, checkpoint_bytes, state_bytes
-from ldm.runs import run
+from ldm.runs import disk as disk_space
+from ldm.runs.disk import checkpoints_to_come
 from ldm.runs.memory import MIB, encoding, estimate, report
 from ldm.schema import RunConfig
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -182,17 +183,15 @@ def test_files_and_averages(tiny_config: dict):
     assert "vae" in estimate(online)[0]
     weights = sum(t.nbytes for t in module.state_dict().values())
     states = sum(need.states for need in needs.values())
-    assert disk["checkpoints (2 + 1)"] == 3 * (weights + states)
+    count = checkpoints_to_come(config, evaluate_every=0)
+    assert disk[f"checkpoints, at most {count}"] == count * (weights + states)
     learning = 4 * sum(p.numel() for p in module.parameters() if p.requires_grad)
     averaged, files = estimate(replace(config, ema_decay=0.99))
     assert averaged["average"].total == averaged["average"].weights == learning < weights
-    assert files["checkpoints (2 + 1)"] == 3 * (weights + learning + states)
+    assert files[f"checkpoints, at most {count}"] == count * (weights + learning + states)
     assert "average" not in estimate(replace(config, ema_decay=0.99, ema_device="cpu"))[0]
     assert estimate(config_of(tiny_config, data={"cache_latents": False}))[0]["vae"].weights > 0
-    kept = estimate(replace(config, checkpoints_kept=1))[1]
-    assert (
-        kept["checkpoints (1 + 1)"] == 2 * (weights + states) == 2 * checkpoint_bytes(module, averaged=False)
-    )
+    assert weights + states == checkpoint_bytes(module, averaged=False)
     assert f"{sum(need.total for need in needs.values()) / MIB:,.1f}" in report(needs, disk)
 
 
@@ -275,15 +274,14 @@ def test_the_disk_that_a_plan_names_and_a_run_asks_for_is_what_a_checkpoint_take
     job: Job, tiny_config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params: dict, ema_decay
 ):
     asked: list[int] = []
-    monkeypatch.setattr(run, "require_space", lambda folder, needed, what: asked.append(needed))
-    job.steps = 1
-    job(tmp_path, params=params, ema_decay=ema_decay, checkpoints_kept=3)
-    config = replace(config_of(tiny_config, **params), ema_decay=ema_decay, checkpoints_kept=3)
-    assert asked == [estimate(config)[1]["checkpoints (3 + 1)"]]
+    monkeypatch.setattr(disk_space, "require_space", lambda folder, needed, what: asked.append(needed))
+    job.steps, rare = 1, {"ema_decay": ema_decay, "checkpoint_every": 10**6}
+    job(tmp_path, params=params, **rare)
+    assert asked == [estimate(replace(config_of(tiny_config, **params), **rare))[1]["checkpoints, at most 1"]]
     state = state_of(tmp_path, 1)
     states = [v for s in state["optimizer_states"][0]["state"].values() for v in s.values()]
     held = [*state["state_dict"].values(), *state.get("current_model_state", {}).values(), *states]
     tensors = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if torch.is_tensor(t)
     }
-    assert asked[0] == 4 * sum(tensors.values())
+    assert asked[0] == sum(tensors.values())
