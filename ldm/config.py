@@ -54,6 +54,9 @@ def _merged(paths: Sequence[str | Path], dotlist: Sequence[str], literals: Mappi
         for update in _read(Path(path)).values():
             config = OmegaConf.merge(_without_old_params(config, update), update)
     for key, value in literals.items():
+        update = OmegaConf.create()
+        OmegaConf.update(update, key, escaped(value))
+        config = _without_old_params(config, update)
         OmegaConf.update(config, key, escaped(value))
     for item in dotlist:
         key, equals, value = item.partition("=")

@@ -42,7 +42,7 @@ class ModelFile:
         names: Collection[str] = tuple(PREFIXES),
         vae: str | Path | None = None,
     ):
-        check_device(device)
+        use_device(device)
         self.path = local_path(path)
         self.device = device
         self.model = open_model(self.path, vae=vae, config=config)
@@ -149,10 +149,15 @@ def _model_params(config: Mapping[str, Any], *, where: object) -> Mapping[str, A
     return params
 
 
-def check_device(device: str | torch.device) -> None:
-    """Raises UserError for a device that is not here."""
+def use_device(device: str | torch.device) -> None:
+    """Makes a GPU that has a number the process's own: kernels that are told no device run there.
+
+    Raises UserError for a device that is not here.
+    """
     try:
-        torch.empty(0, device=device)
+        place = torch.empty(0, device=device).device
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
     except (RuntimeError, AssertionError) as error:  # unknown, not compiled in, or absent
         reason = str(error).splitlines()[0]
         raise UserError(f"The device {device} cannot be used: {reason}", remedy="Try cpu.") from error

@@ -307,6 +307,10 @@ def test_another_class_brings_its_own_params(tmp_path: Path):
         assert load_config([one], [whole]).node == wanted
         apart = [f"node.target={target}", "node.params.foreach=true"]
         assert load_config([one], apart).node == wanted
+        node = {"target": target, "params": {"foreach": True}}
+        literals = {"node.target": target, "node.params.foreach": True}
+        for values in ({"node": node}, literals):
+            assert load_config([one], literals=values).node == wanted
 
 
 def test_a_subclass_has_the_parameters_that_it_passes_on():

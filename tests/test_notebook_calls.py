@@ -1,5 +1,6 @@
 """Text2Image as one writes it in a notebook."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,18 @@ def test_a_string_is_one_prompt_and_seeds_count_from_0(pipeline, prompts, seeds,
 def test_lists_that_do_not_go_together_are_still_refused(pipeline):
     with pytest.raises(ValueError, match="2 prompts do not go with 1 seeds"):
         pipeline(["a dog", "a cat"], seeds=[1], **SHORT)
+
+
+def test_the_newest_run_is_found_at_either_depth_and_a_studys_runs_are_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no finished run under logs/"):
+        find_model()
+    for age, name in enumerate(("study-rates/low--dog--23", "pets/rex", "rex")):
+        model = Path("logs", name, "model.safetensors")
+        model.parent.mkdir(parents=True)
+        model.touch()
+        os.utime(model, (1e9 - age, 1e9 - age))
+    assert find_model() == Path("logs/pets/rex/model.safetensors")
 
 
 def test_a_runs_folder_is_a_model(tiny_model_file: Path, tmp_path: Path):

@@ -19,7 +19,9 @@ def find_model(path: Path | None = None) -> Path:
         raise UserError("The run has no model yet", where=path, remedy=remedy)
     if path is not None:
         return path
-    runs = sorted(Path("logs").glob("*/model.safetensors"), key=lambda file: file.stat().st_mtime)
+    found = [*Path("logs").glob("*/model.safetensors"), *Path("logs").glob("*/*/model.safetensors")]
+    alone = [file for file in found if not file.parent.match("*-*/*--*--*")]  # not of a study's many runs
+    runs = sorted(alone, key=lambda file: file.stat().st_mtime)
     if not runs:
         raise UserError("There is no finished run under logs/", remedy="Name a file or a run with --model.")
     return runs[-1]

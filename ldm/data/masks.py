@@ -93,7 +93,8 @@ def masks_by_name(folder: Path, *, of_masks_alone: bool = False) -> dict[str, li
 
 def masks_of(photo: Path, named: Mapping[str, Sequence[Path]]) -> list[Path]:
     """The masks of a photo, by its stem and by its name. named: of `masks_by_name`."""
-    return [file for name in (photo.stem, photo.name) for file in named.get(name, ())]
+    names = dict.fromkeys((photo.stem, photo.name))  # one for a photo without a suffix
+    return [file for name in names for file in named.get(name, ())]
 
 
 def has_alpha(path: Path) -> bool:

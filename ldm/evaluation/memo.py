@@ -31,7 +31,7 @@ class ImageMemo:
 
 
 class MemoPipeline:
-    """A pipeline that generates only images that are not in the memo."""
+    """A pipeline that generates only images that are not in the memo, by the defaults of `Text2Image`."""
 
     def __init__(self, pipeline: Text2Image, memo: ImageMemo):
         self.pipeline = pipeline
@@ -42,11 +42,13 @@ class MemoPipeline:
         prompts: Sequence[str],
         *,
         seeds: Sequence[int],
-        batch_size: int,
+        guidance_scale: float = 7.5,
+        batch_size: int = 8,
         progress: bool = False,
         **how: Any,
     ) -> list[GeneratedImage]:
-        guided = how["guidance_scale"] != 1 and self.pipeline.guidance_base is not None
+        how["guidance_scale"] = guidance_scale
+        guided = guidance_scale != 1 and self.pipeline.guidance_base is not None
         settings = repr((guided, self.pipeline.default_size, *sorted(how.items())))
         keys = [(prompt, seed, settings) for prompt, seed in zip(prompts, seeds, strict=True)]
         found = {key: self.memo.images[key] for key in keys if key in self.memo.images}

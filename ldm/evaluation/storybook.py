@@ -106,7 +106,7 @@ class Measurement:
     def intervals(self, base: "Measurement") -> dict[str, Interval]:
         """95 % intervals over seeds; both models' samples of the class have the same seeds: they are paired.
 
-        Diversity and shift have none: a resample repeats samples, which biases distances.
+        One seed has none; diversity and shift have none: a resample repeats samples, which biases distances.
         """
         rows = {
             "subject_fidelity": self.fidelity,
@@ -114,7 +114,11 @@ class Measurement:
             "class_drift": self.carries - base.carries,
         }
         rows |= {} if self.leaks is None else {"background_leak": self.leaks}
-        return {name: bootstrap(values) for name, values in rows.items()}
+        return _intervals(rows)
+
+
+def _intervals(values: Mapping[str, Tensor]) -> dict[str, Interval]:
+    return {name: bootstrap(rows) for name, rows in values.items() if len(rows) > 1}
 
 
 def _shifts(one: Mapping[str, ClassImages], other: Mapping[str, ClassImages]) -> dict[str, float]:
@@ -299,8 +303,7 @@ class StorybookEvaluation:
             values["class_carries_subject"] = carries_subject(read, subject.attributes)
             metrics["class_diversity"] = round(diversity(self.judge.features(of_class_pixels)), 4)
         metrics |= {name: round(float(rows.mean()), 4) for name, rows in values.items()}
-        intervals = {name: bootstrap(rows) for name, rows in values.items()}
-        return {**metrics, "intervals": intervals, "ceiling": {"subject_fidelity": subject.ceiling}}
+        return {**metrics, "intervals": _intervals(values), "ceiling": {"subject_fidelity": subject.ceiling}}
 
     def examine(self, pipeline: Text2Image, *, samples: int) -> dict[str, float]:
         """Quality of a base: samples of full captions of unseen scenes -> accuracy, by attribute."""

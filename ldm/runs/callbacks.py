@@ -16,6 +16,7 @@ from ldm.data.buckets import Shape
 from ldm.engine.averaging import evaluated_weights
 from ldm.engine.device import peak_memory_mib, temporarily_on
 from ldm.engine.gradients import gradient_norm
+from ldm.engine.step_log import is_logged
 from ldm.files import make_folder
 from ldm.pipeline import Text2Image
 from ldm.runs.sampling import generate_samples
@@ -92,7 +93,7 @@ class LogFirstStepTime(pl.Callback):
 
 
 class ThroughputLogger(pl.Callback):
-    """Logs images/s, peak memory (MiB) and the gradient norm before clipping, every `log_every_n_steps`."""
+    """Logs images/s, peak memory (MiB) and the gradient norm before clipping, at steps that are written."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.since, self.images = time.perf_counter(), 0
@@ -105,7 +106,7 @@ class ThroughputLogger(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps:
+        if not is_logged(module):
             return
         now, norm = time.perf_counter(), gradient_norm(trainer, optimizer)
         if norm is not None:

@@ -22,7 +22,7 @@ from ldm.evaluation.protocol import Evaluation
 from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.evaluation.subjects import JudgedSubjects
 from ldm.files import atomic_write, make_folder
-from ldm.model_file import check_device
+from ldm.model_file import use_device
 from ldm.pipeline import Text2Image
 from ldm.precision import resolve_precision
 from ldm.reports.metric_rows import BESIDE, metric_rows
@@ -185,7 +185,7 @@ def base_of(options: Namespace, config: RunConfig | None, **placed: Any) -> Text
 def placement(options: Namespace, evaluation: Evaluation) -> dict[str, Any]:
     """Device and dtype of the networks: of the options, else the first GPU, in the evaluation's precision."""
     device = options.device or DEVICE
-    check_device(device)
+    use_device(device)
     precision = resolve_precision(evaluation.sampling.get("precision", "auto"), device)
     return {"device": device, "dtype": DTYPES[precision]}
 

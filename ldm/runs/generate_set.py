@@ -6,6 +6,7 @@ from pathlib import Path
 from ldm.engine import distributed
 from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
 from ldm.errors import UserError
+from ldm.model_file import use_device
 from ldm.runs.sampling import generate_priors, prior_sets, text2image
 from ldm.runs.untrained import load_untrained
 from ldm.runs.validate import validate
@@ -17,6 +18,7 @@ def generate_set(config: RunConfig) -> list[Path]:
     keep_freed_memory()
     trainer = distributed.join(config.trainer)
     data = validate(replace(config, trainer=trainer))
+    use_device(device_of(trainer))
     if not config.is_dreambooth or not data.generated_classes:
         raise UserError("This config has no prior images to generate", where="data.params.num_priors")
     module, base_hash = load_untrained(config)

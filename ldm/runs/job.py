@@ -13,6 +13,7 @@ from ldm.config import instantiate, param_of, save_config
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.engine import distributed
 from ldm.engine.device import device_of, keep_freed_memory, set_matmul_precision
+from ldm.model_file import use_device
 from ldm.runs import run
 from ldm.runs.before_after import evaluation_nodes
 from ldm.runs.buckets import bucket_lines
@@ -48,6 +49,7 @@ def run_job(
         lambda: folder_to_resume(config.container, resume, allow_config_change=allow_config_change)
     )
     data = validate(config, run_folder=resumed)
+    use_device(device_of(config.trainer))
     if config.is_dreambooth:
         config = with_checkpointing_chosen(config, device_of(config.trainer))
     pl.seed_everything(config.seed, verbose=False)

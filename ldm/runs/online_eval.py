@@ -6,6 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from ldm.config import param_of
 from ldm.engine.device import temporarily_on
 from ldm.errors import UserError
 from ldm.runs.before_after import BeforeAfterEvaluation
@@ -73,7 +74,7 @@ def best_of(rows: Sequence[Mapping[str, float]]) -> int:
 
 
 def check_online_eval(config: RunConfig) -> None:
-    """Refuses evaluations that would never happen, and weights that are chosen by them."""
+    """Raises UserError for evaluations that never happen, where something is chosen or ended by them too."""
     every = config.online_eval.every_steps
     if config.export.weights == "best" and not 0 < every <= config.trainer.max_steps:
         remedy = "Set online_eval.every_steps, at most trainer.max_steps, or export.weights=last."
@@ -84,6 +85,14 @@ def check_online_eval(config: RunConfig) -> None:
     if not config.evaluation:
         remedy = "Add one, or set online_eval.every_steps=0."
         raise UserError("Online evaluation needs an `evaluation`", where="online_eval", remedy=remedy)
+    if not param_of(config.data, "validation_batches"):
+        what = "Online evaluation follows the validation, and there is none"
+        remedy = "Set data.params.validation_batches=1 or more, or online_eval.every_steps=0."
+        raise UserError(what, where="data.params.validation_batches", remedy=remedy)
+    if config.online_eval.early_stop and every > config.trainer.max_steps:
+        what = f"The first evaluation is after {every} steps, and the training has {config.trainer.max_steps}"
+        remedy = "Set online_eval.every_steps, at most trainer.max_steps, or online_eval.early_stop=0."
+        raise UserError(what, where="online_eval.early_stop", remedy=remedy)
     trainer = config.trainer
     interval, accumulate = trainer.val_check_interval or 0, trainer.accumulate_grad_batches
     if interval < accumulate or every * accumulate % interval:

@@ -158,8 +158,9 @@ def jobs_of(sweep: Sweep) -> list[Job]:
             remedy = f"Choose one of {', '.join(job.config.samples.prompts)}."
             what = f"`{sweep.pictures}` is not sampled by `{job.variant}`"
             raise UserError(what, where=f"{sweep.name}: pictures", remedy=remedy)
-        if sweep.at and not job.config.online_eval.every_steps:
-            what, remedy = f"`{job.variant}` keeps no curve to read", "Set online_eval.every_steps."
+        if sweep.at and not 0 < job.config.online_eval.every_steps <= job.config.trainer.max_steps:
+            what = f"`{job.variant}` keeps no curve to read"
+            remedy = "Set online_eval.every_steps, at most trainer.max_steps."
             raise UserError(what, where=f"{sweep.name}: at", remedy=remedy)
         if sweep.extracted.get(job.variant) and not is_full(job.config):
             what, remedy = f"`{job.variant}` is no full training from one base", "Name variants that are."

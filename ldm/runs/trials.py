@@ -328,7 +328,7 @@ class Worker:
 
     def _time_left(self) -> str:
         taken = [result.seconds for result in self.trials.results() if result.state != "unfinished"]
-        left = self.search.trials - len(taken)
+        left = max(1, self.search.trials - len(taken))  # one, where no more are to begin than have ended
         if not taken:
             return ""
         return f"about {duration(mean(taken) * left / min(self.processes, left))} left"

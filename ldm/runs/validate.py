@@ -65,7 +65,8 @@ def validate(
 ) -> pl.LightningDataModule:
     """Raises UserError for a config whose run cannot end well on this machine -> its data, which is read.
 
-    run_folder: of the run that goes on, whose checkpoints are there. A base of the hub is downloaded when all else is right; `download` false only asks for its size.
+    run_folder: of a run that goes on, whose checkpoints are there. A base of the hub is downloaded when all
+    else is right; `download` false only asks for its size.
     """
     check_name(config.name)
     distributed.check_devices(config.trainer)

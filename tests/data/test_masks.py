@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ldm.data.concepts import ConceptConfig
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import formats, list_images
-from ldm.data.masks import area_average, find_masks
+from ldm.data.masks import area_average, find_masks, masks_of
 from ldm.errors import UserError
 from tests.data.test_dreambooth import items, noise, ready
 
@@ -143,6 +143,14 @@ def off_centre(folder: Path) -> None:
 
 def more(folder: Path) -> None:
     Image.new("L", (13, 8), 255).save(folder / "1-masklabel.png")
+
+
+def test_a_photo_without_a_suffix_has_one_mask(tmp_path: Path):
+    """Its stem is its name."""
+    mask = tmp_path / "IMG_1.mask.png"
+    assert masks_of(tmp_path / "IMG_1", {"IMG_1": [mask]}) == [mask]
+    both = {"1": [mask], "1.jpg": [tmp_path / "1.jpg.png"]}
+    assert masks_of(tmp_path / "1.jpg", both) == [mask, tmp_path / "1.jpg.png"]
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -183,7 +183,7 @@ def test_networks_are_where_the_options_say(a_run, monkeypatch):
 
     monkeypatch.setattr(evaluate_model.Text2Image, "from_file", from_file)
     monkeypatch.setattr(evaluate_model, "base_pipeline", from_file)
-    monkeypatch.setattr(evaluate_model, "check_device", lambda device: None)  # as if they were here
+    monkeypatch.setattr(evaluate_model, "use_device", lambda device: None)  # as if they were here
     for words in (["--device", "cuda"], ["--device", "cpu"], ["--captions", 2, "--device", "cuda:1"]):
         with pytest.raises(UserError, match="far enough"):
             run(monkeypatch, "--model", a_run, *FEW, "--base", "b.safetensors", *words)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 
+from ldm.runs.callbacks import ThroughputLogger
 from ldm.training import latent_diffusion
 from ldm.training.objective import Objective
 from tests.short_runs import At, Job, Killed, curves_of, kill
@@ -28,6 +29,14 @@ def test_the_curves_are_those_of_logging_at_every_step(
     curves = curves_of(tmp_path / "some")
     assert [step for step, _ in curves["train/loss"]] == [2, 5]
     assert curves == curves_of(tmp_path / "all")
+
+
+def test_the_gradient_norm_is_that_of_the_step_it_stands_at(job: Job, tmp_path: Path):
+    job.steps = 6
+    for every in (1, 3):
+        job(tmp_path / str(every), trainer={"log_every_n_steps": every}, callbacks=[ThroughputLogger()])
+    each, third = (dict(curves_of(tmp_path / str(every))["train/grad_norm"]) for every in (1, 3))
+    assert len(set(each.values())) == 6 and third == {step: each[step] for step in (2, 5)}
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

@@ -1,10 +1,12 @@
 """Images that were drawn before are not drawn again, and are the same."""
 
+import inspect
 from types import SimpleNamespace
 
 from PIL import Image
 
 from ldm.evaluation.memo import ImageMemo, MemoPipeline
+from ldm.pipeline import Text2Image
 
 HOW = {"guidance_scale": 2.0, "steps": 3, "batch_size": 4}
 
@@ -38,6 +40,16 @@ def test_an_image_is_drawn_once_and_given_in_the_order_asked():
         ((1, 1, 2), "a"),
         ((9, 1, 2), "a"),
     ]
+
+
+def test_its_defaults_are_the_pipelines_own():
+    """So that an evaluation that names neither draws in a run as it does by itself."""
+    pipeline = Counting()
+    (found,) = MemoPipeline(pipeline, ImageMemo())(["a"], seeds=[1])
+    own = inspect.signature(Text2Image.__call__).parameters
+    assert found.image.getpixel((0, 0)) == (1, 1, int(own["guidance_scale"].default))
+    given = inspect.signature(MemoPipeline.__call__).parameters
+    assert all(given[name].default == own[name].default for name in ("guidance_scale", "batch_size"))
 
 
 def test_other_settings_are_other_images():

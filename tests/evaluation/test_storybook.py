@@ -127,6 +127,19 @@ def test_background_leak_is_the_photos_places_where_another_was_asked_for(metric
     assert "background_leak" not in measured.metrics(measured)
 
 
+def test_one_seed_or_one_image_has_no_interval():
+    """By resampling one row its interval would have no width."""
+    alone = StorybookEvaluation(seeds=1, class_samples=8)
+    subject = alone.subject([draw(same_subject(DOG, context="grass", seed=1), size=256)])
+    measured = alone.measure(Drawer(perfect), subject=subject, prompts=PROMPTS)
+    assert measured.intervals(measured).keys() == {"class_drift"}
+    image = GeneratedImage(draw(same_subject(DOG, context="city", seed=1)), "a photo of sks dog in a city")
+    found = alone.measure_images([image], subject=subject, prompts=PROMPTS, of_class=[])
+    assert found["intervals"] == {} and found["subject_fidelity"] > 0.9
+    several = alone.measure_images([image] * 3, subject=subject, prompts=PROMPTS, of_class=[])
+    assert "subject_fidelity" in several["intervals"]
+
+
 def test_the_base_stands_beside(metrics):
     base = metrics(perfect)["base"]
     assert base["subject_fidelity"] < 0.5

@@ -139,12 +139,15 @@ def test_ended_early_it_is_the_run_that_never_stopped_and_exports_the_same(long_
         ({"every_steps": 12}, {"val_check_interval": 25, "accumulate_grad_batches": 2}, "never follows"),
         ({"every_steps": 25}, {"val_check_interval": 25, "accumulate_grad_batches": 2}, None),
         ({"every_steps": 0}, {}, None),
+        ({"every_steps": 250}, {"val_check_interval": 250}, None),  # none here; a longer training has it
+        ({"every_steps": 250, "early_stop": 2}, {"val_check_interval": 250}, "after 250 .* has 200"),
     ],
 )
 def test_measures_that_would_never_be_taken_are_refused(section, trainer, said):
     config = SimpleNamespace(
         online_eval=OnlineEvalConfig(**section),
         trainer=TrainerOptions(max_steps=200, **trainer),
+        data={"target": "ldm.data.dreambooth.DreamBoothDataModule"},
         evaluation={"target": "x"},
         export=ExportConfig(),
     )
@@ -157,3 +160,20 @@ def test_measures_that_would_never_be_taken_are_refused(section, trainer, said):
         config.evaluation = None
         with pytest.raises(UserError, match="needs an `evaluation`"):
             check_online_eval(config)
+
+
+def test_without_a_validation_there_is_no_evaluation_to_follow_it():
+    config = SimpleNamespace(
+        online_eval=OnlineEvalConfig(every_steps=50),
+        trainer=TrainerOptions(max_steps=200, val_check_interval=50),
+        data={
+            "target": "ldm.data.dreambooth.DreamBoothDataModule",
+            "params": {"validation_batches": 0},
+        },
+        evaluation={"target": "x"},
+        export=ExportConfig(),
+    )
+    with pytest.raises(UserError, match=r"follows the validation, and there is none.*validation_batches"):
+        check_online_eval(config)
+    config.online_eval = OnlineEvalConfig(every_steps=0)
+    check_online_eval(config)

@@ -257,6 +257,25 @@ def test_killed_anywhere_it_is_the_same_search(workdir: Path, script: Callable, 
     assert outcome(Trials(read(workdir, **changes), workdir / "killed.journal")) == wanted
 
 
+def test_a_killed_trial_is_finished_after_their_number_was_lowered(
+    workdir: Path, script: Callable, optuna: Any
+):
+    """To as many as had ended, so that none is left to begin."""
+    runs = script(fidelity)
+
+    def step(name: str, number: int) -> None:
+        if "0002" in name:
+            raise Killed
+
+    runs.before_step = step
+    with pytest.raises(Killed):
+        Worker(Trials(read(workdir, trials=5), workdir / "trials.journal"))()
+    runs.before_step = lambda name, number: None
+    store = Trials(read(workdir, trials=2), workdir / "trials.journal")
+    Worker(store)()
+    assert [result.state for result in store.results()] == ["finished"] * 3
+
+
 def test_processes_share_one_storage_and_a_killed_one_loses_nothing(
     workdir: Path, script: Callable, optuna: Any
 ):
