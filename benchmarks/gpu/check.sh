@@ -2,7 +2,8 @@
 # All checks that need a GPU, within so many seconds, most useful first; each part in a process and a limit of its own.
 #   bash benchmarks/gpu/check.sh [SECONDS (470)] [PART...]
 # Results, log, profiles and tests are left in $OUT (logs/gpu-check), and the page that is made of them.
-# CHECK_DEVICE=cpu CHECK_SIZE=storybook runs all that a CPU can. Wheels in .whl/ are installed for this run alone.
+# CHECK_DEVICE=cpu CHECK_SIZE=storybook runs all that a CPU can. Wheels in .whl/ are installed for this run alone:
+# of a machine with torch and transformers those of annotated-types, omegaconf and diffusers (constraints.txt).
 cd "$(dirname "$0")/../.." || exit 1
 total=${1:-470}; shift
 root=$PWD temporary=$(mktemp -d)
@@ -16,6 +17,7 @@ if compgen -G '.whl/*.whl' >/dev/null; then
         --target "$temporary/site" .whl/*.whl || exit 1
     export PYTHONPATH=$temporary/site:$PYTHONPATH
 fi
+python3 -c "import annotated_types, diffusers, omegaconf, pytest, pytorch_lightning, transformers" || exit 1
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>/dev/null | tee -a "$OUT/log.txt"
 limits="env:45 gpu_tests:70 agree:60 train:150 graph:60 sample:80 peer:150 syncs:60 micro:45 optimizer:30"
 limits+=" caps:70 compiled:170 resume:80 whole:120 storybook_base:280"

@@ -83,7 +83,8 @@ def resume() -> None:
     """main.py on the storybook: never stopped, twice; and stopped in the middle and taken up."""
     folder = Path(tempfile.mkdtemp())
     half, whole, every = (3, 6, 3) if not CUDA else (6, 12, 6)
-    base = [*STORYBOOK, f"checkpoint_every={every}"]
+    # A rate that falls to 0 would fall sooner in the run that is to be taken up
+    base = [*STORYBOOK, f"checkpoint_every={every}", "model.params.lr_schedule=constant"]
     with attempt("resume"):
         run(folder, "main.py", *base, "name=stopped", f"trainer.max_steps={half}")
         again = ["--resume", "logs/stopped", "--allow_config_change"]

@@ -57,6 +57,14 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, size)
 
 
+def can_pin() -> bool:
+    """Whether a batch is made in pinned memory: with a GPU, but not in a process that reads batches for another.
+
+    A forked process cannot use CUDA; what it makes is pinned by its DataLoader.
+    """
+    return torch.cuda.is_available() and torch.utils.data.get_worker_info() is None
+
+
 def is_awaited(device: torch.device) -> bool:
     """Whether an asynchronous copy to the host can be waited for: MPS has no event here."""
     return device.type != "mps"

@@ -111,8 +111,8 @@ class Adapter(nn.Module):
 
     @property
     def needs_host(self) -> bool:
-        """Whether the host has to wait for the device in each step, as to invert an OFT's blocks."""
-        return self.kind == "oft"
+        """Whether the host waits for the device in each step: OFT inverts blocks, LoHa copies its scale."""
+        return self.kind in ("oft", "loha")
 
     def _module(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
         """The library's module for a layer, whose weights need not be there yet."""

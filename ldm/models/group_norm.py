@@ -21,7 +21,7 @@ class GroupNorm(nn.GroupNorm):
         self.fused = True
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and self.fused and has_triton() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and x.is_cuda and self.fused and has_triton():
             from ldm.models.group_norm_triton import group_norm  # it imports Triton
 
             how = {"groups": self.num_groups, "eps": self.eps, "silu": self.silu}

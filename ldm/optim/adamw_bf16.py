@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ldm import randomness
 from ldm.annotations import Decay, NonNegativeFloat, PositiveFloat, Seed
+from ldm.optim.strides import same_order
 
 Group = dict[str, Any]  # "params", "lr", "name"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -35,8 +36,9 @@ class Piece(NamedTuple):
     def gradient(self) -> Tensor:
         """Of this part -> [stop - start]."""
         gradient, parameter = self.parameter.grad, self.parameter
-        same = gradient.stride() == parameter.stride()
-        return self.of(gradient if same else torch.empty_like(parameter).copy_(gradient))
+        return self.of(
+            gradient if same_order(gradient, parameter) else torch.empty_like(parameter).copy_(gradient)
+        )
 
 
 class AdamWBF16(Optimizer):

@@ -13,6 +13,7 @@ from ldm.errors import UserError
 from ldm.models.adapter import Adapter
 from ldm.models.conditioning import Conditioning
 from ldm.optim.optimizer_nodes import steps_in_backward
+from ldm.optim.strides import same_order
 from ldm.schema import TrainerOptions
 from ldm.training.masks import masked_inputs
 from ldm.training.techniques import Reference
@@ -84,7 +85,7 @@ def uses_cuda_graph(module: pl.LightningModule, trainer: pl.Trainer | None) -> b
 def hindrance(module: pl.LightningModule, *, processes: int = 1) -> str | None:
     """Why a module's step cannot be captured; None if it can."""
     if isinstance(module.lora, Adapter) and module.lora.needs_host:
-        return "An OFT's blocks are not inverted in a CUDA graph"
+        return f"In each step of this adapter ({module.lora.kind}) the host waits for the device, which a CUDA graph cannot"
     if steps_in_backward(module.optimizer):
         return "A CUDA graph hands no gradients to a fused backward pass"
     if processes > 1:
@@ -188,6 +189,7 @@ class _Passes:
         self.run_forward, pool = recorded(self.forward, None)
         self.output_gradient = torch.zeros_like(self.output)
         self.run_backward, _ = recorded(self.backward, pool)
+        self.output = self.output.detach()  # autograd's own graph has served
 
     def fill(self, inputs: dict[str, Tensor]) -> None:
         for name, x in inputs.items():
@@ -203,7 +205,7 @@ class _Passes:
                 self.output, self.learning, self.output_gradient, allow_unused=True
             )
         self.gradients = [
-            g if g is None or g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
+            g if g is None or same_order(g, p) else torch.empty_like(p, dtype=g.dtype).copy_(g)
             for p, g in zip(self.learning, gradients, strict=True)
         ]
 

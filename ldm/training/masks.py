@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.annotations import NonNegativeFloat
+from ldm.engine.device import can_pin
 from ldm.errors import UserError
 
 
@@ -55,7 +56,7 @@ class Masks:
         found = {"pixel_weights": weights}
         if self.outside_target == "teacher":
             found["noise_share"] = torch.where(masked, mask / weights, 0.0)
-        return {name: x.pin_memory() if torch.cuda.is_available() else x for name, x in found.items()}
+        return {name: x.pin_memory() if can_pin() else x for name, x in found.items()}
 
 
 def mix_targets(noise: Tensor, base: Tensor, noise_share: Tensor) -> Tensor:

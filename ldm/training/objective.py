@@ -11,6 +11,7 @@ from ldm.annotations import Builds, Node, NonNegativeFloat, PositiveFloat
 from ldm.config import bound
 from ldm.diffusion.loss import mean_per_item, mean_where, min_snr_weights, squared_error
 from ldm.diffusion.process import NoiseProcess
+from ldm.engine.device import can_pin
 from ldm.errors import UserError
 from ldm.training.masks import Masks, mix_targets
 
@@ -137,7 +138,7 @@ class Objective:
         which of them that is no target. With masks also what `Masks.select` adds. Raises KeyError for an
         unknown stream.
         """
-        pinned, names = torch.cuda.is_available(), batch["stream"]
+        pinned, names = can_pin(), batch["stream"]
         rows = [k for k, name in enumerate(names) if self._uses_base(name)]
         masks = {
             stream: torch.tensor([name == stream for name in names], pin_memory=pinned)

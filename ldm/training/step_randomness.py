@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.process import NoiseProcess
+from ldm.engine.device import can_pin
 from ldm.randomness import ItemRNG, stream_ids
 
 
@@ -43,7 +44,7 @@ def sample_randomness(batch: dict, seed: int, shape: Sequence[int], process: Noi
 
     shape: (B, C, h, w) of the latents. process: it says how times and noise are distributed.
     """
-    pinned, ids = torch.cuda.is_available(), stream_ids(batch)
+    pinned, ids = can_pin(), stream_ids(batch)
     size = 8 * shape[0] + 4 * 2 * prod(shape)
     buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
     views, rng = StepRandomness.views(buffer, shape), ItemRNG(seed, ids)

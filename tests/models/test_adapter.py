@@ -104,10 +104,13 @@ def test_what_cannot_be_is_refused(tiny_config: dict, monkeypatch: pytest.Monkey
         build_module(tiny_config, trainable={"lora": lora, "adapter": {"kind": "loha"}})
     with pytest.raises(UserError, match="A loha has no factor"):
         Adapter(kind="loha", factor=2)
-    module = build_module(tiny_config, trainable={"adapter": {"kind": "oft"}}, cuda_graph=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match="OFT.*CUDA graph"):
-        check_cuda_graph(module, TrainerOptions(max_steps=1))
+    for kind in ("oft", "loha"):
+        module = build_module(tiny_config, trainable={"adapter": {"kind": kind}}, cuda_graph=True)
+        with pytest.raises(UserError, match=rf"\({kind}\) the host waits.*CUDA graph"):
+            check_cuda_graph(module, TrainerOptions(max_steps=1))
+    module = build_module(tiny_config, trainable={"adapter": {"kind": "dora"}}, cuda_graph=True)
+    check_cuda_graph(module, TrainerOptions(max_steps=1))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="lycoris-lora, which is not installed.*pip install"):
         Adapter(kind="loha")
