@@ -13,7 +13,7 @@ from ldm.checkpoints.infer_config import SCHEDULE
 from ldm.checkpoints.layout import PREFIXES
 from ldm.checkpoints.load import Model, check_fit, file_hash, init_on_meta, load_state_dicts, open_model
 from ldm.checkpoints.lora import merge_lora, read_lora
-from ldm.checkpoints.lora_ranks import read_ranks
+from ldm.checkpoints.lora_ranks import check_ranks, read_ranks
 from ldm.checkpoints.run_checkpoint import model_params
 from ldm.config import instantiate
 from ldm.denoiser import Denoiser
@@ -94,11 +94,13 @@ class ModelFile:
 
     def attach(self, loras: Sequence[tuple[Path, float]]) -> list[LoRA]:
         """Attaches LoRA files to the filled networks at their weights: not merged, they can be off."""
-        state_dicts = self.model.state_dicts
-        return [
-            LoRA.of_file(self.networks, read_lora(file, state_dicts), weight=weight, ranks=read_ranks(file))
-            for file, weight in loras
-        ]
+        attached = []
+        for file, weight in loras:
+            layers, ranks = read_lora(file, self.model.state_dicts), read_ranks(file)
+            if ranks is not None:
+                check_ranks(layers, ranks, where=file)
+            attached.append(LoRA.of_file(self.networks, layers, weight=weight, ranks=ranks))
+        return attached
 
     def denoiser(self, *, model_hash: str | None = None, without: Sequence[LoRA] = ()) -> Denoiser:
         """UNet and text encoder of the file, filled or not yet."""

@@ -155,11 +155,15 @@ def autoencoder_config(params: Config, *, size: int) -> dict[str, Any]:
     }
 
 
-def text_encoder_params(config: Config, *, tokenizer: Path | None) -> dict[str, Any]:
-    """config.json of a text encoder -> the params of `CLIPTextEncoder`, with the last layer as context."""
+def text_encoder_params(config: Config, *, tokenizer: Path | None, pad: int | None) -> dict[str, Any]:
+    """config.json of a text encoder -> the params of `CLIPTextEncoder`, with the last layer as context.
+
+    pad: the family's padding token, where the tokenizer names none; None: eos.
+    """
     clip = config["vocab_size"] == CLIP_VOCABULARY
     eos = CLIP_EOS if clip else config["eos_token_id"]
-    pad = None if tokenizer is None else _pad_token_id(tokenizer)
+    named = None if tokenizer is None else _pad_token_id(tokenizer)
+    pad = pad if named is None else named
     params = {
         "vocab_size": config["vocab_size"],
         "hidden_size": config["hidden_size"],

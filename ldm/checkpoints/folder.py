@@ -17,8 +17,9 @@ from ldm.checkpoints.layout import OPENCLIP_REST
 from ldm.checkpoints.shards import read_shards
 from ldm.checkpoints.tensors import read_tensors
 from ldm.errors import UserError
+from ldm.families.sd.family import CLIP, OPENCLIP
 from ldm.families.sd.openclip import PROJECTION, UNUSED, with_last_layer
-from ldm.families.sdxl.family import ENCODERS
+from ldm.families.sdxl.family import ENCODER_DEFAULTS, ENCODERS
 from ldm.families.shapes import TEXT_MODEL
 from ldm.lazy import Lazy, renamed
 from ldm.models.vocabulary_files import has_vocabulary
@@ -100,10 +101,13 @@ TextEncoder = tuple[
 def _sd_text_encoder(folder: Path, unet_params: Mapping[str, Any]) -> TextEncoder:
     """SD 1.x's or 2.x's; in 2.x the folder lacks the last layer, unless this repo wrote the folder."""
     own = folder / "text_encoder"
-    text = configs.text_encoder_params(configs.read_json(own / "config.json"), tokenizer=tokenizer_in(folder))
+    config, rest = configs.read_json(own / "config.json"), _rest(own)
+    is_first = rest is None and not unet_params["use_linear_in_transformer"]
+    pad = (CLIP if is_first else OPENCLIP)["pad_token_id"]
+    text = configs.text_encoder_params(config, tokenizer=tokenizer_in(folder), pad=pad)
     check_sizes(text, where=folder)
-    tensors, rest = _text_encoder(read_weights(own)), _rest(own)
-    if rest is None and not unet_params["use_linear_in_transformer"]:
+    tensors = _text_encoder(read_weights(own))
+    if is_first:
         return text, tensors, None
     layers = text["num_hidden_layers"] + 1
     tensors = with_last_layer(tensors, rest or {}, layers=layers)
@@ -123,9 +127,8 @@ def _sdxl_text_encoders(folder: Path) -> TextEncoder:
     params, tensors = {}, {}
     for (key, prefix), name, number in zip(ENCODERS.items(), XL_TEXT, ("", "_2"), strict=True):
         tokenizer = tokenizer_in(folder, number) or tokenizer_in(folder)
-        own = configs.text_encoder_params(
-            configs.read_json(folder / name / "config.json"), tokenizer=tokenizer
-        )
+        config, pad = configs.read_json(folder / name / "config.json"), ENCODER_DEFAULTS[key]["pad_token_id"]
+        own = configs.text_encoder_params(config, tokenizer=tokenizer, pad=pad)
         check_sizes(own, where=folder / name)
         if tokenizer_in(folder) is not None:  # the second has "!" as a token apart, for its padding
             own["tokenizer"] = str(tokenizer_in(folder))

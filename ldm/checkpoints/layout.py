@@ -21,7 +21,7 @@ from ldm.families.sd.family import SD2
 from ldm.families.sd.openclip import from_openclip, to_openclip
 from ldm.families.sdxl import layout as sdxl
 from ldm.families.sdxl.family import SDXL
-from ldm.families.shapes import TEXT_MODEL
+from ldm.families.shapes import CLIP_UNUSED, TEXT_MODEL
 from ldm.lazy import prefixed, renamed
 
 PREFIXES = {
@@ -31,6 +31,7 @@ PREFIXES = {
 }
 LEARNED_TOKENS = "learned_tokens."  # of `CLIPTextEncoder`, in checkpoints of a run
 RUN_LORA = "lora.layers."  # of a run's LoRA, in its checkpoints
+INVERSION = "embedding_manager."  # of trainers of textual inversion that save the whole model with it
 SCHEDULE_BUFFERS = (
     "betas",
     "alphas_cumprod",
@@ -109,7 +110,8 @@ def split(state_dict: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
             encoders[name.removeprefix(sdxl.PREFIX)] = name
         elif network is not None:
             inner = _own_name(name.removeprefix(PREFIXES[network]))
-            if not inner.endswith(".position_ids") and not is_no_weight(inner):
+            is_used = not (network == "text_encoder" and inner in CLIP_UNUSED)
+            if is_used and not inner.endswith(".position_ids") and not is_no_weight(inner):
                 if inner in tables[network]:
                     raise UserError(f"`{name}` is in the file under two names")
                 tables[network][inner] = name
@@ -226,7 +228,7 @@ def check_not_quantized(names: Iterable[str]) -> None:
 
 def describe(names: Iterable[str]) -> str | None:
     """What kind of model the names suggest; None for networks of Stable Diffusion 1.x, 2.x or XL."""
-    names = [name for name in names if not name.startswith(RUN_LORA)]
+    names = [name for name in names if not name.startswith((RUN_LORA, INVERSION))]
 
     def first(signs: Mapping[str, str]) -> str | None:
         return next((what for sign, what in signs.items() if any(sign in name for name in names)), None)

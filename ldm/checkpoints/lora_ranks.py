@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ldm.checkpoints.tensors import read_tensors
 from ldm.errors import UserError
@@ -15,6 +16,18 @@ NUMBERS = ("rank", "min_rank", "timesteps")
 def ranks_metadata(ranks: Mapping[str, int]) -> dict[str, str]:
     """ranks: "rank", "min_rank" and "timesteps", see `ldm.models.rank_by_timestep` -> metadata of a file."""
     return {KEY: json.dumps({name: ranks[name] for name in NUMBERS})}
+
+
+def check_ranks(layers: Mapping[str, Mapping[str, Any]], ranks: Mapping[str, int], *, where: Path) -> None:
+    """Raises UserError where layers of the UNet, of `read_lora`, have other ranks than `ranks` tells.
+
+    Those whose factors began orthonormal have twice as many: what has become of them, less what they were.
+    """
+    rank = ranks["rank"]
+    found = {len(weights[0]) for weights in layers["unet"].values() if isinstance(weights, tuple)}
+    if odd := sorted(found - {rank, 2 * rank}):
+        what = f"`{KEY}` in the metadata tells of rank {rank}, and there are layers of rank {odd[0]}"
+        raise UserError(what, where=where, remedy="Use the file as it was trained, or take the metadata off.")
 
 
 def read_ranks(path: str | Path) -> dict[str, int] | None:

@@ -58,7 +58,7 @@ def keep_freed_memory() -> None:
 
 
 def can_pin() -> bool:
-    """Whether a batch is made in pinned memory: with a GPU, but not in a process that reads batches for another.
+    """Whether a batch is made in pinned memory: with a GPU, but not in a process that reads for another.
 
     A forked process cannot use CUDA; what it makes is pinned by its DataLoader.
     """

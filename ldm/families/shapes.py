@@ -7,6 +7,14 @@ from torch import Tensor
 
 TEXT_MODEL = "transformer.text_model."
 LAYER = TEXT_MODEL + "encoder.layers."
+# Of CLIP-L's other half, which ComfyUI and merging tools keep in files; no diffusion model uses it
+CLIP_UNUSED = (
+    "logit_scale",
+    "text_projection",
+    "text_projection.weight",
+    "transformer.text_projection.weight",
+    TEXT_MODEL + "text_projection.weight",
+)
 
 
 def unet_shape(unet: Mapping[str, Tensor]) -> dict[str, Any]:

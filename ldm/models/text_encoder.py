@@ -1,7 +1,6 @@
 """CLIP's text encoder (Radford et al. 2021): prompts -> the context of the UNet's cross-attention."""
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Literal, NamedTuple, Self
 
@@ -15,6 +14,7 @@ from transformers.activations import ACT2FN
 from ldm.annotations import NonNegativeInt, PositiveInt
 from ldm.errors import UserError
 from ldm.models.conditioning import TextEncoding
+from ldm.models.learned_tokens import LearnedTokens, find_words
 from ldm.models.vocabulary import load_tokenizer
 from ldm.models.widths import check_widths
 
@@ -26,27 +26,6 @@ class Tokens(NamedTuple):
 
     ids: list[int]
     starts: list[int]
-
-
-class LearnedTokens(nn.Module):
-    """Textual inversion (Gal et al. 2023): words, and the embeddings [n, D] of each as parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words: list[str] = []
-
-    def add(self, word: str, vectors: Tensor) -> None:
-        self.register_parameter(_parameter_name(word), nn.Parameter(vectors))
-        self.words.append(word)
-
-    def __getitem__(self, word: str) -> nn.Parameter:
-        return self.get_parameter(_parameter_name(word))
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def items(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((word, self[word]) for word in self.words)
 
 
 class CLIPTextEncoder(nn.Module):
@@ -144,8 +123,9 @@ class CLIPTextEncoder(nn.Module):
     def add_token(self, word: str, vectors: Tensor, *, new: bool = True) -> None:
         """Adds a word to the vocabulary: n tokens with the embeddings `vectors` [n, D] (textual inversion).
 
-        Prompts hold it as a whole word, in any case of letters (`find_words`). Raises UserError if the word
-        is known already, a `new` one also to the tokenizer, or if the embeddings have another width.
+        Prompts hold it as a whole word, in any case of letters (`find_words`). The embeddings are float32,
+        whatever the network's weights are, for they may learn. Raises UserError if the word is known already,
+        a `new` one also to the tokenizer, or if the embeddings have another width.
         """
         weight = self.transformer["text_model"].embeddings.token_embedding.weight
         if not isinstance(vectors, Tensor):
@@ -160,7 +140,7 @@ class CLIPTextEncoder(nn.Module):
         if same or (new and word in self.tokenizer.get_vocab()):
             remedy = "Choose another one, such as <my-dog>."
             raise UserError(f"The word `{word}` is known already", where=word, remedy=remedy)
-        self.learned_tokens.add(word, vectors.detach().clone().to(weight))
+        self.learned_tokens.add(word, vectors.detach().clone().to(weight.device, torch.float32))
 
     def token_embedding_of(self, word: str) -> Tensor:
         """Token embeddings of a known word -> [n, D]."""
@@ -215,16 +195,18 @@ class CLIPTextEncoder(nn.Module):
         """A prompt of any length -> ids [N, M] int64 on the CPU: N chunks, each with bos, eos and padding.
 
         A prompt is split as in AUTOMATIC1111's web UI: where a chunk is full, or after its last comma, if at
-        most COMMA_BACKTRACK tokens follow that.
+        most COMMA_BACKTRACK tokens follow that; or before a learned word that does not fit as a whole.
         """
-        row = self._tokenize(prompt).ids
+        row, starts = self._tokenize(prompt)
         room, chunks = self.max_length - 2, []
         comma = self.tokenizer.get_vocab().get(",</w>") if len(row) > room else None
         while len(row) > room:
             commas = [i for i in range(max(room - COMMA_BACKTRACK, 0), room) if row[i] == comma]
             end = commas[-1] + 1 if commas and row[room] != comma else room
+            if row[room] >= self.vocab_size and 0 < (word := starts.index(starts[room])) < room:
+                end = word
             chunks.append(row[:end])
-            row = row[end:]
+            row, starts = row[end:], starts[end:]
         return self._pad_to_length([*chunks, row])
 
     def _pad_to_length(self, rows: list[list[int]]) -> Tensor:
@@ -251,27 +233,18 @@ class CLIPTextEncoder(nn.Module):
         starts: list[int] = []
         first = 0
         for found in [*find_words(prompt, self.learned_tokens.words), None]:
-            end = len(prompt) if found is None else found.start()
+            end = len(prompt) if found is None else found.start
             piece = self.tokenizer(
                 prompt[first:end], add_special_tokens=False, verbose=False, return_offsets_mapping=True
             )
             ids += piece.input_ids
             starts += [first + start for start, _ in piece.offset_mapping]
             if found is not None:
-                learned = self._ids_of(found[0])
-                ids += learned
+                learned = self.learned_tokens.numbers(found.word)
+                ids += [self.vocab_size + number for number in learned]
                 starts += [end] * len(learned)
-                first = found.end()
+                first = found.end
         return Tokens(ids, starts)
-
-    def _ids_of(self, word: str) -> list[int]:
-        """The ids of a learned word, in any case of letters."""
-        first = self.vocab_size
-        for known, vectors in self.learned_tokens.items():
-            if known.lower() == word.lower():
-                return list(range(first, first + len(vectors)))
-            first += len(vectors)
-        raise KeyError(word)
 
     def encode(self, ids: Tensor, *, clip_skip: int | None = None) -> TextEncoding:
         """ids: [B, M] -> what the UNet is told, of each prompt. clip_skip: None is its own."""
@@ -312,26 +285,5 @@ class CLIPTextEncoder(nn.Module):
         new = torch.cat([vectors for _, vectors in self.learned_tokens.items()])
         number = ids - self.vocab_size
         known = embedding(ids.where(number < 0, self.eos_token_id))
-        return torch.where((number < 0).unsqueeze(-1), known, F.embedding(number.clamp(min=0), new))
-
-
-def find_words(prompt: str, words: Iterable[str]) -> list[re.Match[str]]:
-    """Where a prompt holds any of the words, from left to right: whole words, in any case of letters.
-
-    `art` is in "Art, a dog" and not in "artist"; of two words that begin alike the longer one is taken.
-    """
-    longest_first = sorted(words, key=len, reverse=True)
-    if not longest_first:
-        return []
-    ends = [
-        (r"(?<!\w)" if re.match(r"\w", word) else "")
-        + re.escape(word)
-        + (r"(?!\w)" if re.search(r"\w$", word) else "")
-        for word in longest_first
-    ]
-    return list(re.finditer("|".join(ends), prompt, re.IGNORECASE))
-
-
-def _parameter_name(word: str) -> str:
-    """A word as a parameter's name, which may hold no dot; `ldm.checkpoints.run_checkpoint` reads it back."""
-    return "word:" + word.replace("%", "%25").replace(".", "%2E")
+        learned = F.embedding(number.clamp(min=0), new).to(known.dtype)
+        return torch.where((number < 0).unsqueeze(-1), known, learned)

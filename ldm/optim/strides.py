@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def same_order(one: Tensor, other: Tensor) -> bool:
-    """Whether the elements of two tensors of one shape lie alike; strides of dimensions of size 1 say nothing.
+    """Whether the elements of two tensors of one shape lie alike; strides of a dimension of 1 say nothing.
 
     The gradient of a 1x1 convolution's weight in channels_last [O, C, 1, 1] has strides of (C, 1, 1, 1), the
     weight itself (C, 1, C, C).

@@ -1,5 +1,6 @@
 """A model file or folder as another format: what `convert.py` does."""
 
+import logging
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ldm.checkpoints.infer_config import SCHEDULE
 from ldm.checkpoints.layout import join
 from ldm.checkpoints.load import Model, open_model
 from ldm.checkpoints.lora import merge_lora, read_lora, save_lora, stored_as
+from ldm.checkpoints.lora_ranks import read_ranks
 from ldm.checkpoints.modelspec import file_metadata, with_config_of
 from ldm.checkpoints.save import DTYPES, cast_tensors, save_model
 from ldm.checkpoints.save_folder import check_folder, save_folder
@@ -30,6 +32,9 @@ from ldm.errors import UserError
 from ldm.families.sdxl.family import encoder_params
 from ldm.model_file import check_model
 from ldm.models.vocabulary import load_tokenizer
+from ldm.training.trainable import BY_TIMESTEP
+
+log = logging.getLogger(__name__)
 
 
 def opened(options: Namespace) -> Model:
@@ -40,6 +45,8 @@ def opened(options: Namespace) -> Model:
     if options.lora is None:
         return model
     layers = read_lora(options.lora, model.state_dicts)
+    if read_ranks(options.lora) is not None:
+        log.warning("%s; %s has all ranks at all timesteps.", BY_TIMESTEP, options.target.name)
     merged = merge_lora(model.state_dicts, layers, weight=options.lora_weight)
     if options.dtype is None:
         merged = {name: stored_as(tensors, model.state_dicts[name]) for name, tensors in merged.items()}

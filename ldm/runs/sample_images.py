@@ -28,7 +28,7 @@ from ldm.engine.device import DEVICE, keep_freed_memory
 from ldm.errors import UserError
 from ldm.families.sdxl.conditioning import Sizes, warn_of_small_side
 from ldm.files import make_folder
-from ldm.models.text_encoder import find_words
+from ldm.models.learned_tokens import find_words
 from ldm.pipeline import Sample, Text2Image
 from ldm.precision import resolve_precision
 from ldm.runs.folder import new_folder

@@ -9,6 +9,7 @@ import torch
 from ldm.checkpoints.layout import choose_ema, describe, join, schedule_buffers, split
 from ldm.config import instantiate
 from ldm.errors import UserError
+from ldm.families.shapes import CLIP_UNUSED
 from tests.checkpoints import sd_v1
 
 TEXT = "cond_stage_model.transformer.text_model."
@@ -77,6 +78,21 @@ def test_what_only_training_needed_is_left_out(released, caplog):
         assert not caplog.records
         split(released | {"embedding_manager.x": torch.ones(1)})
     assert "embedding_manager.x" in caplog.text
+
+
+@pytest.mark.parametrize("name", CLIP_UNUSED)
+def test_the_other_half_of_clip_is_left_out(released, name):
+    """As ComfyUI's savers and merging tools leave it."""
+    more = {f"cond_stage_model.{name}": torch.ones(4, 4)}
+    assert split(released | more) == split(released)
+
+
+def test_a_whole_model_beside_its_textual_inversion_is_a_model(released, caplog):
+    names = ("string_to_param_dict.*", "initial_embeddings.*", "string_to_token_dict.*")
+    beside = {f"embedding_manager.{name}": torch.ones(2, 4) for name in names}
+    assert describe(released | beside) is None
+    assert split(released | beside) == split(released)
+    assert describe({"string_to_param.*": torch.ones(2, 4)}) == "a textual inversion embedding"
 
 
 @pytest.mark.parametrize("tokens", [77, 24])

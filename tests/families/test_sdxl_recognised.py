@@ -1,10 +1,13 @@
 """What a file is that looks like Stable Diffusion XL: said by its names and shapes, before it is read."""
 
+import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.checkpoints.diffusers_config import distilled_scheduler
@@ -14,6 +17,7 @@ from ldm.diffusion.process import ProcessConfig
 from ldm.diffusion.schedule import make_alphas_cumprod
 from ldm.errors import UserError
 from ldm.families.sdxl.layout import distilled_word
+from ldm.families.shapes import CLIP_UNUSED
 from tests.families import sdxl_base
 
 UNET = sdxl_base.UNET
@@ -121,3 +125,25 @@ def test_distilled_models_are_warned_of(small_file, caplog):
     assert distilled_scheduler({"_class_name": "LCMScheduler"}) == "LCMScheduler"
     released = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
     assert distilled_scheduler(released) is None
+
+
+def test_the_other_half_of_clip_is_left_out(xl_file):
+    """As ComfyUI's savers and merging tools leave it, of either text encoder."""
+    tensors = load_file(xl_file)
+    first = [f"conditioner.embedders.0.{name}" for name in CLIP_UNUSED]
+    second = sdxl_base.CLIP_G + "transformer.text_model.embeddings.position_ids"
+    whole, more = split(tensors), split(tensors | dict.fromkeys([*first, second], torch.ones(1, 4)))
+    assert all(more[part].keys() == whole[part].keys() for part in whole)
+
+
+@pytest.mark.parametrize("gone", ["tokenizer*", "tokenizer_2", "pad_token"])
+def test_a_folder_that_names_no_padding_has_that_of_the_release(xl_folder, tmp_path, gone):
+    """bigG was trained with 0, CLIP-L with eos; padding is not masked."""
+    folder = shutil.copytree(xl_folder, tmp_path / "folder")
+    for path in [] if gone == "pad_token" else folder.glob(gone):
+        shutil.rmtree(path)
+    for file in folder.glob("tokenizer*/*.json"):
+        if "pad_token" in (content := json.loads(file.read_text())):
+            file.write_text(json.dumps({key: value for key, value in content.items() if key != "pad_token"}))
+    nodes = open_model(folder).config["text_encoder"]["params"]
+    assert [nodes[key]["params"]["pad_token_id"] for key in ("clip_l", "clip_g")] == [None, 0]

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.lora import merge_lora, read_lora
-from ldm.checkpoints.lora_ranks import KEY, read_ranks
+from ldm.checkpoints.lora_ranks import KEY, ranks_metadata, read_ranks
+from ldm.commands import convert
 from ldm.errors import UserError
 from ldm.models.lora import LoRA
 from ldm.models.lora_layer import OrthogonalLoRALayer
@@ -165,6 +166,11 @@ def test_samples_of_a_run_and_of_its_file_are_the_same(
         torch.testing.assert_close(one.latents, other.latents, rtol=1e-3, atol=1e-3)
         assert (one.latents - full.latents).abs().max() > 0.05
     state_dicts = open_model(tiny_model_file).state_dicts
+    with caplog.at_level(logging.WARNING):
+        convert.main(
+            convert.parse([str(tiny_model_file), str(tmp_path / "all.safetensors"), "--lora", str(file)])
+        )
+    assert caplog.records[-1].message.endswith("all.safetensors has all ranks at all timesteps.")
     every = merge_lora(state_dicts, read_lora(file, state_dicts))
     expected = merged(module, tiny_networks, 4)
     name = "middle_block.1.transformer_blocks.0.attn1.to_q.weight"
@@ -178,6 +184,25 @@ def test_metadata_that_tells_no_ranks_is_refused(tmp_path: Path, told: str):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={KEY: told})
     with pytest.raises(UserError, match="does not tell ranks"):
         read_ranks(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+@pytest.mark.parametrize("told, refused", [(4, False), (2, True), (3, True), (8, True), (1, True)])
+def test_metadata_of_another_rank_than_the_layers_is_refused(
+    tiny_config: dict, tiny_networks: dict, tiny_model_file: Path, tmp_path: Path, orthogonal, told, refused
+):
+    """As a tool leaves a file that changes its rank and keeps its metadata."""
+    module = build(tiny_config, tiny_networks, rank_by_timestep=BY_TIMESTEP | {"orthogonal": orthogonal})
+    module.export(tmp_path / "run" / "model.safetensors", dtype=torch.float32, metadata={})
+    file = tmp_path / "run" / "loras" / "run.safetensors"
+    ranks = {"rank": told, "min_rank": 1, "timesteps": 1000}
+    save_file(load_file(file), tmp_path / "odd.safetensors", metadata=ranks_metadata(ranks))
+    refused |= told == 2 and not orthogonal  # twice as many are orthogonal's alone
+    if not refused:
+        Text2Image.from_file(tiny_model_file, loras=[(tmp_path / "odd.safetensors", 1.0)])
+        return
+    with pytest.raises(UserError, match=rf"tells of rank {told}, and there are layers of rank .*odd\.safe"):
+        Text2Image.from_file(tiny_model_file, loras=[(tmp_path / "odd.safetensors", 1.0)])
 
 
 def test_without_layers_of_the_unet_it_is_refused(tiny_config: dict):

@@ -6,7 +6,8 @@ import torch
 from ldm.checkpoints.run_checkpoint import learned_tokens
 from ldm.errors import UserError
 from ldm.files import make_folder
-from ldm.models.text_encoder import CLIPTextEncoder, find_words
+from ldm.models.learned_tokens import find_words
+from ldm.models.text_encoder import CLIPTextEncoder
 from tests.checkpoints import sd_v1
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -136,14 +137,36 @@ def test_learned_words_are_whole_words_in_any_case(tiny_tokenizer, words, prompt
         encoder.add_token(word, torch.randn(count, 32))
     ids = encoder._tokenize(prompt)
     matches = find_words(prompt, words)
-    assert [match[0] for match in matches] == found
+    assert [prompt[match.start : match.end] for match in matches] == found
     lower = [word.lower() for word in words]
     expected = [190 + count * lower.index(word.lower()) + k for word in found for k in range(count)]
     assert [number for number in ids.ids if number >= 190] == expected
     plain = build(tiny_tokenizer, max_length=77)
-    starts, ends = [0, *(match.end() for match in matches)], [*(match.start() for match in matches), None]
+    starts, ends = [0, *(match.end for match in matches)], [*(match.start for match in matches), None]
     rest = [prompt[start:end] for start, end in zip(starts, ends, strict=True)]
     assert [n for n in ids.ids if n < 190] == [n for piece in rest for n in plain._tokenize(piece).ids]
+
+
+@pytest.mark.parametrize(
+    "word, prompt", [("<kiz>", "a <k\u0131z>"), ("sks", "a \u017fks"), ("K", "\u212a b")]
+)
+def test_letters_that_only_a_search_without_case_takes_for_others(tiny_tokenizer, word, prompt):
+    """A dotless i, a long s, the Kelvin sign: their lower case is another letter."""
+    encoder = build(tiny_tokenizer, max_length=77)
+    encoder.add_token(word, torch.randn(2, 32), new=False)
+    assert [number for number in encoder._tokenize(prompt).ids if number >= 190] == [190, 191]
+
+
+def test_embeddings_are_float32_beside_lower_weights(tiny_tokenizer):
+    """Else a word would learn in bfloat16, and lose most of its updates."""
+    encoder = build(tiny_tokenizer).to(torch.bfloat16)
+    encoder.add_token("<my-dog>", torch.randn(2, 32))
+    vectors = encoder.learned_tokens["<my-dog>"]
+    assert vectors.dtype == torch.float32
+    context = encoder(encoder.tokenize(["ab <my-dog> c"]))
+    assert context.dtype == torch.bfloat16
+    context.float().sum().backward()
+    assert vectors.grad.dtype == torch.float32 and vectors.grad.abs().sum() > 0
 
 
 def test_what_is_cut_off_is_told_of_the_prompt_itself(tiny_tokenizer):

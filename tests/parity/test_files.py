@@ -1,5 +1,7 @@
 """Model files against the projects that define the formats: diffusers' folders and its reader of SD files."""
 
+import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -252,3 +254,15 @@ def test_the_command_casts(saved, tmp_path):
     target = run_convert(saved, tmp_path / "half.safetensors", "--dtype", "fp16")
     dtypes = {tensor.dtype for name, tensor in load_file(target).items() if "." in name}
     assert dtypes <= {torch.float16, torch.int64} and torch.float16 in dtypes
+
+
+@pytest.mark.parametrize("gone", ["tokenizer", "pad_token"])
+def test_a_folder_that_names_no_padding_has_that_of_its_family(saved: Path, family: str, gone: str):
+    """SD 2.x was trained with 0, SD 1.x with eos; padding is not masked."""
+    for file in (saved / "tokenizer").glob("*.json"):
+        if "pad_token" in (content := json.loads(file.read_text())):
+            file.write_text(json.dumps({key: value for key, value in content.items() if key != "pad_token"}))
+    if gone == "tokenizer":
+        shutil.rmtree(saved / "tokenizer")
+    params = open_model(saved).config["text_encoder"]["params"]
+    assert params["pad_token_id"] == (0 if family == "sd2" else None)

@@ -82,6 +82,30 @@ def test_a_short_prompt_is_one_chunk_and_each_chunk_is_encoded_alone(tiny_networ
     assert short.context.shape[1] == 32 and encoding.context.shape[1] == 64
 
 
+@pytest.mark.parametrize(
+    "before, vectors, chunks",
+    [
+        (27, 8, [27, 8]),  # 30 fit: it begins the next chunk
+        (22, 8, [30]),
+        (22, 9, [22, 9]),
+        (30, 4, [30, 4]),
+        (0, 40, [30, 10]),  # longer than any chunk
+        (3, 40, [3, 30, 10]),
+    ],
+)
+def test_a_learned_word_is_not_divided(tiny_networks, before, vectors, chunks):
+    encoder = tiny_networks["text_encoder"]
+    encoder.add_token("<dog>", torch.randn(vectors, 32))
+    plain = "b" * before
+    rows = encoder.tokenize_chunks(f"{plain}<dog>")
+    kept = [
+        [n for n in row.tolist()[1:] if n not in (encoder.eos_token_id, encoder.pad_token_id)] for row in rows
+    ]
+    assert [len(row) for row in kept] == chunks
+    learned = list(range(encoder.vocab_size, encoder.vocab_size + vectors))
+    assert sum(kept, []) == encoder._tokenize(plain).ids + learned
+
+
 def test_a_picture_is_the_same_beside_a_longer_prompt(tiny_networks, caplog):
     process = DiscreteDiffusion(torch.linspace(0.99, 0.01, 1000))
     t2i = Text2Image(**tiny_networks, process=process, default_size=16)

@@ -33,7 +33,7 @@ LAYER_TABLE = {  # within a layer
 FUSED = {f"attn.in_proj_{kind}": [f"self_attn.{x}_proj.{kind}" for x in "qkv"] for kind in ("weight", "bias")}
 PROJECTION = "text_projection"  # [D, P]
 UNUSED = (PROJECTION, "logit_scale")  # in every file; SD 2.x does not use them
-BUFFERS = ("attn_mask",)
+BUFFERS = ("attn_mask", TEXT_MODEL + "embeddings.position_ids")  # the latter in files of ComfyUI
 RELEASED_LAYERS = 24  # of ViT-H-14
 
 

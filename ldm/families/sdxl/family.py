@@ -12,6 +12,7 @@ from ldm.families.shapes import autoencoder_shape, text_encoder_shape, unet_shap
 TEXT_ENCODERS = "ldm.families.sdxl.text_encoder.SDXLTextEncoders"
 CLIP_L = CLIP | {"layer": "penultimate_hidden"}  # the text encoder of SD 1.x, before its last layer
 CLIP_G = CLIP_L | {"num_attention_heads": 20, "hidden_act": "gelu", "pad_token_id": 0}  # OpenCLIP ViT-bigG-14
+ENCODER_DEFAULTS = {"clip_l": CLIP_L, "clip_g": CLIP_G}
 ENCODERS = {  # key of the node -> beginning of its tensors' names in `SDXLTextEncoders`
     "clip_l": "embedders.0.",
     "clip_g": "embedders.1.",

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.families.family import StateDicts
 from ldm.families.sd.openclip import from_openclip, to_openclip
 from ldm.families.sdxl.family import ENCODERS, SDXL
-from ldm.families.shapes import TEXT_MODEL
+from ldm.families.shapes import CLIP_UNUSED, TEXT_MODEL
 from ldm.lazy import Lazy, prefixed, under
 
 PREFIX = SDXL.text_prefix
@@ -75,7 +75,8 @@ def distilled_word(text: str) -> str | None:
 def from_file(tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Tensors by their names after `conditioner.` -> those of `SDXLTextEncoders`, and logit_scale."""
     second, rest = from_openclip(under(tensors, OPENCLIP), projects=True)
-    first = [name for name in tensors if not name.startswith(OPENCLIP) and name != POSITION_IDS]
+    unused = {POSITION_IDS, *(FIRST + name for name in CLIP_UNUSED)}
+    first = [name for name in tensors if not name.startswith(OPENCLIP) and name not in unused]
     make = {name: partial(tensors.__getitem__, name) for name in first}
     return Lazy(make | {SECOND + name: partial(second.__getitem__, name) for name in second}), rest
 

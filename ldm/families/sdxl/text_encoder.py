@@ -11,7 +11,8 @@ from ldm.config import instantiate
 from ldm.errors import UserError
 from ldm.families.sdxl.family import CLIP_G, CLIP_L, ENCODERS
 from ldm.models.conditioning import TextEncoding
-from ldm.models.text_encoder import CLIPTextEncoder, LearnedTokens
+from ldm.models.learned_tokens import LearnedTokens
+from ldm.models.text_encoder import CLIPTextEncoder
 
 SIZES_L = {"projection_dim": None}
 SIZES_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "projection_dim": 1280}
