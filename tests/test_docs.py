@@ -47,7 +47,7 @@ def stand_ins(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("sd15/v1-5-pruned-emaonly.safetensors").touch()
     monkeypatch.setattr("ldm.runs.run.hub_models", lambda bases: {})  # nothing is asked of the network
     monkeypatch.setattr("ldm.runs.validate._check_bases", lambda *given, **how: None)
-    monkeypatch.setattr("ldm.runs.validate.require_space", lambda *given, **how: None)  # nothing is written
+    monkeypatch.setattr("ldm.runs.disk.require_space", lambda *given, **how: None)  # nothing is written
     monkeypatch.setattr("ldm.runs.job.estimate", lambda config: ({}, {}))
     monkeypatch.setattr("ldm.runs.job.encoding", lambda config: 0)
     monkeypatch.setattr("ldm.runs.job.with_checkpointing_chosen", lambda config, device: config)
