@@ -74,7 +74,8 @@ def main(options: Namespace) -> None:
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    name = f"{options.device}{'-compiled' if options.compile else ''}{'-quick' if options.quick else ''}"
+    parts = {"compiled": options.compile, "quick": options.quick, "only": options.only}
+    name = "-".join([options.device, *(part for part, is_so in parts.items() if is_so)])
     print(write_json(options.out / f"{name}.json", about | {"results": results}))
     picture = options.out / f"{name}.svg"
     groups = {
@@ -83,6 +84,6 @@ def main(options: Namespace) -> None:
     }
     picture.write_text(plot(groups, "Times as fast as diffusers", line=1.0), encoding="utf-8")
     print(picture)
-    if (options.out / "speed.md").exists() and name == "cpu" and not options.only:
+    if (options.out / "speed.md").exists() and name == "cpu":
         write_section(options.out / "speed.md", "measured", speed_table(about, results))
         print(options.out / "speed.md")

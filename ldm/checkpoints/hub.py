@@ -284,6 +284,9 @@ def _link(snapshot: Path, names: Sequence[str], folder: Path) -> None:
             (building / name).symlink_to((snapshot / name).resolve())
         except OSError:  # Windows, without the right to
             shutil.copyfile(snapshot / name, building / name)
+    if all((folder / name).resolve() == (snapshot / name).resolve() for name in names):
+        shutil.rmtree(building)  # another process was first, and may be reading there
+        return
     shutil.rmtree(folder, ignore_errors=True)
     try:
         os.rename(building, folder)

@@ -81,7 +81,8 @@ class ConceptImages:
         if self._held is not None:
             names = [file_name(concept, photo.path, several=len(self.concepts) > 1) for photo in photos]
             return tuple(p for p, n in zip(photos, names, strict=True) if self._held.get(n) == p.sha256)
-        return photos[-1:] if self.options.hold_out and len(photos) >= ENOUGH_PHOTOS else ()
+        different = {photo.sha256 for photo in photos}  # a copy of one adds nothing, and is held out with it
+        return photos[-1:] if self.options.hold_out and len(different) >= ENOUGH_PHOTOS else ()
 
     def hold(self, photos: Mapping[str, str]) -> None:
         """Holds these photos out, `file_name` -> SHA-256, and no others: those of the run that goes on."""

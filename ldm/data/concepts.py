@@ -77,6 +77,10 @@ class Concept:
         words = {"identifier": config.identifier, "class_word": config.class_word}
         subject = config.subject_prompt or (STYLE_TEMPLATE if style else SUBJECT_TEMPLATE)
         prior = config.prior_prompt or (None if style else PRIOR_TEMPLATE)
+        if config.prior_root is not None and prior is None:
+            remedy = "Give the style a prior_prompt, of which they are images, or take the folder off."
+            what = "A style without a prompt of its prior has no use for prior images"
+            raise UserError(what, where=f"{within}prior_root", remedy=remedy)
         if config.weight <= 0:
             remedy = "Give it one above 0, or leave the concept out."
             raise UserError(f"The weight is {config.weight}", where=f"{within}weight", remedy=remedy)

@@ -34,7 +34,10 @@ def find_masks(photos: Sequence[SourceImage], root: str | Path | None = None) ->
     folders: dict[Path, set[Path]] = {}  # of masks -> those of the photos that they are for
     for path in paths:
         folders.setdefault(Path(root or path.parent), set()).add(path.parent)
-    named = {folder: masks_by_name(folder, of_masks_alone=root is not None) for folder in folders}
+    beside = {path.parent.resolve() for path in paths}  # where images are photos, unless they say otherwise
+    named = {
+        folder: masks_by_name(folder, of_masks_alone=folder.resolve() not in beside) for folder in folders
+    }
     found, missing = {}, {}
     for path in paths:
         files = masks_of(path, named[Path(root or path.parent)])

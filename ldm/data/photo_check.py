@@ -142,7 +142,7 @@ def photo_facts(
     shape_of: -> what training crops a photo to.
     """
     folder = paths[0].parent if mask_root is None else Path(mask_root)
-    named = masks_by_name(folder, of_masks_alone=mask_root is not None)
+    named = masks_by_name(folder, of_masks_alone=folder.resolve() != paths[0].parent.resolve())
     captions = FolderCaptions(paths[0].parent)
     return [
         PhotoFacts.of(path, masks_of(path, named), shape=shape_of(path), captions=captions) for path in paths

@@ -51,6 +51,11 @@ def fill(template: str, *, identifier: str | None, class_word: str | None) -> st
     return re.sub(r"\{([^{}]*)\}", word, template)
 
 
+def has_placeholder(template: str) -> bool:
+    """Whether it names a word that `fill` fills in."""
+    return re.search(r"\{(identifier|class_word)\}", template) is not None
+
+
 def check_prompts(
     *,
     identifier: str,

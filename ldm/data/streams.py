@@ -39,9 +39,9 @@ class StreamPart(NamedTuple):
 
     @property
     def trained(self) -> tuple[SourceImage, ...]:
-        """Its images without those that only validate."""
-        held_out = {photo.path for photo in self.held_out}
-        return tuple(image for image in self.images if image.path not in held_out)
+        """Its images without those that only validate, and without copies of these."""
+        held_out = {photo.sha256 for photo in self.held_out}
+        return tuple(image for image in self.images if image.sha256 not in held_out)
 
     @property
     def validated(self) -> tuple[SourceImage, ...]:

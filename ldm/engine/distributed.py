@@ -84,9 +84,13 @@ def join(trainer: TrainerOptions) -> TrainerOptions:
             raise UserError(what, where="trainer.devices", remedy="Start it with main.py, torchrun or srun.")
         is_all = trainer.devices in ("auto", -1, "-1")  # that is one here
         return replace(trainer, devices=1) if is_all else trainer
+    given, here = trainer.devices, environment.world_size()
+    if isinstance(given, list) and environment.local_rank() >= len(given):
+        what = f"trainer.devices names {len(given)} GPUs, and the launcher has started more processes here"
+        remedy = "Name one for each process, or write their number."
+        raise UserError(what, where="trainer.devices", remedy=remedy)
     if not dist.is_initialized():
         init_process_group(environment, device_of(trainer))
-    given, here = trainer.devices, environment.world_size()
     places = all_gather_object((environment.node_rank(), environment.local_rank()))
     nodes = len({node for node, _ in places})
     if trainer.num_nodes not in (1, nodes):
@@ -94,7 +98,7 @@ def join(trainer: TrainerOptions) -> TrainerOptions:
         raise UserError(what, where="trainer.num_nodes", remedy="Take it off.")
     return replace(
         trainer,
-        devices=given if isinstance(given, list) and len(given) == here // nodes else here // nodes,
+        devices=given[: here // nodes] if isinstance(given, list) else here // nodes,
         num_nodes=nodes,
         strategy="ddp" if trainer.strategy == "auto" else trainer.strategy,
     )

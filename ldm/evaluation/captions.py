@@ -34,16 +34,15 @@ def question(class_word: str, *, style: Style, language: str) -> str:
     return ASKED[style].format(class_word=class_word, language=language)
 
 
-def caption_of(answer: str, subject: str, *, style: Style) -> str:
+def caption_of(answer: str, subject: str, *, class_word: str, style: Style) -> str:
     """The model's answer as a caption that begins with the subject: "a photo of sks dog, asleep".
 
-    subject: with the identifier, "a photo of sks dog". Quotes, braces (placeholders) and line breaks
-    go; so does a beginning that repeats the subject's words.
+    subject: with the identifier, "a photo of sks dog"; class_word: "dog". Quotes, braces (placeholders) and
+    line breaks go; so does a beginning that repeats the class word.
     """
     text = re.sub(r"[{}\"“”]", "", " ".join(answer.split())).strip(" .,;:-'")
     text = re.sub(r"^(here (is|are)|sure)\b[^:]*:\s*", "", text, flags=re.IGNORECASE)
     text = re.sub(r"^(a|an|the)?\s*(photo|picture|image) of (a|an|the)?\s*", "", text, flags=re.IGNORECASE)
-    class_word = subject.split()[-1]
     text = re.sub(rf"^((a|an|the)\s+)?{re.escape(class_word)}\b[\s,]*", "", text, flags=re.IGNORECASE)
     if style == "tags":
         tags = dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip())
@@ -71,6 +70,7 @@ def write_captions(
     *,
     asked: str,
     subject: str,
+    class_word: str,
     style: Style,
     batch_size: int,
 ) -> Iterator[tuple[Path, str]]:
@@ -88,7 +88,7 @@ def write_captions(
             if written is not None:  # meanwhile, or for a photo of the same stem
                 yield path, " | ".join(caption.text for caption in written[0])
                 continue
-            caption = caption_of(answer, subject, style=style)
+            caption = caption_of(answer, subject, class_word=class_word, style=style)
             with atomic_write(path.with_suffix(".txt")) as temporary:
                 temporary.write_text(caption + "\n", encoding="utf-8")
             yield path, caption

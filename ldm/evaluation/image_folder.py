@@ -33,6 +33,11 @@ def read_image_folder(folder: str | Path, *, at_least: int = 1) -> list[Generate
     return list(samples.values())
 
 
+def is_contact_sheet(path: Path) -> bool:
+    """Whether an image is one of several prompts, as this project's metadata says."""
+    return "prompts" in _settings(path)
+
+
 def prompt_of(path: Path) -> str | None:
     """The prompt of an image, from the .txt file beside it or from its metadata; None if it is not known."""
     return _settings(path).get("prompt")

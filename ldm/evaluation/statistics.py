@@ -1,7 +1,7 @@
 """Means over subjects and paired differences, with bootstrap intervals over subjects.
 
-Runs of one subject share its photos, and seeds are few, so subjects are what is resampled: an interval says
-what to expect of another subject. Differences are first taken between runs of the same subject and seed.
+Runs of one subject share its photos, and seeds are few, so subjects are what is resampled: an interval is
+of the mean over subjects such as these. Differences are first taken between runs of one subject and seed.
 """
 
 from collections.abc import Mapping, Sequence

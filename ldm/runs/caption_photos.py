@@ -38,7 +38,8 @@ def caption_photos(options: Namespace) -> Path:
     if todo:
         model = VisionLanguageModel(options.model, device=options.device)
         asked = question(options.class_word, style=options.style, language=options.language)
-        how = {"asked": asked, "subject": subject, "style": options.style, "batch_size": options.batch_size}
+        how = {"subject": subject, "class_word": options.class_word, "style": options.style}
+        how |= {"asked": asked, "batch_size": options.batch_size}
         with model.placed(), tqdm(total=len(todo), desc="captions", unit="photo") as bar:
             for path, caption in write_captions(todo, model, **how):
                 bar.write(f"{path.with_suffix('.txt')}: {caption}")

@@ -23,9 +23,14 @@ def checkpoints_to_come(config: FitConfig, *, evaluate_every: int, step: int = 0
     return min(max(1, config.checkpoints_kept + 2 - there), written)
 
 
-def require_checkpoint_space(config: FitConfig, module: nn.Module, *, run: Path, evaluate_every: int) -> None:
-    """Raises UserError where a run's disk has no room for the checkpoints that are still to come."""
-    found = by_step(run / "checkpoints")
+def require_checkpoint_space(
+    config: FitConfig, module: nn.Module, *, run: Path, evaluate_every: int, is_new: bool = False
+) -> None:
+    """Raises UserError where a run's disk has no room for the checkpoints that are still to come.
+
+    is_new: what lies in the folder `run` is of an earlier run of this name.
+    """
+    found = [] if is_new else by_step(run / "checkpoints")
     step = min(step_of(found[0]), config.trainer.max_steps) if found else 0
     count = checkpoints_to_come(config, evaluate_every=evaluate_every, step=step, there=len(found))
     needed = count * checkpoint_bytes(module, averaged=config.ema_decay is not None)

@@ -8,31 +8,37 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from ldm.checkpoints.save import DTYPES
+from ldm.config import instantiate
 from ldm.contact_sheet import save_image
+from ldm.data.buckets import Shape
 from ldm.data.concepts import IDENTIFIER
 from ldm.data.images import ImageFiles, list_images
 from ldm.engine.device import device_of
 from ldm.engine.locks import share
 from ldm.errors import UserError
 from ldm.evaluation.dreambench import BenchMetrics, BenchSubject
-from ldm.evaluation.image_folder import embedded_settings, prompt_of
+from ldm.evaluation.image_folder import embedded_settings, is_contact_sheet, prompt_of
 from ldm.evaluation.masc import MaskedConsistency, masks_of_photos, require_masc
 from ldm.evaluation.statistics import Row
 from ldm.files import files_sha256, folder_sha256, make_folder, path_sha256
 from ldm.pipeline import Text2Image
 from ldm.precision import resolve_precision
+from ldm.runs.buckets import build_data
 from ldm.runs.grid import Grid, Job, finish, metrics_of, write_text
 from ldm.runs.inputs import FILE as INPUTS
+from ldm.runs.sampling import in_shapes
 from ldm.runs.untrained import base_pipeline
 from ldm.runs.validate import validate
+from ldm.schema import RunConfig
 
 MEASURED = "measured"  # the variant of its rows
 MASC = "masc"  # the network of masked consistency, among those of a benchmark
-SAMPLING = ("sampler", "spacing", "steps", "guidance_scale", "negative_prompt")
+SAMPLING = ("sampler", "spacing", "steps", "guidance_scale", "negative_prompt", "height", "width")
 NOTHING_ELSE = ("evaluation=null", "evaluate_also=null", "online_eval.every_steps=0", "samples.n=1")
 
 
@@ -180,8 +186,10 @@ def draw(bench: DreamBench, name: str) -> None:
     """Images of every prompt by the run of a subject; those of this very run are not drawn again."""
     job, config = bench.runs[name], bench.runs[name].config.samples
     settings, run_hash = {key: getattr(config, key) for key in SAMPLING}, bench.run_hash(name)
+    shapes = sample_shapes(job.config)
+    told = settings | {"shapes": list(map(str, shapes)), "run": run_hash}
     wanted = [
-        (file, {"prompt": prompt, "seed": config.seed + i, **settings, "run": run_hash})
+        (file, {"prompt": prompt, "seed": config.seed + i, **told})
         for prompt, group in bench.files(name).items()
         for i, file in enumerate(group)
     ]
@@ -189,7 +197,7 @@ def draw(bench: DreamBench, name: str) -> None:
     if not missing:
         return
     make_folder(bench.pictures_of(name))
-    pipeline = _pipeline(job)
+    pipeline = in_shapes(_pipeline(job), shapes)
     how = {"batch_size": config.batch_size, "precision": config.precision}
     with tqdm(total=len(missing), desc=f"images of {name}", unit="image", disable=None) as bar:
         for first in range(0, len(missing), config.batch_size):
@@ -204,6 +212,13 @@ def draw(bench: DreamBench, name: str) -> None:
 def _is_drawn(file: Path, about: Mapping[str, Any]) -> bool:
     """Whether an image was drawn with these settings, which its own metadata has."""
     return embedded_settings(file) == json.loads(json.dumps(about))
+
+
+def sample_shapes(config: RunConfig) -> tuple[Shape, ...]:
+    """The shapes of the photos of a run in buckets, in which its images are drawn in turn."""
+    with torch.device("meta"):
+        module = instantiate(config.model)
+    return build_data(config, module).sample_shapes
 
 
 def _pipeline(job: Job) -> Text2Image:
@@ -222,7 +237,8 @@ def given_images(folder: Path, prompts: Sequence[str]) -> dict[str, Sequence[Ima
     begins with the number of the prompt, from 0: 07-2.png, 07/2.png.
     """
     folders = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
-    paths = [path for place in folders if _has_files(place) for path in list_images(place)]
+    found = [path for place in folders if _has_files(place) for path in list_images(place)]
+    paths = [path for path in found if not is_contact_sheet(path)]
     groups: dict[str, list[Path]] = {}
     for path in paths:
         numbered = re.match(r"\d+", (path if path.parent == folder else path.parent).name)

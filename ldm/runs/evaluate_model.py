@@ -219,9 +219,22 @@ def results_folder(options: Namespace, model: Path | None) -> Path:
     return new_folder(wanted, remedy="Name another with --out FOLDER.")
 
 
+def _check_flags(options: Namespace) -> None:
+    """Raises UserError for flags of which one would be without effect."""
+    if options.captions and options.pictures:
+        what = "Captions are drawn by a model, and --pictures are images of any tool"
+        raise UserError(what, where="--captions", remedy="Take one of the two off.")
+    if options.class_pictures and not options.pictures:
+        remedy = "Give those of the subject with --pictures, or take it off: a model draws its own."
+        raise UserError(
+            "Images of the class are beside those of the subject", where="--class_pictures", remedy=remedy
+        )
+
+
 def evaluate_model(options: Namespace) -> None:
     """Measures what the options of `evaluate.py` name; prints a table and writes its files."""
     allow(*options.allow)
+    _check_flags(options)
     if options.out is not None:
         make_folder(options.out)  # before the work whose results it is for
     keep_freed_memory()

@@ -72,6 +72,9 @@ def upload(folder: Path, files: list[str], to: str, *, private: bool) -> str:
     try:
         api = HfApi()
         api.create_repo(to, private=private, exist_ok=True)
+        if private and not api.repo_info(to).private:  # it was there already
+            remedy = "Add --public, or name another repository."
+            raise UserError("This repository is public", where=to, remedy=remedy)
         message = f"DreamBooth: {folder.name}"
         return str(api.create_commit(to, operations, commit_message=message).commit_url)
     except LocalTokenNotFoundError as error:

@@ -23,7 +23,7 @@ from ldm.conditioner import clip_skip_of
 from ldm.config import load_config, to_container
 from ldm.contact_sheet import contact_sheet, save_image
 from ldm.data.images import load_image
-from ldm.data.prompts import read_prompts
+from ldm.data.prompts import fill, has_placeholder, read_prompts
 from ldm.engine.device import DEVICE, keep_freed_memory
 from ldm.errors import UserError
 from ldm.families.sdxl.conditioning import Sizes, warn_of_small_side
@@ -151,7 +151,8 @@ def prompts_of(options: Namespace, model: Model) -> list[str]:
     """The prompts of the command line, then those of the file, with the words that the model was taught."""
     words = taught_words(model.metadata)
     words |= {name: getattr(options, name) for name in words if getattr(options, name)}
-    return options.prompt + (read_prompts(options.prompts, **words) if options.prompts else [])
+    given = [fill(prompt, **words) if has_placeholder(prompt) else prompt for prompt in options.prompt]
+    return given + (read_prompts(options.prompts, **words) if options.prompts else [])
 
 
 def settings_of(options: Namespace, model: Model) -> dict[str, Any]:

@@ -71,6 +71,9 @@ class Sweep(Grid):
         if self.at and (wrong or self.groups):
             what = "A curve is read at values of one of `metrics`, and of single subjects"
             raise UserError(what, where=f"{path}: at", remedy="Write e.g. {subject_fidelity: [0.8]}.")
+        if self.frontier and (len(self.frontier) != 2 or not set(self.frontier) <= set(self.metrics)):
+            remedy = "Name two of the study's `metrics`, across and up."
+            raise UserError(f"A frontier is not of {list(self.frontier)}", where=path, remedy=remedy)
         if self.extracted and (self.at or self.groups):
             what = "LoRAs are extracted from models of single subjects, and read at the end of a run"
             raise UserError(what, where=f"{path}: extracted", remedy="Take `at` or the groups off.")

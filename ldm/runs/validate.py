@@ -89,8 +89,8 @@ def validate(
     else:
         data = instantiate(config.data)
         _check_other_run(config)
-    every = config.online_eval.every_steps
-    require_checkpoint_space(config, module, run=run_folder or LOGS / config.name, evaluate_every=every)
+    where = {"run": run_folder or LOGS / config.name, "is_new": run_folder is None}
+    require_checkpoint_space(config, module, evaluate_every=config.online_eval.every_steps, **where)
     vocabulary = _check_bases(config, module, bases, download=download)
     if config.is_dreambooth:
         check_prompts(config, module, data, vocabulary, download=download)

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants, snapshot_download
 
 from ldm.checkpoints.find_model import find_model
-from ldm.checkpoints.hub import HubModel, choose, local_path
+from ldm.checkpoints.hub import HubModel, _link, choose, local_path
 from ldm.checkpoints.infer_config import model_config
 from ldm.checkpoints.known import flat
 from ldm.checkpoints.load import file_hash, open_model
@@ -225,6 +225,19 @@ def test_what_is_here_needs_no_network(hub, pipeline, monkeypatch):
     assert file_hash(local_path("owner/tiny")) == before
     shutil.rmtree(folder)
     assert file_hash(local_path("owner/tiny")) == before and hub.asked == []
+
+
+def test_a_process_that_comes_second_takes_nothing_away(hub, pipeline):
+    """The first may be reading the folder, through links that are the same."""
+    folder = local_path("owner/tiny")
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink()]
+    (snapshot,) = (hub.root / "../home/hub/models--owner--tiny/snapshots").iterdir()
+    made = folder.stat().st_ino
+    _link(snapshot, names, folder)
+    assert folder.stat().st_ino == made and not list(folder.parent.glob(".*.tmp"))
+    (folder / names[0]).unlink()
+    _link(snapshot, names, folder)
+    assert folder.stat().st_ino != made and (folder / names[0]).exists()
 
 
 def as_variant(stem: str, variant: str, *, sharded: bool) -> list[str]:

@@ -408,6 +408,15 @@ WRONG = {
         {"concepts": [dog(prior_root="class"), dog("rex", identifier="qpv", prior_root="cats")]},
         "two folders of prior images, class and cats",
     ),
+    "prior images of a style without their prompt": (
+        {
+            "concepts": [
+                dog(),
+                ConceptConfig(root="style", identifier="qpv", class_word=None, prior_root="class"),
+            ]
+        },
+        r"no use for prior images \(concepts\.1\.prior_root\)",
+    ),
     "photos that are prior images": ({"concepts": [dog(prior_root="dogs")]}, "same folder"),
 }
 

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import shutil
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -457,6 +458,20 @@ def test_a_photo_that_is_held_out_validates_and_never_trains(folders):
     assert {stream.view(item).source.path.name for item in validated} == {held}
     few = ready(subject_root=folders["prior_root"], num_priors=0, hold_out=True)
     assert len(few.dataset.streams["subject"].sources) == 6  # of seven
+
+
+def test_a_copy_of_the_photo_that_is_held_out_is_not_trained_on_either(folders, tmp_path):
+    """Under another name, as a browser gives it: the validation loss would be of a trained photo."""
+    photos = Path(shutil.copytree(folders["subject_root"], tmp_path / "copies"))
+    last = sorted(photos.iterdir())[-1]
+    shutil.copy(last, photos / f"0 ({last.stem}){last.suffix}")
+    stream = ready(subject_root=str(photos), num_priors=0, hold_out=True).dataset.streams["subject"]
+    trained, held = ({s.sha256 for s in group} for group in (stream.sources, stream.held_out))
+    assert len(held) == 1 and trained and not trained & held
+    for path in photos.iterdir():
+        shutil.copy(last, path) if path != last else None  # all of them are one
+    stream = ready(subject_root=str(photos), num_priors=0, hold_out=True).dataset.streams["subject"]
+    assert stream.held_out == () and stream.sources
 
 
 @pytest.mark.parametrize("online", [False, True])

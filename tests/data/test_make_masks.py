@@ -77,6 +77,15 @@ def test_masks_are_written_where_there_are_none(photos: Path, asked: list, caplo
     assert {path: path.read_bytes() for path in photos.iterdir()} == again
 
 
+def test_a_sheet_among_the_photos_is_refused_before_any_mask(photos: Path, asked: list, tmp_path: Path):
+    before = {path.name for path in photos.iterdir()}
+    with pytest.raises(UserError, match="sheet would lie among the photos.*photos/s.png"):
+        make_masks.main(make_masks.parse([str(photos), "--sheet", str(photos / "s.png")]))
+    assert asked == [] and {path.name for path in photos.iterdir()} == before
+    sheet = tmp_path / "new" / "s.png"
+    assert make_masks.main(make_masks.parse([str(photos), "--sheet", str(sheet)])) == sheet and sheet.exists()
+
+
 def test_without_rembg_one_sentence_says_so(photos: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "rembg", None)
     with pytest.raises(UserError, match=r"needs rembg, which is not installed.*\[masks\]"):

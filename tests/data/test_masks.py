@@ -15,6 +15,7 @@ from ldm.data.concepts import ConceptConfig
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import formats, list_images
 from ldm.data.masks import area_average, find_masks, masks_of
+from ldm.data.photo_check import photo_facts
 from ldm.errors import UserError
 from tests.data.test_dreambooth import items, noise, ready
 
@@ -143,6 +144,22 @@ def off_centre(folder: Path) -> None:
 
 def more(folder: Path) -> None:
     Image.new("L", (13, 8), 255).save(folder / "1-masklabel.png")
+
+
+def test_the_photos_own_folder_as_that_of_the_masks_is_beside_them(folder: Path):
+    """There an image is a photo, unless its name says that it is a mask."""
+    beside, named = data_of(folder), data_of(folder, mask_root=str(folder))
+    assert beside.dataset.masks.keys() == named.dataset.masks.keys()
+    for view, mask in beside.dataset.masks.items():
+        assert torch.equal(mask, named.dataset.masks[view])
+    paths = list_images(folder)
+    assert [f.subject for f in photo_facts(paths, mask_root=folder)] == [
+        f.subject for f in photo_facts(paths)
+    ]
+    for mask in folder.glob("*mask*"):
+        mask.unlink()
+    with pytest.raises(UserError, match="photos have no mask"):
+        data_of(folder, mask_root=str(folder))
 
 
 def test_a_photo_without_a_suffix_has_one_mask(tmp_path: Path):

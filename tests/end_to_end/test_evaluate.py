@@ -94,6 +94,8 @@ def test_where_nothing_can_be_written_nothing_is_measured(folders, monkeypatch):
         (("--pictures", "cats"), "The subject_root is missing"),
         (("--pictures", "absent", *PHOTOS), "absent"),
         (("--pictures", "drawn", "--class_pictures", "photos/one", *PHOTOS), "photos/one"),
+        (("--pictures", "drawn", "--captions", "4"), "Captions are drawn by a model.*--captions"),
+        (("--class_pictures", "cats", *PHOTOS), "beside those of the subject.*--pictures"),
         (("--pictures", "drawn", *PHOTOS, "--metrics", "photos", "--dino", "absent"), "hf download"),
         (("--pictures", "drawn", *PHOTOS, "--prompts", "dreambooth-live"), "`prompts` is not a parameter"),
     ],

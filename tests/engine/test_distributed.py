@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,14 @@ def test_alone_there_is_nobody_to_meet():
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.all_gather_object("x") == ["x"] and distributed.on_rank0_broadcast(lambda: "y") == "y"
     distributed.barrier()
+
+
+def test_more_processes_than_gpus_that_are_named_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """Before the third has no number of its own."""
+    place = SimpleNamespace(local_rank=lambda: 2, world_size=lambda: 4)
+    monkeypatch.setattr(distributed, "_environment", lambda: place)
+    with pytest.raises(UserError, match=r"names 2 GPUs.*more processes here \(trainer.devices\)"):
+        distributed.join(TrainerOptions(max_steps=1, devices=[2, 3]))
 
 
 @pytest.mark.parametrize("devices", [1, "1", "auto", [0], -1])

@@ -16,6 +16,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from ldm.commands import dreambench
 from ldm.config import save_config
+from ldm.contact_sheet import save_image
 from ldm.errors import UserError
 from ldm.evaluation.dreambench import METRICS, PAPER, BenchMetrics, read_dataset
 from ldm.evaluation.features import DinoV2
@@ -149,6 +150,10 @@ def test_the_prompt_of_any_tools_image_is_found(tmp_path):
     (tmp_path / "other.txt").write_text("a sks dog by the sea")
     found = {prompt: len(group) for prompt, group in given_images(tmp_path, prompts).items()}
     assert found == {"prompt 3": 1, "prompt 7": 1, "a sks dog by the sea": 1, "prompt 11": 1}
+    save_image(
+        tmp_path / "contact_sheet.png", noise(1), {"prompts": prompts}
+    )  # of sample.py, no image of one
+    assert {prompt: len(group) for prompt, group in given_images(tmp_path, prompts).items()} == found
     for name in ("12-0.png", "x.png"):
         noise(1).save(tmp_path / name)
         with pytest.raises(UserError, match=f"not known which prompt.*{name}.*00 to 11"):

@@ -213,7 +213,21 @@ def test_the_default_is_what_fits(monkeypatch):
 )
 def test_an_answer_becomes_a_caption(answer, style, expected):
     subject = "a photo of sks dog"
-    assert caption_of(answer, subject, style=style) == expected.replace("S", subject, 1)
+    found = caption_of(answer, subject, class_word="dog", style=style)
+    assert found == expected.replace("S", subject, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "style", "expected"),
+    [
+        ("a photo of a stuffed animal on a shelf", "sentence", "S, on a shelf"),
+        ("shelf, stuffed animal, animal print rug", "tags", "S, shelf, animal print rug"),
+    ],
+)
+def test_a_class_of_several_words_is_not_named_twice(answer, style, expected):
+    subject = "a photo of sks stuffed animal"
+    found = caption_of(answer, subject, class_word="stuffed animal", style=style)
+    assert found == expected.replace("S", subject, 1)
 
 
 def test_captions_are_written_once_and_shown(workdir, folder, monkeypatch, capsys):

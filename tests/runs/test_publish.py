@@ -204,6 +204,9 @@ def test_the_uploaded_card_names_what_is_uploaded(
         def create_repo(self, to: str, **how: object) -> None:
             pass
 
+        def repo_info(self, to: str) -> Namespace:
+            return Namespace(private=True)
+
         def create_commit(self, to: str, operations: list, **how: object) -> Namespace:
             commits.append(operations)
             return Namespace(commit_url="")
@@ -217,6 +220,37 @@ def test_the_uploaded_card_names_what_is_uploaded(
     (line,) = (line for line in text.split("\n") if line.startswith("- `model.safetensors`: the whole model"))
     assert card == (text.replace(f"{line}\n", "") if lora_only else text)
     assert (folder / "README.md").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("is_private", [True, False])
+def test_a_public_repository_that_is_there_gets_nothing_private(
+    tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch, is_private: bool
+):
+    """The hub ignores `private` where the repository exists."""
+    commits: list[str] = []
+
+    class Api:
+        def create_repo(self, to: str, *, private: bool, exist_ok: bool) -> None:
+            assert private and exist_ok
+
+        def repo_info(self, to: str) -> Namespace:
+            return Namespace(private=is_private)
+
+        def create_commit(self, to: str, operations: list, **how: object) -> Namespace:
+            commits.append(to)
+            return Namespace(commit_url="")
+
+    folder = leave(tmp_path / "rex")
+    write_card(folder, config, METRICS, TRAINING)
+    monkeypatch.setattr(publish, "HfApi", Api)
+    words = command.parse([str(folder), "--to", "me/rex", "--yes"])
+    if is_private:
+        command.main(words)
+        assert commits == ["me/rex"]
+        return
+    with pytest.raises(UserError, match=r"repository is public \(me/rex\).*--public"):
+        command.main(words)
+    assert commits == []
 
 
 @pytest.mark.parametrize("name", ["rex", "me/rex/x", "me rex/x", "/rex", ""])

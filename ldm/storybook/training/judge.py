@@ -74,6 +74,12 @@ class JudgeTask(pl.LightningModule):
         self.print(f"accuracy on unseen images: {self.accuracy}")
         self.log_dict({f"val/{name}": share for name, share in self.accuracy.items()})
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["accuracy"] = self.accuracy
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.accuracy = checkpoint.get("accuracy", {})  # none in those of older versions
+
     configure_gradient_clipping = clip
 
     def configure_optimizers(self) -> dict:
