@@ -109,6 +109,11 @@ def test_named_prompts_take_the_words_that_the_model_was_taught(
     given = ["--prompts", "one.txt", "--identifier", "sks", "--class_word", "cat", *options[2:]]
     sample(monkeypatch, *given, "--out", "given")
     assert Path("given/000-sks-cat-23.png").exists()
+    typed = ["--prompt", "{identifier} {class_word}", "{red} dog", *options[2:]]
+    sample(monkeypatch, *typed, "--out", "typed")
+    for name, prompt in (("000-zwx-toy-dog-23", "zwx toy dog"), ("001-red-dog-23", "{red} dog")):
+        with Image.open(f"typed/{name}.png") as picture:
+            assert json.loads(picture.text["dreambooth"])["prompt"] == prompt
 
 
 def test_a_run_s_own_sampler_steps_and_guidance_are_the_defaults(
