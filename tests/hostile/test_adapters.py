@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm.checkpoints.load import open_model
 from ldm.checkpoints.lora import merge_lora, read_lora
 from ldm.checkpoints.lora_ranks import KEY, read_ranks
+from ldm.checkpoints.tensors import read_tensors
 from ldm.commands import convert
 from tests.families.conftest import xl_file, xl_folder  # noqa: F401
 from tests.hostile.conftest import examples, refused_or
@@ -96,7 +97,7 @@ def test_any_pair_that_a_lora_is_extracted_from(
         mutate(data.draw, tensors)
     else:
         tensors[name] = tensors[name] + {"shift": 1.0, "infinity": torch.inf, "huge": 1e30}[how]
-    save_file(tensors, folder / "tuned.safetensors")
+    save_file(tensors, folder / "tuned.safetensors", metadata=read_tensors(tiny_model_file)[1])
     words = [str(folder / "tuned.safetensors"), str(folder / "lora.safetensors")]
     words += ["--extract_lora", str(tiny_model_file), "--rank", rank, "--dtype", dtype]
 
@@ -115,8 +116,21 @@ def test_any_tensors_of_sdxl(data, metadata: bool, xl_file: Path, tmp_path: Path
     tensors: dict[str, Tensor] = load_file(xl_file)
     mutate(data.draw, tensors)
     about = {"modelspec.architecture": data.draw(st.sampled_from(["stable-diffusion-xl-v1-base", "x", DEEP]))}
-    save_file(tensors, tmp_path / "x.safetensors", metadata=about if metadata else None)
+    about = read_tensors(xl_file)[1] | about if metadata else None
+    save_file(tensors, tmp_path / "x.safetensors", metadata=about)
     refused_or(lambda: read_whole(tmp_path / "x.safetensors"))
+
+
+def test_a_pair_and_a_file_that_are_not_odd_are_taken(tiny_model_file, xl_file: Path, tmp_path):  # noqa: F811
+    """So that what is refused is refused for what is odd of it."""
+    words = [str(tiny_model_file), str(tmp_path / "lora.safetensors"), "--extract_lora", str(tiny_model_file)]
+    tensors = load_file(tiny_model_file)
+    name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    tensors[name] = tensors[name] + 1.0
+    save_file(tensors, tmp_path / "tuned.safetensors", metadata=read_tensors(tiny_model_file)[1])
+    words[0] = str(tmp_path / "tuned.safetensors")
+    assert refused_or(lambda: convert.main(convert.parse(words))) == tmp_path / "lora.safetensors"
+    assert refused_or(lambda: read_whole(xl_file)) is not None
 
 
 @examples(6)

@@ -1,7 +1,9 @@
 """Words of commands, studies, searches and nodes of configs: each is taken, or refused before any work."""
 
 import copy
+import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,18 @@ from hypothesis import strategies as st
 
 from ldm import commands
 from ldm.checkpoints.hub import HubModel, local_path
-from ldm.commands import convert, dreambench, evaluate, publish, sample, search, study
+from ldm.commands import (
+    caption,
+    check_photos,
+    convert,
+    dreambench,
+    evaluate,
+    make_masks,
+    publish,
+    sample,
+    search,
+    study,
+)
 from ldm.config import instantiate, load_config, to_container
 from ldm.diffusion.process import DiscreteDiffusion
 from ldm.diffusion.schedule import make_alphas_cumprod
@@ -20,7 +33,7 @@ from ldm.runs.publish import check_target
 from ldm.runs.search import Search
 from ldm.runs.sweep import jobs_of, read_sweep
 from ldm.sampler_nodes import sampling_levels
-from tests.factories import SCHEDULE
+from tests.factories import SCHEDULE, photos
 from tests.hostile.conftest import SECRET, examples, refused_or
 from tests.hostile.test_configs import VALUES, leaves
 
@@ -62,26 +75,37 @@ CONCEPT = {
     "root": "photos",
     "identifier": "sks",
     "class_word": "dog",
+    "name": "rex",
     "weight": 1,
-    "num_priors": 2,
-    "captions": True,
+    "subject_prompt": "a photo of {identifier} {class_word}",
+    "prior_prompt": "a photo of a {class_word}",
+    "prior_root": None,
 }
+changes = st.dictionaries(st.sampled_from(sorted(CONCEPT)) | st.text(max_size=5), odd, max_size=2)
+
+
+def concepts_are_taken(concepts: object, folder: Path) -> bool:
+    """A run of these concepts, whose folder of photos is there, is checked as before any work."""
+    if not (folder / "photos").exists():
+        photos(folder / "photos")
+    one = dict.fromkeys(("subject_root", "class_word", "identifier"))
+    config = {"data": {"params": one | {"concepts": concepts}}}
+    (folder / "concepts.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    words = ["--base", str(ROOT / "configs/dreambooth.yaml"), str(folder / "concepts.yaml")]
+    instantiate(parse(words).data).check()
+    return True
 
 
 @examples(6)
-@given(
-    concepts=st.lists(
-        st.fixed_dictionaries({}, optional={name: st.just(usual) | odd for name, usual in CONCEPT.items()})
-        | odd,
-        max_size=3,
-    )
-    | odd
-)
-def test_any_concepts(concepts: object, tmp_path: Path):
-    config = {"data": {"params": {"concepts": concepts}}}
-    (tmp_path / "concepts.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
-    words = ["--base", str(ROOT / "configs/dreambooth.yaml"), str(tmp_path / "concepts.yaml")]
-    refused_or(lambda: instantiate(parse(words).data).check())
+@given(concepts=st.lists(changes.map(lambda changed: CONCEPT | changed) | odd, max_size=2) | odd)
+def test_any_concepts(concepts: object, workdir: Path):
+    refused_or(lambda: concepts_are_taken(concepts, workdir))
+
+
+def test_concepts_that_are_not_odd_are_taken(workdir: Path):
+    """So that what is refused is refused for what is odd of it."""
+    other = CONCEPT | {"identifier": "qpv", "name": "tom"}
+    assert refused_or(lambda: concepts_are_taken([CONCEPT, other], workdir))
 
 
 TARGETS = [
@@ -105,13 +129,13 @@ nodes = st.fixed_dictionaries(
         "params": st.dictionaries(st.text(max_size=8), odd) | odd,
     },
 )
-PLACES = ["model.params.optimizer", "model.params.lr_schedule", "model.params.adapter", "priors.sampler"]
+PLACES = ["model.params.optimizer", "model.params.lr_schedule", "model.params.trainable.adapter"]
 PLACES += [
+    "priors.sampler",
     "samples.sampler",
     "samples.spacing",
-    "priors.clip_skip",
-    "samples.clip_skip",
-    "evaluation.params.model",
+    "model.params.text_encoder.params.clip_skip",
+    "evaluation.params.judge_file",
 ]
 PLACES += ["data.params.masks", "model.params.objective.masks", "samples.guidance_scale", "priors.steps"]
 
@@ -165,7 +189,13 @@ def test_any_study(data, workdir: Path):
 @given(data=st.data())
 def test_any_search(data, workdir: Path):
     Path("any.yaml").write_text(yaml.safe_dump(changed(data, SEARCH), allow_unicode=True), encoding="utf-8")
-    refused_or(lambda: Search.read("any.yaml").ranges)
+    refused_or(lambda: Search.read("any.yaml", base=["configs/dreambooth.yaml"]).ranges)
+
+
+def test_studies_and_searches_that_are_not_odd_are_taken(workdir: Path):
+    for content, read in ((STUDY, read_sweep), (SEARCH, partial(Search.read, base=["dreambooth.yaml"]))):
+        Path("any.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        assert refused_or(lambda read=read: read("any.yaml")) is not None
 
 
 BAD_GRIDS = {
@@ -186,9 +216,12 @@ def test_bad_studies_and_searches_are_refused(what: str, workdir: Path):
 
 
 PARSERS: dict[str, Callable] = {
+    "caption": caption.parse,
+    "check_photos": check_photos.parse,
     "convert": convert.parse,
     "dreambench": dreambench.parse,
     "evaluate": evaluate.parse,
+    "make_masks": make_masks.parse,
     "publish": publish.parse,
     "sample": sample.parse,
     "search": search.parse,
@@ -268,4 +301,7 @@ def test_any_id_of_the_hub(name: str, workdir: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_every_command_has_a_parser():
-    assert set(PARSERS) <= {path.stem for path in Path(commands.__file__).parent.glob("*.py")}
+    """Those of configs have one in common, `ldm.runs.options.parse`, which other tests try."""
+    modules = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - {"__init__", "entry"}
+    found = {name for name in modules if hasattr(importlib.import_module(f"ldm.commands.{name}"), "parse")}
+    assert set(PARSERS) == found and modules - found == {"dreambooth", "generate_priors"}
