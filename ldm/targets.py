@@ -80,6 +80,8 @@ def _imported(target: str, wanted: Callable[[Any], bool], kind: str) -> Any:
         remedy = f"It may start with {' '.join(ALLOWED)}; add your own code with --allow PACKAGE."
         raise UserError(f"`{target}` is not an allowed target", remedy=remedy)
     module_name, _, name = target.rpartition(".")
+    if not module_name:
+        raise UserError(f"`{target}` is a package, not a {kind}", remedy="Write package.module.Class.")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -249,6 +249,7 @@ def test_check_builds_nothing():
     [
         ("os.system", "not an allowed target"),
         ("ldmx.Thing", "not an allowed target"),
+        ("ldm", "`ldm` is a package, not a class.*package.module.Class"),
         ("ldm.config.Path", "not a class of ldm.config"),  # imported there, defined elsewhere
         ("ldm.files.os.system", "cannot be imported: there is no"),
         ("torch.optim.Adamw", "Did you mean `AdamW`"),

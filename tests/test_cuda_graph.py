@@ -1,6 +1,7 @@
 """Steps of a sampling as one CUDA graph give the samples of the plain steps."""
 
 from collections.abc import Callable
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ def test_samples_are_the_plain_ones(tiny_networks: dict, device: str, monkeypatc
     plain = pipeline(tiny_networks, device, cuda_graph=False)
     graphed = pipeline(tiny_networks, device, cuda_graph=True)
     if device == "cpu":
-        recorded = GraphedPrediction(graphed.unet, recorded=again, device_type="cpu")
+        count = MagicMock(side_effect=again)
+        recorded = GraphedPrediction(graphed.unet, recorded=count, device_type="cpu")
         monkeypatch.setattr(graphed.denoiser, "graph", recorded)
     jobs = [(["a disc"], 1), (["a disc"], 2), (["a disc", "sks disc"], 3), (["sks disc", "a square"], 4)]
     for prompts, seed in [*jobs, *jobs]:
@@ -45,6 +47,8 @@ def test_samples_are_the_plain_ones(tiny_networks: dict, device: str, monkeypatc
         for a, b in zip(graphed(prompts, **how), plain(prompts, **how), strict=True):
             torch.testing.assert_close(a.latents, b.latents, rtol=1e-4, atol=1e-5)
             assert np.abs(np.asarray(a.image, int) - np.asarray(b.image, int)).max() <= 1
+    if device == "cpu":
+        assert count.call_count == 4  # of one prompt, of two, and both once more
 
 
 def test_two_samplings_by_turns_do_not_write_into_each_other(tiny_networks: dict, monkeypatch):

@@ -1,5 +1,6 @@
 """LoRA extraction: the best low-rank approximation of what a training has changed in a model's layers."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -43,6 +44,9 @@ def extract_lora(
     total = inside = kept = 0.0
     for network, name, change in _changes(tuned, base, adaptable, where=where):
         squared = float(change.double().square().sum())
+        if not math.isfinite(squared):
+            what = f"`{name}` of the model or of its base has values that are not finite"
+            raise UserError(what, where=where, remedy="Use files that were not damaged in training.")
         total += squared
         layer = name.removesuffix(".weight")
         fits = name.endswith(".weight") and change.ndim in (2, 4) and adaptable[network].search(layer)

@@ -1,6 +1,7 @@
 """Image files: listing, decoding, cropping, and conversion from and to [3, H, W] in [-1, 1]."""
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -70,7 +71,7 @@ def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Pa
     `skip_unreadable`, for a mask without its photo, and for a folder without images.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # `Path.is_dir` raises for names that are too long
         raise UserError("There is no such folder of images", where=folder, remedy="Check the path.")
     images, masks, stray, unreadable = [], [], [], []
     for path in sorted(folder.iterdir()):

@@ -5,6 +5,7 @@ White (255) is the subject, black what is around it, grey both in part. `photo.m
 `conditioning_data_dir`); the alpha channel is kohya's `alpha_mask`.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def masks_by_name(folder: Path, *, of_masks_alone: bool = False) -> dict[str, li
 
     Raises UserError if there is no such folder.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # `Path.is_dir` raises for names that are too long
         raise UserError("There is no such folder of masks", where=folder, remedy="Check the path.")
     named: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):

@@ -103,3 +103,6 @@ def test_extraction_is_refused_with_a_sentence():
         theirs = {"unet": {name: torch.tensor(rows) for name, rows in base.items()}}
         with pytest.raises(UserError, match=f"{message}.*trained from as BASE"):
             extract_lora({"unet": {"a": torch.ones(2, 1)}}, theirs, rank=1, adaptable=names, where="b")
+    theirs, tuned = ({"unet": {"a": torch.full((2, 1), value)}} for value in (0.0, torch.inf))
+    with pytest.raises(UserError, match="`a` of the model or of its base has values that are not finite"):
+        extract_lora(tuned, theirs, rank=1, adaptable=names, where="b")

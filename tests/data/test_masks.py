@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ldm.data.concepts import ConceptConfig
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import formats, list_images
-from ldm.data.masks import area_average, find_masks, masks_of
+from ldm.data.masks import area_average, find_masks, masks_by_name, masks_of
 from ldm.data.photo_check import photo_facts
 from ldm.errors import UserError
 from tests.data.test_dreambooth import items, noise, ready
@@ -290,3 +290,9 @@ def test_a_photo_of_a_phone_has_a_mask_too(folder: Path):
     (folder / "0.mask.png").unlink()
     with pytest.raises(UserError, match="1 of 4 photos have no mask: 0.heic"):
         find_masks(photos)
+
+
+def test_a_name_longer_than_any_file_systems_is_no_folder():
+    for read in (list_images, masks_by_name):
+        with pytest.raises(UserError, match="There is no such folder"):
+            read(Path("9" * 5000))

@@ -18,7 +18,7 @@ SHORTER = [*SHORT, "trainer.max_steps=50", "evaluation=null"]
 
 
 def trained(variant: str) -> Path:
-    """A variant of the study on the shipped dog, in a quarter of its steps -> its model."""
+    """A variant of the study on the shipped dog, in a third of its steps -> its model."""
     study = read_sweep(STUDY)
     words = [f"name={variant}", f"data.params.subject_root={ROOT / study.subjects['dog']['photos']}"]
     short = [*SHORTER, "evaluate_also=null"]

@@ -11,7 +11,7 @@ from ldm.runs.options import parse
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "ldm/storybook/assets/base.safetensors"
 
-SHORT = [  # a tenth of the shipped run's steps, at rates that make up for it
+SHORT = [  # a seventh of the shipped run's steps, at rates that make up for it
     "trainer.max_steps=30",
     "trainer.val_check_interval=1000",
     "trainer.enable_progress_bar=false",

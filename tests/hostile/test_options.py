@@ -81,6 +81,7 @@ CONCEPT = {
     "prior_prompt": "a photo of a {class_word}",
     "prior_root": None,
 }
+OTHER = CONCEPT | {"identifier": "qpv", "name": "tom"}
 changes = st.dictionaries(st.sampled_from(sorted(CONCEPT)) | st.text(max_size=5), odd, max_size=2)
 
 
@@ -97,15 +98,21 @@ def concepts_are_taken(concepts: object, folder: Path) -> bool:
 
 
 @examples(6)
-@given(concepts=st.lists(changes.map(lambda changed: CONCEPT | changed) | odd, max_size=2) | odd)
-def test_any_concepts(concepts: object, workdir: Path):
+@given(changed=st.lists(changes | odd, min_size=1, max_size=2) | odd)
+def test_any_concepts(changed: object, workdir: Path):
+    """Several that are told apart, each with up to two keys changed."""
+    own = [CONCEPT, OTHER]
+    concepts = (
+        [concept | one if isinstance(one, dict) else one for concept, one in zip(own, changed, strict=False)]
+        if isinstance(changed, list)
+        else changed
+    )
     refused_or(lambda: concepts_are_taken(concepts, workdir))
 
 
 def test_concepts_that_are_not_odd_are_taken(workdir: Path):
     """So that what is refused is refused for what is odd of it."""
-    other = CONCEPT | {"identifier": "qpv", "name": "tom"}
-    assert refused_or(lambda: concepts_are_taken([CONCEPT, other], workdir))
+    assert refused_or(lambda: concepts_are_taken([CONCEPT, OTHER], workdir))
 
 
 TARGETS = [
