@@ -2,8 +2,8 @@
 # All checks that need a GPU, within so many seconds, most useful first; each part in a process and a limit of its own.
 #   bash benchmarks/gpu/check.sh [SECONDS (470)] [PART...]
 # Results, log, profiles and tests are left in $OUT (logs/gpu-check), and the page that is made of them.
-# CHECK_DEVICE=cpu CHECK_SIZE=storybook runs all that a CPU can. Wheels in .whl/ are installed for this run alone:
-# of a machine with torch and transformers those of annotated-types, omegaconf and diffusers (constraints.txt).
+# CHECK_DEVICE=cpu CHECK_SIZE=storybook runs all that a CPU can. Without a network: wheels of what is missing,
+# put in .whl/ (annotated-types, omegaconf, diffusers, ... of constraints.txt), are installed for this run alone.
 cd "$(dirname "$0")/../.." || exit 1
 total=${1:-470}; shift
 root=$PWD temporary=$(mktemp -d)

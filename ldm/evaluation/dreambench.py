@@ -19,7 +19,6 @@ from ldm.evaluation.photos import mean_of_pairs, without
 
 LISTS = "prompts_and_classes.txt"
 LIVE = ("cat", "dog")  # classes of the live subjects, which have prompts of their own
-IMAGES = 4  # of each prompt
 METRICS = ("dino", "clip_i", "clip_t", "dinov2")
 PAPER = {  # Ruiz et al. 2023, Table 1
     "Real images": {"dino": 0.774, "clip_i": 0.885},
