@@ -85,7 +85,7 @@ def uses_cuda_graph(module: pl.LightningModule, trainer: pl.Trainer | None) -> b
 def hindrance(module: pl.LightningModule, *, processes: int = 1) -> str | None:
     """Why a module's step cannot be captured; None if it can."""
     if isinstance(module.lora, Adapter) and module.lora.needs_host:
-        return f"In each step of a {module.lora.kind} the host waits for the device, a CUDA graph cannot"
+        return f"Each step of this adapter ({module.lora.kind}) waits for the device, a CUDA graph cannot"
     if steps_in_backward(module.optimizer):
         return "A CUDA graph hands no gradients to a fused backward pass"
     if processes > 1:
