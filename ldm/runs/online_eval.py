@@ -6,7 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from ldm.config import param_of
+from ldm.config import param_of, takes
 from ldm.engine.device import temporarily_on
 from ldm.errors import UserError
 from ldm.runs.before_after import BeforeAfterEvaluation
@@ -85,7 +85,7 @@ def check_online_eval(config: RunConfig) -> None:
     if not config.evaluation:
         remedy = "Add one, or set online_eval.every_steps=0."
         raise UserError("Online evaluation needs an `evaluation`", where="online_eval", remedy=remedy)
-    if not param_of(config.data, "validation_batches"):
+    if takes(config.data, "validation_batches") and not param_of(config.data, "validation_batches"):
         what = "Online evaluation follows the validation, and there is none"
         remedy = "Set data.params.validation_batches=1 or more, or online_eval.every_steps=0."
         raise UserError(what, where="data.params.validation_batches", remedy=remedy)
