@@ -1,8 +1,6 @@
 """Part `sample`: 50 steps with guidance, images out; prior images with their files, by the command itself."""
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -17,6 +15,7 @@ from benchmarks.gpu.record import (
     forget_peak,
     memory,
     milliseconds,
+    new_folder,
     profiled,
     say,
 )
@@ -74,7 +73,7 @@ def _decoding(sampling: Sampling, batch: int) -> None:
 
 def _priors() -> None:
     """Seconds of a prior image on disk, from the times of the files of all batches but the first."""
-    folder = Path(tempfile.mkdtemp())
+    folder = new_folder()
     words = [f"data.params.num_priors={PRIORS}", f"priors.batch_size={AT_A_TIME}"]
     words += [f"priors.steps={SAMPLING_STEPS}"]
     process = command(folder, "scripts/generate_priors.py", *job_words(folder), *words)

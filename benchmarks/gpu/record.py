@@ -1,10 +1,13 @@
 """What a part of the check is told by its environment, how it times, and where its results go."""
 
+import atexit
 import collections
 import gc
 import json
 import os
 import re
+import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +37,13 @@ CATEGORIES = {  # of kernels, by their names; the first that fits
     "optimizer": r"adam|multi_tensor|foreach|lpnorm",
     "copy or cast": r"copy|Memcpy|Memset|CatArray",
 }
+
+
+def new_folder() -> Path:
+    """An empty folder that is removed when the part ends."""
+    folder = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def say(what: str, **figures: object) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.cases import TEXT, model_params
-from benchmarks.gpu.record import CUDA, DEVICE, ROOT, SIZE, attempt, chosen, say
+from benchmarks.gpu.record import CUDA, DEVICE, ROOT, SIZE, attempt, chosen, new_folder, say
 from benchmarks.ours import build
 from benchmarks.timing import synchronize
 from ldm.checkpoints.save import save_model
@@ -64,7 +63,7 @@ def job_words(folder: Path) -> list[str]:
 
 def peer(*words: str) -> None:
     """diffusers' script and its networks at their best beside ours: scripts/benchmark.py."""
-    out = Path(tempfile.mkdtemp())
+    out = new_folder()
     usual = ["full training of UNet and text", "DDIM steps with CFG, batch 1"] if CUDA else []
     only = ["--only", *(words or usual)] if words or usual else []
     how = ["--device", DEVICE, "--out", str(out), *(["--seconds", "0.4"] if CUDA else ["--quick"])]
@@ -81,7 +80,7 @@ def peer(*words: str) -> None:
 
 def resume() -> None:
     """main.py on the storybook: never stopped, twice; and stopped in the middle and taken up."""
-    folder = Path(tempfile.mkdtemp())
+    folder = new_folder()
     half, whole, every = (3, 6, 3) if not CUDA else (6, 12, 6)
     # A rate that falls to 0 would fall sooner in the run that is to be taken up
     base = [*STORYBOOK, f"checkpoint_every={every}", "model.params.lr_schedule=constant"]
@@ -137,7 +136,7 @@ def syncs(*words: str) -> None:
     from ldm.commands import dreambooth  # the command itself, whose Trainer gets a callback more
 
     original = pl.Trainer
-    os.chdir(tempfile.mkdtemp())
+    os.chdir(new_folder())
     place = [] if CUDA else ["trainer.accelerator=cpu"]
     steps = f"trainer.max_steps={WATCHED.stop + 10 if CUDA else WATCHED.stop}"
     for name, more in (("without EMA", ["ema_decay=null"]), ("with EMA", [])):
@@ -163,7 +162,7 @@ def syncs(*words: str) -> None:
 
 def whole(*overrides: str) -> None:
     """main.py on a file of SD 1.5's size (or on the storybook's base): seconds of each phase."""
-    folder = Path(tempfile.mkdtemp())
+    folder = new_folder()
     with attempt("main.py as a whole"):
         steps = 60 if CUDA else 4
         words = [*job_words(folder), "name=whole", f"trainer.max_steps={steps}", "data.params.num_priors=4"]

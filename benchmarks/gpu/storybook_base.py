@@ -9,15 +9,13 @@ the weights in files of 16 MiB at most in $OUT, which `base_parts.unet` takes up
 import argparse
 import itertools
 import os
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
-from benchmarks.gpu.record import CUDA, DEVICE, OUT, ROOT, attempt, memory, say
+from benchmarks.gpu.record import CUDA, DEVICE, OUT, ROOT, attempt, memory, new_folder, say
 from benchmarks.gpu.runs import run
 from benchmarks.timing import timed_by_callback
 from ldm.config import instantiate, param_of, with_params
@@ -123,7 +121,7 @@ def _base(overrides: list[str], *, steps: int) -> None:
     """The base itself: main.py, then its weights in small files."""
     if steps < 1:
         raise RuntimeError("no time is left for a step")
-    folder, index = Path(tempfile.mkdtemp()), OUT / "base.safetensors.index.json"
+    folder, index = new_folder(), OUT / "base.safetensors.index.json"
     job = ["--base", *CONFIGS, *overrides, "name=base", f"trainer.max_steps={steps}"]
     seconds = run(folder, "main.py", *job)
     run(folder, "scripts/convert.py", str(folder / "logs/base/model.safetensors"), str(index))
