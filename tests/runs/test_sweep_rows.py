@@ -11,7 +11,7 @@ from ldm.reports import sweep_page, sweep_plots
 from ldm.runs import sweep_results as study
 from ldm.runs.sweep import baselines_of, jobs_of, read_sweep
 from ldm.runs.sweep_rows import read_at, rows_of
-from tests.runs.test_sweep import BOTH, ROWS, write
+from tests.runs.test_sweep import BOTH, CONTENT, ROWS, write
 
 
 def test_a_variant_can_have_subjects_of_its_own(workdir: Path):
@@ -95,7 +95,9 @@ def test_a_curve_is_read_where_a_metric_first_reaches_a_value(value: float, want
 
 def test_a_study_read_on_curves_starts_at_the_base(workdir: Path):
     at = {"subject_fidelity": [0.8]}
-    sweep = read_sweep(write(workdir, at=at, metrics=["step", "subject_fidelity", "class_drift"]))
+    curve = {"set": [*CONTENT["set"], "online_eval.every_steps=1"]}
+    read = ["step", "subject_fidelity", "class_drift"]
+    sweep = read_sweep(write(workdir, at=at, metrics=read, **curve))
     measures = [{"step": 10, "subject_fidelity": 1.0, "class_drift": 0.4, "score": 0.5}]
     metrics = {"base": {"subject_fidelity": 0.6, "class_drift": 0.0}, "measures": measures}
     (row,) = rows_of(sweep, jobs_of(sweep)[0], metrics)
@@ -106,7 +108,7 @@ def test_a_study_read_on_curves_starts_at_the_base(workdir: Path):
     assert (
         "subject fidelity first reaches 0.8, on straight" in page and "1 rows are of runs that never" in page
     )
-    sweep = read_sweep(write(workdir, at={"subject_fidelity": [0.8, 1.0]}, metrics=sweep.metrics))
+    sweep = read_sweep(write(workdir, at={"subject_fidelity": [0.8, 1.0]}, metrics=sweep.metrics, **curve))
     rows = [row for job in jobs_of(sweep)[:1] for row in rows_of(sweep, job, metrics)]
     assert [(r["variant"], r["step"]) for r in rows] == [("Weight 0, at 0.8", 5), ("Weight 0, at 1", 10)]
     page = study.texts_of(sweep, rows, {row["variant"]: 1.0 for row in rows})["weights.md"]
