@@ -1,10 +1,11 @@
-"""Where a training step goes: the share of its time in kernels that diffusers' step runs too.
+"""Where the time goes: the share of it in kernels that diffusers' networks run too.
 
-    python -m benchmarks.kernels [--size storybook quarter]
+    python -m benchmarks.kernels [--case "storybook: 25 DDIM steps with CFG, batch 8"]
 
-Of ours and of diffusers' networks at their best, each in its own process: milliseconds of a step in each kind
-of kernel (self CPU time of torch's profiler) and of a step as a whole (without the profiler, which lengthens
-all that is no kernel: dispatch, autograd, Python). "Shared" adds up, kind by kind, the lesser of both.
+Of ours and of diffusers' networks at their best, each in its own process: milliseconds of a step of training,
+or of a sampling, in each kind of kernel (self CPU time of torch's profiler) and as a whole (without the
+profiler, which lengthens all that is no kernel: dispatch, autograd, Python). "Shared" adds up, kind by kind,
+the lesser of both.
 """
 
 import argparse
@@ -23,8 +24,14 @@ from benchmarks.ours import export
 from benchmarks.side import FIRST_STEPS, open_side
 from ldm.engine.device import keep_freed_memory
 
-ROUNDS, STEPS = 3, 6  # of each: a window without the profiler, a window with it
-STEP = "step"
+ROUNDS = 3  # of each: a window without the profiler, a window with it
+STEPS = {"train": 6, "sample": 1}  # a window: steps, or samplings
+WHOLE = "as a whole"
+CASES = [
+    Case("storybook", "train", 8, text=True),
+    Case("quarter", "train", 2, text=True),
+    Case("storybook", "sample", 8, steps=25),
+]
 NECESSARY = {  # of any implementation: what is listed -> the operators
     "convolution": ("aten::mkldnn_convolution", "aten::convolution_backward"),
     "matrix product": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
@@ -49,32 +56,33 @@ KERNELS = NECESSARY | {
 
 
 def milliseconds(name: str, case: Case, folder: Path) -> dict[str, float]:
-    """Of a step: in each kind of kernel and as a whole; medians over the rounds."""
+    """Of a step or a sampling: in each kind of kernel and as a whole; medians over the rounds."""
+    steps = STEPS[case.kind]
     profiled: list[dict[str, float]] = []
     windows: list[float] = []
 
     def counts() -> Iterator[int]:
         yield FIRST_STEPS
         for _ in range(ROUNDS):
-            yield STEPS
+            yield steps
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
-                yield STEPS
+                yield steps
             profiled.append({event.key: event.self_cpu_time_total for event in profiler.key_averages()})
 
     open_side(name, case, folder, device="cpu", compiled=False).serve(counts(), windows.append)
     found = {
-        kind: statistics.median(sum(times.get(key, 0) for key in keys) for times in profiled) / STEPS / 1e3
+        kind: statistics.median(sum(times.get(key, 0) for key in keys) for times in profiled) / steps / 1e3
         for kind, keys in KERNELS.items()
     }
-    return found | {STEP: statistics.median(windows[1::2]) / STEPS * 1e3}
+    return found | {WHOLE: statistics.median(windows[1::2]) / steps * 1e3}
 
 
 def report(case: Case, ours: Mapping[str, float], best: Mapping[str, float]) -> str:
     """A Markdown table of both sides, and what its sums are of a step."""
-    lines = [f"{case.name}, ms of a step:", "", "| kernels | ours | diffusers' best |", "|---|---|---|"]
-    lines += [f"| {kind} | {ours[kind]:.1f} | {best[kind]:.1f} |" for kind in (*KERNELS, STEP)]
-    necessary = [sum(side[kind] for kind in NECESSARY) / side[STEP] for side in (ours, best)]
-    shared = sum(min(ours[kind], best[kind]) for kind in KERNELS) / ours[STEP]
+    lines = [f"{case.name}, ms:", "", "| kernels | ours | diffusers' best |", "|---|---|---|"]
+    lines += [f"| {kind} | {ours[kind]:.1f} | {best[kind]:.1f} |" for kind in (*KERNELS, WHOLE)]
+    necessary = [sum(side[kind] for kind in NECESSARY) / side[WHOLE] for side in (ours, best)]
+    shared = sum(min(ours[kind], best[kind]) for kind in KERNELS) / ours[WHOLE]
     lines += [
         "",
         f"Any implementation's: {necessary[0]:.0%} of ours, {necessary[1]:.0%} of diffusers' best.",
@@ -87,24 +95,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", nargs="+", default=["storybook", "quarter"])
+    names = [case.name for case in CASES]
+    parser.add_argument("--case", nargs="+", choices=names, default=names)
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)  # of a process: name, folder
     options = parser.parse_args()
     keep_freed_memory()
-    for size in options.size:
-        case = Case(size, "train", 8 if size == "storybook" else 2, text=True)
+    for case in CASES:
+        if case.name not in options.case:
+            continue
         if options.side:
             print(json.dumps(milliseconds(options.side[0], case, Path(options.side[1]))), flush=True)
             continue
         with tempfile.TemporaryDirectory() as folder:
             export(case, Path(folder))
-            sides = [_process(name, size, folder) for name in ("ours", "best")]
+            sides = [_process(name, case, folder) for name in ("ours", "best")]
         print(report(case, *sides), flush=True)
 
 
-def _process(name: str, size: str, folder: str) -> dict[str, float]:
+def _process(name: str, case: Case, folder: str) -> dict[str, float]:
     """`milliseconds` in a process of its own, whose last line they are."""
-    command = [sys.executable, "-m", "benchmarks.kernels", "--size", size, "--side", name, folder]
+    command = [sys.executable, "-m", "benchmarks.kernels", "--case", case.name, "--side", name, folder]
     return json.loads(
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     )

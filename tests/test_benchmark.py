@@ -30,6 +30,7 @@ from ldm.errors import UserError
 from ldm.storybook.world import ATTRIBUTES, sample_scene
 
 TRAIN = Case("storybook", "train", 2, text=True)
+DRAW = Case("storybook", "sample", 1, steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -215,14 +216,16 @@ def test_the_table_of_convergence():
 
 def test_the_time_of_a_step_is_told_by_kind_of_kernel(folder, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "ROUNDS", 1)
-    monkeypatch.setattr(kernels, "STEPS", 1)
+    monkeypatch.setattr(kernels, "STEPS", {"train": 1, "sample": 1})
     for name in ("ours", "best"):
         found = kernels.milliseconds(name, TRAIN, folder)
         assert min(found.values()) > 0  # an operator that torch renames would be missing
+        drawn = kernels.milliseconds(name, DRAW, folder)
+        assert min(drawn["convolution"], drawn["attention"], drawn[kernels.WHOLE]) > 0 == drawn["AdamW"]
 
 
 def test_shared_is_the_lesser_of_both_sides():
-    ours_, best = ({kind: 10.0 for kind in kernels.KERNELS} | {"step": 100.0} for _ in range(2))
+    ours_, best = ({kind: 10.0 for kind in kernels.KERNELS} | {kernels.WHOLE: 100.0} for _ in range(2))
     ours_["copies"], best["copies"] = 30.0, 2.0
     told = kernels.report(TRAIN, ours_, best)
     assert "| copies | 30.0 | 2.0 |" in told and "Shared: 82% of ours." in told
