@@ -8,9 +8,7 @@ BAR, GAP, LABEL, LENGTH = 20, 14, 430, 420  # pixels: a bar, between groups, the
 COLOURS = ("#9aa7b8", "#3b7dd8", "#2b9e6b", "#c9762c")
 
 
-def plot(
-    groups: Mapping[str, Mapping[str, float]], title: str, *, line: float | None = None, digits: int = 2
-) -> str:
+def plot(groups: Mapping[str, Mapping[str, float]], title: str, *, line: float | None = None) -> str:
     """Case -> series -> value, as horizontal bars; a dashed line at `line`, such as equal speed."""
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
     longest = max([line or 0, 1e-9, *(value for values in groups.values() for value in values.values())])
@@ -23,7 +21,7 @@ def plot(
         for name, value in values.items():
             length, colour = scale * value, COLOURS[series.index(name) % len(COLOURS)]
             parts.append(svg.rect((LABEL, y), length, BAR - 2, fill=colour))
-            parts.append(svg.text((LABEL + length + 6, y + 14), f"{value:,.{digits}f}"))
+            parts.append(svg.text((LABEL + length + 6, y + 14), f"{value:,.2f}"))
             y += BAR
         y += GAP
     if line is not None:

@@ -25,6 +25,6 @@ def merge(
     return RunConfig.parse(config, paths=paths, dotlist=given)
 
 
-def parse(argv: Sequence[str], *, description: str | None = None) -> RunConfig:
+def parse(argv: Sequence[str]) -> RunConfig:
     """Words of a command line -> the merged and checked config."""
-    return config_of(read_command(argv, description=description))
+    return config_of(read_command(argv, description=None))
