@@ -53,10 +53,11 @@ def _merged(paths: Sequence[str | Path], dotlist: Sequence[str], literals: Mappi
     for path in paths:
         for update in _read(Path(path)).values():
             config = OmegaConf.merge(_without_old_params(config, update), update)
+    together = OmegaConf.create()
     for key, value in literals.items():
-        update = OmegaConf.create()
-        OmegaConf.update(update, key, escaped(value))
-        config = _without_old_params(config, update)
+        OmegaConf.update(together, key, escaped(value))
+    config = _without_old_params(config, together)  # before any is set: their order says nothing
+    for key, value in literals.items():
         OmegaConf.update(config, key, escaped(value))
     for item in dotlist:
         key, equals, value = item.partition("=")

@@ -310,7 +310,7 @@ def test_another_class_brings_its_own_params(tmp_path: Path):
         assert load_config([one], apart).node == wanted
         node = {"target": target, "params": {"foreach": True}}
         literals = {"node.target": target, "node.params.foreach": True}
-        for values in ({"node": node}, literals):
+        for values in ({"node": node}, literals, dict(reversed(literals.items()))):
             assert load_config([one], literals=values).node == wanted
 
 

@@ -47,11 +47,14 @@ def test_the_newest_run_is_found_at_either_depth_and_a_studys_runs_are_not(tmp_p
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no finished run under logs/"):
         find_model()
-    for age, name in enumerate(("study-rates/low--dog--23", "pets/rex", "rex")):
+    not_runs = ("rex-diffusers/text_encoder", ".rex-diffusers.tmp")  # as convert.py writes them
+    for age, name in enumerate((*not_runs, "study-rates/low--dog--23", "pets/rex", "rex")):
         model = Path("logs", name, "model.safetensors")
         model.parent.mkdir(parents=True)
         model.touch()
         os.utime(model, (1e9 - age, 1e9 - age))
+        if name not in not_runs:
+            (model.parent / "config.yaml").touch()
     assert find_model() == Path("logs/pets/rex/model.safetensors")
 
 

@@ -20,7 +20,8 @@ def find_model(path: Path | None = None) -> Path:
     if path is not None:
         return path
     found = [*Path("logs").glob("*/model.safetensors"), *Path("logs").glob("*/*/model.safetensors")]
-    alone = [file for file in found if not file.parent.match("*-*/*--*--*")]  # not of a study's many runs
+    of_runs = [file for file in found if (file.parent / "config.yaml").exists()]
+    alone = [file for file in of_runs if not file.parent.match("*-*/*--*--*")]  # not of a study's many runs
     runs = sorted(alone, key=lambda file: file.stat().st_mtime)
     if not runs:
         raise UserError("There is no finished run under logs/", remedy="Name a file or a run with --model.")

@@ -284,7 +284,8 @@ def _link(snapshot: Path, names: Sequence[str], folder: Path) -> None:
             (building / name).symlink_to((snapshot / name).resolve())
         except OSError:  # Windows, without the right to
             shutil.copyfile(snapshot / name, building / name)
-    if all((folder / name).resolve() == (snapshot / name).resolve() for name in names):
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if there == set(names) and all((folder / n).resolve() == (snapshot / n).resolve() for n in names):
         shutil.rmtree(building)  # another process was first, and may be reading there
         return
     shutil.rmtree(folder, ignore_errors=True)

@@ -23,7 +23,7 @@ def metrics_plot(metrics: Mapping[str, Any]) -> str:
     for k, (name, value) in enumerate(rows.items()):
         own = {kind: known[name] for kind, known in beside.items() if name in known}
         parts += _row(name, value, intervals.get(name), own, x=x, y=ROW * (k + 0.5))
-    key = {MEASURED: "measured, with 95 % interval"}
+    key = {MEASURED: "measured, with 95 % interval" if intervals else "measured"}
     key |= {KINDS[kind]: NAMES[kind] for kind in KINDS if beside[kind]}
     for k, (color, name) in enumerate(key.items()):
         left = 20 + 160 * k + 50 * (k > 0)

@@ -104,7 +104,7 @@ class DreamBench(Grid):
                 masks_of_photos(subject.photos)
         if self.pictures is None:
             for run in self.runs.values():
-                validate(run.config)
+                validate(run.config, run_folder=run.begun)
         else:
             for name in self.of:
                 self.given(name)

@@ -31,7 +31,11 @@ def folder_to_resume(
     """
     if not resume:
         return None
-    found = find_unfinished(container["name"], logs=logs) if resume == "auto" else find_run(resume, logs=logs)
+    if resume == "auto":
+        check_name(container["name"])
+        found = find_unfinished(container["name"], logs=logs)
+    else:
+        found = find_run(resume, logs=logs)
     if found and (kept := _config_in(found)) is not None:
         check_changes(kept, container, allowed=allow_config_change, run=found)
     return found
@@ -91,7 +95,8 @@ def find_unfinished(name: str, *, logs: Path = LOGS) -> Path | None:
     own = re.compile(re.escape(wanted.name) + r"(-\d+)?")
     markers = [path for path in wanted.parent.glob(f"*/{MARKER}") if own.fullmatch(path.parent.name)]
     for marker in sorted(markers, key=lambda path: path.stat().st_mtime, reverse=True):
-        if (_config_in(marker.parent) or {}).get("name", name) != name:
+        is_numbered = marker.parent != wanted
+        if is_numbered and (_config_in(marker.parent) or {}).get("name", name) != name:
             continue  # another run, whose own name ends in a number
         with marker.open("a") as file:
             if try_lock(file):

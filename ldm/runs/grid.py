@@ -54,6 +54,11 @@ class Job:
     def folder(self) -> Path:
         return Path("logs", self.config.name)
 
+    @property
+    def begun(self) -> Path | None:
+        """Its folder, if it was begun and is not finished."""
+        return self.folder if (self.folder / MARKER).exists() else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -216,8 +221,7 @@ def finish(job: Job, watch: Watch | None = None) -> dict:
 
 def _train(job: Job, watch: Watch | None) -> None:
     """Trains to the end; a run that was killed continues where it was."""
-    begun = (job.folder / MARKER).exists()
-    if not begun:
+    if not job.begun:
         shutil.rmtree(job.folder, ignore_errors=True)  # what was killed before it had begun
     run_job(job.config, "auto", watch=watch)
     drop_checkpoints(job)

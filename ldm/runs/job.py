@@ -45,10 +45,14 @@ def run_job(
     online evaluation, and what it raises ends the run, unfinished.
     """
     config = replace(config, trainer=distributed.join(config.trainer))
-    resumed = distributed.on_rank0_broadcast(
-        lambda: folder_to_resume(config.container, resume, allow_config_change=allow_config_change)
-    )
+
+    def find() -> Path | None:
+        return folder_to_resume(config.container, resume, allow_config_change=allow_config_change)
+
+    resumed = distributed.on_rank0_broadcast(find)
     data = validate(config, run_folder=resumed)
+    if resume == "auto":  # another process may have taken it meanwhile
+        resumed = distributed.on_rank0_broadcast(find)
     use_device(device_of(config.trainer))
     if config.is_dreambooth:
         config = with_checkpointing_chosen(config, device_of(config.trainer))

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
+from ldm.data.images import list_images
 from ldm.data.make_masks import make_masks, rembg_segment, sheet
 from ldm.errors import UserError
 from ldm.files import atomic_write, make_folder
@@ -15,6 +16,7 @@ def mask_photos(options: Namespace) -> Path:
     if path.resolve().parent == folder:
         remedy = "Choose another folder: there it would be taken for a photo."
         raise UserError("The contact sheet would lie among the photos", where=path, remedy=remedy)
+    list_images(options.folder)  # before anything is written or loaded
     make_folder(path.parent)
     masks = make_masks(options.folder, rembg_segment(options.model))
     with atomic_write(path) as temporary:

@@ -320,7 +320,7 @@ class Worker:
         """The runs of a trial. Raises Refused if the settings, and not the machine, are at fault."""
         try:
             jobs = self.search.jobs(trial_name(number), overrides_of(settings))
-            validate(jobs[0].config)
+            validate(jobs[0].config, run_folder=jobs[0].begun)
         except UserError as error:
             validate(self.search.config)
             raise Refused(str(error)) from error

@@ -238,6 +238,9 @@ def test_a_process_that_comes_second_takes_nothing_away(hub, pipeline):
     (folder / names[0]).unlink()
     _link(snapshot, names, folder)
     assert folder.stat().st_ino != made and (folder / names[0]).exists()
+    (folder / "gone.json").symlink_to(hub.root / "pruned")  # of an older revision
+    _link(snapshot, names, folder)
+    assert not (folder / "gone.json").is_symlink() and (folder / names[0]).exists()
 
 
 def as_variant(stem: str, variant: str, *, sharded: bool) -> list[str]:

@@ -82,6 +82,9 @@ def test_a_sheet_among_the_photos_is_refused_before_any_mask(photos: Path, asked
     with pytest.raises(UserError, match="sheet would lie among the photos.*photos/s.png"):
         make_masks.main(make_masks.parse([str(photos), "--sheet", str(photos / "s.png")]))
     assert asked == [] and {path.name for path in photos.iterdir()} == before
+    with pytest.raises(UserError, match="no such folder of images.*none/photos"):
+        make_masks.main(make_masks.parse([str(tmp_path / "none/photos")]))
+    assert asked == [] and not (tmp_path / "none").exists()
     sheet = tmp_path / "new" / "s.png"
     assert make_masks.main(make_masks.parse([str(photos), "--sheet", str(sheet)])) == sheet and sheet.exists()
 

@@ -70,6 +70,7 @@ def test_the_newest_run_is_found_and_named(workdir, tiny_model_file, monkeypatch
         run = Path("logs", name)
         run.mkdir(parents=True)
         shutil.copy(tiny_model_file, run / "model.safetensors")
+        (run / "config.yaml").touch()
         os.utime(run / "model.safetensors", (1e9 - age, 1e9 - age))
     sample(monkeypatch, "--prompt", "a dog", "--n", 1, *QUICK)
     assert "model: logs/new/model.safetensors" in capsys.readouterr().out

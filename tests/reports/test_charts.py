@@ -75,6 +75,8 @@ def test_the_plot_of_an_evaluation_holds_every_figure_inside_its_frame():
     *_, width, height = map(float, root.attrib["viewBox"].split())
     circles = [e for e in root.iter() if e.tag.endswith("circle")]
     assert len(circles) == 2 and len([e for e in root.iter() if e.tag.endswith("line")]) == 2 + 1 + 3
+    assert "with 95 % interval" in metrics_plot(metrics)
+    assert "interval" not in metrics_plot({**metrics, "intervals": {}})
     high, low = (float(circle.attrib["cx"]) for circle in circles)
     assert 0 < low < high < width and all(0 < float(c.attrib["cy"]) < height for c in circles)
 

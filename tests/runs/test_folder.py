@@ -5,13 +5,17 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from ldm.config import save_config
 from ldm.errors import UserError
+from ldm.runs import job
 from ldm.runs.folder import MARKER, claimed, find_unfinished, folder_to_resume, new_folder
+from ldm.runs.options import parse
+from ldm.shipped import CONFIGS
 
 HOLD = """
 import sys, pathlib
@@ -96,6 +100,39 @@ def test_resuming_with_another_config_says_what_changed(tmp_path: Path):
     assert folder_to_resume(plain | {"seed": 6}, "auto", allow_config_change=True, logs=tmp_path) == first
     assert folder_to_resume(plain, None, **same) is None and new_folder(tmp_path / "run").name == "run-2"
     assert folder_to_resume({"name": "new"}, "auto", **same) is None
+
+
+def test_a_name_that_is_none_is_said_before_it_is_looked_for(tmp_path: Path):
+    with pytest.raises(UserError, match="does not name a folder inside logs"):
+        folder_to_resume({"name": "x" * 300 + "/a"}, "auto", allow_config_change=False, logs=tmp_path)
+
+
+def test_a_run_whose_folder_was_renamed_is_not_begun_anew_beside_it(tmp_path: Path):
+    new_folder(tmp_path / "rex")
+    (tmp_path / "rex" / MARKER).touch()
+    (tmp_path / "rex" / "config.yaml").write_text("name: max\n")
+    with pytest.raises(UserError, match="name: max -> rex"):
+        folder_to_resume({"name": "rex"}, "auto", allow_config_change=False, logs=tmp_path)
+
+
+def test_a_run_that_another_process_took_meanwhile_is_left_to_it(workdir: Path, monkeypatch):
+    """Reading photos and base takes long: what was found before is looked for again."""
+    config = parse(["--base", str(CONFIGS / "dreambooth.yaml"), "name=rex"])
+    first = new_folder(Path("logs/rex"))
+    (first / MARKER).touch()
+    save_config(config.source, first / "config.yaml")
+    trained = []
+    monkeypatch.setattr(job, "_train", lambda config, data, folder, **more: trained.append(folder))
+    with ExitStack() as stack:
+
+        def slow(config, *, run_folder):
+            assert run_folder == first
+            stack.enter_context(another_process_in(first))
+
+        monkeypatch.setattr(job, "validate", slow)
+        monkeypatch.setattr(job, "with_checkpointing_chosen", lambda config, device: config)
+        job.run_job(config, "auto")
+    assert trained == [Path("logs/rex-2")]
 
 
 def test_auto_leaves_another_run_whose_own_name_ends_in_a_number(tmp_path: Path):

@@ -85,7 +85,7 @@ def fidelity(config: RunConfig, share: float) -> dict[str, float]:
 @pytest.fixture
 def optuna(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Optuna, and no check of each trial's config, which takes longer than all else here."""
-    monkeypatch.setattr(trials, "validate", lambda config: None)
+    monkeypatch.setattr(trials, "validate", lambda config, **more: None)
     return pytest.importorskip("optuna")
 
 
@@ -347,7 +347,7 @@ def test_the_front_is_that_of_all_pairs(workdir: Path, script: Callable, optuna:
 def test_settings_that_fail_end_their_trial_alone(
     workdir: Path, script: Callable, optuna: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    def check(config: RunConfig) -> None:
+    def check(config: RunConfig, **more: object) -> None:
         if "trial-0002" in config.name:
             raise UserError("They do not go together")
 
@@ -362,13 +362,13 @@ def test_settings_that_fail_end_their_trial_alone(
     assert [r.state for r in store.results()] == ["finished", "pruned", "pruned", "finished"]
     assert "is not finite" in store.results()[1].why and "do not go together" in store.results()[2].why
 
-    def full(config: RunConfig) -> None:
+    def full(config: RunConfig, **more: object) -> None:
         raise UserError("The disk is full")
 
     monkeypatch.setattr(trials, "validate", full)  # the base's too: it is not the settings
     with pytest.raises(UserError, match="The disk is full"):
         Worker(Trials(read(workdir, trials=5), workdir / "trials.journal"))()
-    monkeypatch.setattr(trials, "validate", lambda config: None)
+    monkeypatch.setattr(trials, "validate", lambda config, **more: None)
     Worker(Trials(read(workdir, trials=5), workdir / "trials.journal"))()
     assert store.results()[4].state == "finished"
 
