@@ -190,7 +190,8 @@ class Text2Image:
             return levels
         kept = int(steps * strength) if 0 <= strength <= 1 else 0
         if kept == 0:
-            what = f"strength {strength} leaves no step of {steps}"
+            of_any = f"strength {strength} is not between 0 and 1"
+            what = f"strength {strength} leaves no step of {steps}" if 0 <= strength <= 1 else of_any
             raise UserError(what, remedy=f"Choose from {1 / steps:.2g} to 1.")
         return levels[-kept - 1 :]
 

@@ -67,3 +67,16 @@ def test_a_runs_folder_is_a_model(tiny_model_file: Path, tmp_path: Path):
     for path in (tmp_path / "run", str(tmp_path / "run"), tmp_path / "run/model.safetensors"):
         assert Text2Image.from_file(path).default_size > 0
         assert find_model(Path(path)) == tmp_path / "run/model.safetensors"
+
+
+def test_a_name_that_is_no_model_is_said_with_what_it_may_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("logs/rex", "rex", "logs/max"):
+        Path(folder).mkdir(parents=True)
+    for run in ("rex", "max"):  # one of them has a photo folder of its name
+        Path("logs", run, "config.yaml").touch()
+        with pytest.raises(UserError, match=f"no model, but a run's name.*Name its folder, logs/{run}"):
+            find_model(Path(run))
+    for name in ("logs/nosuch", "a" * 5000, "a\0b"):
+        with pytest.raises(UserError, match="no such model file"):
+            find_model(Path(name))

@@ -6,6 +6,7 @@ that needs more than tensors is refused
 """
 
 import difflib
+import os
 import pickle
 import re
 import struct
@@ -105,7 +106,7 @@ def read_tensors(path: str | Path) -> tuple[Mapping[str, Tensor], dict[str, str]
         with path.open("rb") as file:
             start = file.read(64)
     except ValueError as error:  # a NUL in the name
-        raise UserError("There is no such model file", where=repr(str(path))) from error
+        raise no_such_file(path) from error
     except OSError as error:
         what = f"The model file cannot be read: {error.strerror or error}"
         raise UserError(what, where=path, remedy="Check its name and its permissions.") from error
@@ -154,6 +155,16 @@ def _own_name(name: str) -> str:
     return ".".join(words) or name
 
 
+def no_such_file(path: Path) -> UserError:
+    """The error for a model's name that is no file, with the one beside it that it may have meant."""
+    beside = path.parent.glob("*") if os.path.isdir(path.parent) else ()
+    models = sorted(p.name for p in beside if p.suffix in SUFFIXES)
+    close = difflib.get_close_matches(path.name, models, n=1, cutoff=0.5)
+    remedy = f"Did you mean {close[0]}?" if close else None
+    where = repr(str(path)) if "\0" in str(path) else path
+    return UserError("There is no such model file", where=where, remedy=remedy)
+
+
 def _check_file(path: Path) -> None:
     """Raises UserError for a folder, a missing file or an empty one."""
     if path.is_dir():
@@ -161,10 +172,7 @@ def _check_file(path: Path) -> None:
         remedy = f"It holds {', '.join(models)}." if models else "Name a .safetensors or .ckpt file."
         raise UserError("This is a folder, not a model file", where=path, remedy=remedy)
     if not path.exists():
-        beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES)
-        close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.5)
-        remedy = f"Did you mean {close[0]}?" if close else None
-        raise UserError("There is no such model file", where=path, remedy=remedy)
+        raise no_such_file(path)
     if path.stat().st_size == 0:
         raise UserError("The model file is empty", where=path, remedy="Download or write it again.")
 

@@ -20,13 +20,15 @@ def parser_of(description: str | None) -> ArgumentParser:
 
 
 def run(work: Callable[[], object], *, level: int = logging.WARNING) -> int:
-    """Does the work of a command -> its exit status: 2 for an error, which is printed as a sentence."""
+    """Does the work of a command -> its exit status: 2 for an error, as a sentence, 130 for Ctrl+C."""
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
     try:
         work()
     except (UserError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # where a run does not end by itself, as while PyTorch is being loaded
+        return 130
     return 0
 
 

@@ -72,7 +72,9 @@ def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Pa
     """
     folder = Path(folder)
     if not os.path.isdir(folder):  # `Path.is_dir` raises for names that are too long
-        raise UserError("There is no such folder of images", where=folder, remedy="Check the path.")
+        is_file = os.path.isfile(folder)
+        remedy = "This is a file: name the folder that it is in." if is_file else "Check the path."
+        raise UserError("There is no such folder of images", where=folder, remedy=remedy)
     images, masks, stray, unreadable = [], [], [], []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.is_file():
@@ -142,6 +144,8 @@ def load_image(path: str | Path) -> Image.Image:
         with open_image(path) as file:
             file.load()  # decodes to the end, so that truncation shows here
             return _to_rgb(ImageOps.exif_transpose(file), where=path)
+    except FileNotFoundError as error:
+        raise UserError("There is no such image", where=path, remedy="Check the path.") from error
     except Image.DecompressionBombError as error:
         raise UserError(
             f"The image is too large: {error}",

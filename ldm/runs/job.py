@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import OmegaConf
 
 from ldm.checkpoints.hub import describe
@@ -22,8 +23,10 @@ from ldm.runs.console import TrainingBar
 from ldm.runs.dreambooth import DreamBoothRun
 from ldm.runs.folder import LOGS, claimed, folder_to_resume, new_folder
 from ldm.runs.inputs import keep_inputs
+from ldm.runs.limits import limits_of
 from ldm.runs.memory import encoding, estimate, report
 from ldm.runs.online_eval import Watch
+from ldm.runs.prompts import all_prompts
 from ldm.runs.recompute import with_checkpointing_chosen
 from ldm.runs.validate import validate
 from ldm.schema import RunConfig
@@ -100,6 +103,9 @@ def plan(config: RunConfig) -> str:
     data = validate(config, download=False)
     text = OmegaConf.to_yaml(config.source, resolve=True)
     if config.is_dreambooth:
+        with torch.device("meta"):
+            reader = instantiate(config.model).cond_stage_model
+        limits_of(config, reader, data, all_prompts(config, data))
         device = device_of(config.trainer)
         chosen = with_checkpointing_chosen(config, device)
         if chosen != config:

@@ -52,7 +52,8 @@ def limits_of(
         notes.append(UNJUDGED if len(styles) + len(against) == len(data.concepts) else SOME_JUDGED)
     if _is_storybook(text_encoder):
         notes += [PHOTOGRAPHS] if any(UNDRAWN in reasons for reasons in against.values()) else []
-        notes += unknown_in(prompts, identifiers=[c.words["identifier"] for c in data.concepts])
+        said = [c.words[name] for c in data.concepts for name in ("identifier", "class_word")]
+        notes += unknown_in(prompts, identifiers=said)  # a class that it does not know is a reason above
     for note in notes:
         log.warning("%s.", note)
     return notes

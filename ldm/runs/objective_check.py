@@ -2,6 +2,7 @@
 
 import logging
 
+from ldm.data.caption_length import prompts_of
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.errors import UserError
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -54,10 +55,15 @@ def _check_masks(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
 
 
 def _check_learned_token(module: LatentDiffusion, data: DreamBoothDataModule) -> None:
-    """Refuses textual inversion of several concepts: there is one new word."""
-    if module.trainable.learned_token is not None and len(data.concepts) > 1:
+    """Refuses textual inversion of several concepts, for which one word is too few, or without the word."""
+    token = module.trainable.learned_token
+    if token is not None and len(data.concepts) > 1:
         what = f"One new word cannot name the {len(data.concepts)} concepts of this run"
         remedy = "Take it off, or train them one at a time."
+        raise UserError(what, where="model.params.trainable.learned_token", remedy=remedy)
+    if token is not None and not any(token.word in text for text in prompts_of(data).values()):
+        what = f"No prompt or caption has the new word {token.word}, so that nothing would be learnt"
+        remedy = f"Set data.params.identifier={token.word}."
         raise UserError(what, where="model.params.trainable.learned_token", remedy=remedy)
 
 

@@ -1,19 +1,37 @@
 """A command line -> the config of its run."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.config import load_config
-from ldm.runs.command import Command, read_command
+from omegaconf import OmegaConf
+
+from ldm.config import load_config, param_of
+from ldm.runs.command import ALIASES, Command, read_command
 from ldm.schema import RunConfig
 from ldm.targets import allow
+
+log = logging.getLogger(__name__)
 
 
 def config_of(command: Command) -> RunConfig:
     """The merged and checked config. Raises UserError for a wrong file or key, type or number."""
     allow(*command.allow)
-    return merge(command.paths, command.dotlist, literals=command.literals)
+    config = merge(command.paths, command.dotlist, literals=command.literals)
+    _warn_of_class_word(command, config)
+    return config
+
+
+def _warn_of_class_word(command: Command, config: RunConfig) -> None:
+    """Says that photos in place of the config's own are given its class."""
+    named = [*command.literals, *(word.partition("=")[0].strip() for word in command.dotlist)]
+    if ALIASES["data_root"] not in named or ALIASES["class_word"] in named or command.resume:
+        return
+    of_files = load_config(command.paths)
+    own, photos = (OmegaConf.select(c, ALIASES["data_root"]) for c in (of_files, config.source))
+    if own and own != photos and (word := param_of(config.data, "class_word")):
+        log.warning("%s: taken for a %s, as in the config; --class_word WORD says what it is", photos, word)
 
 
 def merge(

@@ -47,6 +47,8 @@ from ldm.shipped import find_file
 
 log = logging.getLogger(__name__)
 
+EXAMPLE = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # of a base on the hub
+
 
 def base_names(config: RunConfig) -> dict[str, str]:
     """Network -> the path or hub id of its base weights; "all" is `base_checkpoint`, of all other networks.
@@ -58,7 +60,7 @@ def base_names(config: RunConfig) -> dict[str, str]:
     for name in names.values():
         path = find_file(name)
         if HubModel.of(path) is None and not path.exists():
-            remedy = "Name one with --actual_resume FILE; README says how the storybook's is trained."
+            remedy = f"Name a file, a folder or a hub id, as with --actual_resume {EXAMPLE}."
             raise UserError("There is no base checkpoint", where=path, remedy=remedy)
     return names
 

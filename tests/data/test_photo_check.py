@@ -15,6 +15,7 @@ from ldm.data.photo_check import PhotoFacts, near_twins, photo_facts, sharpness,
 from ldm.errors import UserError
 from ldm.runs import job
 from ldm.runs.options import parse
+from ldm.shipped import CONFIGS
 from tests.data.test_color import rgb_profile
 from tests.data.test_real_photos import ROOT as REAL
 from tests.data.test_real_photos import SUBJECTS
@@ -255,6 +256,16 @@ def test_a_run_says_each_trouble_in_a_line_before_it_begins(words, subject_folde
     assert main([*words, "--dry_run"]) == 0
     lines = [record.getMessage() for record in caplog.records]
     assert f"{subject_folder}: nearly the same, so that they count twice: 8.png, 9.png" in lines
+
+
+def test_a_dry_run_says_what_the_storybook_cannot_judge(subject_folder, workdir, caplog):
+    job = ["--base", str(CONFIGS / "dreambooth.yaml"), "--data_root", str(subject_folder)]
+    assert main([*job, "--class_word", "elephant", "--dry_run"]) == 0
+    assert "does not know the class 'elephant'" in caplog.text and "not drawn by the storybook" in caplog.text
+    assert "has never seen 'elephant'" not in caplog.text and "taken for" not in caplog.text
+    caplog.clear()
+    assert main([*job, "--dry_run"]) == 0  # whoever forgets the class has the dog's
+    assert f"{subject_folder}: taken for a dog, as in the config; --class_word" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["true", "false", "file_names", "all.txt"])

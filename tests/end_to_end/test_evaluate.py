@@ -188,7 +188,7 @@ def test_networks_are_where_the_options_say(a_run, monkeypatch):
     monkeypatch.setattr(evaluate_model, "use_device", lambda device: None)  # as if they were here
     for words in (["--device", "cuda"], ["--device", "cpu"], ["--captions", 2, "--device", "cuda:1"]):
         with pytest.raises(UserError, match="far enough"):
-            run(monkeypatch, "--model", a_run, *FEW, "--base", "b.safetensors", *words)
+            run(monkeypatch, "--model", a_run, *FEW, "--base", a_run / "model.safetensors", *words)
     low, full = torch.bfloat16, torch.float32
     wanted = [("cuda", low), ("cpu", full), ("cuda:1", low)]
     assert [(how["device"], how["dtype"]) for how in placed] == wanted

@@ -49,7 +49,10 @@ def test_a_picture_keeps_its_own_draws_in_any_batch_and_shape(saved, photo):  # 
     assert alone[0].image.size == (32, 24) and sum(counted) == 4
 
 
-@pytest.mark.parametrize("strength", [-0.1, 0.0, 0.1, 1.5])
-def test_a_strength_without_a_step_is_refused(saved, photo, strength):  # noqa: F811
-    with pytest.raises(UserError, match=r"leaves no step of 4.*Choose from 0\.25 to 1"):
+@pytest.mark.parametrize(
+    "strength, said",
+    [(0.0, "leaves no step of 4"), (0.1, "leaves no step of 4"), (1.5, "is not between 0 and 1")],
+)
+def test_a_strength_without_a_step_is_refused(saved, photo, strength, said):  # noqa: F811
+    with pytest.raises(UserError, match=rf"{said}.*Choose from 0\.25 to 1"):
         Text2Image.from_file(saved)(["a dog"], seeds=[0], steps=4, init_image=photo, strength=strength)

@@ -39,6 +39,7 @@ NODES = [
     "ldm.training.techniques.LearnedToken",
     "ldm.storybook.training.text_encoder.TextEncoderTask",
 ]
+NEW_WORD = "{target: ldm.training.techniques.LearnedToken, params: {word: <me>, init: a}}"
 MAIN = ["--base", str(ROOT / "configs/dreambooth.yaml")]
 LITERALS = [
     *("rex #2", "dog # cat", "#", "2024", "007", "no", "null", "~", "12:30", "1e-6", "0x1f", "[x]"),
@@ -269,6 +270,7 @@ STORYBOOK = "evaluation.target=ldm.evaluation.storybook.StorybookEvaluation"
         (["data.params.subject_root=gone"], "gone"),
         (STORYBOOK_BASE, "(model.target)"),
         (["trainer.strategy=fsdp"], "only one"),
+        ([f"model.params.trainable.learned_token={NEW_WORD}"], "Set data.params.identifier=<me>"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
