@@ -253,7 +253,7 @@ class Counted:
         self.while_measuring: Callable[[], Any] = list
         monkeypatch.setattr("ldm.runs.dreambench.finish", self.finish)
         monkeypatch.setattr("ldm.runs.dreambench._pipeline", lambda job: self.sample)
-        monkeypatch.setattr("ldm.runs.dreambench.validate", lambda config: None)
+        monkeypatch.setattr("ldm.runs.dreambench.validate", lambda config, **more: None)
         monkeypatch.setattr("ldm.runs.dreambench.require_masc", lambda: None)
         monkeypatch.setattr("ldm.runs.dreambench.masks_of_photos", lambda folder: {})
         monkeypatch.setattr(dreambench_results, "BenchMetrics", lambda **names: self.measure)
