@@ -72,8 +72,7 @@ def list_images(folder: str | Path, *, skip_unreadable: bool = False) -> list[Pa
     """
     folder = Path(folder)
     if not os.path.isdir(folder):  # `Path.is_dir` raises for names that are too long
-        is_file = os.path.isfile(folder)
-        remedy = "This is a file: name the folder that it is in." if is_file else "Check the path."
+        remedy = "Name the folder that it is in." if os.path.isfile(folder) else "Check the path."
         raise UserError("There is no such folder of images", where=folder, remedy=remedy)
     images, masks, stray, unreadable = [], [], [], []
     for path in sorted(folder.iterdir()):

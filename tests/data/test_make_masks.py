@@ -84,6 +84,8 @@ def test_a_sheet_among_the_photos_is_refused_before_any_mask(photos: Path, asked
     assert asked == [] and {path.name for path in photos.iterdir()} == before
     with pytest.raises(UserError, match="no such folder of images.*none/photos"):
         make_masks.main(make_masks.parse([str(tmp_path / "none/photos")]))
+    with pytest.raises(UserError, match="no such folder of images.*Name the folder that it is in"):
+        make_masks.main(make_masks.parse([str(next(photos.iterdir()))]))
     assert asked == [] and not (tmp_path / "none").exists()
     sheet = tmp_path / "new" / "s.png"
     assert make_masks.main(make_masks.parse([str(photos), "--sheet", str(sheet)])) == sheet and sheet.exists()
