@@ -188,11 +188,11 @@ class Text2Image:
         levels = sampling_levels(self.process, sampler, steps=steps, spacing=spacing)
         if strength is None:
             return levels
-        kept = int(steps * strength) if 0 <= strength <= 1 else 0
+        is_share = 0 <= strength <= 1
+        kept = int(steps * strength) if is_share else 0
         if kept == 0:
-            of_any = f"strength {strength} is not between 0 and 1"
-            what = f"strength {strength} leaves no step of {steps}" if 0 <= strength <= 1 else of_any
-            raise UserError(what, remedy=f"Choose from {1 / steps:.2g} to 1.")
+            fault = f"leaves no step of {steps}" if is_share else "is not between 0 and 1"
+            raise UserError(f"strength {strength} {fault}", remedy=f"Choose from {1 / steps:.2g} to 1.")
         return levels[-kept - 1 :]
 
     def negative(self, prompt: str | None) -> str | None:

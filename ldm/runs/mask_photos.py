@@ -3,7 +3,6 @@
 from argparse import Namespace
 from pathlib import Path
 
-from ldm.data.images import list_images
 from ldm.data.make_masks import make_masks, rembg_segment, sheet
 from ldm.errors import UserError
 from ldm.files import atomic_write, make_folder
@@ -16,8 +15,8 @@ def mask_photos(options: Namespace) -> Path:
     if path.resolve().parent == folder:
         remedy = "Choose another folder: there it would be taken for a photo."
         raise UserError("The contact sheet would lie among the photos", where=path, remedy=remedy)
-    list_images(options.folder)  # before anything is written or loaded
-    make_folder(path.parent)
+    if options.sheet is not None:
+        make_folder(path.parent)  # before the work whose results it is for
     masks = make_masks(options.folder, rembg_segment(options.model))
     with atomic_write(path) as temporary:
         sheet(masks).save(temporary, format="PNG")

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ldm.config import load_config, param_of
+from ldm.errors import UserError
 from ldm.runs.command import ALIASES, Command, read_command
 from ldm.schema import RunConfig
 from ldm.targets import allow
@@ -25,11 +26,17 @@ def config_of(command: Command) -> RunConfig:
 
 def _warn_of_class_word(command: Command, config: RunConfig) -> None:
     """Says that photos in place of the config's own are given its class."""
-    named = [*command.literals, *(word.partition("=")[0].strip() for word in command.dotlist)]
-    if ALIASES["data_root"] not in named or ALIASES["class_word"] in named or command.resume:
+    root, class_word = ALIASES["data_root"], ALIASES["class_word"]
+    dotlist = {word.partition("=")[0].strip(): word for word in command.dotlist}
+    named = command.literals.keys() | dotlist.keys()
+    if root not in named or class_word in named or command.resume:
         return
-    of_files = load_config(command.paths)
-    own, photos = (OmegaConf.select(c, ALIASES["data_root"]) for c in (of_files, config.source))
+    literals = {key: value for key, value in command.literals.items() if key != root}
+    try:
+        of_files = load_config(command.paths, [dotlist[k] for k in dotlist if k != root], literals=literals)
+    except UserError:  # it has no photos of its own, but `???`
+        return
+    own, photos = (OmegaConf.select(c, root) for c in (of_files, config.source))
     if own and own != photos and (word := param_of(config.data, "class_word")):
         log.warning("%s: taken for a %s, as in the config; --class_word WORD says what it is", photos, word)
 
