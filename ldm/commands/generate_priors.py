@@ -16,10 +16,12 @@ def main(words: Sequence[str] | None = None) -> None:
     """Generates the missing images; prints their folders."""
     given = read_command(words, description=__doc__, trains=False)
     from ldm.engine import distributed, signals
+    from ldm.runs import console
     from ldm.runs.generate_set import generate_set
     from ldm.runs.options import config_of
 
     signals.stop_at_once()
+    console.speak()
     config = config_of(given)
     distributed.launch(config.trainer)
     folders = generate_set(config)
