@@ -17,7 +17,7 @@ def find_model(path: Path | None = None) -> Path:
         return _newest()
     path = local_path(path)
     if not os.path.exists(path):  # `Path.exists` raises for names that are too long
-        raise no_such_file(path) if not _is_run(path) else _by_name_alone(path)
+        raise _by_name_alone(path) if _is_run(path) else no_such_file(path)
     if (path / "model.safetensors").exists():
         return path / "model.safetensors"
     if path.is_dir() and not (path / "model_index.json").exists():

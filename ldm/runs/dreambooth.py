@@ -28,7 +28,6 @@ from ldm.runs.console import Phases, TrainingBar
 from ldm.runs.limits import limits_of
 from ldm.runs.model_card import write_card
 from ldm.runs.online_eval import OnlineEvalCallback, Watch, best_of
-from ldm.runs.prompts import all_prompts
 from ldm.runs.run_facts import TrainingFacts, run_facts
 from ldm.runs.sampling import (
     base_denoiser,
@@ -101,7 +100,7 @@ class DreamBoothRun:
         self.sample_pipeline = self._pipeline(self.samples.guidance_base)  # of samples and previews
         self.prompts = filled_for(self.samples.prompts, data.concepts)
         self.shapes = data.sample_shapes
-        self.notes = limits_of(config, module.cond_stage_model, data, all_prompts(config, data))
+        self.notes = limits_of(config, module.cond_stage_model, data)
 
     def __call__(self) -> list[Path]:
         """-> the paths that rank 0 writes: contact sheet, model file, report."""

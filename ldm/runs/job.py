@@ -26,7 +26,6 @@ from ldm.runs.inputs import keep_inputs
 from ldm.runs.limits import limits_of
 from ldm.runs.memory import encoding, estimate, report
 from ldm.runs.online_eval import Watch
-from ldm.runs.prompts import all_prompts
 from ldm.runs.recompute import with_checkpointing_chosen
 from ldm.runs.validate import validate
 from ldm.schema import RunConfig
@@ -105,7 +104,7 @@ def plan(config: RunConfig) -> str:
     if config.is_dreambooth:
         with torch.device("meta"):
             reader = instantiate(config.model).cond_stage_model
-        limits_of(config, reader, data, all_prompts(config, data))
+        limits_of(config, reader, data)
         device = device_of(config.trainer)
         chosen = with_checkpointing_chosen(config, device)
         if chosen != config:

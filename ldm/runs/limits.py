@@ -1,7 +1,6 @@
 """What a run on the storybook asks of it that it cannot do: said at the start, and on the report."""
 
 import logging
-from collections.abc import Mapping
 
 from ldm.data.dreambooth import DreamBoothDataModule
 from ldm.data.images import ImageFiles
@@ -9,6 +8,7 @@ from ldm.errors import UserError
 from ldm.evaluation.storybook import StorybookEvaluation
 from ldm.evaluation.storybook_limits import UNDRAWN, reasons_against, unknown_in
 from ldm.models.text_encoder import CLIPTextEncoder
+from ldm.runs.prompts import all_prompts
 from ldm.schema import RunConfig
 from ldm.shipped import find_file
 from ldm.storybook.judge import Judge
@@ -25,16 +25,10 @@ PHOTOGRAPHS = (
 UNJUDGED = "So there are no metrics of the judge, and what is drawn is no measure of the method"
 
 
-def limits_of(
-    config: RunConfig,
-    text_encoder: CLIPTextEncoder,
-    data: DreamBoothDataModule,
-    prompts: Mapping[str, str],
-) -> list[str]:
+def limits_of(config: RunConfig, text_encoder: CLIPTextEncoder, data: DreamBoothDataModule) -> list[str]:
     """Sentences on what the storybook does not know of this run, which are logged; none for other bases.
 
-    prompts: of samples, where they stand -> text. Raises UserError if the run needs metrics that there
-    cannot be.
+    Raises UserError if the run needs metrics that there cannot be.
     """
     evaluation = config.evaluation
     judged = bool(evaluation) and issubclass(get_class(evaluation["target"]), StorybookEvaluation)
@@ -52,8 +46,9 @@ def limits_of(
         notes.append(UNJUDGED if len(styles) + len(against) == len(data.concepts) else SOME_JUDGED)
     if _is_storybook(text_encoder):
         notes += [PHOTOGRAPHS] if any(UNDRAWN in reasons for reasons in against.values()) else []
-        said = [c.words[name] for c in data.concepts for name in ("identifier", "class_word")]
-        notes += unknown_in(prompts, identifiers=said)  # a class that it does not know is a reason above
+        # A class that it does not know is among the reasons
+        known = [c.words[name] for c in data.concepts for name in ("identifier", "class_word")]
+        notes += unknown_in(all_prompts(config, data), identifiers=known)
     for note in notes:
         log.warning("%s.", note)
     return notes
